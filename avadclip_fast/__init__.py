@@ -1,0 +1,1 @@
+"""AVadCLIP, fast and exact."""
