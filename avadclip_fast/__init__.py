@@ -1,1 +1,50 @@
-"""AVadCLIP, fast and exact."""
+"""AVadCLIP, fast and exact: audio-visual video anomaly detection with fused kernels (arXiv 2504.04495)."""
+
+import importlib
+
+from .modules import (
+    AVFusion,
+    AVPrompt,
+    DistanceGraph,
+    MILAlignLoss,
+    MILLoss,
+    PromptSimilarity,
+    SimilarityGraph,
+    TemporalAggregator,
+    TopKMean,
+    UncertaintyDistillationLoss,
+    UncertaintyHead,
+    WindowAttention,
+)
+from .ops import BackendError, use_backend
+
+__version__ = "0.1.0"
+
+_MODELS = ("AVadCLIP", "AVadCLIPStudent", "objective")
+
+__all__ = [
+    "AVFusion",
+    "AVPrompt",
+    "AVadCLIP",
+    "AVadCLIPStudent",
+    "BackendError",
+    "DistanceGraph",
+    "MILAlignLoss",
+    "MILLoss",
+    "PromptSimilarity",
+    "SimilarityGraph",
+    "TemporalAggregator",
+    "TopKMean",
+    "UncertaintyDistillationLoss",
+    "UncertaintyHead",
+    "WindowAttention",
+    "objective",
+    "use_backend",
+]
+
+
+def __getattr__(name: str):
+    # The models know the Hub's client; the modules, imported everywhere, need torch and numpy alone.
+    if name in _MODELS:
+        return getattr(importlib.import_module(".models", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

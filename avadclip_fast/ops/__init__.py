@@ -1,0 +1,29 @@
+"""The ops as functions: checked arguments, one backend chosen per call. Modules are the usual way in."""
+
+from ._dispatch import BackendError, use_backend
+from .attention_pool import attention_pool
+from .distance_graph import distance_graph
+from .distill_loss import distill_loss
+from .gated_fusion import gated_fusion
+from .linear_act import linear_act
+from .mil_loss import mil_align_loss, mil_loss
+from .prompt_similarity import prompt_similarity
+from .similarity_graph import similarity_graph
+from .topk_mean import topk_mean
+from .window_attention import window_attention
+
+__all__ = [
+    "BackendError",
+    "attention_pool",
+    "distance_graph",
+    "distill_loss",
+    "gated_fusion",
+    "linear_act",
+    "mil_align_loss",
+    "mil_loss",
+    "prompt_similarity",
+    "similarity_graph",
+    "topk_mean",
+    "use_backend",
+    "window_attention",
+]

@@ -1,0 +1,206 @@
+"""AVadCLIP: the audio-visual teacher and the student that needs one stream (arXiv 2504.04495)."""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..modules import (
+    MLP,
+    AVFusion,
+    AVPrompt,
+    MILAlignLoss,
+    MILLoss,
+    TemporalConvNet,
+    UncertaintyDistillationLoss,
+    UncertaintyHead,
+)
+from .checkpoints import Checkpointed
+from .encoder import TemporalEncoder
+from .text import TextEncoder, tokenize
+
+
+class Output(NamedTuple):
+    """What a model says of a batch of B videos of T snippets, for C classes of which the first is normal."""
+
+    features: Tensor  # (B, T, D): fused (teacher), or the mean mu (student)
+    text_features: Tensor  # (C, D)
+    anomaly_logits: Tensor  # (B, T), before the sigmoid
+    class_logits: Tensor  # (B, T, C), before the softmax
+    log_variance: Tensor | None = None  # (B, T, D), the student's θ
+
+
+class Detector(nn.Module, Checkpointed):
+    """What teacher and student share: temporal encoder, binary classifier, prompt and text side."""
+
+    def __init__(
+        self,
+        classes: list[str],
+        window: int,
+        layers: int,
+        length: int,
+        width: int,
+        heads: int,
+        padding: str,
+        prompt: str,
+        text_width: int,
+        text_layers: int,
+        text_weights: str | None,
+        class_tokens: list[list[int]] | None,
+        backend: str | None,
+    ):
+        super().__init__()
+        classes = list(classes)
+        if len(classes) < 2 or len(set(classes)) != len(classes):
+            raise ValueError(f"classes must be at least two different names, normal first; got {classes}")
+        self.classes, self.padding = classes, padding
+        self.temporal = TemporalEncoder(width, length, window, layers, heads, padding, backend)
+        self.mlp2 = MLP(width, backend=backend)
+        self.classifier = nn.Linear(width, 1)
+        self.prompt = AVPrompt(width, prompt, backend=backend)
+        self.text = TextEncoder(class_tokens or tokenize(classes), width, text_width, text_layers)
+        self.mil_loss = MILLoss(backend=backend)
+        self.align_loss = MILAlignLoss(len(classes), backend=backend)
+        if text_weights is not None:
+            self.text.load(text_weights)
+        self.remember(class_tokens=self.text.tokens)  # so that a saved model needs no tokenizer
+
+    def encode_text(self) -> Tensor:
+        """The class features (C, D). In evaluation compute them once, and hand them to `forward`."""
+        return self.text()
+
+    def _heads(
+        self, features: Tensor, lengths: Tensor | None, text_features: Tensor | None, log_variance: Tensor | None = None
+    ) -> Output:
+        text = self.text() if text_features is None else text_features
+        anomaly_logits = self.classifier(self.mlp2(features, residual=features)).squeeze(-1)  # [B, T]
+        valid = lengths if self.padding == "masked" else None
+        class_logits = self.prompt(features, text, anomaly_logits, valid)
+        return Output(features, text, anomaly_logits, class_logits, log_variance)
+
+
+class AVadCLIP(Detector):
+    """The teacher: visual and audio snippets in, anomaly and class logits out.
+
+        model = AVadCLIP(["normal", "fighting", "explosion"])
+        out = model(visual, audio, lengths)          # visual, audio: (B, T, 512), lengths: (B,)
+        losses = objective(model, out, labels, lengths)
+
+    classes: names, normal first. window, layers, heads: of the temporal attention. length: the largest T.
+    padding: "masked" (padding and batch-mates never change a video's result) or "official" (the authors' code).
+    prompt: "official" or "paper", see `AVPrompt`. fusion: see `AVFusion`. dropout: in the audio encoder.
+    text_weights: "openai", "random", a path, or None to leave the text side unset; text_width, text_layers: its size.
+    class_tokens: the names' CLIP codes, where open_clip is absent. backend: forces one for every op.
+    Raises ValueError on settings that do not fit, TextWeightsError where the text weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        classes: list[str],
+        window: int = 4,
+        layers: int = 2,
+        length: int = 256,
+        width: int = 512,
+        heads: int = 1,
+        padding: str = "masked",
+        prompt: str = "official",
+        fusion: str = "gated",
+        dropout: float = 0.1,
+        text_width: int = 512,
+        text_layers: int = 12,
+        text_weights: str | None = "openai",
+        class_tokens: list[list[int]] | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__(
+            classes, window, layers, length, width, heads, padding, prompt,
+            text_width, text_layers, text_weights, class_tokens, backend,
+        )  # fmt: skip
+        self.audio = TemporalConvNet(width, dropout=dropout, backend=backend)
+        self.fusion = AVFusion(width, fusion, backend=backend)
+
+    def forward(
+        self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None, text_features: Tensor | None = None
+    ) -> Output:
+        """visual, audio (B, T, D); lengths (B,) valid snippets, None for all; text_features (C, D) if at hand."""
+        features = self.fusion(self.temporal(visual, lengths), self.audio(audio), lengths)
+        return self._heads(features, lengths, text_features)
+
+
+class AVadCLIPStudent(Detector):
+    """The student: one stream in, visual by default; distilled from the teacher's fused features.
+
+        student = AVadCLIPStudent(["normal", "fighting", "explosion"])
+        out = student(visual, lengths)               # out.log_variance: its uncertainty, (B, T, 512)
+        losses = objective(student, out, labels, lengths, teacher_features=teacher_out.features)
+
+    modality: "visual", or "audio" (the paper's Table VIII): which stream it is trained on. Other arguments and errors
+    as for `AVadCLIP`.
+    """
+
+    def __init__(
+        self,
+        classes: list[str],
+        window: int = 64,
+        layers: int = 1,
+        length: int = 256,
+        width: int = 512,
+        heads: int = 1,
+        padding: str = "masked",
+        prompt: str = "official",
+        modality: str = "visual",
+        text_width: int = 512,
+        text_layers: int = 12,
+        text_weights: str | None = "openai",
+        class_tokens: list[list[int]] | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__(
+            classes, window, layers, length, width, heads, padding, prompt,
+            text_width, text_layers, text_weights, class_tokens, backend,
+        )  # fmt: skip
+        if modality not in ("visual", "audio"):
+            raise ValueError(f"modality must be 'visual' or 'audio', got {modality!r}")
+        self.modality = modality
+        self.uncertainty = UncertaintyHead(width, backend=backend)
+        self.distill_loss = UncertaintyDistillationLoss(backend=backend)
+
+    def forward(self, stream: Tensor, lengths: Tensor | None = None, text_features: Tensor | None = None) -> Output:
+        """stream (B, T, D) of the student's modality; lengths (B,), None for all; text_features (C, D) if at hand."""
+        valid = lengths if self.padding == "masked" else None
+        mean, log_variance = self.uncertainty(self.temporal(stream, lengths), valid)
+        return self._heads(mean, lengths, text_features, log_variance)
+
+
+def text_loss(text_features: Tensor) -> Tensor:
+    """Keeps the anomalous classes away from normal: mean over c >= 1 of |cos(X_0, X_c)|, scalar."""
+    x = F.normalize(text_features.float(), dim=-1)
+    return (x[1:] @ x[0]).abs().mean()
+
+
+def objective(
+    model: Detector,
+    out: Output,
+    labels: Tensor,
+    lengths: Tensor,
+    teacher_features: Tensor | None = None,
+    distill_weight: float = 1e-8,
+    text_weight: float = 1e-4,
+) -> dict[str, Tensor]:
+    """The training loss: L_mil + L_align + text_weight·L_text, and for a distilled student + distill_weight·L_ukd.
+
+    labels (B, C) multi-hot, class 0 normal; lengths (B,); teacher_features (B, T, D) from the frozen teacher.
+    Returns float32 scalars: total, mil, align, text, and distill where teacher features are given.
+    Raises ValueError on shapes or lengths that do not fit.
+    """
+    losses = {
+        "mil": model.mil_loss(out.anomaly_logits, labels, lengths),
+        "align": model.align_loss(out.class_logits, labels, lengths),
+        "text": text_loss(out.text_features),
+    }
+    losses["total"] = losses["mil"] + losses["align"] + text_weight * losses["text"]
+    if teacher_features is not None:
+        valid = lengths if model.padding == "masked" else None
+        losses["distill"] = model.distill_loss(teacher_features, out.features, out.log_variance, valid)
+        losses["total"] = losses["total"] + distill_weight * losses["distill"]
+    return losses

@@ -1,0 +1,214 @@
+"""Checkpoints: the official .pth of teacher and student, and our own folder of safetensors + config.json."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from torch import Tensor
+
+from ..data.atomic import atomic_write
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+# official prefix -> ours; the first that fits is taken
+NAMES = {
+    "frame_position_embeddings.": "temporal.positions.",
+    "temporal.": "temporal.",
+    "gc1.": "temporal.aggregator.gc1.",
+    "gc2.": "temporal.aggregator.gc2.",
+    "gc3.": "temporal.aggregator.gc3.",
+    "gc4.": "temporal.aggregator.gc4.",
+    "disAdj.": "temporal.aggregator.disAdj.",
+    "linear.": "temporal.aggregator.linear.",
+    "temporalconvnet.": "audio.",
+    "temporalgatedresidual.": "fusion.",
+    "fe_net.": "uncertainty.",
+    "mlp1.": "prompt.mlp1.",
+    "mlp2.": "mlp2.",
+    "classifier.": "classifier.",
+    "text_prompt_embeddings.": "text.prompt.",
+    "clipmodel.": "text.",
+    "alpha": "align_loss.alpha",
+}
+# The audio TCN lists each convolution twice: as conv1, conv2 and inside `net`.
+ALIASES = {"net.0.": "conv1.", "net.4.": "conv2."}
+IMAGE_TOWER = "clipmodel.visual."
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or does not fit; the message lists every difference."""
+
+
+def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
+    """An official state dict under our names, CLIP's image tower left out.
+
+    source: a .pth file (read with weights_only=True: no code in it is run), or a state dict. The training form with
+    `model_state_dict` inside is taken too. Raises CheckpointError on a file that cannot be read or a foreign name.
+    """
+    where = "the state dict"
+    if not isinstance(source, dict):
+        where = str(source)
+        try:
+            source = torch.load(source, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"no checkpoint {where}") from error
+        except Exception as error:  # truncated, not a checkpoint, or it would run code
+            raise CheckpointError(f"{where} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    if not isinstance(source, dict):
+        raise CheckpointError(f"{where} holds a {type(source).__name__}, not a state dict")
+    source = source.get("model_state_dict", source)
+    state, foreign = {}, []
+    for name, tensor in source.items():
+        name = str(name).removeprefix("module.")  # DataParallel
+        if name.startswith(IMAGE_TOWER):
+            continue
+        prefix = next((p for p in NAMES if name.startswith(p)), None)
+        if prefix is None or not isinstance(tensor, Tensor):
+            foreign.append(name)
+            continue
+        name = NAMES[prefix] + name[len(prefix) :]
+        if prefix == "temporalconvnet.":
+            for alias, own in ALIASES.items():
+                name = name.replace(alias, own)
+            # torch's second weight norm calls the same two tensors original0 and original1
+            name = re.sub(r"parametrizations\.weight\.original([01])", lambda m: "weight_" + "gv"[int(m[1])], name)
+        state[name] = tensor
+    if foreign:
+        raise CheckpointError(
+            f"{where} is not an official AVadCLIP checkpoint; unknown names:\n  " + "\n  ".join(foreign)
+        )
+    return state
+
+
+def official_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under the official names, the TCN's aliases included."""
+    official = {}
+    for name, tensor in state.items():
+        prefix, own = next((p, o) for p, o in NAMES.items() if name.startswith(o) and not _longer(name, o))
+        name = prefix + name[len(own) :]
+        official[name] = tensor
+        if prefix == "temporalconvnet.":
+            for alias, conv in ALIASES.items():
+                if f".{conv}" in name:
+                    official[name.replace(conv, alias)] = tensor
+    return official
+
+
+def _longer(name: str, prefix: str) -> bool:
+    return any(len(o) > len(prefix) and name.startswith(o) for o in NAMES.values())
+
+
+def load_strict(model: torch.nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Loads every tensor, or raises CheckpointError with a list of the missing, unknown and misshapen ones."""
+    own = model.state_dict()
+    problems = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in state]
+    problems += [f"unknown: {name} {list(state[name].shape)}" for name in state if name not in own]
+    problems += [
+        f"shape: {name} is {list(state[name].shape)}, the model has {list(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if problems:
+        raise CheckpointError(f"{where} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
+    model.load_state_dict(state)
+
+
+def infer_sizes(state: dict[str, Tensor]) -> dict[str, int]:
+    """The sizes that a state dict (our names) shows: length, width, layers, text width and layers, class count."""
+
+    def count(pattern: str) -> int:
+        return len({m[1] for name in state if (m := re.match(pattern, name))})
+
+    try:
+        length, width = state["temporal.positions.weight"].shape
+        return {
+            "length": length,
+            "width": width,
+            "layers": count(r"temporal\.resblocks\.(\d+)\."),
+            "text_width": state["text.positional_embedding"].shape[1],
+            "text_layers": count(r"text\.transformer\.resblocks\.(\d+)\."),
+            "classes": state["align_loss.alpha"].shape[0],
+        }
+    except KeyError as error:
+        raise CheckpointError(f"not an AVadCLIP checkpoint: {error.args[0]} is missing") from error
+
+
+class Checkpointed(ModelHubMixin, library_name="avadclip_fast", license="apache-2.0"):
+    """save_pretrained / from_pretrained / push_to_hub, and the official format."""
+
+    def remember(self, **settings) -> None:
+        """Adds to what config.json will hold besides the constructor's arguments."""
+        # Weights travel with the folder: a saved model must not fetch or draw text weights again.
+        self._hub_mixin_config = {**(self._hub_mixin_config or {}), "text_weights": None, **settings}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from safetensors.torch import save
+
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        with atomic_write(save_directory / WEIGHTS) as file:
+            file.write(save(state, metadata={"format": "pt", "model": type(self).__name__}))
+        config = {**self._hub_mixin_config, "model": type(self).__name__}
+        with atomic_write(save_directory / CONFIG) as file:
+            file.write(json.dumps(config, indent=1, sort_keys=True).encode())
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **settings):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        hub = {k: settings.pop(k) for k in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+        folder = Path(model_id)
+        path = folder / WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **hub))
+        kind = settings.pop("model", cls.__name__)
+        if kind != cls.__name__:
+            raise CheckpointError(f"{model_id} holds a {kind}; load it with {kind}.from_pretrained")
+        try:
+            state = load_file(path, device=str(map_location))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        model = cls(**settings)
+        load_strict(model, state, str(path))
+        return model.to(map_location).eval()
+
+    @classmethod
+    def from_official(cls, source: str | Path | dict[str, Tensor], classes: list[str] | None = None, **settings):
+        """The model of an official checkpoint, in eval mode.
+
+        source: the released .pth, or its state dict. classes: the names in the checkpoint's order, normal first;
+        by default XD-Violence's seven. Sizes are inferred; `window` (teacher 4, student 64) cannot be, so give it where
+        it differs. padding is "official" unless set. Raises CheckpointError with a list of what does not fit.
+        """
+        state = read_official(source)
+        sizes = infer_sizes(state)
+        if classes is None:
+            from ..data import XD_VIOLENCE
+
+            classes = XD_VIOLENCE.values()
+        classes = list(classes)
+        if sizes.pop("classes") != len(classes):
+            raise CheckpointError(
+                f"the checkpoint has {state['align_loss.alpha'].shape[0]} classes, {len(classes)} names are given: {classes}"
+            )
+        model = cls(classes, **{"padding": "official", "text_weights": None, **sizes, **settings})
+        load_strict(model, {k: v.float() for k, v in state.items()}, "the official checkpoint")
+        return model.eval()
+
+    def to_official(self, path: str | Path, image_tower: str | Path | None = None) -> None:
+        """Writes the model as an official .pth state dict.
+
+        image_tower: a file that holds CLIP's image tower (`clipmodel.visual.*`, as any official checkpoint does, or
+        `visual.*`, as CLIP's own weights do). It plays no part in the model, but the official code's strict loading wants it;
+        without it, load with strict=False there.
+        """
+        state = official_state({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()})
+        if image_tower is not None:
+            from .text import read_weights
+
+            tower = {k: v.float() for k, v in read_weights(Path(image_tower)).items() if k.startswith("visual.")}
+            if not tower:
+                raise CheckpointError(f"{image_tower} holds no image tower (no name starts with 'visual.')")
+            state.update({f"clipmodel.{name}": tensor for name, tensor in tower.items()})
+        with atomic_write(path) as file:
+            torch.save(state, file)

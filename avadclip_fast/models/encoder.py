@@ -1,0 +1,57 @@
+"""The temporal encoder that teacher and student share: window attention, then graphs."""
+
+from torch import Tensor, nn
+
+from ..modules import MLP, TemporalAggregator, WindowAttention
+from ..modules.temporal_aggregator import check_padding
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x = x + attn(LN1(x)); x = x + mlp(LN2(x)): a pre-norm block with attention inside windows."""
+
+    def __init__(self, dim: int, window: int, heads: int, backend: str | None):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, window, heads, backend)
+        self.ln_2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, backend=backend)
+
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        x = self.attn(x, residual=x, norm=self.ln_1, lengths=lengths)
+        return self.mlp(x, residual=x, norm=self.ln_2)
+
+
+class TemporalEncoder(nn.Module):
+    """Snippet features in context: position rows, `layers` blocks of window attention, graph convolutions.
+
+    forward: x (B, T, D) with T <= length, lengths (B,) or None -> (B, T, D). Raises ValueError on a longer T.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        length: int,
+        window: int,
+        layers: int,
+        heads: int = 1,
+        padding: str = "masked",
+        backend: str | None = None,
+    ):
+        super().__init__()
+        check_padding("TemporalEncoder", padding)
+        self.padding = padding
+        self.positions = nn.Embedding(length, dim)
+        nn.init.normal_(self.positions.weight, std=0.01)
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(dim, window, heads, backend) for _ in range(layers))
+        self.aggregator = TemporalAggregator(dim, padding, backend=backend)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        rows, length = x.shape[1], self.positions.num_embeddings
+        if rows > length:
+            raise ValueError(
+                f"TemporalEncoder: T={rows} is more than the {length} positions; cut the video into chunks"
+            )
+        x = x + self.positions.weight[:rows]
+        for block in self.resblocks:
+            x = block(x, lengths if self.padding == "masked" else None)
+        return self.aggregator(x, lengths)

@@ -1,0 +1,215 @@
+"""The text side: CLIP's frozen text transformer over learnable prompts, only the positions that matter computed.
+
+A class's sequence is [SOS] + 10 learnable rows + the name's tokens + 10 learnable rows + [EOS] + learnable rows. The
+transformer is causal, so nothing after EOS reaches the result, and positions 0..10 are the same for every class: they
+are computed once, as a prefix that all classes attend to.
+"""
+
+import logging
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+from ..modules import MLP
+
+CONTEXT = 77  # CLIP's sequence length
+VOCABULARY = 49408
+LEARNABLE = 10  # rows before and after the name
+PREFIX = 1 + LEARNABLE  # [SOS] and the first learnable rows: shared by the classes
+OPENAI = ("ViT-B-16", "openai")  # CLIP's weights for quickgelu, as open_clip names them
+
+_log = logging.getLogger("avadclip_fast")
+
+
+class TextWeightsError(RuntimeError):
+    """CLIP's text weights could not be had; the message says what to do."""
+
+
+def tokenize(names: list[str]) -> list[list[int]]:
+    """CLIP's byte-pair codes of class names, [SOS] first and [EOS] last (open_clip's tokenizer)."""
+    try:
+        from open_clip import tokenizer
+    except ImportError as error:
+        raise TextWeightsError("class names need open_clip's tokenizer: pip install open_clip_torch") from error
+    tokens = tokenizer.tokenize(names, context_length=CONTEXT)  # [C, 77], EOS has the highest code
+    return [row[: int(row.argmax()) + 1].tolist() for row in tokens]
+
+
+class TextBlock(nn.Module):
+    """A pre-norm transformer block of CLIP's text tower; rows = prefix rows, then S rows a class."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, heads)  # holds the parameters under CLIP's names
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+
+    def forward(self, x: Tensor, classes: int, mask: Tensor) -> Tensor:
+        """x (11 + C·S, W), mask (S, 11 + S) True where a class row may look -> (11 + C·S, W)."""
+        qkv = ops.linear_act(
+            x, self.attn.in_proj_weight, self.attn.in_proj_bias, norm=(self.ln_1.weight, self.ln_1.bias)
+        )
+        first = self._heads(qkv[:PREFIX].unsqueeze(0))  # 3 x [1, H, 11, W/H]
+        own = self._heads(qkv[PREFIX:].unflatten(0, (classes, -1)))  # 3 x [C, H, S, W/H]
+        keys, values = (
+            torch.cat([f.expand(classes, -1, -1, -1), o], 2) for f, o in zip(first[1:], own[1:], strict=True)
+        )
+        parts = (
+            F.scaled_dot_product_attention(*first, is_causal=True),
+            F.scaled_dot_product_attention(own[0], keys, values, attn_mask=mask),
+        )
+        mixed = torch.cat([part.transpose(1, 2).flatten(0, 1).flatten(1) for part in parts])  # [11 + C·S, W]
+        x = ops.linear_act(mixed, self.attn.out_proj.weight, self.attn.out_proj.bias, residual=x)
+        return self.mlp(x, residual=x, norm=self.ln_2)
+
+    def _heads(self, qkv: Tensor) -> list[Tensor]:
+        return [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1)]
+
+
+class TextEncoder(nn.Module):
+    """Class names -> class features, through CLIP's frozen text transformer and learnable prompt rows.
+
+        text = TextEncoder(tokenize(["normal", "fighting"]))
+        features = text()                     # (C, 512)
+
+    Weights are CLIP's, under CLIP's names, and frozen; `prompt` (77, W) alone is trained, row p at position p.
+    tokens: one list per class, [SOS] name [EOS]; a name may be up to 55 tokens long, or ValueError.
+    """
+
+    def __init__(self, tokens: list[list[int]], dim: int = 512, width: int = 512, layers: int = 12):
+        super().__init__()
+        self.token_embedding = nn.Embedding(VOCABULARY, width)
+        self.positional_embedding = nn.Parameter(torch.empty(CONTEXT, width))
+        self.transformer = nn.Module()
+        self.transformer.resblocks = nn.ModuleList(TextBlock(width, max(1, width // 64)) for _ in range(layers))
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(torch.empty(width, dim))
+        # Not used here: CLIP's own temperature, kept so that official checkpoints come back as they went in.
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(100.0)))
+        self.requires_grad_(False)
+        self.prompt = nn.Embedding(CONTEXT, width)
+        nn.init.normal_(self.prompt.weight, std=0.01)
+        self.set_tokens(tokens)
+
+    def set_tokens(self, tokens: list[list[int]]) -> None:
+        """Sets the classes: lays out each class's rows after the shared prefix."""
+        eos = [len(t) - 1 for t in tokens]  # the plain tokenisation's index of EOS
+        if max(eos) + 2 * LEARNABLE >= CONTEXT:
+            worst = eos.index(max(eos))
+            raise ValueError(
+                f"class name number {worst + 1} has {max(eos) - 1} tokens; "
+                f"at most {CONTEXT - 2 * LEARNABLE - 2} fit between the prompt rows"
+            )
+        rows = max(eos) + LEARNABLE  # S: the longest name's tokens, 10 learnable rows, EOS
+        codes = torch.zeros(len(tokens), rows, dtype=torch.long)
+        fixed = torch.zeros(len(tokens), rows, dtype=torch.bool)  # a token's embedding, not a learnable row
+        for c, t in enumerate(tokens):
+            name, end = t[1:-1], LEARNABLE + eos[c] - 1
+            codes[c, : len(name)] = torch.tensor(name, dtype=torch.long)
+            codes[c, end] = t[-1]
+            fixed[c, : len(name)] = True
+            fixed[c, end] = True
+        mask = torch.ones(rows, PREFIX + rows, dtype=torch.bool).tril(PREFIX)  # the whole prefix, then causal
+        device = self.positional_embedding.device
+        self.tokens = tokens
+        self.sos = tokens[0][0]
+        self.register_buffer("codes", codes.to(device), persistent=False)
+        self.register_buffer("fixed", fixed[..., None].to(device), persistent=False)
+        self.register_buffer("mask", mask.to(device), persistent=False)
+        self.register_buffer("eos", torch.tensor(eos, device=device) + LEARNABLE - 1, persistent=False)
+
+    def forward(self) -> Tensor:
+        """The class features, (C, D)."""
+        classes, rows = self.codes.shape
+        learned, positions = self.prompt.weight, self.positional_embedding
+        prefix = (
+            torch.cat([self.token_embedding.weight[self.sos : self.sos + 1], learned[1:PREFIX]]) + positions[:PREFIX]
+        )
+        after = slice(PREFIX, PREFIX + rows)
+        suffix = torch.where(self.fixed, self.token_embedding(self.codes), learned[after]) + positions[after]
+        x = torch.cat([prefix, suffix.flatten(0, 1)])  # [11 + C·S, W]
+        for block in self.transformer.resblocks:
+            x = block(x, classes, self.mask)
+        last = x[PREFIX:].unflatten(0, (classes, rows))[torch.arange(classes, device=x.device), self.eos]  # [C, W]
+        return ops.linear_act(last, self.text_projection.T, norm=(self.ln_final.weight, self.ln_final.bias))
+
+    @torch.no_grad()
+    def randomize(self, seed: int = 0) -> None:
+        """Draws the frozen weights as CLIP initialises them, from a generator of their own: the same for a seed."""
+        generator = torch.Generator().manual_seed(seed)
+        width, layers = self.positional_embedding.shape[1], len(self.transformer.resblocks)
+
+        def draw(parameter: Tensor, std: float) -> None:
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+
+        draw(self.token_embedding.weight, 0.02)
+        draw(self.positional_embedding, 0.01)
+        draw(self.text_projection, width**-0.5)
+        for block in self.transformer.resblocks:
+            draw(block.attn.in_proj_weight, width**-0.5)
+            draw(block.attn.out_proj.weight, (2 * layers * width) ** -0.5)
+            draw(block.mlp.c_fc.weight, (2 * width) ** -0.5)
+            draw(block.mlp.c_proj.weight, (2 * layers * width) ** -0.5)
+            for bias in (block.attn.in_proj_bias, block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
+                bias.zero_()
+
+    def load(self, weights: str | Path, seed: int = 0) -> None:
+        """Fills the frozen weights.
+
+        weights: "openai" (downloaded once, checked by SHA-256), "random" (drawn from `seed`), or the path of CLIP's
+        ViT-B-16.pt, of an open_clip .safetensors file, or of an official AVadCLIP checkpoint.
+        Raises TextWeightsError where they cannot be had or do not fit.
+        """
+        if weights == "random":
+            self.randomize(seed)
+            return
+        source = _download() if weights == "openai" else Path(weights)
+        state = read_weights(source)
+        own = {name: p for name, p in self.state_dict().items() if not name.startswith("prompt.")}
+        wrong = [
+            f"{name}: expected {list(p.shape)}, found {list(state[name].shape) if name in state else 'none'}"
+            for name, p in own.items()
+            if name not in state or state[name].shape != p.shape
+        ]
+        if wrong:
+            raise TextWeightsError(f"{source} does not hold this text transformer:\n  " + "\n  ".join(wrong))
+        self.load_state_dict({name: state[name].float() for name in own}, strict=False)
+
+
+def _download() -> Path:
+    try:
+        from open_clip.pretrained import download_pretrained_from_url, get_pretrained_url
+
+        url = get_pretrained_url(*OPENAI)
+        return Path(download_pretrained_from_url(url))
+    except Exception as error:  # the network, a proxy, a full disk: whatever it was, the remedy is the same
+        raise TextWeightsError(
+            f"CLIP's ViT-B/16 weights could not be fetched ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
+            "~/.cache/clip, or give its path as text weights; 'random' (--text-weights random) runs without them, "
+            "for tests and demonstrations only"
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """CLIP's tensors by CLIP's names, from any file that holds them. Raises TextWeightsError."""
+    if not path.is_file():
+        raise TextWeightsError(f"text weights: no file {path}; give 'openai', 'random' or the path of CLIP's weights")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except RuntimeError:  # OpenAI's own file is a TorchScript archive
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    except Exception as error:
+        raise TextWeightsError(f"text weights: {path} cannot be read: {error}") from error
+    state = state.get("model_state_dict", state)
+    return {name.removeprefix("clipmodel."): tensor for name, tensor in state.items()}

@@ -1,0 +1,50 @@
+"""AVPrompt: the audio-visual prompt, and the class logits it leads to."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .linear_act import MLP
+from .prompt_similarity import PromptSimilarity
+
+
+class AVPrompt(nn.Module):
+    """Class prompts that have seen the video, and each snippet's cosine with them (arXiv 2504.04495, eq. 4-8).
+
+        g_b = normalised sum_t anomaly_logits_bt · features_bt
+        y_bc = text_c + w_bc g_b,   X_bc = y_bc + mlp1(y_bc),   class_logits_btc = cos(features_bt, X_bc) / 0.07
+
+    prompt="official": w_bc = 1, what the authors' code comes to (its softmax runs over identical columns);
+    prompt="paper":    w_b = softmax over the classes of <text_c, g_b> (eq. 5), and the skip adds text_c alone (eq. 7).
+
+        prompt = AVPrompt(512)
+        class_logits = prompt(features, text, anomaly_logits, lengths)     # (B, T, C)
+
+    Raises ValueError on an unknown prompt form, and on shapes, dtypes, devices or lengths that do not fit.
+    Parameters carry the official names (`mlp1.c_fc`, `mlp1.c_proj`).
+    """
+
+    def __init__(self, dim: int = 512, prompt: str = "official", temperature: float = 0.07, backend: str | None = None):
+        super().__init__()
+        if prompt not in ("official", "paper"):
+            raise ValueError(f"AVPrompt: prompt must be 'official' or 'paper', got {prompt!r}")
+        self.prompt, self.backend = prompt, backend
+        self.mlp1 = MLP(dim, backend=backend)
+        self.similarity = PromptSimilarity(temperature, backend=backend)
+
+    def prompts(self, features: Tensor, text: Tensor, anomaly_logits: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """The class prompts X of each video: features (B, T, D), text (C, D), anomaly_logits (B, T) -> (B, C, D)."""
+        pooled = ops.attention_pool(features, anomaly_logits, lengths, backend=self.backend)[:, None]  # [B, 1, D]
+        if self.prompt == "official":
+            y = text + pooled  # [B, C, D]
+            return self.mlp1(y, residual=y)
+        weights = torch.softmax(pooled @ text.T, dim=-1)  # [B, 1, C]
+        y = text + weights.transpose(1, 2) * pooled
+        return self.mlp1(y, residual=text.expand_as(y))
+
+    def forward(self, features: Tensor, text: Tensor, anomaly_logits: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B, T, D), (C, D), (B, T), (B,) or None -> class logits (B, T, C). `lengths` keeps padded rows out of g."""
+        return self.similarity(features, self.prompts(features, text, anomaly_logits, lengths))
+
+    def extra_repr(self) -> str:
+        return f"prompt={self.prompt!r}"

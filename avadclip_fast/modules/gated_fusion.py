@@ -1,0 +1,71 @@
+"""AVFusion: audio-visual fusion."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+
+MODES = ("gated", "add", "concat", "cross_attention")
+
+
+class AVFusion(nn.Module):
+    """Fuses an audio stream into a visual one; rows are snippets (arXiv 2504.04495, section III-C and Table VII).
+
+        gated:            z = [v | a],   out = v + sigmoid(Wg z + bg) ⊙ (Wr GELU(Wh z + bh) + br)
+        add:              out = v + a
+        concat:           out = W [v | a] + b
+        cross_attention:  out = v + MHA(query=v, key=a, value=a), 8 heads
+
+    "gated" is the model's; the others are the paper's ablation and run in plain PyTorch.
+
+        fusion = AVFusion(512)
+        fused = fusion(visual, audio)      # visual, audio: (B, T, 512) -> (B, T, 512)
+
+    Raises ValueError on an unknown mode, and on shapes, dtypes or devices that do not fit. Parameters carry the
+    official names (`gate_proj.0`, `residual_proj.0`, `residual_proj.2`).
+    """
+
+    def __init__(self, dim: int = 512, mode: str = "gated", backend: str | None = None):
+        super().__init__()
+        if mode not in MODES:
+            raise ValueError(f"AVFusion: mode must be one of {', '.join(MODES)}; got {mode!r}")
+        self.mode, self.backend = mode, backend
+        if mode == "gated":
+            self.gate_proj = nn.Sequential(nn.Linear(2 * dim, dim), nn.Sigmoid())
+            self.residual_proj = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, dim))
+        elif mode == "concat":
+            self.proj = nn.Linear(2 * dim, dim)
+        elif mode == "cross_attention":
+            self.attention = nn.MultiheadAttention(dim, num_heads=8, batch_first=True)
+
+    def forward(self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """(B, T, D), (B, T, D) -> (B, T, D). `lengths` (B,) hides padded audio from cross attention; others need none."""
+        if self.mode == "gated":
+            gate, hidden, residual = self.gate_proj[0], self.residual_proj[0], self.residual_proj[2]
+            return ops.gated_fusion(
+                visual,
+                audio,
+                gate.weight,
+                gate.bias,
+                hidden.weight,
+                hidden.bias,
+                residual.weight,
+                residual.bias,
+                backend=self.backend,
+            )
+        if visual.shape != audio.shape:
+            raise ValueError(
+                f"AVFusion: visual and audio must have one shape, got {list(visual.shape)} and {list(audio.shape)}"
+            )
+        if self.mode == "add":
+            return visual + audio
+        if self.mode == "concat":
+            return self.proj(torch.cat([visual, audio], dim=-1))
+        padding = None
+        if lengths is not None:
+            padding = torch.arange(audio.shape[1], device=audio.device) >= lengths[:, None]
+        attended, _ = self.attention(visual, audio, audio, key_padding_mask=padding, need_weights=False)
+        return visual + attended
+
+    def extra_repr(self) -> str:
+        return f"mode={self.mode!r}"

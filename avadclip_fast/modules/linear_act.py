@@ -1,0 +1,96 @@
+"""Layers that are one or two calls of linear_act: MLP, temporal convolution, the audio TCN."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import ops
+
+
+class MLP(nn.Module):
+    """CLIP's two-layer perceptron: c_proj(QuickGELU(c_fc(norm(x)))) + residual, hidden width 4D.
+
+    forward: x (B, T, D), residual (B, T, D) or None, norm a LayerNorm or None -> (B, T, D).
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None, backend: str | None = None):
+        super().__init__()
+        hidden = hidden or 4 * dim
+        self.backend = backend
+        self.c_fc = nn.Linear(dim, hidden)
+        self.c_proj = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None) -> Tensor:
+        affine = None if norm is None else (norm.weight, norm.bias)
+        h = ops.linear_act(x, self.c_fc.weight, self.c_fc.bias, "quick_gelu", norm=affine, backend=self.backend)
+        return ops.linear_act(h, self.c_proj.weight, self.c_proj.bias, residual=residual, backend=self.backend)
+
+
+class TemporalConv(nn.Conv1d):
+    """A Conv1d over time that takes and gives (B, T, D); zero padding keeps T. Parameters as in nn.Conv1d."""
+
+    def __init__(self, inputs: int, outputs: int, taps: int, backend: str | None = None):
+        super().__init__(inputs, outputs, taps, padding=taps // 2)
+        self.backend = backend
+
+    def forward(
+        self, x: Tensor, activation: str = "none", residual: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        return ops.linear_act(
+            x, self.weight, self.bias, activation, residual=residual, lengths=lengths, backend=self.backend
+        )
+
+
+class CausalConv(nn.Module):
+    """A causal, dilated, weight-normed convolution: w = g · v / |v|, the norm over each output channel.
+
+    Parameters carry the names of torch's first weight norm (`weight_g`, `weight_v`), as the official checkpoints do.
+    forward: (B, T, D), activation -> (B, T, D).
+    """
+
+    def __init__(self, dim: int, taps: int, dilation: int, backend: str | None = None):
+        super().__init__()
+        self.dilation, self.backend = dilation, backend
+        self.bias = nn.Parameter(torch.zeros(dim))
+        self.weight_g = nn.Parameter(torch.empty(dim, 1, 1))
+        self.weight_v = nn.Parameter(torch.empty(dim, dim, taps))
+        nn.init.normal_(self.weight_v, std=0.01)
+        with torch.no_grad():
+            self.weight_g.copy_(self.weight_v.norm(dim=(1, 2), keepdim=True))
+
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        weight = self.weight_g * self.weight_v / self.weight_v.norm(dim=(1, 2), keepdim=True)
+        return ops.linear_act(
+            x, weight, self.bias, activation, dilation=self.dilation, causal=True, backend=self.backend
+        )
+
+
+class TemporalBlock(nn.Module):
+    """One level of the audio TCN: out = ReLU(h2 + x), h1 = drop(ReLU(conv1 x)), h2 = drop(ReLU(conv2 h1))."""
+
+    def __init__(self, dim: int, taps: int, dilation: int, dropout: float, backend: str | None = None):
+        super().__init__()
+        self.dropout = dropout
+        self.conv1 = CausalConv(dim, taps, dilation, backend)
+        self.conv2 = CausalConv(dim, taps, dilation, backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.dropout(self.conv1(x, "relu"), self.dropout, self.training)
+        h = F.dropout(self.conv2(h, "relu"), self.dropout, self.training)
+        return F.relu(h + x)
+
+
+class TemporalConvNet(nn.Module):
+    """The audio encoder: residual levels of causal convolutions with dilation 1, 2, 4, ... .
+
+    forward: (B, T, D) -> (B, T, D). Causal, so that padding at the end never reaches a valid row.
+    """
+
+    def __init__(
+        self, dim: int = 512, levels: int = 3, taps: int = 2, dropout: float = 0.1, backend: str | None = None
+    ):
+        super().__init__()
+        self.network = nn.Sequential(*(TemporalBlock(dim, taps, 2**i, dropout, backend) for i in range(levels)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)

@@ -1,0 +1,83 @@
+"""TemporalAggregator: graph convolutions over the similarity and the distance graph."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from .distance_graph import DistanceGraph
+from .linear_act import TemporalConv
+from .similarity_graph import SimilarityGraph
+
+
+class GraphConv(nn.Module):
+    """The parameters of one graph convolution, g(x, G) = G · (x W) + r(x): `weight` [in, out], no bias.
+
+    r is a 5-tap convolution over time (`residual`) where the widths differ, else the identity.
+    """
+
+    def __init__(self, inputs: int, outputs: int, backend: str | None = None):
+        super().__init__()
+        self.backend = backend
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        nn.init.xavier_uniform_(self.weight)
+        self.residual = TemporalConv(inputs, outputs, 5, backend) if inputs != outputs else None
+
+    def project(self, x: Tensor) -> Tensor:
+        """x W."""
+        return ops.linear_act(x, self.weight.T, backend=self.backend)
+
+    def skip(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """r(x)."""
+        return x if self.residual is None else self.residual(x, lengths=lengths)
+
+
+class TemporalAggregator(nn.Module):
+    """Relates the snippets of a video to each other: two graph convolutions by likeness, two by closeness in time.
+
+        x1 = QG(gc2(QG(gc1(x, A)), A)),   x2 = QG(gc4(QG(gc3(x, E)), E)),   out = linear([x1 | x2])
+
+    with A of `SimilarityGraph`, E of `DistanceGraph`, QG(x) = x · sigmoid(1.702 x).
+
+        aggregate = TemporalAggregator(512)
+        out = aggregate(x, lengths)            # (B, T, 512) -> (B, T, 512)
+
+    padding="official": as the authors' code, where only A knows the lengths, and padded rows reach valid ones through
+    the convolutions and E; padding="masked": valid rows see valid rows only. Parameters carry the official names.
+    Raises ValueError on shapes, dtypes or lengths that do not fit.
+    """
+
+    def __init__(self, dim: int = 512, padding: str = "masked", threshold: float = 0.7, backend: str | None = None):
+        super().__init__()
+        check_padding("TemporalAggregator", padding)
+        self.padding, self.backend = padding, backend
+        half = dim // 2
+        self.gc1 = GraphConv(dim, half, backend)
+        self.gc2 = GraphConv(half, half, backend)
+        self.gc3 = GraphConv(dim, half, backend)
+        self.gc4 = GraphConv(half, half, backend)
+        self.simAdj = SimilarityGraph(threshold, backend)
+        self.disAdj = DistanceGraph(backend=backend)
+        self.linear = nn.Linear(2 * half, dim)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        valid = lengths if self.padding == "masked" else None
+        mixed, weights = self.simAdj(x, self.gc1.project(x), lengths)
+        h = _quick_gelu(mixed + self.gc1.skip(x, valid))
+        mixed, _ = self.simAdj(x, self.gc2.project(h), lengths, weights)
+        x1 = _quick_gelu(mixed + self.gc2.skip(h, valid))
+        h = _quick_gelu(self.disAdj(self.gc3.project(x), valid) + self.gc3.skip(x, valid))
+        x2 = _quick_gelu(self.disAdj(self.gc4.project(h), valid) + self.gc4.skip(h, valid))
+        return ops.linear_act(torch.cat([x1, x2], dim=-1), self.linear.weight, self.linear.bias, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding!r}"
+
+
+def check_padding(owner: str, padding: str) -> None:
+    """Raises ValueError unless padding is "official" or "masked"."""
+    if padding not in ("official", "masked"):
+        raise ValueError(f"{owner}: padding must be 'official' or 'masked', got {padding!r}")
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)

@@ -1,0 +1,79 @@
+"""Argument checks shared by all ops: every message says what was expected and what came."""
+
+import re
+
+import torch
+from torch import Tensor
+
+_DIM = re.compile(r"(\d*)([A-Z]?)$")
+
+
+def check_tensors(op: str, *specs: tuple[str, Tensor | None, str]) -> dict[str, int]:
+    """Checks rank, sizes, dtype and device of an op's floating-point arguments; returns the sizes.
+
+    specs: (name, tensor, shape) with the shape in letters that must agree across arguments and may carry a
+    factor: ("gate_weight", w, "D 2D"). An argument that is None is passed over.
+    Raises ValueError naming the argument, the expected and the actual shape, dtype or device.
+    """
+    sizes: dict[str, int] = {}
+    first = next((name, x) for name, x, _ in specs if x is not None)
+    for name, x, shape in specs:
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        dims = shape.split()
+        if x.ndim != len(dims):
+            raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}], got {list(x.shape)}")
+        for dim, size in zip(dims, x.shape, strict=True):
+            factor, letter = _DIM.match(dim).groups()
+            if not letter:
+                expected = int(factor)
+            elif letter in sizes:
+                expected = int(factor or 1) * sizes[letter]
+            else:
+                expected = size
+                sizes[letter] = size // int(factor or 1)
+                if sizes[letter] * int(factor or 1) != size:
+                    raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}], got {list(x.shape)}")
+            if size != expected:
+                known = ", ".join(f"{k}={v}" for k, v in sizes.items())
+                raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}] with {known}, got {list(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
+        if x.device != first[1].device:
+            raise ValueError(f"{op}: {name} is on {x.device}, but {first[0]} is on {first[1].device}")
+        if x.dtype != first[1].dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"{op}: {name} is {x.dtype}, but {first[0]} is {first[1].dtype}; cast one, or use torch.autocast"
+            )
+    return sizes
+
+
+def check_lengths(op: str, lengths: Tensor | None, batch: int, rows: int, device: torch.device) -> None:
+    """Checks that `lengths` is an integer tensor [B] with 1 <= lengths <= T.
+
+    The values are read on the CPU only: on a GPU that would make the host wait for the device.
+    Raises ValueError.
+    """
+    if lengths is None:
+        return
+    if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
+        kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise ValueError(f"{op}: lengths must be an int32 or int64 tensor, got {kind}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"{op}: lengths must have shape [{batch}], got {list(lengths.shape)}")
+    if lengths.device != device:
+        raise ValueError(f"{op}: lengths is on {lengths.device}, but the features are on {device}")
+    # A traced or fake tensor has no values, and reads through numpy are not operators: nothing to trace or to sync.
+    if type(lengths) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+        values = lengths.numpy()
+        if values.min() < 1 or values.max() > rows:
+            raise ValueError(f"{op}: lengths must lie in 1..{rows}, got {values.min()}..{values.max()}")
+
+
+def check_positive(op: str, **values: float) -> None:
+    """Raises ValueError where a number is not above zero."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{op}: {name} must be positive, got {value}")

@@ -1,0 +1,44 @@
+"""similarity_graph: thresholded-cosine softmax graph times features."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import _dispatch
+from ._check import check_lengths, check_tensors
+
+_dispatch.register("similarity_graph", "reference", reference.similarity_graph)
+
+
+def similarity_graph(
+    features: Tensor,
+    values: Tensor,
+    lengths: Tensor | None = None,
+    threshold: float = 0.7,
+    weights: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mixes snippets of a video by how alike they are: A · values, with A from the features' cosines.
+
+        s_ij = <x_i, x_j> / (|x_i||x_j| + 1e-20),   t_ij = s_ij if s_ij > threshold else 0
+        A = softmax_j(t_ij) over j < lengths[b];   rows and columns >= lengths[b] are 0
+        out = A · values
+
+    A sub-threshold edge still has weight exp(0) = 1 before normalisation. Gradients reach the features through the
+    edges above the threshold.
+
+    features: (B, T, D) floating point; values: (B, T, E) of the same dtype
+    lengths: (B,) int; None means that all T rows are valid
+    threshold: in [-1, 1]
+    weights: what an earlier call returned for the same features and lengths, to multiply by the same graph again
+    Returns (out (B, T, E) in the values' dtype, weights to hand to a later call).
+    Raises ValueError on shapes, dtypes, devices, lengths or a threshold that do not fit.
+    Precision: cosines and softmax in float32. Deterministic. Backends: see `avadclip-fast env`.
+    """
+    sizes = check_tensors("similarity_graph", ("features", features, "B T D"), ("values", values, "B T E"))
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"similarity_graph: threshold is a cosine in [-1, 1], got {threshold}")
+    if lengths is None:
+        lengths = torch.full((sizes["B"],), sizes["T"], device=features.device)
+    check_lengths("similarity_graph", lengths, sizes["B"], sizes["T"], features.device)
+    return _dispatch.run("similarity_graph", backend, features, values, lengths, threshold, weights)

@@ -1,0 +1,47 @@
+"""act(x * W + b) + residual: a linear layer or a k-tap convolution over time, kept in [B, T, D]."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._numerics import at_least_float32, zero_padding
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,  # the exact (erf) form
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+LAYER_NORM_EPS = 1e-5
+
+
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
+    dilation: int = 1,
+    causal: bool = False,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """
+    h_t = LayerNorm(x_t) if norm else x_t,      h_t = 0 for t outside [0, lengths[b])
+    y_t = sum_k W[:, :, k] h_(t + (k - K//2)·dilation) + b         (causal: k - K + 1 in place of k - K//2)
+    out = act(y) + residual
+    """
+    if norm is not None:
+        scale, shift = (at_least_float32(p) for p in norm)
+        h = F.layer_norm(at_least_float32(x), x.shape[-1:], scale, shift, LAYER_NORM_EPS).to(x.dtype)
+    else:
+        h = x
+    if weight.ndim == 2:
+        y = F.linear(h, weight, bias)
+    else:
+        reach = (weight.shape[2] - 1) * dilation
+        before = reach if causal else reach // 2
+        h = F.pad(zero_padding(h, lengths), (0, 0, before, reach - before))  # [B, T + reach, D]
+        y = F.conv1d(h.transpose(1, 2), weight, bias, dilation=dilation).transpose(1, 2)
+    y = ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual

@@ -1,0 +1,30 @@
+"""The similarity graph: a softmax over thresholded cosines between the snippets of a video."""
+
+import torch
+from torch import Tensor
+
+from ._numerics import at_least_float32, valid_mask
+
+EPS = 1e-20
+
+
+def similarity_graph(
+    features: Tensor, values: Tensor, lengths: Tensor, threshold: float = 0.7, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """
+    s_ij = <x_i, x_j> / (|x_i||x_j| + 1e-20),   t_ij = s_ij if s_ij > threshold else 0
+    A = softmax_j(t_ij) over j < lengths[b];   rows and columns >= lengths[b] are 0
+    out = A · values
+    A sub-threshold edge still has weight exp(0) = 1. Pass the returned A as `weights` to multiply it again.
+    """
+    if weights is None:
+        x = at_least_float32(features)
+        norm = torch.linalg.vector_norm(x, dim=-1)  # [B, T]
+        cosine = x @ x.transpose(1, 2) / (norm[:, :, None] * norm[:, None] + EPS)  # [B, T, T]
+        edges = torch.where(cosine > threshold, cosine, 0)
+        mask = valid_mask(lengths, x.shape[1])
+        pairs = mask[:, :, None] & mask[:, None]
+        # The cosines lie in [-1, 1], so that exp needs no running maximum.
+        unnormalised = torch.where(pairs, edges.exp(), 0)
+        weights = unnormalised / unnormalised.sum(-1, keepdim=True).clamp_min(1)  # a valid row sums to >= 1
+    return weights.to(values.dtype) @ values, weights

@@ -1,0 +1,29 @@
+"""Block-diagonal self-attention: snippet i attends to j only if i // window == j // window."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._numerics import valid_mask
+
+
+def window_attention(qkv: Tensor, window: int, heads: int = 1, lengths: Tensor | None = None) -> Tensor:
+    """
+    out_i = sum_j softmax_j(<q_i, k_j> / sqrt(D/heads)) v_j      over j in the window of i (and j < lengths[b])
+    The last window is shorter where `window` does not divide T. Rows with no valid key are 0.
+    """
+    batch, rows, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    windows = -(-rows // window)
+    padded = F.pad(qkv, (0, 0, 0, windows * window - rows))
+    q, k, v = (
+        part.reshape(batch, windows, window, heads, -1).transpose(2, 3)  # [B, W, H, w, D/H]
+        for part in padded.split(width, dim=-1)
+    )
+    keys = torch.arange(windows * window, device=qkv.device) < rows
+    keys = keys.expand(batch, -1) if lengths is None else keys & valid_mask(lengths, windows * window)
+    keys = keys.reshape(batch, windows, 1, 1, window)
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a window without any key must stay finite
+    weights = scores.masked_fill(~keys, lowest).softmax(dim=-1) * keys
+    out = (weights.to(v.dtype) @ v).transpose(2, 3).reshape(batch, windows * window, width)
+    return out[:, :rows]
