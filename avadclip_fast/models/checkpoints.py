@@ -187,10 +187,9 @@ class Checkpointed(ModelHubMixin, library_name="avadclip_fast", license="apache-
 
             classes = XD_VIOLENCE.values()
         classes = list(classes)
-        if sizes.pop("classes") != len(classes):
-            raise CheckpointError(
-                f"the checkpoint has {state['align_loss.alpha'].shape[0]} classes, {len(classes)} names are given: {classes}"
-            )
+        count = sizes.pop("classes")
+        if count != len(classes):
+            raise CheckpointError(f"the checkpoint has {count} classes, {len(classes)} names are given: {classes}")
         model = cls(classes, **{"padding": "official", "text_weights": None, **sizes, **settings})
         load_strict(model, {k: v.float() for k, v in state.items()}, "the official checkpoint")
         return model.eval()
@@ -199,8 +198,8 @@ class Checkpointed(ModelHubMixin, library_name="avadclip_fast", license="apache-
         """Writes the model as an official .pth state dict.
 
         image_tower: a file that holds CLIP's image tower (`clipmodel.visual.*`, as any official checkpoint does, or
-        `visual.*`, as CLIP's own weights do). It plays no part in the model, but the official code's strict loading wants it;
-        without it, load with strict=False there.
+        `visual.*`, as CLIP's own weights do). It plays no part in the model, but the official code's strict loading
+        wants it; without it, load with strict=False there.
         """
         state = official_state({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()})
         if image_tower is not None:

@@ -57,9 +57,7 @@ class TextBlock(nn.Module):
         )
         first = self._heads(qkv[:PREFIX].unsqueeze(0))  # 3 x [1, H, 11, W/H]
         own = self._heads(qkv[PREFIX:].unflatten(0, (classes, -1)))  # 3 x [C, H, S, W/H]
-        keys, values = (
-            torch.cat([f.expand(classes, -1, -1, -1), o], 2) for f, o in zip(first[1:], own[1:], strict=True)
-        )
+        keys, values = (torch.cat([first[i].expand(classes, -1, -1, -1), own[i]], dim=2) for i in (1, 2))
         parts = (
             F.scaled_dot_product_attention(*first, is_causal=True),
             F.scaled_dot_product_attention(own[0], keys, values, attn_mask=mask),

@@ -39,7 +39,7 @@ class AVFusion(nn.Module):
             self.attention = nn.MultiheadAttention(dim, num_heads=8, batch_first=True)
 
     def forward(self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, T, D), (B, T, D) -> (B, T, D). `lengths` (B,) hides padded audio from cross attention; others need none."""
+        """(B, T, D), (B, T, D) -> (B, T, D). `lengths` (B,) hides padded audio from cross attention alone."""
         if self.mode == "gated":
             gate, hidden, residual = self.gate_proj[0], self.residual_proj[0], self.residual_proj[2]
             return ops.gated_fusion(

@@ -36,7 +36,7 @@ def register(op: str, backend: str, function: Callable, supports: Callable[..., 
 
 
 def run(op: str, backend: str | None, *args, **kwargs):
-    """Calls `op` through the backend asked for (argument, `use_backend`, AVADCLIP_FAST_BACKEND), or the first that fits."""
+    """Calls `op` by the backend asked for (argument, `use_backend`, AVADCLIP_FAST_BACKEND), or the first that fits."""
     wanted = backend or _forced
     if wanted is not None:
         reason = why_not(op, wanted, *args, **kwargs)

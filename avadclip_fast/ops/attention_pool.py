@@ -12,7 +12,7 @@ _dispatch.register("attention_pool", "reference", reference.attention_pool)
 def attention_pool(
     features: Tensor, logits: Tensor, lengths: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """One unit vector per video: the sum of its features weighted by their raw anomaly logits (arXiv 2504.04495, eq. 4).
+    """One unit vector per video: the sum of its features weighted by its anomaly logits (arXiv 2504.04495, eq. 4).
 
         g_b = sum_t logits_bt · features_bt,   out_b = g_b / max(|g_b|, 1e-12)
 

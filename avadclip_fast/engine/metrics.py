@@ -1,0 +1,338 @@
+"""Frame-level AP and ROC-AUC, and detection mAP, computed on snippets and exact for frames.
+
+A score belongs to a snippet and holds for each of its `frames_per_snippet` frames, so nothing here repeats it:
+frames enter as weights (AP, AUC, top means) and as a factor on positions (proposals).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+IOUS = (0.1, 0.2, 0.3, 0.4, 0.5)
+Spans = Sequence[Sequence[tuple[int, int, int]]]  # per video: (first frame, one past the last, class index)
+
+
+def frame_ap(scores: np.ndarray, truth: np.ndarray, frames_per_snippet: int = 1) -> float:
+    """Average precision over frames, a fraction.
+
+        AP = sum_i (R_i - R_{i-1}) P_i over the distinct scores in descending order      (scikit-learn's)
+
+    scores: (n,) one per snippet; truth: (n * frames_per_snippet,) of 0 and 1
+    Returns nan where the truth has one class only. Raises ValueError on lengths, other values, or non-finite scores.
+    """
+    return _frame_metric(average_precision_score, scores, truth, frames_per_snippet)
+
+
+def frame_auc(scores: np.ndarray, truth: np.ndarray, frames_per_snippet: int = 1) -> float:
+    """Area under the ROC curve over frames, a fraction: P(positive > negative) + P(equal) / 2.
+
+    Arguments, nan and errors as in `frame_ap`.
+    """
+    return _frame_metric(roc_auc_score, scores, truth, frames_per_snippet)
+
+
+def _frame_metric(metric, scores, truth, frames_per_snippet: int) -> float:
+    scores = np.asarray(scores)
+    if scores.ndim != 1:
+        raise ValueError(f"scores must be one a snippet, [n], got shape {list(scores.shape)}")
+    positives = _positives(truth, len(scores), frames_per_snippet)  # [n]
+    if not np.isfinite(scores).all():
+        raise ValueError("scores must be finite")
+    return _weighted_metric(metric, scores, positives, frames_per_snippet)
+
+
+def _weighted_metric(metric, scores: np.ndarray, positives: np.ndarray, frames_per_snippet: int) -> float:
+    """`metric` of frames from snippet scores [n] and positive frames a snippet [n].
+
+    Frames of one snippet are tied, so a snippet is one positive of weight `positives` and one negative of the rest.
+    """
+    negatives = frames_per_snippet - positives
+    if not positives.any() or not negatives.any():
+        return math.nan
+    label = np.repeat([True, False], len(scores))
+    weight = np.concatenate([positives, negatives]).astype(np.float64)
+    kept = weight > 0
+    return float(metric(label[kept], np.tile(scores, 2)[kept], sample_weight=weight[kept]))
+
+
+def _positives(truth, snippets: int, frames_per_snippet: int) -> np.ndarray:
+    """Positive frames in each snippet, [snippets] int64."""
+    truth = np.asarray(truth)
+    if frames_per_snippet < 1:
+        raise ValueError(f"frames_per_snippet must be at least 1, got {frames_per_snippet}")
+    if truth.shape != (snippets * frames_per_snippet,):
+        raise ValueError(
+            f"the truth has {truth.size} frames (shape {list(truth.shape)}), but the scores make {snippets} snippets x "
+            f"{frames_per_snippet} = {snippets * frames_per_snippet} frames; check --frames-per-snippet"
+        )
+    positive = truth == 1
+    if not (positive | (truth == 0)).all():
+        raise ValueError("the frame truth must be of 0 and 1 alone")
+    return positive.reshape(snippets, frames_per_snippet).sum(1, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class DetectionResult:
+    """Detection mAP in percent, as the papers give it."""
+
+    ious: tuple[float, ...]  # [I]
+    map_at_iou: np.ndarray  # [I] mean over the classes that count
+    average: float  # mean of map_at_iou, the AVG of the papers
+    per_class: np.ndarray  # [I, C], a class without truth at 0
+    truths: np.ndarray  # [C] int, ground-truth spans
+
+
+def detection_map(
+    scores: Sequence[np.ndarray],
+    spans: Spans,
+    frames_per_snippet: int = 16,
+    ious: Sequence[float] = IOUS,
+    exclude_normal: bool = False,
+    threshold: float = 0.6,
+    top_weight: float = 0.7,
+    top_divisor: int = 16,
+) -> DetectionResult:
+    """Mean average precision of temporal detection at several IoUs.
+
+        proposals of class c in video b: the runs of >= 2 frames where s > max(s) - threshold * (max(s) - min(s))
+        score of a run = max of s in it + top_weight * mean of the video's top n // top_divisor of s
+        AP_c = sum over hits of (hits so far / proposals so far) / truths,    mAP = 100 * mean_c AP_c
+
+    with s the video's n = n_b * frames_per_snippet frame scores of c. Proposals of all videos are taken in descending
+    score; one is a hit if among the unmatched truths of its class and video the one of highest IoU has at least `iou`,
+    and takes it. IoU counts frames, ends exclusive; a truth may reach beyond the scored frames, and counts whole.
+    Source: the evaluator of VadCLIP (Wu et al., AAAI 2024), after W-TALC (Paul et al., ECCV 2018), used by AVadCLIP.
+
+    scores: per video (n_b, C), softmax of the class logits; spans: per video (start, end, class) in frames
+    exclude_normal: leave class 0 out of the mean (official drops the videos after the 500th and keeps the class)
+    Returns a `DetectionResult`. Raises ValueError on shapes, non-finite scores, classes or IoUs that do not fit.
+
+    As official: a class without truth has AP 0 and counts (so an unlabelled normal class halves a two-class mAP);
+    constant scores propose nothing; neither does a video of fewer than top_divisor frames, nor one whose top mean is
+    not positive. The official non-maximum suppression is absent since runs over one threshold never overlap.
+    Departures: float64 where official sums float32; equal scores keep the order of video and start (unstable sort
+    there); a class nobody proposes has AP 0 (there it makes the whole mAP 0).
+    Deterministic. Cost: O(N log N) in snippets.
+    """
+    scores, classes = _check_scores(scores)
+    ious = tuple(float(iou) for iou in ious)
+    if not ious or not all(0 < iou <= 1 for iou in ious):
+        raise ValueError(f"ious must be in (0, 1], got {ious}")
+    if frames_per_snippet < 1 or top_divisor < 1:
+        raise ValueError(f"frames_per_snippet ({frames_per_snippet}) and top_divisor ({top_divisor}) must be >= 1")
+    if exclude_normal and classes < 2:
+        raise ValueError("exclude_normal leaves no class: the scores have one")
+    truths = _check_spans(spans, len(scores), classes)  # [S, 4]: video, start, end, class
+
+    proposals = [_proposals(p, frames_per_snippet, threshold, top_weight, top_divisor) for p in scores]
+    video = np.repeat(np.arange(len(scores)), [len(columns[0]) for columns in proposals])
+    klass, start, end, score = (np.concatenate(column) for column in zip(*proposals, strict=True))
+
+    per_class = np.zeros((len(ious), classes))
+    for c in range(classes):
+        own = np.flatnonzero(klass == c)
+        own = own[np.argsort(-score[own], kind="stable")]
+        hits = _match(video[own], start[own], end[own], truths[truths[:, 3] == c, :3], ious)  # [I, P]
+        precision = np.cumsum(hits, 1) / np.arange(1, len(own) + 1)
+        per_class[:, c] = 100 * (precision * hits).sum(1) / max(1, (truths[:, 3] == c).sum())
+    map_at_iou = per_class[:, int(exclude_normal) :].mean(1)
+    count = np.bincount(truths[:, 3], minlength=classes)
+    return DetectionResult(ious, map_at_iou, float(map_at_iou.mean()), per_class, count)
+
+
+def _proposals(
+    scores: np.ndarray, frames_per_snippet: int, threshold: float, top_weight: float, top_divisor: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """class [P], start [P] and end [P] in frames, score [P] of one video's runs, by class and start; scores [n, C]."""
+    values = scores.T.astype(np.float64)  # [C, n]
+    n = values.shape[1]
+    top = n * frames_per_snippet // top_divisor  # frames in the top mean
+    weight = np.clip(top - frames_per_snippet * np.arange(n), 0, frames_per_snippet)  # [n] frames taken by rank
+    top_mean = (-np.sort(-values, 1) * weight).sum(1) / max(1, top)  # [C]; 0 where top is 0
+
+    low, high = values.min(1), values.max(1)
+    above = values > (high - threshold * (high - low))[:, None]
+    above &= top_mean[:, None] > 0
+    klass, edge = np.nonzero(np.diff(above, axis=1, prepend=False, append=False))  # start, end, start, end, ... a row
+    klass, start, end = klass[::2], edge[::2], edge[1::2]
+
+    row = klass * (n + 1)  # one spare column, so that an end is an index too
+    bounds = np.stack([row + start, row + end], 1).ravel()
+    peak = np.maximum.reduceat(np.pad(values, ((0, 0), (0, 1))).ravel(), bounds)[::2] if len(klass) else np.empty(0)
+    keep = (end - start) * frames_per_snippet >= 2
+    score = peak + top_weight * top_mean[klass]
+    return klass[keep], start[keep] * frames_per_snippet, end[keep] * frames_per_snippet, score[keep]
+
+
+def _match(
+    video: np.ndarray, start: np.ndarray, end: np.ndarray, truths: np.ndarray, ious: tuple[float, ...]
+) -> np.ndarray:
+    """Which proposals hit, [I, P] bool: proposals [P] in descending score, truths [S, 3] (video, start, end)."""
+    hits = np.zeros((len(ious), len(video)), bool)
+    by_video = np.argsort(video, kind="stable")
+    for b in np.unique(truths[:, 0]):
+        left, right = np.searchsorted(video[by_video], [b, b + 1])
+        own = by_video[left:right]  # the video's proposals, still in descending score
+        _, first, last = truths[truths[:, 0] == b].T
+        inter = np.minimum(end[own, None], last) - np.maximum(start[own, None], first)
+        inter = np.maximum(inter, 0)
+        iou = inter / ((end - start)[own, None] + (last - first) - inter)  # [own, truths]
+        for i, least in enumerate(ious):
+            free = iou * (iou >= least)
+            for p in np.flatnonzero(free.any(1)):
+                best = free[p].argmax()  # the first of equals
+                if free[p, best] > 0:
+                    hits[i, own[p]] = True
+                    free[:, best] = 0
+    return hits
+
+
+def _check_scores(scores: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
+    scores = [np.asarray(p) for p in scores]
+    if not scores:
+        raise ValueError("no videos to score")
+    for b, p in enumerate(scores):
+        if p.ndim != 2 or 0 in p.shape or p.shape[1] != scores[0].shape[1]:
+            raise ValueError(f"video {b}: scores must be [snippets, classes] like video 0, got {list(p.shape)}")
+        if not np.isfinite(p).all():
+            raise ValueError(f"video {b}: scores must be finite")
+    return scores, scores[0].shape[1]
+
+
+def _check_spans(spans: Spans, videos: int, classes: int) -> np.ndarray:
+    """[S, 4] int64: video, start, end, class."""
+    if len(spans) != videos:
+        raise ValueError(f"spans of {len(spans)} videos, scores of {videos}")
+    rows = [(b, *span) for b, own in enumerate(spans) for span in own]
+    for b, *span in rows:
+        if len(span) != 3 or not 0 <= span[0] < span[1] or not 0 <= span[2] < classes:
+            raise ValueError(f"video {b}: a span is (start, end, class < {classes}) with 0 <= start < end, got {span}")
+    return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def evaluate_scores(
+    anomaly: Sequence[np.ndarray],
+    class_probabilities: Sequence[np.ndarray],
+    truth: np.ndarray,
+    spans: Spans | None = None,
+    class_names: Sequence[str] | None = None,
+    frames_per_snippet: int = 16,
+    exclude_normal: bool = False,
+) -> dict:
+    """Every metric of one model's scores, ready for JSON (undefined numbers are None).
+
+    anomaly: per video (n_b,), sigmoid(logits1); class_probabilities: per video (n_b, C), softmax(logits2), class 0
+    normal; truth: (sum of n_b * frames_per_snippet,) of 0 and 1, videos in order; spans: see `detection_map`
+
+    Returns counts and, as fractions,
+        align, binary   ap, auc over all frames, abnormal_ap, abnormal_auc over the videos with a positive frame;
+                        align scores 1 - p[0] (the AP that papers report), binary scores sigmoid(logits1)
+        class_ap        with spans, by class: over the videos that have a span of c, p[c] against frames in such spans
+                        (None where these are all their frames, as for normal videos)
+        detection       with spans, in percent: `detection_map`'s result by name
+    Raises ValueError on lengths and shapes that do not fit, a truth of other length first of all.
+    """
+    class_probabilities, classes = _check_scores(class_probabilities)
+    anomaly = [np.asarray(p) for p in anomaly]
+    lengths = np.array([len(p) for p in class_probabilities])
+    if [p.shape for p in anomaly] != [(n,) for n in lengths]:
+        raise ValueError("anomaly and class_probabilities must be of the same videos, [n_b] and [n_b, C]")
+    names = [str(name) for name in (range(classes) if class_names is None else class_names)]
+    if len(names) != classes or len(set(names)) != classes:
+        raise ValueError(f"expected {classes} distinct class names, got {names}")
+
+    positives = _positives(truth, lengths.sum(), frames_per_snippet)  # [N]
+    first = np.concatenate([[0], np.cumsum(lengths)[:-1]])  # [B] each video's first snippet
+    abnormal = np.add.reduceat(positives, first) > 0  # [B]
+    in_abnormal = np.repeat(abnormal, lengths)  # [N]
+    probabilities = np.concatenate(class_probabilities)  # [N, C]
+    branches = {"align": 1 - probabilities[:, 0], "binary": np.concatenate(anomaly)}
+    if not np.isfinite(branches["binary"]).all():
+        raise ValueError("anomaly scores must be finite")
+
+    result = {
+        "videos": len(lengths),
+        "abnormal_videos": int(abnormal.sum()),
+        "snippets": int(lengths.sum()),
+        "frames": int(lengths.sum()) * frames_per_snippet,
+        "positive_frames": int(positives.sum()),
+        "frames_per_snippet": frames_per_snippet,
+    }
+    metrics = {"ap": average_precision_score, "auc": roc_auc_score}
+    for branch, score in branches.items():
+        result[branch] = {}
+        for prefix, chosen in (("", slice(None)), ("abnormal_", in_abnormal)):
+            for key, metric in metrics.items():
+                value = _weighted_metric(metric, score[chosen], positives[chosen], frames_per_snippet)
+                result[branch][prefix + key] = _or_none(value)
+    if spans is None:
+        return result
+
+    rows = _check_spans(spans, len(lengths), classes)
+    result["class_ap"] = {
+        name: _or_none(_class_ap(probabilities[:, c], rows[rows[:, 3] == c, :3], first, lengths, frames_per_snippet))
+        for c, name in enumerate(names)
+    }
+    detection = detection_map(class_probabilities, spans, frames_per_snippet, exclude_normal=exclude_normal)
+    result["detection"] = {
+        "iou": list(detection.ious),
+        "map": detection.map_at_iou.tolist(),
+        "average": detection.average,
+        "exclude_normal": exclude_normal,
+        "per_class": dict(zip(names, detection.per_class.T.tolist(), strict=True)),
+        "truths": dict(zip(names, detection.truths.tolist(), strict=True)),
+    }
+    return result
+
+
+def _class_ap(scores: np.ndarray, spans: np.ndarray, first: np.ndarray, lengths: np.ndarray, frames: int) -> float:
+    """AP of one class over the videos that have it: scores [N], spans [S, 3] (video, start, end)."""
+    parts = []
+    for b in np.unique(spans[:, 0]):
+        inside = np.zeros(lengths[b] * frames, np.int64)
+        for _, start, end in spans[spans[:, 0] == b]:
+            inside[start:end] = 1
+        parts.append((scores[first[b] : first[b] + lengths[b]], inside.reshape(-1, frames).sum(1)))
+    if not parts:
+        return math.nan
+    chosen, positives = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return _weighted_metric(average_precision_score, chosen, positives, frames)
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def format_table(result: dict) -> str:
+    """`evaluate_scores`' result as a small table, in percent."""
+
+    def cells(values) -> str:
+        return "".join(f"{'-' if v is None else format(v, '.2f'):>9}" for v in values)
+
+    lines = [
+        f"{result['videos']} videos ({result['abnormal_videos']} abnormal), {result['frames']:,} frames "
+        f"({result['positive_frames']:,} positive), {result['frames_per_snippet']} a snippet",
+        "",
+        f"{'frame level, %':<16}" + "".join(f"{head:>9}" for head in ("AP", "AUC", "Ano-AP", "Ano-AUC")),
+    ]
+    for branch in ("align", "binary"):
+        values = [result[branch][key] for key in ("ap", "auc", "abnormal_ap", "abnormal_auc")]
+        lines.append(f"{branch:<16}" + cells(v if v is None else 100 * v for v in values))
+    if "detection" not in result:
+        return "\n".join(lines)
+
+    detection = result["detection"]
+    heads = [*(f"@{iou:g}" for iou in detection["iou"]), "AVG", "truths", "frame AP"]
+    lines += ["", f"{'detection, %':<16}" + "".join(f"{head:>9}" for head in heads)]
+    for name, row in detection["per_class"].items():
+        ap = result["class_ap"][name]
+        shown = name if len(name) <= 15 else name[:14] + "…"
+        average = sum(row) / len(row)
+        truths = f"{detection['truths'][name]:>9}"
+        lines.append(f"{shown:<16}" + cells([*row, average]) + truths + cells([ap if ap is None else 100 * ap]))
+    mean = "mean, no normal" if detection["exclude_normal"] else "mean"
+    lines.append(f"{mean:<16}" + cells([*detection["map"], detection["average"]]))
+    return "\n".join(lines)
