@@ -1,0 +1,160 @@
+"""Score curves over ground truth, as PNG files.
+
+Matplotlib is imported when a plot is made, and only its figure objects are used: no pyplot, no global backend.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..data.atomic import atomic_write
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito 2008, colour-blind-safe
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))  # so that curves also differ in grey
+TRUTH_COLOUR = "#E69F00"
+DPI = 150
+TITLE_PER_INCH = 10  # characters of a title that fit over an inch of panel
+
+
+def score_curves(
+    path: str | Path,
+    name: str,
+    scores: Mapping[str, np.ndarray],
+    truth: np.ndarray | Sequence[tuple] | None = None,
+    frames_per_snippet: int = 16,
+    fps: float | None = None,
+) -> None:
+    """Writes one PNG: a video's score curves over its shaded ground truth.
+
+    name: the title; scores: label -> (n,) snippet scores in 0..1, each drawn over its frames_per_snippet frames
+    truth: (frames,) of 0 and 1, or spans (start, end) or (start, end, class) in frames, where class 0 is normal and
+    not shaded; fps: frames a second, for a time axis in seconds (frames otherwise)
+    Raises ValueError on shapes that do not fit.
+    """
+    _write(path, [(name, scores, truth)], frames_per_snippet, fps, columns=1, panel=(9.0, 3.2))
+
+
+def score_grid(
+    path: str | Path,
+    items: Sequence[tuple[str, Mapping[str, np.ndarray], np.ndarray | Sequence[tuple] | None]],
+    frames_per_snippet: int = 16,
+    fps: float | None = None,
+    columns: int = 2,
+) -> None:
+    """Writes one PNG with a panel a video (about eight read well) and one legend.
+
+    items: (name, scores, truth) each, as in `score_curves`; a label has the same colour in every panel
+    Raises ValueError on shapes that do not fit, or without items.
+    """
+    if not items or columns < 1:
+        raise ValueError(f"expected items and columns, got {len(items)} items in {columns} columns")
+    _write(path, items, frames_per_snippet, fps, columns=min(columns, len(items)), panel=(6.4, 2.2))
+
+
+def _write(path, items, frames_per_snippet: int, fps: float | None, columns: int, panel: tuple[float, float]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    if frames_per_snippet < 1 or (fps is not None and not fps > 0):
+        raise ValueError(f"frames_per_snippet must be at least 1 and fps positive, got {frames_per_snippet}, {fps}")
+    panels = []
+    for name, scores, truth in items:
+        curves = _curves(name, scores)
+        frames = frames_per_snippet * max(len(curve) for curve in curves.values())
+        panels.append((name, curves, _spans(name, truth, frames)))
+    labels = list(dict.fromkeys(label for _, curves, _ in panels for label in curves))
+
+    rows = -(-len(panels) // columns)
+    figure = Figure((panel[0] * columns, panel[1] * rows + 0.4), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)  # inches
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()  # [rows * columns]
+    lines = {}
+    shaded = False
+    for ax, (name, curves, spans) in zip(axes, panels, strict=False):
+        lines |= _panel(ax, curves, spans, labels, frames_per_snippet, fps)
+        ax.set_title(_plain(name, int(panel[0] * TITLE_PER_INCH)), fontsize=10, parse_math=False)
+        shaded |= len(spans) > 0
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    for ax in axes[max(0, len(panels) - columns) : len(panels)]:
+        ax.set_xlabel("frame" if fps is None else "time (s)")
+    for ax in axes[: len(panels) : columns]:
+        ax.set_ylabel("anomaly score")
+
+    handles = [lines[label] for label in labels]
+    if shaded:
+        handles.append(Patch(facecolor=TRUTH_COLOUR, alpha=0.3))
+    legend = figure.legend(
+        handles,
+        [*map(_plain, labels), *(["ground truth"] if shaded else [])],
+        loc="outside lower center",
+        ncols=min(5, len(handles)),
+        frameon=False,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    with atomic_write(path, mode="wb") as file:
+        figure.savefig(file, format="png")
+
+
+def _panel(ax, curves, spans, labels, frames_per_snippet: int, fps: float | None) -> dict:
+    """Draws one video; returns label -> line."""
+    unit = 1 if fps is None else 1 / fps
+    for start, end in spans:
+        ax.axvspan(start * unit, end * unit, facecolor=TRUTH_COLOUR, alpha=0.3, linewidth=0, zorder=0)
+    length = max(len(curve) for curve in curves.values())
+    lines = {}
+    for label, curve in curves.items():
+        index = labels.index(label)
+        x = np.arange(len(curve) + 1) * (frames_per_snippet * unit)
+        lines[label] = ax.step(
+            x,
+            np.append(curve, curve[-1]),  # the last snippet is as wide as the others
+            where="post",
+            color=COLOURS[index % len(COLOURS)],
+            linestyle=DASHES[index % len(DASHES)],
+            linewidth=1.5 if length <= 120 else 1.0,
+        )[0]
+    ax.set_xlim(0, length * frames_per_snippet * unit)
+    ax.set_ylim(-0.03, 1.03)
+    ax.set_yticks(np.linspace(0, 1, 5), ["0", "", "0.5", "", "1"])
+    ax.grid(color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    return lines
+
+
+def _curves(name: str, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    curves = {str(label): np.asarray(curve, np.float64) for label, curve in scores.items()}
+    shapes = {label: list(curve.shape) for label, curve in curves.items()}
+    if not curves or any(curve.ndim != 1 or len(curve) == 0 for curve in curves.values()):
+        raise ValueError(f"{name}: expected label -> scores [n], n > 0, got {shapes}")
+    return curves
+
+
+def _spans(name: str, truth, frames: int) -> list[tuple[float, float]]:
+    """(start, end) in frames, from spans or a vector of `frames`."""
+    if truth is None or len(truth) == 0:
+        return []
+    truth = np.asarray(truth)
+    if truth.ndim == 1:
+        if len(truth) != frames:
+            raise ValueError(f"{name}: truth of {len(truth)} frames, scores of {frames}; check frames_per_snippet")
+        edges = np.flatnonzero(np.diff(truth > 0, prepend=False, append=False))
+        return list(zip(edges[::2], edges[1::2], strict=True))
+    if truth.ndim != 2 or truth.shape[1] not in (2, 3):
+        raise ValueError(f"{name}: truth is a frame vector or (start, end[, class]) rows, got {list(truth.shape)}")
+    return [(row[0], row[1]) for row in truth if len(row) == 2 or row[2] != 0]
+
+
+def _plain(text: str, longest: int = 40) -> str:
+    """One printable line, shortened in the middle: file names may hold anything."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    if len(text) <= longest:
+        return text
+    head = (longest - 1) // 2
+    return text[:head] + "…" + text[head + 1 - longest :]

@@ -1,0 +1,104 @@
+import threading
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from avadclip_fast.engine import plots
+
+CURVES = {"teacher": np.linspace(0, 1, 30), "student": np.linspace(1, 0, 30) ** 2}
+ORANGE = np.array([0.969, 0.886, 0.702])  # TRUTH_COLOUR at 0.3 on white
+
+
+def shaded(path) -> np.ndarray:
+    """[width] the share of each pixel column that has the ground truth's colour, legend aside."""
+    image = imread(path)[..., :3]
+    image = image[: int(image.shape[0] * 0.7)]
+    return (np.abs(image - ORANGE).max(-1) < 0.02).mean(0)
+
+
+def test_one_video_has_its_truth_shaded_and_its_size(tmp_path):
+    truth = np.zeros(480)
+    truth[120:240] = 1
+    plots.score_curves(tmp_path / "a.png", "video", CURVES, truth)
+    assert imread(tmp_path / "a.png").shape[:2] == (540, 1350)
+    columns = shaded(tmp_path / "a.png") > 0.5
+    assert 0.22 < columns.sum() / 1224 < 0.27, "a quarter of the axis is shaded"
+    plots.score_curves(tmp_path / "b.png", "video", CURVES, [(120, 240, 3), (300, 400, 0)])
+    np.testing.assert_array_equal(imread(tmp_path / "a.png"), imread(tmp_path / "b.png"), "class 0 is not shaded")
+    plots.score_curves(tmp_path / "c.png", "video", CURVES, [(120, 240)], fps=25)
+    assert abs((shaded(tmp_path / "c.png") > 0.5).sum() - columns.sum()) <= 2, "seconds move no edge"
+
+
+@pytest.mark.parametrize("truth", [None, [], np.zeros(480)])
+def test_no_truth_shades_nothing(tmp_path, truth):
+    plots.score_curves(tmp_path / "a.png", "normal", CURVES, truth)
+    assert shaded(tmp_path / "a.png").max() == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a$b$c_{",
+        "$\\frac$",
+        "x" * 300,
+        "",
+        "two\nlines\t\x00",
+        b"broken-\xe9\xff".decode("utf-8", "surrogateescape"),
+        "_",
+    ],
+)
+def test_any_name_and_label_is_drawn(tmp_path, name):
+    plots.score_curves(tmp_path / "a.png", name, {name: CURVES["teacher"], "_b$": CURVES["student"]})
+    assert imread(tmp_path / "a.png").shape[:2] == (540, 1350)
+
+
+def test_long_names_keep_both_ends():
+    assert plots._plain("a" * 100 + "_label_B1", 30) == "a" * 14 + "…" + "aaaaaa_label_B1"
+    assert len(plots._plain("b" * 1000, 64)) == 64
+    assert plots._plain("c" * 64, 64) == "c" * 64
+
+
+def test_grid_has_a_panel_a_video(tmp_path):
+    items = [(f"v{i}", {"teacher": np.full(n, 0.5)}, [(0, 16)]) for i, n in enumerate((1, 3, 500))]
+    plots.score_grid(tmp_path / "grid.png", items)
+    height, width = imread(tmp_path / "grid.png").shape[:2]
+    assert (height, width) == (720, 1920)
+    plots.score_grid(tmp_path / "one.png", items[:1], frames_per_snippet=16, fps=30)
+    assert imread(tmp_path / "one.png").shape[1] == 960
+
+
+def test_errors_name_the_video(tmp_path):
+    path = tmp_path / "a.png"
+    with pytest.raises(ValueError, match="vid: truth of 100 frames, scores of 480"):
+        plots.score_curves(path, "vid", CURVES, np.zeros(100))
+    with pytest.raises(ValueError, match="vid: expected label"):
+        plots.score_curves(path, "vid", {"x": np.zeros((3, 2))})
+    with pytest.raises(ValueError, match="vid: expected label"):
+        plots.score_curves(path, "vid", {})
+    with pytest.raises(ValueError, match="vid: truth is"):
+        plots.score_curves(path, "vid", CURVES, np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="fps"):
+        plots.score_curves(path, "vid", CURVES, fps=0)
+    with pytest.raises(ValueError, match="0 items"):
+        plots.score_grid(path, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *a, **k: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        plots.score_curves(path, "v", CURVES)
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_global_state(tmp_path):
+    before = dict(matplotlib.rcParams)
+    worker = threading.Thread(target=plots.score_curves, args=(tmp_path / "a.png", "v", CURVES))
+    worker.start()
+    worker.join()
+    assert (tmp_path / "a.png").stat().st_size > 0
+    assert dict(matplotlib.rcParams) == before
