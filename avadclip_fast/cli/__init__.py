@@ -1,0 +1,29 @@
+"""The command line: `avadclip-fast COMMAND`. Commands read options and call the library; there is no logic here."""
+
+import sys
+
+
+def main() -> None:
+    """Runs a command. A mistake of the user's ends in one line on stderr and exit code 2, never in a stack trace."""
+    import logging
+
+    from ..data import DataError
+    from ..engine.state import StateError
+    from ..models import CheckpointError, TextWeightsError
+    from ..ops import BackendError
+    from .commands import app
+
+    logging.basicConfig(format="%(message)s")
+    try:
+        app()
+    except (DataError, StateError, CheckpointError, TextWeightsError, BackendError, FloatingPointError) as error:
+        sys.exit(_fail(error, 2))
+    except OSError as error:  # a full disk, a folder without permission
+        sys.exit(_fail(error, 2))
+    except KeyboardInterrupt:
+        sys.exit(_fail("interrupted; what was saved stays, and --resume goes on from there", 130))
+
+
+def _fail(what: object, code: int) -> int:
+    print(f"error: {what}", file=sys.stderr)
+    return code

@@ -165,6 +165,23 @@ class AVadCLIPStudent(Detector):
         self.uncertainty = UncertaintyHead(width, backend=backend)
         self.distill_loss = UncertaintyDistillationLoss(backend=backend)
 
+    @classmethod
+    def beside(cls, teacher: AVadCLIP, **settings) -> "AVadCLIPStudent":
+        """A new student of a teacher's classes and sizes, with its frozen text weights; settings as in the constructor."""
+        positions, text = teacher.temporal.positions, teacher.text
+        text_width = text.positional_embedding.shape[1]
+        student = cls(
+            teacher.classes,
+            **{"length": positions.num_embeddings, "width": positions.embedding_dim, "text_width": text_width},
+            text_layers=len(text.transformer.resblocks),
+            text_weights=None,
+            class_tokens=text.tokens,
+            **settings,
+        )
+        frozen = {name: p for name, p in text.state_dict().items() if not name.startswith("prompt.")}
+        student.text.load_state_dict(frozen, strict=False)
+        return student
+
     def forward(self, stream: Tensor, lengths: Tensor | None = None, text_features: Tensor | None = None) -> Output:
         """stream (B, T, D) of the student's modality; lengths (B,), None for all; text_features (C, D) if at hand."""
         valid = lengths if self.padding == "masked" else None

@@ -1,0 +1,382 @@
+"""train, distill, eval, demo, check, convert, env."""
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from typer import Argument, Option
+
+from .. import data
+from ..data import DataError
+from ..data.atomic import atomic_write
+from ..engine import report
+from ..engine.evaluate import evaluate, load_model, score_videos
+from ..engine.metrics import format_table
+from ..engine.train import Recipe, fit
+from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
+
+app = typer.Typer(
+    help="AVadCLIP: audio-visual video anomaly detection. Train, distil, evaluate.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Select(StrEnum):
+    val = "val"
+    last = "last"
+    test = "test"
+
+
+class Padding(StrEnum):
+    masked = "masked"
+    official = "official"
+
+
+class Prompt(StrEnum):
+    official = "official"
+    paper = "paper"
+
+
+class Fusion(StrEnum):
+    gated = "gated"
+    add = "add"
+    concat = "concat"
+    cross_attention = "cross_attention"
+
+
+class Modality(StrEnum):
+    visual = "visual"
+    audio = "audio"
+
+
+List_ = Annotated[
+    Path, Argument(metavar="LIST", help="CSV with the columns path,audio_path,label.", show_default=False)
+]
+Root = Annotated[Path | None, Option(help="Folder that relative paths start from; the list's own by default.")]
+PresetName = Annotated[str, Option("--preset", help=f"Class codes and settings: {', '.join(data.PRESETS)}.")]
+Classes = Annotated[str | None, Option(help='Other classes, normal first: "A=normal,B1=fighting".', show_default=False)]
+FramesPer = Annotated[int | None, Option(min=1, help="Video frames a snippet stands for; the preset's by default.")]
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
+Output = Annotated[Path, Option("--output", "-o", help="Folder of the run.", show_default=False)]
+Epochs = Annotated[int, Option(min=1)]
+Milestones = Annotated[str, Option(help="Epochs after which the learning rate falls tenfold.")]
+BatchSize = Annotated[int, Option(min=1)]
+Rate = Annotated[float, Option("--lr", min=0.0, help="AdamW's learning rate.")]
+Seed = Annotated[int, Option()]
+Length = Annotated[int, Option(min=1, help="Snippets per training sample and test chunk.")]
+PaddingMode = Annotated[Padding, Option(help="masked: padding changes nothing; official: as the authors' code.")]
+PromptMode = Annotated[Prompt, Option(help="Form of the audio-visual prompt.")]
+TextWeights = Annotated[str, Option(help="openai (downloaded), random (tests, demonstrations), or CLIP's file.")]
+TextLayers = Annotated[int, Option(min=1, help="Depth of the text transformer; CLIP's is 12.")]
+SelectBy = Annotated[Select, Option(help="Epoch to keep: lowest held-out loss, the last, or best on the test list.")]
+HeldOut = Annotated[float, Option(min=0.0, max=0.9, help="Share of the training videos held out for --select val.")]
+TestList = Annotated[Path | None, Option(help="For --select test.", show_default=False)]
+TestTruth = Annotated[Path | None, Option(help="Frame ground truth of the test list.", show_default=False)]
+Every = Annotated[int, Option(min=1, help="Steps between saved states; one is saved after each epoch in any case.")]
+Resume = Annotated[bool, Option("--resume", help="Go on from the run's saved state, exactly.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bars.")]
+
+
+@app.command()
+def train(
+    list_: List_,
+    output: Output,
+    student: Annotated[bool, Option("--student", help="Train a student without a teacher (the baseline).")] = False,
+    modality: Annotated[Modality, Option(help="The student's stream.")] = Modality.visual,
+    fusion: Annotated[Fusion, Option(help="How the teacher joins sound and sight.")] = Fusion.gated,
+    preset: PresetName = "xd-violence",
+    classes: Classes = None,
+    root: Root = None,
+    epochs: Epochs = 10,
+    milestones: Milestones = "3,6",
+    batch_size: BatchSize = 96,
+    lr: Rate = 1e-5,
+    seed: Seed = 234,
+    length: Length = 256,
+    padding: PaddingMode = Padding.masked,
+    prompt: PromptMode = Prompt.official,
+    text_weights: TextWeights = "openai",
+    text_layers: TextLayers = 12,
+    select: SelectBy = Select.val,
+    held_out: HeldOut = 0.1,
+    test_list: TestList = None,
+    gt: TestTruth = None,
+    frames_per_snippet: FramesPer = None,
+    checkpoint_every: Every = 100,
+    device: Device = "auto",
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train the teacher (or, with --student, a student on its own)."""
+    codes, frames, _ = _preset(preset, classes, frames_per_snippet)
+    _seed(seed)
+    shape = {"length": length, "padding": padding, "prompt": prompt}
+    text = {"text_weights": text_weights, "text_layers": text_layers}
+    if student:
+        model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape, **text)
+    else:
+        model = AVadCLIP(list(codes.values()), fusion=fusion, **shape, **text)
+    recipe = Recipe(
+        epochs, batch_size, lr, _epochs(milestones), seed=seed, select=select, checkpoint_every=checkpoint_every
+    )
+    test = (test_list, gt, frames, root)
+    _fit(model, None, recipe, list_, root, codes, held_out, test, output, device, resume, quiet)
+
+
+@app.command()
+def distill(
+    list_: List_,
+    teacher: Annotated[Path, Option(help="The teacher: a run, a model folder, or an official .pth.")],
+    output: Output,
+    distill_weight: Annotated[float | None, Option(min=0.0, help="Weight of the distillation loss.")] = None,
+    modality: Annotated[Modality, Option(help="The student's stream.")] = Modality.visual,
+    preset: PresetName = "xd-violence",
+    classes: Classes = None,
+    root: Root = None,
+    epochs: Epochs = 10,
+    milestones: Milestones = "3,6",
+    batch_size: BatchSize = 96,
+    lr: Rate = 1e-5,
+    seed: Seed = 234,
+    padding: PaddingMode = Padding.masked,
+    prompt: PromptMode = Prompt.official,
+    select: SelectBy = Select.val,
+    held_out: HeldOut = 0.1,
+    test_list: TestList = None,
+    gt: TestTruth = None,
+    frames_per_snippet: FramesPer = None,
+    checkpoint_every: Every = 100,
+    device: Device = "auto",
+    resume: Resume = False,
+    quiet: Quiet = False,
+) -> None:
+    """Distil a student, which needs one stream only, from a teacher. The text weights are the teacher's."""
+    codes, frames, weight = _preset(preset, classes, frames_per_snippet)
+    known = load_model(teacher, list(codes.values()))
+    if not isinstance(known, AVadCLIP):
+        raise CheckpointError(f"{teacher} holds a student; --teacher wants an AVadCLIP teacher")
+    _same_classes(known, codes, teacher)
+    _seed(seed)
+    model = AVadCLIPStudent.beside(known, modality=modality, padding=padding, prompt=prompt)
+    recipe = Recipe(
+        epochs,
+        batch_size,
+        lr,
+        _epochs(milestones),
+        seed=seed,
+        select=select,
+        checkpoint_every=checkpoint_every,
+        distill_weight=weight if distill_weight is None else distill_weight,
+    )
+    test = (test_list, gt, frames, root)
+    _fit(model, known, recipe, list_, root, codes, held_out, test, output, device, resume, quiet)
+
+
+@app.command("eval")
+def evaluate_(
+    list_: List_,
+    model: Annotated[Path, Option("--model", "-m", help="A run, a model folder, or an official .pth.")],
+    gt: Annotated[Path, Option(help="Frame ground truth: .npy, or .npz.")],
+    segments: Annotated[Path | None, Option(help="Spans, for detection mAP: .json, or the official .npy.")] = None,
+    segment_labels: Annotated[Path | None, Option(help="Their labels, with the official .npy.")] = None,
+    silent: Annotated[bool, Option("--silent", help="Withhold the sound from a teacher.")] = False,
+    preset: PresetName = "xd-violence",
+    classes: Classes = None,
+    root: Root = None,
+    frames_per_snippet: FramesPer = None,
+    window: Annotated[int | None, Option(help="Attention window of an official .pth (teacher 4, student 64).")] = None,
+    json_: Annotated[Path | None, Option("--json", help="Write the numbers here.")] = None,
+    plots: Annotated[Path | None, Option(help="Draw score curves into this folder.")] = None,
+    plot: Annotated[list[str] | None, Option(help="Names of videos to draw; the first five by default.")] = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Score the videos of a list, and print AP, AUC and detection mAP against the ground truth."""
+    codes, frames, _ = _preset(preset, classes, frames_per_snippet)
+    detector = load_model(model, list(codes.values()), window)
+    _same_classes(detector, codes, model)
+    truth = data.read_frame_gt(gt)
+    spans = None if segments is None else data.read_spans(segments, segment_labels)
+    hears = isinstance(detector, AVadCLIP) and not silent or getattr(detector, "modality", None) == "audio"
+    rows = data.read_list(list_, root, audio=hears)
+    width = detector.temporal.positions.embedding_dim
+    videos = data.test_videos(rows, detector.temporal.positions.num_embeddings, width=width, audio=hears)
+    scores = score_videos(detector, videos, _device(device), silent=silent, total=len(rows), progress=not quiet)
+    result = evaluate(scores, truth, detector.classes, frames, spans, codes)
+    typer.echo(format_table(result))
+    if json_ is not None:
+        with atomic_write(json_) as file:
+            file.write(json.dumps(result, indent=1).encode())
+    if plots is not None:
+        for path in report.draw(scores, truth, frames, plots, plot):
+            typer.echo(f"wrote {path}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, Option("--output", "-o", help="Folder of the report.")] = Path("runs/demo"),
+    device: Device = "auto",
+) -> None:
+    """Train and evaluate teacher and student on a small built-in set; write a report with plots."""
+    from ..engine.demo import run
+
+    typer.echo(run(output, _device(device)))
+
+
+@app.command()
+def check(
+    list_: List_,
+    preset: PresetName = "xd-violence",
+    classes: Classes = None,
+    root: Root = None,
+    audio: Annotated[bool, Option(help="Whether every row must have sound.")] = True,
+    gt: Annotated[Path | None, Option(help="Frame ground truth to hold against the list.")] = None,
+    frames_per_snippet: FramesPer = None,
+    width: Annotated[int, Option(help="Feature width.")] = 512,
+    quiet: Quiet = False,
+) -> None:
+    """Read a list and all its feature files; report every problem with its file and row."""
+    codes, frames, _ = _preset(preset, classes, frames_per_snippet)
+    problems = data.check_list(
+        list_,
+        codes,
+        root=root,
+        audio=audio,
+        width=width,
+        frame_gt=gt,
+        frames_per_snippet=frames,
+        progress=None if quiet else report.bar("checking", "row"),
+    )
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{list_}: no problems")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, Argument(help="An official .pth, or a folder of this library.")],
+    target: Annotated[Path, Argument(help="The other of the two, to be written.")],
+    preset: PresetName = "xd-violence",
+    classes: Classes = None,
+    window: Annotated[int | None, Option(help="Attention window of an official .pth (teacher 4, student 64).")] = None,
+    image_tower: Annotated[
+        Path | None, Option(help="Where to take CLIP's image tower from when writing a .pth, for strict loading there.")
+    ] = None,
+) -> None:
+    """Turn an official checkpoint into a folder (safetensors + config.json), or back."""
+    codes, _, _ = _preset(preset, classes, None)
+    model = load_model(source, list(codes.values()), window)
+    if source.is_dir():
+        model.to_official(target, image_tower)
+    else:
+        model.save_pretrained(target)
+    typer.echo(f"wrote {target}")
+
+
+@app.command()
+def env() -> None:
+    """Show versions, devices, and which backend serves each op, and why."""
+    typer.echo(report.environment())
+
+
+def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, device, resume, quiet) -> None:
+    """Reads the lists before anything long begins, trains, and says where the model lies."""
+    wants_audio = isinstance(model, AVadCLIP) or teacher is not None or model.modality == "audio"
+    rows = data.read_list(list_, root, audio=wants_audio)
+    kept = None
+    if recipe.select == "val":
+        rows, kept = data.split(rows, held_out, recipe.seed)
+        if not rows or not kept:
+            raise DataError(f"{list_}: too few videos to hold out {held_out:g} of them; use --select last")
+    test_ap = None
+    if recipe.select == "test":
+        test_ap = _test_ap(*test, wants_audio=wants_audio, device=_device(device))
+    length, width = model.temporal.positions.weight.shape
+    sets = [
+        None
+        if part is None
+        else data.FeatureSet.load(
+            part, codes, length, width=width, audio=wants_audio, progress=None if quiet else report.bar(name, "file")
+        )
+        for part, name in ((rows, "reading features"), (kept, "reading held-out features"))
+    ]
+    fit(
+        model,
+        sets[0],
+        recipe,
+        output,
+        teacher=teacher,
+        held_out=sets[1],
+        test_ap=test_ap,
+        device=_device(device),
+        resume=resume,
+        progress=not quiet,
+    )
+    typer.echo(f"model: {output / 'model'}")
+
+
+def _test_ap(list_: Path | None, gt: Path | None, frames: int, root: Path | None, wants_audio: bool, device):
+    if list_ is None or gt is None:
+        raise DataError("--select test needs --test-list and --gt")
+    rows, truth = data.read_list(list_, root, audio=wants_audio), data.read_frame_gt(gt)
+
+    def ap(model) -> float:
+        length, width = model.temporal.positions.weight.shape
+        scores = score_videos(
+            model, data.test_videos(rows, length, width=width, audio=wants_audio), device, progress=False
+        )
+        return evaluate(scores, truth, model.classes, frames)["align"]["ap"]
+
+    return ap
+
+
+def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[str, str], int, float]:
+    """Codes, frames per snippet and distillation weight."""
+    if name not in data.PRESETS:
+        raise DataError(f"no preset {name!r}; there are {', '.join(data.PRESETS)}")
+    preset = data.PRESETS[name]
+    codes = preset.codes
+    if classes is not None:
+        pairs = [part.partition("=") for part in classes.split(",")]
+        if not all(code.strip() and sign and label.strip() for code, sign, label in pairs):
+            raise DataError(f'--classes wants CODE=name pairs such as "A=normal,B1=fighting", got {classes!r}')
+        codes = {code.strip(): label.strip() for code, _, label in pairs}
+    return codes, frames or preset.frames_per_snippet, preset.distill_weight
+
+
+def _same_classes(model, codes: dict[str, str], path: Path) -> None:
+    if model.classes != list(codes.values()):
+        raise CheckpointError(
+            f"{path} knows the classes {', '.join(model.classes)}; the list is read with {', '.join(codes.values())}. "
+            "Give the --preset or --classes that it was trained with"
+        )
+
+
+def _epochs(milestones: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(m) for m in milestones.split(",") if m.strip())
+    except ValueError:
+        raise DataError(f"--milestones wants epochs such as 3,6; got {milestones!r}") from None
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"device {name!r} is not to be had: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _seed(seed: int) -> None:
+    """Drawn weights depend on the seed alone."""
+    torch.manual_seed(seed)

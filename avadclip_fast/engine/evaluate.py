@@ -1,0 +1,126 @@
+"""Evaluation: scores of whole videos, chunk by chunk, and what they are worth."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..data import DataError, TestVideo
+from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
+from ..models.avadclip import Detector
+from ..models.checkpoints import CONFIG, read_official
+from .metrics import evaluate_scores
+
+
+class VideoScores(NamedTuple):
+    """What a model says of one video of n snippets."""
+
+    name: str
+    anomaly: np.ndarray  # (n,) sigmoid of the anomaly logits
+    probabilities: np.ndarray  # (n, C) softmax of the class logits
+
+
+def load_model(path: str | Path, classes: list[str] | None = None, window: int | None = None) -> Detector:
+    """A teacher or student from a saved folder, a run's folder, or an official .pth (told apart by their contents).
+
+    classes, window: of an official checkpoint, which does not hold them. Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = next((f for f in (path, path / "model") if (f / CONFIG).is_file()), None)
+        if folder is None:
+            raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor model/{CONFIG} is there")
+        try:
+            kind = json.loads((folder / CONFIG).read_text())["model"]
+            return {"AVadCLIP": AVadCLIP, "AVadCLIPStudent": AVadCLIPStudent}[kind].from_pretrained(folder)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / CONFIG} does not describe a model of this library: {error!r}") from error
+    if not path.exists():
+        raise CheckpointError(f"no model at {path}")
+    state = read_official(path)
+    kind = AVadCLIPStudent if any(name.startswith("uncertainty.") for name in state) else AVadCLIP
+    return kind.from_official(path, classes, **({} if window is None else {"window": window}))
+
+
+@torch.no_grad()
+def score_videos(
+    model: Detector,
+    videos: Iterable[TestVideo],
+    device: str | torch.device = "cpu",
+    *,
+    silent: bool = False,
+    total: int | None = None,
+    progress: bool = True,
+) -> list[VideoScores]:
+    """Scores every snippet of every video; each chunk is scored on its own, the text side once.
+
+    silent: gives a teacher zeros in place of the sound. Raises DataError where a model hears and a video has no sound.
+    """
+    model.to(device).eval()
+    text = model.encode_text()
+    scores = []
+    for video in tqdm(videos, total=total, desc="scoring", unit="video", disable=not progress):
+        visual, audio, lengths = (
+            None if x is None else torch.as_tensor(x, device=device) for x in (video.visual, video.audio, video.lengths)
+        )
+        hears = isinstance(model, AVadCLIP) or model.modality == "audio"
+        if silent:
+            audio = torch.zeros_like(visual)
+        elif hears and audio is None:
+            raise DataError(f"{video.name}: the model hears, but the list gives no sound; score without it by --silent")
+        if model.padding == "masked":  # the rows past the longest chunk change nothing
+            rows = int(video.lengths.max())
+            visual, audio = visual[:, :rows], None if audio is None else audio[:, :rows]
+        if isinstance(model, AVadCLIP):
+            out = model(visual, audio, lengths, text_features=text)
+        else:
+            out = model(audio if model.modality == "audio" else visual, lengths, text_features=text)
+        valid = torch.arange(out.anomaly_logits.shape[1], device=device) < lengths[:, None]
+        scores.append(
+            VideoScores(
+                video.name,
+                out.anomaly_logits[valid].sigmoid().cpu().numpy(),
+                out.class_logits[valid].softmax(-1).cpu().numpy(),
+            )
+        )
+    return scores
+
+
+def evaluate(
+    scores: list[VideoScores],
+    truth: np.ndarray,
+    classes: list[str],
+    frames_per_snippet: int,
+    spans: list | None = None,
+    codes: dict[str, str] | None = None,
+) -> dict:
+    """`evaluate_scores` of scored videos. spans: per video, (start, end, code); codes: code -> class name.
+
+    Raises DataError where the ground truth does not fit the videos.
+    """
+    if spans is not None:
+        spans = _class_spans(spans, classes, codes)
+    try:
+        return evaluate_scores(
+            [s.anomaly for s in scores],
+            [s.probabilities for s in scores],
+            truth,
+            spans,
+            class_names=classes,
+            frames_per_snippet=frames_per_snippet,
+        )
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def _class_spans(spans: list, classes: list[str], codes: dict[str, str]) -> list[list[tuple[int, int, int]]]:
+    unknown = {code for video in spans for _, _, code in video if codes.get(code) not in classes}
+    if unknown:
+        raise DataError(
+            f"the segments name {', '.join(sorted(unknown))}, which the model's classes ({', '.join(classes)}) do not cover"
+        )
+    return [[(start, end, classes.index(codes[code])) for start, end, code in video] for video in spans]

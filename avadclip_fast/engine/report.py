@@ -1,0 +1,97 @@
+"""What commands show: progress, plots of chosen videos, the environment."""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..data import DataError
+from ..ops import _dispatch
+from .evaluate import VideoScores
+from .plots import score_curves
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "open_clip_torch",
+    "numpy",
+    "safetensors",
+    "huggingface-hub",
+    "scikit-learn",
+    "matplotlib",
+)
+
+
+def bar(description: str, unit: str) -> Callable:
+    """A progress callback for the data functions: wraps an iterable in a bar."""
+    return lambda items: tqdm(items, desc=description, unit=unit)
+
+
+def draw(
+    scores: list[VideoScores], truth: np.ndarray, frames_per_snippet: int, folder: Path, names: list[str] | None = None
+) -> list[Path]:
+    """Score curves over the ground truth, one PNG a video: those named, or the first five. Raises DataError."""
+    known = {s.name: i for i, s in enumerate(scores)}
+    missing = [name for name in names or () if name not in known]
+    if missing:
+        raise DataError(f"no video named {', '.join(missing)}; the list has {', '.join(list(known)[:5])}, ...")
+    ends = np.cumsum([len(s.anomaly) * frames_per_snippet for s in scores])
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name in names or list(known)[:5]:
+        video = scores[known[name]]
+        end = ends[known[name]]
+        frames = truth[end - len(video.anomaly) * frames_per_snippet : end]
+        paths.append(folder / f"{name}.png")
+        curves = {"1 - p(normal)": 1 - video.probabilities[:, 0], "anomaly": video.anomaly}
+        score_curves(paths[-1], name, curves, frames, frames_per_snippet)
+    return paths
+
+
+def environment() -> str:
+    """Versions, devices, and per op which backend serves it and why the ones before it do not."""
+    lines = [f"python {platform.python_version()}, {platform.platform()}"]
+    for package in ("avadclip_fast", *PACKAGES):
+        try:
+            lines.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{package} not installed")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            lines.append(f"cuda:{i} {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    else:
+        lines.append(f"no CUDA device; cpu with {torch.get_num_threads()} threads")
+    lines += ["", f"{'op':<20}{'backend':<12}because"]
+    for op, arguments in _examples("cuda" if torch.cuda.is_available() else "cpu").items():
+        reasons = {name: _dispatch.why_not(op, name, *arguments) for name in _dispatch.ORDER}
+        chosen = next(name for name, reason in reasons.items() if reason is None)
+        before = _dispatch.ORDER[: _dispatch.ORDER.index(chosen)]
+        because = "; ".join(f"{name}: {reasons[name]}" for name in before) or "the first choice"
+        lines.append(f"{op:<20}{chosen:<12}{because}")
+    return "\n".join(lines)
+
+
+def _examples(device: str) -> dict[str, tuple]:
+    """Ordinary arguments of each op, for asking who would serve them."""
+    x = torch.zeros(2, 256, 512, device=device)
+    lengths = torch.tensor([256, 100], device=device)
+    square, double, bias = (torch.zeros(*shape, device=device) for shape in ((512, 512), (512, 1024), (512,)))
+    labels, alpha = torch.ones(2, 7, device=device), torch.ones(7, device=device)
+    return {
+        "gated_fusion": (x, x, double, bias, double, bias, square, bias),
+        "linear_act": (x, square, bias, "none", None, None, 1, False, None),
+        "window_attention": (x[..., :510], 64, 1, lengths),
+        "similarity_graph": (x, x, lengths, 0.7, None),
+        "distance_graph": (x, torch.e, lengths),
+        "attention_pool": (x, x[..., 0], lengths),
+        "prompt_similarity": (x, x[:, :7], 0.07),
+        "topk_mean": (x[..., :7], lengths, 16),
+        "mil_loss": (x[..., 0], labels, lengths, 16),
+        "mil_align_loss": (x[..., :7], labels, lengths, alpha, 16),
+        "distill_loss": (x, x, x, lengths),
+    }

@@ -1,0 +1,74 @@
+"""The state of a training run in one file, written atomically: weights, optimizer, place in the run."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..data.atomic import atomic_write
+
+
+class StateError(RuntimeError):
+    """A run cannot be resumed from its state file; the message says why and what to do."""
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes. CLIP's frozen text weights, four fifths of the bytes, are left out."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def frozen_digest(model: nn.Module) -> str:
+    """A fingerprint of the weights that training does not change, so that a run is resumed onto the same ones."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().double().sum().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, info: dict) -> None:
+    """Writes weights, AdamW's moments and `info` (JSON) to `path`; an earlier file stays until the new one is whole."""
+    tensors = {f"model.{name}": tensor for name, tensor in trained(model).items()}
+    if optimizer is not None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        for parameter, moments in optimizer.state.items():
+            tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in moments.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as file:
+        file.write(save(tensors, metadata={"info": json.dumps(info)}))
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Puts back what `save_state` wrote, in place; returns `info`. Raises StateError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            info = json.loads(file.metadata()["info"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise StateError(f"{path} cannot be read as the state of a run: {error}") from error
+    own = trained(model)
+    stored = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
+    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in stored.items()}:
+        raise StateError(
+            f"{path} belongs to a model of other settings; give the same settings, or another output folder"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            prefix = f"optimizer.{name}."
+            moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+            if moments:
+                # `step` stays where the optimizer keeps it: on the host, unless its kernels are fused
+                fused = optimizer.defaults.get("fused")
+                optimizer.state[parameter] = {
+                    key: value.to(parameter.device) if key != "step" or fused else value
+                    for key, value in moments.items()
+                }
+    return info

@@ -1,0 +1,243 @@
+"""Training: the teacher on its own, or a student distilled from one. One loop serves both."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import Batch, FeatureSet, epoch_order
+from ..data.atomic import atomic_write
+from ..models import AVadCLIP, AVadCLIPStudent, objective
+from ..models.avadclip import Detector
+from .state import StateError, frozen_digest, load_state, save_state
+
+STATE, BEST, MODEL, HISTORY = "state.safetensors", "best.safetensors", "model", "history.json"
+CACHE_LIMIT = 4 << 30  # bytes of teacher features kept in memory; more are recomputed each step
+
+_log = logging.getLogger("avadclip_fast")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the defaults are the paper's."""
+
+    epochs: int = 10
+    batch_size: int = 96
+    lr: float = 1e-5
+    milestones: tuple[int, ...] = (3, 6)  # epochs after which lr falls tenfold
+    weight_decay: float = 0.01
+    seed: int = 234
+    text_weight: float = 1e-4
+    distill_weight: float = 1e-8
+    select: str = "last"  # "last", "val" (lowest held-out loss) or "test" (highest frame AP, as the official code)
+    checkpoint_every: int = 100  # steps
+
+    def lr_at(self, epoch: int) -> float:
+        """The learning rate of an epoch, counted from 0."""
+        return self.lr * 0.1 ** sum(epoch >= m for m in self.milestones)
+
+
+def inputs(model: AVadCLIP | AVadCLIPStudent, batch: Batch) -> tuple[Tensor, ...]:
+    """The streams of a batch that a model takes."""
+    if isinstance(model, AVadCLIP):
+        return batch.visual, batch.audio
+    return (batch.audio if model.modality == "audio" else batch.visual,)
+
+
+def trim(batch: Batch, *models: Detector) -> Batch:
+    """Without the rows past the longest video, which change nothing unless a model's padding is "official"."""
+    if any(model.padding == "official" for model in models):
+        return batch
+    longest = int(batch.lengths.max())
+    audio = None if batch.audio is None else batch.audio[:, :longest]
+    return batch._replace(visual=batch.visual[:, :longest], audio=audio)
+
+
+@torch.no_grad()
+def teacher_features(teacher: AVadCLIP, batch: Batch) -> Tensor:
+    """The frozen teacher's fused features (B, T, D): they depend on the sample alone."""
+    return teacher.fusion(teacher.temporal(batch.visual, batch.lengths), teacher.audio(batch.audio), batch.lengths)
+
+
+def fit(
+    model: AVadCLIP | AVadCLIPStudent,
+    data: FeatureSet,
+    recipe: Recipe,
+    folder: str | Path,
+    *,
+    teacher: AVadCLIP | None = None,
+    held_out: FeatureSet | None = None,
+    test_ap: Callable[[torch.nn.Module], float] | None = None,
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    progress: bool = True,
+) -> list[dict]:
+    """Trains `model` on `data` and leaves the selected weights in it and in `folder`/model.
+
+    teacher: distils from it (the model is then a student); it is frozen and put in eval mode.
+    held_out: needed by select="val"; its loss is logged after each epoch. test_ap: needed by select="test".
+    resume: goes on from `folder`/state.safetensors if there is one; the result is bit for bit that of an unbroken run
+    on the same device and thread count.
+    Returns one record per epoch. Raises StateError where the folder's state does not fit, or would be overwritten.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
+        raise ValueError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
+    model.to(device)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=recipe.lr, weight_decay=recipe.weight_decay
+    )
+    run = {"recipe": _plain(asdict(recipe)), "samples": len(data), "frozen": frozen_digest(model)}
+    info = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
+    state = folder / STATE
+    if state.exists():
+        if not resume:
+            raise StateError(f"{folder} holds a run already: go on with --resume, or choose another output folder")
+        info = load_state(state, model, optimizer)
+        if info["run"] != run:
+            changed = [k for k in run["recipe"] if info["run"]["recipe"].get(k) != run["recipe"][k]]
+            changed += [k for k in ("samples", "frozen") if info["run"][k] != run[k]]
+            raise StateError(
+                f"{folder} was started with other settings ({', '.join(changed)}); resume with the same ones"
+            )
+    known = _teacher_source(teacher, data, device, progress)
+    steps = -(-len(data) // recipe.batch_size)
+    first = info["epoch"]
+    board = _board(folder, purge_step=first * steps + info["step"])
+    for epoch in range(first, recipe.epochs):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.lr_at(epoch)
+        _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, board, device, progress)
+        record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"]}
+        if held_out is not None:
+            record["val"] = validation_loss(model, held_out, recipe.batch_size, device)
+        if recipe.select == "test":
+            record["test_ap"] = test_ap(model)
+        for name in ("val", "test_ap"):
+            if name in record:
+                board.add_scalar(f"epoch/{name}", record[name], (epoch + 1) * steps)
+        score = {"last": epoch, "val": -record.get("val", 0), "test": record.get("test_ap", 0)}[recipe.select]
+        if info["best"] is None or score > info["best"]["score"]:
+            info["best"] = {"epoch": epoch + 1, "score": score}
+            save_state(folder / BEST, model, None, info["best"])  # before the state that names it
+        info |= {"epoch": epoch + 1, "step": 0, "sums": {}, "history": [*info["history"], record]}
+        save_state(state, model, optimizer, info)
+        _say(progress, record)
+    board.close()
+    load_state(folder / BEST, model)
+    model.eval()
+    model.save_pretrained(folder / MODEL)
+    with atomic_write(folder / HISTORY) as file:
+        history = {"run": run, "selected_epoch": info["best"]["epoch"], "epochs": info["history"]}
+        file.write(json.dumps(history, indent=1).encode())
+    return info["history"]
+
+
+def _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, board, device, progress) -> None:
+    """The rest of an epoch from step info["step"]; leaves its mean losses in info["last"]."""
+    model.train()
+    epoch, size = info["epoch"], recipe.batch_size
+    order = epoch_order(len(data), recipe.seed, epoch)
+    chunks = order.split(size)
+    bar = tqdm(
+        total=len(data),
+        initial=min(info["step"] * size, len(data)),
+        desc=f"epoch {epoch + 1}/{recipe.epochs}",
+        unit="sample",
+        disable=not progress,
+    )
+    # Sums stay on the device between checkpoints: reading a loss each step would make the host wait.
+    sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in info["sums"].items()}
+    shown = time.monotonic()
+    for step in range(info["step"], len(chunks)):
+        # Dropout depends on the seed and the step alone, so that a resumed run draws what an unbroken one would.
+        torch.manual_seed(recipe.seed + 1_000_003 * (epoch * len(chunks) + step))
+        index = chunks[step]
+        batch = trim(data.batch(index), model, *([teacher] if teacher else [])).to(device)
+        out = model(*inputs(model, batch), batch.lengths)
+        features = None if known is None else known(index, batch)
+        losses = objective(model, out, batch.labels, batch.lengths, features, recipe.distill_weight, recipe.text_weight)
+        optimizer.zero_grad(set_to_none=True)
+        losses["total"].backward()
+        optimizer.step()
+        for name, loss in losses.items():
+            sums[name] = sums.get(name, 0) + loss.detach().double() * len(index)
+        bar.update(len(index))
+        if progress and time.monotonic() - shown > 1:
+            shown = time.monotonic()
+            bar.set_postfix(loss=f"{losses['total'].item():.4f}")
+        last = step + 1 == len(chunks)
+        if (step + 1) % recipe.checkpoint_every == 0 and not last:
+            info |= {"step": step + 1, "sums": {name: total.item() for name, total in sums.items()}}
+            _check_finite(info["sums"], epoch, step)
+            save_state(state, model, optimizer, info)
+        if (step + 1) % 10 == 0 or last:
+            for name, loss in losses.items():
+                board.add_scalar(f"train/{name}", loss.detach(), epoch * len(chunks) + step + 1)
+    bar.close()
+    totals = {name: total.item() for name, total in sums.items()}
+    _check_finite(totals, epoch, len(chunks) - 1)
+    info["last"] = {name: total / len(data) for name, total in totals.items()}
+
+
+@torch.no_grad()
+def validation_loss(model, data: FeatureSet, batch_size: int, device) -> float:
+    """L_mil + L_align over a held-out set in eval mode."""
+    model.eval()
+    text, total = model.encode_text(), 0.0
+    for index in torch.arange(len(data)).split(batch_size):
+        batch = trim(data.batch(index), model).to(device)
+        losses = objective(
+            model, model(*inputs(model, batch), batch.lengths, text_features=text), batch.labels, batch.lengths
+        )
+        total += (losses["mil"] + losses["align"]).item() * len(index)
+    return total / len(data)
+
+
+def _teacher_source(teacher, data: FeatureSet, device, progress: bool):
+    """(index, batch) -> teacher features: looked up if all of them fit in memory, else computed each time."""
+    if teacher is None:
+        return None
+    teacher.to(device).eval().requires_grad_(False)
+    count, rows, width = data.visual.shape
+    if count * rows * width * 4 > CACHE_LIMIT:
+        _log.warning("teacher features of %d samples exceed the memory limit; they are recomputed each step", count)
+        return lambda index, batch: teacher_features(teacher, batch)
+    cache = torch.zeros(count, rows, width)
+    for index in tqdm(torch.arange(count).split(32), desc="teacher features", unit="batch", disable=not progress):
+        known = teacher_features(teacher, trim(data.batch(index), teacher).to(device))
+        cache[index, : known.shape[1]] = known.cpu()
+    return lambda index, batch: cache[index, : batch.visual.shape[1]].to(device)
+
+
+def _check_finite(sums: dict[str, float], epoch: int, step: int) -> None:
+    bad = [name for name, value in sums.items() if value != value or abs(value) == float("inf")]
+    if bad:
+        raise FloatingPointError(
+            f"the loss is no longer finite ({', '.join(bad)}) at epoch {epoch + 1}, step {step + 1}; "
+            "lower --lr, and look at the features with `avadclip-fast check`"
+        )
+
+
+def _board(folder: Path, purge_step: int):
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(folder / "tensorboard", purge_step=purge_step)
+
+
+def _say(progress: bool, record: dict) -> None:
+    if progress:
+        parts = (f"{k} {v:.4g}" for k, v in record.items() if k not in ("epoch", "lr"))
+        tqdm.write(f"epoch {record['epoch']}: " + "  ".join(parts))
+
+
+def _plain(settings: dict) -> dict:
+    """As JSON gives it back: tuples are lists there."""
+    return json.loads(json.dumps(settings))

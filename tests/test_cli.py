@@ -1,0 +1,150 @@
+"""Every command, as a newcomer would type it; and every mistake, which must end in one clear line."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from avadclip_fast import cli
+from avadclip_fast.data import make_synthetic
+from avadclip_fast.models import AVadCLIP
+
+CLASSES = "A=normal,B1=fighting,B2=shooting,G=explosion"
+QUICK = ["--classes", CLASSES, "--text-weights", "random", "--text-layers", "1", "--length", "16", "-q"]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("synthetic")
+    make_synthetic(folder, videos=12, test_videos=6, min_snippets=16, max_snippets=30)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(videos, tmp_path_factory):
+    """A teacher's run folder."""
+    run = tmp_path_factory.mktemp("runs") / "teacher"
+    assert call("train", videos / "train.csv", "-o", run, "--epochs", 1, *QUICK) == 0
+    return run
+
+
+def call(*arguments) -> int:
+    """Runs the command line in this process; its exit code."""
+    before = sys.argv
+    sys.argv = ["avadclip-fast", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    finally:
+        sys.argv = before
+    return 0
+
+
+def mistake(capsys, *arguments) -> str:
+    """Runs a command that must fail with exit code 2 and one line on stderr, and returns the line."""
+    assert call(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and "Traceback" not in captured.err
+    return captured.err
+
+
+def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
+    run = tmp_path / "student"
+    assert (
+        call(
+            "distill", videos / "train.csv", "--teacher", trained, "-o", run, "--epochs", 1, "--classes", CLASSES, "-q"
+        )
+        == 0
+    )
+    out = {}
+    for name, model, *flags in (("teacher", trained), ("silent", trained, "--silent"), ("student", run)):
+        truth = ["--gt", videos / "gt.npy", "--segments", videos / "gt_segments.json"]
+        written = ["--json", tmp_path / f"{name}.json", "--plots", tmp_path / name]
+        list_ = videos / "test.csv"
+        assert call("eval", list_, "--model", model, *truth, *written, *flags, "--classes", CLASSES, "-q") == 0
+        out[name] = json.loads((tmp_path / f"{name}.json").read_text())
+        assert len(list((tmp_path / name).glob("*.png"))) == 5
+    assert {"ap", "auc", "abnormal_ap"} <= out["teacher"]["align"].keys()
+    assert out["teacher"]["align"] != out["silent"]["align"]
+    assert "AP" in capsys.readouterr().out
+
+
+def test_a_student_needs_no_sound(videos, tmp_path):
+    lines = (videos / "train.csv").read_text().splitlines()
+    silent = videos / "silent.csv"
+    silent.write_text("\n".join(",".join((row.split(",")[0], row.split(",")[2])) for row in lines))
+    assert call("train", silent, "-o", tmp_path / "run", "--student", "--epochs", 1, *QUICK) == 0
+
+
+def test_resume_through_the_command_line(videos, trained, tmp_path, capsys):
+    assert "--resume" in mistake(capsys, "train", videos / "train.csv", "-o", trained, "--epochs", 1, *QUICK)
+    assert call("train", videos / "train.csv", "-o", trained, "--epochs", 1, *QUICK, "--resume") == 0
+
+
+def test_convert_there_and_back(trained, tmp_path):
+    assert call("convert", trained, tmp_path / "official.pth", "--classes", CLASSES) == 0
+    assert call("convert", tmp_path / "official.pth", tmp_path / "own", "--classes", CLASSES) == 0
+    before, after = AVadCLIP.from_pretrained(trained / "model"), AVadCLIP.from_pretrained(tmp_path / "own")
+    assert all(torch.equal(t, after.state_dict()[n]) for n, t in before.state_dict().items())
+    assert after.padding == "official"
+
+
+def test_env_names_every_op(capsys):
+    from avadclip_fast.ops._dispatch import TABLE
+
+    assert call("env") == 0
+    out = capsys.readouterr().out
+    assert all(op in out for op in TABLE)
+
+
+def test_check(videos, tmp_path, capsys):
+    assert call("check", videos / "test.csv", "--gt", videos / "gt.npy", "--classes", CLASSES, "-q") == 0
+    np.save(tmp_path / "bad.npy", np.full((3, 512), np.nan, dtype=np.float32))
+    (tmp_path / "list.csv").write_text("path,audio_path,label\nbad.npy,missing.npy,X9\n")
+    capsys.readouterr()
+    assert call("check", tmp_path / "list.csv", "-q") == 1
+    out = capsys.readouterr().out
+    assert "bad.npy" in out and "missing.npy" in out and "X9" in out
+
+
+def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):
+    train, test = videos / "train.csv", videos / "test.csv"
+    run = tmp_path / "run"
+    assert "nothing.csv" in mistake(capsys, "train", tmp_path / "nothing.csv", "-o", run, *QUICK)
+    assert "preset" in mistake(capsys, "train", train, "-o", run, "--preset", "ucf", "-q")
+    assert "--classes" in mistake(capsys, "train", train, "-o", run, "--classes", "A", "-q")
+    assert "cuda:99" in mistake(capsys, "train", train, "-o", run, "--device", "cuda:99", *QUICK)
+    assert "weights" in mistake(capsys, "train", train, "-o", run, "--text-weights", tmp_path / "no.pt", "-q")
+    assert "--test-list" in mistake(capsys, "train", train, "-o", run, "--select", "test", *QUICK)
+    gt = ["--gt", videos / "gt.npy"]
+    assert "no model" in mistake(capsys, "eval", test, "--model", tmp_path / "nowhere", *gt, "--classes", CLASSES, "-q")
+    assert "classes" in mistake(capsys, "eval", test, "--model", trained, *gt, "-q")
+    bad = ["--classes", CLASSES, "--frames-per-snippet", 4, "-q"]
+    assert "--frames-per-snippet" in mistake(capsys, "eval", test, "--model", trained, *gt, *bad)
+    (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
+    assert "broken.pth" in mistake(capsys, "convert", tmp_path / "broken.pth", tmp_path / "out")
+    assert not run.exists(), "a mistake leaves nothing behind"
+
+
+def test_bad_features_stop_before_training(videos, tmp_path, capsys):
+    rows = (videos / "train.csv").read_text().splitlines()
+    np.save(tmp_path / "short.npy", np.zeros((2, 512), dtype=np.float32))
+    visual, audio, label = rows[1].split(",")
+    (tmp_path / "list.csv").write_text("\n".join([rows[0], f"{videos / visual},short.npy,{label}"]))
+    message = mistake(capsys, "train", tmp_path / "list.csv", "-o", tmp_path / "run", "--select", "last", *QUICK)
+    assert "short.npy" in message and "line 2" in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_pretrained_weights_it_says_so(videos, tmp_path, capsys, monkeypatch):
+    from open_clip import pretrained
+
+    def refuse(url, cache_dir=None):
+        raise OSError("no network")
+
+    monkeypatch.setattr(pretrained, "download_pretrained_from_url", refuse)
+    message = mistake(capsys, "train", videos / "train.csv", "-o", tmp_path / "run", "--classes", CLASSES, "-q")
+    assert "--text-weights random" in message and "no network" in message

@@ -1,0 +1,217 @@
+"""Training: exact resume after SIGKILL, selection, distillation, and what is left on disk."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from avadclip_fast.data import FeatureSet
+from avadclip_fast.engine.state import StateError, frozen_digest
+from avadclip_fast.engine.train import BEST, HISTORY, MODEL, STATE, Recipe, fit, teacher_features, trim
+from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
+
+CLASSES = ["normal", "fighting", "explosion"]
+SMALL = {"length": 16, "width": 32, "text_width": 64, "text_layers": 1, "text_weights": "random"}
+
+
+def features(count=12, seed=0) -> FeatureSet:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 17, count)
+    x = rng.standard_normal((2, count, 16, 32), dtype=np.float32)
+    x *= (np.arange(16) < lengths[:, None])[None, :, :, None]
+    labels = np.eye(3, dtype=np.float32)[rng.integers(0, 3, count)]
+    return FeatureSet(*(torch.from_numpy(a) for a in (x[0], x[1], lengths, labels)))
+
+
+def teacher(seed=0) -> AVadCLIP:
+    torch.manual_seed(seed)
+    return AVadCLIP(CLASSES, **SMALL)
+
+
+def weights(folder) -> dict:
+    return load_file(folder / MODEL / "model.safetensors")
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+RECIPE = Recipe(epochs=3, batch_size=5, lr=1e-3, milestones=(2,), checkpoint_every=1)
+
+
+def test_training_lowers_the_loss_and_leaves_a_loadable_model(tmp_path):
+    model = teacher()
+    history = fit(model, features(), Recipe(epochs=12, batch_size=6, lr=1e-3, milestones=()), tmp_path, progress=False)
+    assert history[-1]["total"] < 0.7 * history[0]["total"]
+    loaded = AVadCLIP.from_pretrained(tmp_path / MODEL)
+    assert same(loaded.state_dict(), model.state_dict())
+    written = json.loads((tmp_path / HISTORY).read_text())
+    assert [e["epoch"] for e in written["epochs"]] == list(range(1, 13))
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_lr_follows_the_milestones():
+    recipe = Recipe(lr=1.0, milestones=(3, 6))
+    assert [recipe.lr_at(e) for e in range(8)] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_frozen_text_weights_stay(tmp_path):
+    model = teacher()
+    before, prompt = frozen_digest(model), model.text.prompt.weight.clone()
+    fit(model, features(), RECIPE, tmp_path, progress=False)
+    assert frozen_digest(model) == before
+    assert not torch.equal(model.text.prompt.weight, prompt)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [1, 3, 4, 7])
+def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path, monkeypatch, after):
+    fit(teacher(), features(), RECIPE, tmp_path / "whole", progress=False)
+
+    from avadclip_fast.engine import train
+
+    calls = 0
+    plain = train.save_state
+
+    def interrupted(*args):
+        nonlocal calls
+        plain(*args)
+        calls += 1
+        if calls == after:
+            raise Killed
+
+    monkeypatch.setattr(train, "save_state", interrupted)
+    with pytest.raises(Killed):
+        fit(teacher(), features(), RECIPE, tmp_path / "cut", progress=False)
+    monkeypatch.setattr(train, "save_state", plain)
+    fit(teacher(seed=9), features(), RECIPE, tmp_path / "cut", resume=True, progress=False)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    histories = [json.loads((tmp_path / run / HISTORY).read_text()) for run in ("whole", "cut")]
+    assert histories[0] == histories[1]
+
+
+def test_sigkill_and_resume(tmp_path):
+    """A run killed from outside, wherever it happens to be, ends with the weights of an unbroken one."""
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import test_train as t; from pathlib import Path;"
+        "t.fit(t.teacher(), t.features(40), t.Recipe(epochs=4, batch_size=2, lr=1e-3, checkpoint_every=3),"
+        "Path(sys.argv[2]), resume=True, progress=False)"
+    )
+
+    def start(folder):
+        return subprocess.Popen([sys.executable, "-c", script, os.path.dirname(__file__), str(folder)])
+
+    assert start(tmp_path / "whole").wait() == 0
+    process = start(tmp_path / "cut")
+    while not (tmp_path / "cut" / STATE).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert not (tmp_path / "cut" / MODEL).exists()
+    assert start(tmp_path / "cut").wait() == 0
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
+    fit(teacher(), features(), RECIPE, tmp_path, progress=False)
+    with pytest.raises(StateError, match="--resume"):
+        fit(teacher(), features(), RECIPE, tmp_path, progress=False)
+    with pytest.raises(StateError, match="lr"):
+        fit(teacher(), features(), Recipe(**{**vars(RECIPE), "lr": 1e-4}), tmp_path, resume=True, progress=False)
+    other = teacher()
+    other.text.randomize(seed=5)
+    with pytest.raises(StateError, match="frozen"):
+        fit(other, features(), RECIPE, tmp_path, resume=True, progress=False)
+    student = AVadCLIPStudent(CLASSES, **SMALL)
+    with pytest.raises(StateError, match="other settings"):
+        fit(student, features(), RECIPE, tmp_path, resume=True, progress=False)
+    (tmp_path / STATE).write_bytes(b"not a state")
+    with pytest.raises(StateError, match="cannot be read"):
+        fit(teacher(), features(), RECIPE, tmp_path, resume=True, progress=False)
+
+
+def test_selection(tmp_path):
+    values = iter([0.2, 0.9, 0.5])
+    recipe = Recipe(**{**vars(RECIPE), "select": "test"})
+    model = teacher()
+    fit(model, features(), recipe, tmp_path / "test", test_ap=lambda model: next(values), progress=False)
+    assert json.loads((tmp_path / "test" / HISTORY).read_text())["selected_epoch"] == 2
+    stored = {k.removeprefix("model."): v for k, v in load_file(tmp_path / "test" / BEST).items()}
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in stored.items())
+
+    recipe = Recipe(**{**vars(RECIPE), "select": "val"})
+    history = fit(teacher(), features(), recipe, tmp_path / "val", held_out=features(4, seed=1), progress=False)
+    chosen = json.loads((tmp_path / "val" / HISTORY).read_text())["selected_epoch"]
+    assert chosen == min(history, key=lambda e: e["val"])["epoch"]
+    with pytest.raises(ValueError, match="held_out"):
+        fit(teacher(), features(), recipe, tmp_path / "none", progress=False)
+
+
+@pytest.mark.parametrize("padding", ["masked", "official"])
+def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
+    guide = teacher().eval()
+    before = {k: v.clone() for k, v in guide.state_dict().items()}
+    recipe = Recipe(**{**vars(RECIPE), "distill_weight": 1e-2})
+
+    def run(folder, **settings):
+        torch.manual_seed(1)
+        student = AVadCLIPStudent.beside(guide, padding=padding)
+        return fit(student, features(), recipe, folder, teacher=guide, progress=False, **settings)
+
+    cached = run(tmp_path / "cached")
+    assert "distill" in cached[0]
+    assert same(before, guide.state_dict())
+    from avadclip_fast.engine import train
+
+    monkeypatch.setattr(train, "CACHE_LIMIT", 0)
+    recomputed = run(tmp_path / "recomputed")
+    # 1e-4: batches of other sizes sum in another order, and AdamW's first steps enlarge the last bit
+    assert [e["total"] for e in cached] == pytest.approx([e["total"] for e in recomputed], rel=1e-4)
+
+
+def test_cached_teacher_features_are_those_of_the_whole_model():
+    guide, data = teacher().eval(), features()
+    batch = data.batch(torch.arange(4))
+    assert torch.equal(teacher_features(guide, batch), guide(batch.visual, batch.audio, batch.lengths).features)
+
+
+def test_trimming_changes_nothing_in_masked_mode():
+    guide, data = teacher().eval(), features()
+    batch = data.batch(torch.arange(6))
+    short = trim(batch, guide)
+    assert short.visual.shape[1] == batch.lengths.max() < 17
+    whole = guide(batch.visual, batch.audio, batch.lengths)
+    cut = guide(short.visual, short.audio, short.lengths)
+    for b, n in enumerate(batch.lengths):
+        torch.testing.assert_close(whole.class_logits[b, :n], cut.class_logits[b, :n], rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    data = features()
+    data.visual[3, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="no longer finite.*epoch 1"):
+        fit(teacher(), data, RECIPE, tmp_path, progress=False)
+    assert not (tmp_path / MODEL).exists()
+
+
+def test_an_audio_student_hears_and_does_not_see(tmp_path):
+    torch.manual_seed(0)
+    student = AVadCLIPStudent(CLASSES, modality="audio", **SMALL)
+    data = features()
+    blind = FeatureSet(torch.full_like(data.visual, 7.0), data.audio, data.lengths, data.labels)
+    first = fit(student, data, RECIPE, tmp_path / "a", progress=False)
+    torch.manual_seed(0)
+    student = AVadCLIPStudent(CLASSES, modality="audio", **SMALL)
+    assert first == fit(student, blind, RECIPE, tmp_path / "b", progress=False)
