@@ -1,0 +1,57 @@
+"""Lists, labels, feature files, ground truth, batches."""
+
+from .atomic import atomic_write
+from .check import check_list
+from .dataset import Batch, FeatureSet, TestVideo, batches, epoch_order, test_videos
+from .errors import DataError, LabelError
+from .features import chunk, load_features, pool, snippet_count, write_features
+from .ground_truth import (
+    Span,
+    frame_vector,
+    read_annotations,
+    read_frame_gt,
+    read_object_array,
+    read_segments_json,
+    read_spans,
+    segments,
+)
+from .labels import CCTV_FIGHTS, PRESETS, XD_VIOLENCE, Preset, encode
+from .lists import Row, read_list, split, videos, write_list
+from .synthetic import make_synthetic
+
+__all__ = [
+    "CCTV_FIGHTS",
+    "PRESETS",
+    "XD_VIOLENCE",
+    "Batch",
+    "DataError",
+    "FeatureSet",
+    "LabelError",
+    "Preset",
+    "Row",
+    "Span",
+    "TestVideo",
+    "atomic_write",
+    "batches",
+    "check_list",
+    "chunk",
+    "encode",
+    "epoch_order",
+    "frame_vector",
+    "load_features",
+    "make_synthetic",
+    "pool",
+    "read_annotations",
+    "read_frame_gt",
+    "read_list",
+    "read_object_array",
+    "read_segments_json",
+    "read_spans",
+    "segments",
+    "snippet_count",
+    "split",
+    "test_videos",
+    "videos",
+    "write_features",
+    "write_list",
+]

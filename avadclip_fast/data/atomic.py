@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -10,15 +10,21 @@ from typing import IO
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
-    """Opens a temporary file beside `path`; on success it replaces `path`, on failure nothing is left behind."""
+    """Opens a temporary file beside `path` (mode "wb", or "w" for UTF-8 text).
+
+    On success the file replaces `path`, on failure nothing is left behind and `path` is as it was.
+    """
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, mode) as file:
+    # Not named after `path`, whose name may already be as long as the file system allows; "x" honours the umask.
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    with open(
+        temporary, mode.replace("w", "x"), **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})
+    ) as file:
+        try:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            os.fsync(file.fileno())  # before the rename, or a crash could leave the new name on empty blocks
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise

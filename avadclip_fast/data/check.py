@@ -1,0 +1,99 @@
+"""Everything that is wrong with a list and its files, at once."""
+
+from pathlib import Path
+
+import numpy as np
+
+from .dataset import Progress, unequal
+from .errors import DataError, LabelError
+from .features import load_features, snippet_count
+from .ground_truth import read_frame_gt
+from .labels import encode
+from .lists import Row, scan_list, videos
+
+
+def check_list(
+    path: str | Path,
+    codes: dict[str, str],
+    root: str | Path | None = None,
+    audio: bool = True,
+    width: int = 512,
+    frame_gt: str | Path | None = None,
+    frames_per_snippet: int = 16,
+    full: bool = True,
+    progress: Progress | None = None,
+) -> list[str]:
+    """The problems of a list, one line each with the file and the line of the list; none means that all is well.
+
+    codes: code -> class name. audio: whether each row must have sound. frame_gt: frame ground truth to hold against
+    the list. full: read all features (NaN is found only so), not their headers alone.
+    """
+    try:
+        rows, problems = scan_list(path, root, audio)
+    except DataError as error:
+        return [str(error)]
+    whole = not problems  # only then do the counts add up to the ground truth's
+    counts = []
+    for row in progress(rows) if progress else rows:
+        found, count = _check_row(row, codes, audio, width, full)
+        problems += [f"{path}, line {row.line}: {problem}" for problem in found]
+        counts.append(count)
+    if frame_gt is not None:
+        try:
+            truth = read_frame_gt(frame_gt)
+        except DataError as error:
+            return [*problems, str(error)]
+        if whole and None not in counts:
+            problems += _check_truth(path, rows, counts, truth, frame_gt, frames_per_snippet, next(iter(codes)))
+    return problems
+
+
+def _check_row(row: Row, codes: dict[str, str], audio: bool, width: int, full: bool) -> tuple[list[str], int | None]:
+    """Problems of a row, and its snippets if they could be counted."""
+    problems, counts = [], []
+    try:
+        encode(row.label, codes)
+    except LabelError as error:
+        problems.append(str(error))
+    for file in (row.visual, row.audio) if audio else (row.visual,):
+        try:
+            counts.append(len(load_features(file, width)) if full else snippet_count(file, width))
+        except DataError as error:
+            problems.append(str(error))
+            counts.append(None)
+    if None not in counts and len(set(counts)) > 1:
+        problems.append(unequal(row, *counts))
+    return problems, counts[0]
+
+
+def _check_truth(
+    path: str | Path,
+    rows: list[Row],
+    counts: list[int],
+    truth: np.ndarray,
+    frame_gt: str | Path,
+    frames: int,
+    normal: str,
+) -> list[str]:
+    snippets = sum(counts)
+    if len(truth) != snippets * frames:
+        problem = (
+            f"{frame_gt}: {len(truth)} frames, but {path} has {snippets} snippets x {frames} = {snippets * frames}; "
+        )
+        if len(videos(rows)) < len(rows):
+            remedy = "a test list holds one crop of each video (XD-Violence: the `__5` files)"
+        elif len(truth) % snippets == 0:
+            remedy = f"it would fit --frames-per-snippet {len(truth) // snippets}"
+        else:
+            remedy = "are they of the same videos, cut into the same snippets?"
+        return [problem + remedy]
+    problems = []
+    ends = np.cumsum(counts) * frames
+    for row, end, count in zip(rows, ends, counts, strict=True):
+        positive = int(truth[end - count * frames : end].sum())
+        if (row.label == normal) == (positive > 0):
+            problems.append(
+                f"{path}, line {row.line}: labelled {row.label}, but {positive} frames are anomalous in {frame_gt}; "
+                "is the list in the order of the ground truth?"
+            )
+    return problems

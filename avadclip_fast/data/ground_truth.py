@@ -1,0 +1,232 @@
+"""Ground truth of the test sets: anomalous spans, and one number per frame."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .errors import DataError
+from .npy import read_header
+
+
+class Span(NamedTuple):
+    """Frames start <= t < end of a video."""
+
+    start: int
+    end: int
+    code: str
+
+
+def read_spans(path: str | Path, labels: str | Path | None = None) -> list[list[Span]]:
+    """Spans per video, from a `.json` file or from the official pair of `.npy` files. Raises DataError."""
+    if Path(path).suffix == ".json":
+        return read_segments_json(path)
+    if labels is None:
+        raise DataError(f"{path}: the official form has the labels of its spans in a second file; name that as well")
+    return segments(path, labels)
+
+
+def segments(path_segment: str | Path, path_label: str | Path) -> list[list[Span]]:
+    """Spans per video from the official `gt_*_segment.npy` and `gt_*_label.npy`. Raises DataError."""
+    source = f"{path_segment} and {path_label}"
+    return _spans(read_object_array(path_segment), read_object_array(path_label), source)
+
+
+def read_segments_json(path: str | Path) -> list[list[Span]]:
+    """Spans per video from `{"segments": [[[start, end], ...], ...], "labels": [[code, ...], ...]}`.
+
+    Raises DataError.
+    """
+    try:
+        truth = json.loads(Path(path).read_text(encoding="utf-8"))
+        return _spans(truth["segments"], truth["labels"], str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{path}: not JSON of the form {{"segments": ..., "labels": ...}}: {error!r}') from error
+
+
+def _spans(segments: Sequence, labels: Sequence, source: str) -> list[list[Span]]:
+    if len(segments) != len(labels):
+        raise DataError(f"{source}: spans of {len(segments)} videos, labels of {len(labels)}")
+    result = []
+    for video, (pairs, codes) in enumerate(zip(segments, labels, strict=True)):
+        try:
+            spans = [Span(int(start), int(end), str(code)) for (start, end), code in zip(pairs, codes, strict=True)]
+        except (ValueError, TypeError) as error:
+            raise DataError(
+                f"{source}: video {video}, from 0: wants a label and [start, end] per span: {error}"
+            ) from error
+        if bad := [span for span in spans if not 0 <= span.start < span.end]:
+            raise DataError(f"{source}: video {video}, from 0: span {bad[0][:2]} is not 0 <= start < end")
+        result.append(spans)
+    return result
+
+
+def read_object_array(path: str | Path) -> list:
+    """A `.npy` file of Python objects, as nested lists of strings and integers, without executing its pickle.
+
+    A pickle calls what it names. Here the three names that numpy writes stand for inert objects, any other is refused,
+    and no code but this file's is reached.
+    Raises DataError: not such a file, or one that asks for more, by the name it asks for.
+    """
+    try:
+        with open(path, "rb") as file:
+            _, _, dtype = read_header(file, path)
+            if dtype != object:
+                raise DataError(f"{path}: dtype {dtype}; expected Python objects, as in the official gt_*_segment.npy")
+            array = _Unpickler(file).load()
+        if not isinstance(array, _Array):
+            raise pickle.UnpicklingError(f"a {type(array).__name__} instead of an array")
+        return array.tolist()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except DataError:
+        raise
+    except _Forbidden as error:
+        raise DataError(f"{path}: refused: its pickle asks for {error}, which no list of spans needs") from error
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        MemoryError,
+        OverflowError,
+    ) as error:
+        raise DataError(f"{path}: not an array of lists, or cut short: {error}") from error
+
+
+class _Forbidden(Exception):
+    pass
+
+
+class _Array:
+    """In place of numpy.ndarray: keeps what a pickled array sets, and can only be turned into lists."""
+
+    def __init__(self, *_: Any):
+        self.state = None
+
+    def __setstate__(self, state: tuple) -> None:
+        self.state = state
+
+    def tolist(self) -> list:
+        _, shape, _, fortran, items = self.state
+        array = np.empty(len(items), object)
+        for i, item in enumerate(items):  # a whole assignment would look into the lists
+            array[i] = _plain(item)
+        return array.reshape(shape, order="F" if fortran else "C").tolist()
+
+
+class _Inert:
+    """In place of a dtype, and of the class that `_reconstruct` is told to make."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Unpickler(pickle.Unpickler):
+    KNOWN = {
+        ("numpy.core.multiarray", "_reconstruct"): _Array,
+        ("numpy._core.multiarray", "_reconstruct"): _Array,  # numpy 2
+        ("numpy", "ndarray"): _Inert,
+        ("numpy", "dtype"): _Inert,
+    }
+
+    def find_class(self, module: str, name: str) -> type:
+        if (module, name) not in self.KNOWN:
+            raise _Forbidden(f"{module}.{name}")
+        return self.KNOWN[module, name]
+
+
+def _plain(item: Any) -> Any:
+    if isinstance(item, list | tuple):
+        return [_plain(part) for part in item]
+    if type(item) not in (str, int):
+        raise ValueError(f"a {type(item).__name__} among strings, integers and lists")
+    return item
+
+
+def read_annotations(path: str | Path) -> dict[str, list[tuple[int, int]]]:
+    """XD-Violence's annotations.txt: per line a name and start end pairs of frames; a `.mp4` after a name is dropped.
+
+    Returns name -> [(start, end), ...], frames start <= t < end. Raises DataError.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not a text file in UTF-8: {error}") from error
+    annotations = {}
+    for number, line in enumerate(lines, 1):
+        name, *numbers = line.split() or [""]
+        name = name.removesuffix(".mp4")
+        if not name:
+            continue
+        try:
+            frames = [int(text) for text in numbers]
+            pairs = list(zip(frames[::2], frames[1::2], strict=True))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: wants a name and pairs of frame numbers") from error
+        if bad := [pair for pair in pairs if not 0 <= pair[0] < pair[1]]:
+            raise DataError(f"{path}, line {number}: span {bad[0]} is not 0 <= start < end")
+        if name in annotations:
+            raise DataError(f"{path}, line {number}: {name} is annotated a second time; join the lines")
+        annotations[name] = pairs
+    return annotations
+
+
+def frame_vector(annotations: dict[str, list[tuple[int, int]]], videos: Iterable[tuple[str, int]]) -> np.ndarray:
+    """XD-Violence's frame ground truth.
+
+    videos: (name, frames) in order of evaluation.
+    Returns (sum of frames,) float32 of 0 and 1. Raises DataError where an annotated video is not among `videos`.
+    """
+    parts, named = [np.zeros(0, np.float32)], set()
+    for name, frames in videos:
+        named.add(name)
+        truth = np.zeros(frames, np.float32)
+        for start, end in annotations.get(name, []):
+            truth[start:end] = 1  # annotations run past the last whole snippet, which slicing drops
+        parts.append(truth)
+    if unknown := [name for name in annotations if name not in named]:
+        raise DataError(f"{len(unknown)} annotated videos are not in the list, {unknown[0]} first")
+    return np.concatenate(parts)
+
+
+def read_frame_gt(path: str | Path) -> np.ndarray:
+    """Frame ground truth from `.npy`, or from `.npz` (its array `gt`, or its only one).
+
+    Returns (frames,) float32 of 0 and 1. Raises DataError.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.lib.npyio.NpzFile):
+            with loaded as arrays:
+                names = arrays.files
+                if "gt" not in names and len(names) != 1:
+                    raise DataError(f"{path}: holds {', '.join(names) or 'no arrays'}; name one of them gt")
+                loaded = arrays["gt" if "gt" in names else names[0]]
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file") from error
+    except DataError:
+        raise
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: not a readable .npy or .npz file: {error}") from error
+    if loaded.ndim != 1 or loaded.dtype.kind not in "bfiu" or not loaded.size:
+        raise DataError(f"{path}: expected a vector with a number per frame, got {loaded.dtype} {loaded.shape}")
+    if len(bad := np.flatnonzero((loaded != 0) & (loaded != 1))):
+        raise DataError(f"{path}: frame {bad[0]} is {loaded[bad[0]]}; a frame is 0 (normal) or 1 (anomalous)")
+    return loaded.astype(np.float32)

@@ -1,0 +1,60 @@
+"""Class codes of the datasets, and labels as multi-hot vectors."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import LabelError
+
+# Code -> class name, in the order of the models' classes; the first is normal.
+XD_VIOLENCE = {
+    "A": "normal",
+    "B1": "fighting",
+    "B2": "shooting",
+    "B4": "riot",
+    "B5": "abuse",
+    "B6": "car accident",
+    "G": "explosion",
+}
+CCTV_FIGHTS = {"A": "normal", "B1": "fighting"}
+FILLER = "0"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a dataset settles: its classes, how many frames a snippet stands for, the weight of L_ukd."""
+
+    name: str
+    codes: dict[str, str]
+    frames_per_snippet: int
+    distill_weight: float
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("xd-violence", XD_VIOLENCE, frames_per_snippet=16, distill_weight=1e-8),
+        Preset("cctv-fights", CCTV_FIGHTS, frames_per_snippet=4, distill_weight=1e-7),
+    )
+}
+
+
+def encode(label: str, codes: dict[str, str]) -> np.ndarray:
+    """A label such as `B2-G-B6` or `B1-0-0` (0 fills) as a multi-hot vector.
+
+    codes: code -> class name, the first being normal.
+    Returns (C,) float32. Raises LabelError: an unknown code, no code at all, normal beside an anomaly.
+    """
+    order = list(codes)
+    found = {code.strip() for code in label.split("-")} - {FILLER, ""}
+    unknown = sorted(found - set(order))
+    if unknown:
+        raise LabelError(
+            f"label {label!r} has the unknown code {', '.join(unknown)}; "
+            f"known: {', '.join(f'{code} ({name})' for code, name in codes.items())}"
+        )
+    if not found:
+        raise LabelError(f"label {label!r} holds zero labels; a normal video is labelled {order[0]}")
+    if order[0] in found and len(found) > 1:
+        raise LabelError(f"label {label!r} is normal ({order[0]}) and anomalous at once; remove one of the two")
+    return np.isin(order, list(found)).astype(np.float32)

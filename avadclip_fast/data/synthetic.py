@@ -1,0 +1,172 @@
+"""A made-up set in the official form, in which sound matters: for demonstrations, tests and timing.
+
+Each stream of a video is a smooth walk about a scene of its own, inside a small subspace that all videos share, as
+embeddings of real videos have. Spans of it, the events, add a direction:
+
+    anomalies   a direction of their class, in sight, in sound, or in both; an anomaly that is only heard leaves a
+                faint trace in sight, which a student can learn from a teacher that hears, hardly from labels alone
+    distractors harmless sights and sounds as strong as anomalies, in normal and anomalous videos alike
+
+so that change alone tells nothing, and a detector without sound misses what is only heard.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .atomic import atomic_write
+from .dataset import Progress
+from .errors import DataError
+from .labels import FILLER, XD_VIOLENCE
+from .lists import Row, write_list
+
+MODES = {"visible": 0.3, "audible": 0.4, "both": 0.3}  # share of the anomalies
+SCENE = 32  # dimensions of the subspace of backgrounds
+HARMLESS = 6  # kinds of distractors in each stream
+SCENE_NORM, WALK_NORM, NOISE_NORM = 6.0, 2.5, 2.0  # a row's norm is near 10, as CLIP's are
+EVENT_NORM = 4.0
+SPREAD = 0.35  # of an event's strength about its mean
+JITTER = 0.8  # noise along the directions of events themselves
+TRACE = 0.3  # what an anomaly that is only heard leaves in sight
+DOUBLE = 0.25  # share of anomalous videos with two classes
+LEAST_EVENT, LONGEST_EVENT = 4, 24  # snippets
+
+
+class Event(NamedTuple):
+    start: int
+    end: int
+    code: str | None  # None: a distractor
+    mode: str
+    kind: int  # row of the stream's directions
+
+
+def make_synthetic(
+    folder: str | Path,
+    videos: int = 64,
+    test_videos: int = 24,
+    classes: Iterable[str] = ("normal", "fighting", "shooting", "explosion"),
+    width: int = 512,
+    seed: int = 0,
+    min_snippets: int = 24,
+    max_snippets: int = 120,
+    frames_per_snippet: int = 16,
+    progress: Progress | None = None,
+) -> None:
+    """Writes train.csv, test.csv, train/*.npy, test/*.npy (float16), gt.npy, gt_segments.json and info.json.
+
+    Half the videos are normal. A video depends on its number and on seed, classes, width and the snippets alone, so
+    the same arguments give the same bytes, and more videos leave the earlier ones as they were.
+    classes: names of XD_VIOLENCE, the first one normal. info.json tells how each anomaly of the test set shows.
+    Raises DataError on arguments that make no set.
+    """
+    codes = _codes(classes)
+    if width < SCENE + HARMLESS + len(codes) + 1 or not 4 * LEAST_EVENT <= min_snippets <= max_snippets:
+        raise DataError(
+            f"a made-up set needs width >= {SCENE + HARMLESS + len(codes) + 1} and "
+            f"{4 * LEAST_EVENT} <= min_snippets <= max_snippets, got {width}, {min_snippets} and {max_snippets}"
+        )
+    folder = Path(folder)
+    streams = [_Stream(width, len(codes), np.random.default_rng([seed, s])) for s in range(2)]
+    jobs = [("train", i) for i in range(videos)] + [("test", i) for i in range(test_videos)]
+    rows: dict[str, list[Row]] = {"train": [], "test": []}
+    truth, spans, shown = [np.zeros(0, np.float32)], {"segments": [], "labels": []}, []
+    for part in rows:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for part, i in progress(jobs) if progress else jobs:
+        rng = np.random.default_rng([seed, 2 + (part == "test"), i])
+        snippets = int(rng.integers(min_snippets, max_snippets + 1))
+        events = _events(snippets, codes[1:] if i % 2 else [], rng)
+        planted = [event for event in events if event.code]
+        found = [code for code in codes if code in {event.code for event in planted}]
+        label = "-".join((found + [FILLER, FILLER])[:3]) if found else codes[0]
+        name = f"{part}_{i:05d}_label_{label}"
+        row = Row(folder / part / f"{name}__v.npy", folder / part / f"{name}__a.npy", label, i + 2)
+        # Written in place, unlike features that took hours: syncing thousands of small files to disk takes minutes,
+        # and a set cut short is made again.
+        np.save(row.visual, streams[0].draw(snippets, events, "audible", rng))
+        np.save(row.audio, streams[1].draw(snippets, events, "visible", rng))
+        rows[part].append(row)
+        if part == "test":
+            frames = np.zeros(snippets * frames_per_snippet, np.float32)
+            ends = [[e.start * frames_per_snippet, e.end * frames_per_snippet] for e in planted]
+            for start, end in ends:
+                frames[start:end] = 1
+            truth.append(frames)
+            spans["segments"].append(ends or [[0, len(frames)]])
+            spans["labels"].append([e.code for e in planted] or [codes[0]])
+            shown.append({"video": row.visual.stem, "anomalies": [e.mode for e in planted]})
+    for part, listed in rows.items():
+        write_list(folder / f"{part}.csv", listed)
+    frames = np.concatenate(truth)
+    with atomic_write(folder / "gt.npy") as file:
+        np.save(file, frames)
+    info = {
+        "frames_per_snippet": frames_per_snippet,
+        "classes": {code: XD_VIOLENCE[code] for code in codes},
+        "seed": seed,
+        "train": {"videos": videos},
+        "test": {"videos": test_videos, "frames": len(frames), "positive": int(frames.sum()), "shown": shown},
+    }
+    for name, content in (("gt_segments.json", spans), ("info.json", info)):
+        with atomic_write(folder / name, "w") as file:
+            json.dump(content, file, indent=1)
+
+
+def _codes(classes: Iterable[str]) -> list[str]:
+    of = {name: code for code, name in XD_VIOLENCE.items()}
+    classes = list(classes)
+    if unknown := [name for name in classes if name not in of]:
+        raise DataError(f"no class {', '.join(unknown)}; there are {', '.join(of)}")
+    if len(classes) < 2 or len(set(classes)) < len(classes) or of[classes[0]] != "A":
+        raise DataError(f"a made-up set needs normal first and other classes after it, got {', '.join(classes)}")
+    return [of[name] for name in classes]
+
+
+def _events(snippets: int, anomalies: list[str], rng: np.random.Generator) -> list[Event]:
+    """One to three anomalies, if any are offered, and one to three distractors, apart from one another."""
+    plan: list[tuple[str | None, str, int]] = []
+    if anomalies:
+        count = 1 + int(rng.integers(3))
+        chosen = rng.choice(len(anomalies), 1 + (len(anomalies) > 1 and rng.random() < DOUBLE), replace=False)
+        for mode in rng.choice(list(MODES), max(count, len(chosen)), p=list(MODES.values())):
+            kind = int(chosen[len(plan) % len(chosen)])
+            plan.append((anomalies[kind], str(mode), HARMLESS + kind))
+    for _ in range(1 + int(rng.integers(3))):
+        plan.append((None, str(rng.choice(["visible", "audible"])), int(rng.integers(HARMLESS))))
+    order = rng.permutation(len(plan))[: snippets // LEAST_EVENT]
+    slots = np.linspace(0, snippets, len(order) + 1, dtype=int)
+    events = []
+    for slot, j in enumerate(order):
+        room = slots[slot + 1] - slots[slot]
+        size = int(rng.integers(LEAST_EVENT - 1, max(min(room - 1, LONGEST_EVENT), LEAST_EVENT)))
+        start = int(slots[slot] + rng.integers(room - size + 1))
+        events.append(Event(start, start + size, *plan[j]))
+    return events
+
+
+class _Stream:
+    """Sight or sound: its subspace, and the rows of a video in it."""
+
+    def __init__(self, width: int, classes: int, rng: np.random.Generator):
+        directions = HARMLESS + classes - 1
+        basis = np.linalg.qr(rng.standard_normal((width, SCENE + directions + 1)))[0].T
+        self.mean, self.scene, self.events = basis[0], basis[1 : SCENE + 1], basis[SCENE + 1 :]
+
+    def draw(self, snippets: int, events: list[Event], hidden: str, rng: np.random.Generator) -> np.ndarray:
+        """Rows (snippets, width) float16; of events whose mode is `hidden`, anomalies leave a trace in sight alone."""
+        steps = rng.standard_normal((snippets, SCENE))
+        # a walk that is drawn back to its scene: an autoregression, as a sum over its decaying past
+        age = np.subtract.outer(np.arange(snippets), np.arange(snippets))
+        walk = np.where(age >= 0, 0.9 ** np.maximum(age, 0), 0) @ steps * (1 - 0.81) ** 0.5
+        place = rng.standard_normal(SCENE)
+        strength = JITTER * rng.standard_normal((snippets, len(self.events)))
+        for start, end, code, mode, kind in events:
+            seen = 1.0 if mode != hidden else TRACE if code and hidden == "audible" else 0.0
+            rise = np.sin(np.pi * (np.arange(end - start) + 1) / (end - start + 1)) ** 0.5
+            strength[start:end, kind] += seen * EVENT_NORM * max(1 + SPREAD * rng.standard_normal(), 0.3) * rise
+        inside = (SCENE_NORM * place + WALK_NORM * walk) / SCENE**0.5
+        noise = rng.standard_normal((snippets, len(self.mean))) * (NOISE_NORM / len(self.mean) ** 0.5)
+        return (6 * self.mean + inside @ self.scene + strength @ self.events + noise).astype(np.float16)
