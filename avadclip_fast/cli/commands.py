@@ -54,9 +54,7 @@ class Modality(StrEnum):
     audio = "audio"
 
 
-List_ = Annotated[
-    Path, Argument(metavar="LIST", help="CSV with the columns path,audio_path,label.", show_default=False)
-]
+List_ = Annotated[Path, Argument(metavar="LIST", help="CSV: path,audio_path,label.", show_default=False)]
 Root = Annotated[Path | None, Option(help="Folder that relative paths start from; the list's own by default.")]
 PresetName = Annotated[str, Option("--preset", help=f"Class codes and settings: {', '.join(data.PRESETS)}.")]
 Classes = Annotated[str | None, Option(help='Other classes, normal first: "A=normal,B1=fighting".', show_default=False)]

@@ -120,7 +120,6 @@ def evaluate(
 def _class_spans(spans: list, classes: list[str], codes: dict[str, str]) -> list[list[tuple[int, int, int]]]:
     unknown = {code for video in spans for _, _, code in video if codes.get(code) not in classes}
     if unknown:
-        raise DataError(
-            f"the segments name {', '.join(sorted(unknown))}, which the model's classes ({', '.join(classes)}) do not cover"
-        )
+        names = ", ".join(sorted(unknown))
+        raise DataError(f"the segments name {names}, which the model's classes do not cover: {', '.join(classes)}")
     return [[(start, end, classes.index(codes[code])) for start, end, code in video] for video in spans]

@@ -167,7 +167,7 @@ class AVadCLIPStudent(Detector):
 
     @classmethod
     def beside(cls, teacher: AVadCLIP, **settings) -> "AVadCLIPStudent":
-        """A new student of a teacher's classes and sizes, with its frozen text weights; settings as in the constructor."""
+        """A new student of a teacher's classes and sizes, with its frozen text weights; settings as for the class."""
         positions, text = teacher.temporal.positions, teacher.text
         text_width = text.positional_embedding.shape[1]
         student = cls(
