@@ -3,11 +3,38 @@
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _build, reference
 from . import _dispatch
 from ._check import check_lengths, check_positive, check_tensors
 
+
+def _compiled(values: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
+    return torch.ops.avadclip_fast.distance_graph(values, scale, lengths)
+
+
 _dispatch.register("distance_graph", "reference", reference.distance_graph)
+_dispatch.register("distance_graph", "cpp", _compiled, lambda values, scale, lengths: _build.cpp_reason(values))
+_dispatch.register("distance_graph", "cuda", _compiled, lambda values, scale, lengths: _build.cuda_reason(values))
+
+torch.library.define("avadclip_fast::distance_graph", "(Tensor values, float scale, Tensor? lengths) -> Tensor")
+
+
+@torch.library.register_fake("avadclip_fast::distance_graph")
+def _(values, scale, lengths):
+    return values.new_empty(values.shape)
+
+
+def _save(ctx, inputs, output):
+    _, ctx.scale, lengths = inputs
+    ctx.save_for_backward(lengths)
+
+
+def _backward(ctx, grad):
+    (lengths,) = ctx.saved_tensors
+    return torch.ops.avadclip_fast.distance_graph(grad, ctx.scale, lengths), None, None
+
+
+torch.library.register_autograd("avadclip_fast::distance_graph", _backward, setup_context=_save)
 
 
 def distance_graph(

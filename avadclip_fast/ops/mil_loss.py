@@ -1,13 +1,96 @@
 """mil_loss and mil_align_loss: the two multiple-instance losses over top-k pooled scores."""
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _build, reference
 from . import _dispatch
 from ._check import check_lengths, check_positive, check_tensors
 
-_dispatch.register("mil_loss", "reference", reference.mil_loss)
-_dispatch.register("mil_align_loss", "reference", reference.mil_align_loss)
+
+def _compiled(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int) -> Tensor:
+    return torch.ops.avadclip_fast.mil_loss(logits, labels.to(_kept(logits)), lengths, divisor)[0]
+
+
+def _compiled_align(logits: Tensor, labels: Tensor, lengths: Tensor, alpha: Tensor, divisor: int) -> Tensor:
+    kept = _kept(logits)
+    return torch.ops.avadclip_fast.mil_align_loss(logits, labels.to(kept), lengths, alpha.to(kept), divisor)[0]
+
+
+def _kept(logits: Tensor) -> torch.dtype:
+    """What the loss, labels and alpha are in."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _supports(reason):
+    def supports(logits: Tensor, labels: Tensor, *_) -> str | None:
+        return "it makes no gradient for labels" if labels.requires_grad else reason(logits)
+
+    return supports
+
+
+for _op, _function in (("mil_loss", _compiled), ("mil_align_loss", _compiled_align)):
+    _dispatch.register(_op, "reference", getattr(reference, _op))
+    _dispatch.register(_op, "cpp", _function, _supports(_build.cpp_reason))
+    _dispatch.register(_op, "cuda", _function, _supports(_build.cuda_reason))
+
+# The slopes are d loss / d logits and d loss / d alpha, in the loss's dtype; the backward pass multiplies them by grad.
+torch.library.define(
+    "avadclip_fast::mil_loss",
+    "(Tensor logits, Tensor labels, Tensor lengths, int divisor) -> (Tensor loss, Tensor slope)",
+)
+torch.library.define("avadclip_fast::mil_loss_backward", "(Tensor grad, Tensor slope) -> Tensor")
+torch.library.define(
+    "avadclip_fast::mil_align_loss",
+    "(Tensor logits, Tensor labels, Tensor lengths, Tensor alpha, int divisor)"
+    " -> (Tensor loss, Tensor slope, Tensor alpha_slope)",
+)
+torch.library.define(
+    "avadclip_fast::mil_align_loss_backward", "(Tensor grad, Tensor slope, Tensor alpha_slope) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("avadclip_fast::mil_loss")
+def _(logits, labels, lengths, divisor):
+    kept = _kept(logits)
+    return logits.new_empty((), dtype=kept), logits.new_empty(logits.shape, dtype=kept)
+
+
+@torch.library.register_fake("avadclip_fast::mil_loss_backward")
+def _(grad, slope):
+    return torch.empty_like(slope)
+
+
+@torch.library.register_fake("avadclip_fast::mil_align_loss")
+def _(logits, labels, lengths, alpha, divisor):
+    kept = _kept(logits)
+    loss, slope = logits.new_empty((), dtype=kept), logits.new_empty(logits.shape, dtype=kept)
+    return loss, slope, alpha.new_empty(alpha.shape)
+
+
+@torch.library.register_fake("avadclip_fast::mil_align_loss_backward")
+def _(grad, slope, alpha_slope):
+    return torch.empty_like(slope), torch.empty_like(alpha_slope)
+
+
+def _save(ctx, inputs, output):
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)  # a slope gets no gradient: zeros of its size would be made in vain
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx, grad, _):
+    (slope,) = ctx.saved_tensors
+    return torch.ops.avadclip_fast.mil_loss_backward(grad, slope).to(ctx.dtype), None, None, None
+
+
+def _align_backward(ctx, grad, *_):
+    logits, alpha = torch.ops.avadclip_fast.mil_align_loss_backward(grad, *ctx.saved_tensors)
+    return logits.to(ctx.dtype), None, None, alpha, None
+
+
+torch.library.register_autograd("avadclip_fast::mil_loss", _backward, setup_context=_save)
+torch.library.register_autograd("avadclip_fast::mil_align_loss", _align_backward, setup_context=_save)
 
 
 def mil_loss(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int = 16, backend: str | None = None) -> Tensor:

@@ -1,12 +1,51 @@
 """topk_mean: ragged top-k mean over time."""
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _build, reference
 from . import _dispatch
 from ._check import check_lengths, check_positive, check_tensors
 
+
+def _compiled(scores: Tensor, lengths: Tensor, divisor: int) -> Tensor:
+    return torch.ops.avadclip_fast.topk_mean(scores, lengths, divisor)[0]
+
+
 _dispatch.register("topk_mean", "reference", reference.topk_mean)
+_dispatch.register("topk_mean", "cpp", _compiled, lambda scores, lengths, divisor: _build.cpp_reason(scores))
+_dispatch.register("topk_mean", "cuda", _compiled, lambda scores, lengths, divisor: _build.cuda_reason(scores))
+
+# index: (B, C, K) int32, the chosen t of each column in rising order, -1 where K = T // divisor + 1 is more than k_b
+torch.library.define(
+    "avadclip_fast::topk_mean", "(Tensor scores, Tensor lengths, int divisor) -> (Tensor mean, Tensor index)"
+)
+torch.library.define("avadclip_fast::topk_mean_backward", "(Tensor grad, Tensor index, SymInt rows) -> Tensor")
+
+
+@torch.library.register_fake("avadclip_fast::topk_mean")
+def _(scores, lengths, divisor):
+    batch, rows, classes = scores.shape
+    top = min(rows // divisor + 1, rows)
+    return scores.new_empty(batch, classes), scores.new_empty(batch, classes, top, dtype=torch.int32)
+
+
+@torch.library.register_fake("avadclip_fast::topk_mean_backward")
+def _(grad, index, rows):
+    return grad.new_empty(grad.shape[0], rows, grad.shape[1])
+
+
+def _save(ctx, inputs, output):
+    ctx.rows = inputs[0].shape[1]
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad, _):
+    (index,) = ctx.saved_tensors
+    return torch.ops.avadclip_fast.topk_mean_backward(grad, index, ctx.rows), None, None
+
+
+torch.library.register_autograd("avadclip_fast::topk_mean", _backward, setup_context=_save)
 
 
 def topk_mean(scores: Tensor, lengths: Tensor, divisor: int = 16, backend: str | None = None) -> Tensor:

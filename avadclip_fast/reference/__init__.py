@@ -6,9 +6,11 @@ from .distill_loss import distill_loss
 from .gated_fusion import gated_fusion
 from .linear_act import ACTIVATIONS, linear_act
 from .mil_loss import mil_align_loss, mil_loss
+from .pack_rows import pack_rows, unpack_rows
 from .prompt_similarity import prompt_similarity
 from .similarity_graph import similarity_graph
 from .topk_mean import topk_mean
+from .uniform_pool import uniform_pool
 from .window_attention import window_attention
 
 __all__ = [
@@ -20,8 +22,11 @@ __all__ = [
     "linear_act",
     "mil_align_loss",
     "mil_loss",
+    "pack_rows",
     "prompt_similarity",
     "similarity_graph",
     "topk_mean",
+    "uniform_pool",
+    "unpack_rows",
     "window_attention",
 ]

@@ -1,0 +1,93 @@
+"""pack_rows and unpack_rows: the valid rows of a padded batch, and back."""
+
+import torch
+from torch import Tensor
+
+from .. import _build, reference
+from . import _dispatch
+from ._check import check_lengths, check_positive, check_tensors
+from .uniform_pool import check_packed
+
+_dispatch.register("pack_rows", "reference", reference.pack_rows)
+_dispatch.register("unpack_rows", "reference", reference.unpack_rows)
+
+
+def _pack(padded: Tensor, lengths: Tensor, total: int) -> Tensor:
+    return torch.ops.avadclip_fast.pack_rows(padded, lengths, total)
+
+
+def _unpack(packed: Tensor, lengths: Tensor, rows: int) -> Tensor:
+    return torch.ops.avadclip_fast.unpack_rows(packed, lengths, rows)
+
+
+for _op, _function in (("pack_rows", _pack), ("unpack_rows", _unpack)):
+    _dispatch.register(_op, "cpp", _function, lambda x, lengths, size: _build.cpp_reason(x))
+    _dispatch.register(_op, "cuda", _function, lambda x, lengths, size: _build.cuda_reason(x))
+
+# Each is the other's backward pass.
+torch.library.define("avadclip_fast::pack_rows", "(Tensor padded, Tensor lengths, SymInt total) -> Tensor")
+torch.library.define("avadclip_fast::unpack_rows", "(Tensor packed, Tensor lengths, SymInt rows) -> Tensor")
+
+
+@torch.library.register_fake("avadclip_fast::pack_rows")
+def _(padded, lengths, total):
+    return padded.new_empty(total, padded.shape[2])
+
+
+@torch.library.register_fake("avadclip_fast::unpack_rows")
+def _(packed, lengths, rows):
+    return packed.new_empty(lengths.shape[0], rows, packed.shape[1])
+
+
+def _save_pack(ctx, inputs, output):
+    padded, lengths, _ = inputs
+    ctx.rows = padded.shape[1]
+    ctx.save_for_backward(lengths)
+
+
+def _save_unpack(ctx, inputs, output):
+    packed, lengths, _ = inputs
+    ctx.total = packed.shape[0]
+    ctx.save_for_backward(lengths)
+
+
+def _pack_backward(ctx, grad):
+    return torch.ops.avadclip_fast.unpack_rows(grad, *ctx.saved_tensors, ctx.rows), None, None
+
+
+def _unpack_backward(ctx, grad):
+    return torch.ops.avadclip_fast.pack_rows(grad, *ctx.saved_tensors, ctx.total), None, None
+
+
+torch.library.register_autograd("avadclip_fast::pack_rows", _pack_backward, setup_context=_save_pack)
+torch.library.register_autograd("avadclip_fast::unpack_rows", _unpack_backward, setup_context=_save_unpack)
+
+
+def pack_rows(padded: Tensor, lengths: Tensor, total: int | None = None, backend: str | None = None) -> Tensor:
+    """The valid rows of a padded batch, one video after the other: work per row then costs nothing for padding.
+
+    padded: (B, T, D) floating point; lengths: (B,) int in 1..T; total: N = sum(lengths), read from them if None,
+    which on a GPU makes the host wait
+    Returns (N, D) in the same dtype. Raises ValueError on shapes or lengths that do not fit.
+    Exact and deterministic. Backends: see `avadclip-fast env`.
+    """
+    sizes = check_tensors("pack_rows", ("padded", padded, "B T D"))
+    check_lengths("pack_rows", lengths, sizes["B"], sizes["T"], padded.device)
+    if total is None:
+        total = int(lengths.sum())
+    check_packed("pack_rows", lengths, total, padded.device)
+    return _dispatch.run("pack_rows", backend, padded, lengths, total)
+
+
+def unpack_rows(packed: Tensor, lengths: Tensor, rows: int, backend: str | None = None) -> Tensor:
+    """Puts packed rows back in a padded batch; rows t >= lengths[b] are zero.
+
+    packed: (N, D) floating point; lengths: (B,) int in 1..rows, their sum N; rows: T
+    Returns (B, T, D) in the same dtype. Raises ValueError on shapes or lengths that do not fit.
+    Exact and deterministic. Backends: see `avadclip-fast env`.
+    """
+    check_tensors("unpack_rows", ("packed", packed, "N D"))
+    check_positive("unpack_rows", rows=rows)
+    check_packed("unpack_rows", lengths, packed.shape[0], packed.device)
+    check_lengths("unpack_rows", lengths, lengths.shape[0], rows, packed.device)
+    return _dispatch.run("unpack_rows", backend, packed, lengths, rows)

@@ -1,0 +1,70 @@
+"""uniform_pool: long videos pooled to a fixed number of rows."""
+
+import torch
+from torch import Tensor
+
+from .. import _build, reference
+from . import _dispatch
+from ._check import check_lengths, check_positive, check_tensors
+
+
+def _compiled(features: Tensor, lengths: Tensor, rows: int) -> Tensor:
+    return torch.ops.avadclip_fast.uniform_pool(features, lengths, rows)
+
+
+_dispatch.register("uniform_pool", "reference", reference.uniform_pool)
+_dispatch.register("uniform_pool", "cpp", _compiled, lambda features, lengths, rows: _build.cpp_reason(features))
+_dispatch.register("uniform_pool", "cuda", _compiled, lambda features, lengths, rows: _build.cuda_reason(features))
+
+torch.library.define("avadclip_fast::uniform_pool", "(Tensor features, Tensor lengths, SymInt rows) -> Tensor")
+torch.library.define("avadclip_fast::uniform_pool_backward", "(Tensor grad, Tensor lengths, SymInt total) -> Tensor")
+
+
+@torch.library.register_fake("avadclip_fast::uniform_pool")
+def _(features, lengths, rows):
+    return features.new_empty(lengths.shape[0], rows, features.shape[1])
+
+
+@torch.library.register_fake("avadclip_fast::uniform_pool_backward")
+def _(grad, lengths, total):
+    return grad.new_empty(total, grad.shape[2])
+
+
+def _save(ctx, inputs, output):
+    features, lengths, _ = inputs
+    ctx.total = features.shape[0]
+    ctx.save_for_backward(lengths)
+
+
+def _backward(ctx, grad):
+    return torch.ops.avadclip_fast.uniform_pool_backward(grad, *ctx.saved_tensors, ctx.total), None, None
+
+
+torch.library.register_autograd("avadclip_fast::uniform_pool", _backward, setup_context=_save)
+
+
+def uniform_pool(features: Tensor, lengths: Tensor, rows: int, backend: str | None = None) -> Tensor:
+    """Fits videos of any length to `rows` rows each: the mean of equal ranges of time.
+
+        bounds_r = int(r · n_b / rows),   out_br = mean of features_b[bounds_r : bounds_{r+1}]
+
+    An empty range, as there are where n_b < rows, takes its first row.
+
+    features: (N, D) floating point, the videos one after the other; lengths: (B,) int >= 1, their sum N; rows: >= 1
+    Returns (B, rows, D) in the features' dtype. Raises ValueError on shapes, lengths or rows that do not fit.
+    Precision: sums in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
+    """
+    check_tensors("uniform_pool", ("features", features, "N D"))
+    check_positive("uniform_pool", rows=rows)
+    check_packed("uniform_pool", lengths, features.shape[0], features.device)
+    return _dispatch.run("uniform_pool", backend, features, lengths, rows)
+
+
+def check_packed(op: str, lengths: Tensor, total: int, device: torch.device) -> None:
+    """Checks lengths (B,) that must sum to `total`; the values on the CPU only. Raises ValueError."""
+    if not isinstance(lengths, Tensor) or lengths.ndim != 1:
+        raise ValueError(f"{op}: lengths must be an int tensor [B], got {getattr(lengths, 'shape', lengths)}")
+    check_lengths(op, lengths, lengths.shape[0], total, device)
+    known = device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling()
+    if known and lengths.numpy().sum() != total:
+        raise ValueError(f"{op}: lengths must sum to the number of rows, {total}, got {lengths.numpy().sum()}")

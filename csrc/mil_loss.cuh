@@ -1,0 +1,61 @@
+// The losses of one video, and their gradients with respect to its pooled scores. Torch-free; host and device.
+#pragma once
+
+#include "topk_mean.cuh"
+
+namespace avadclip {
+
+template <class A>
+struct LossAndSlope {
+  A loss, slope;
+};
+
+// max(log p, -100), whose slope is 0 where it is clamped.
+template <class A>
+HD LossAndSlope<A> clamped_log(A p) {
+  const A value = log(p);
+  if (value < A(-100)) return {A(-100), A(0)};
+  return {value, A(1) / p};
+}
+
+// Binary cross-entropy of p against target, and d/dp.
+template <class A>
+HD LossAndSlope<A> binary_cross_entropy(A p, A target) {
+  const auto yes = clamped_log(p), no = clamped_log(A(1) - p);
+  return {-(target * yes.loss + (A(1) - target) * no.loss), (A(1) - target) * no.slope - target * yes.slope};
+}
+
+//   y = labels / sum(labels),   ce = -sum y log_softmax(s),   q = sum y softmax(s),   focal = (sum y alpha)(1 - q)^2 ce
+// Returns (ce + focal) / 2. slope_c = d/ds_c, alpha_slope_c = d/dalpha_c. s, labels, alpha: C values.
+template <class Team, class A>
+HD A align_loss(const Team& team, const A* s, const A* labels, const A* alpha, int C, A* slope, A* alpha_slope) {
+  const auto over_classes = [&](auto term) {
+    return team.sum([&](int rank) {
+      A sum = 0;
+      for (int c = rank; c < C; c += team.size()) sum += term(c);
+      return sum;
+    });
+  };
+  A highest = s[0];
+  for (int c = 1; c < C; ++c) highest = s[c] > highest || s[c] != s[c] ? s[c] : highest;  // NaN stays
+  const A log_total = log(over_classes([&](int c) { return exp(s[c] - highest); }));
+  const A label_total = over_classes([&](int c) { return labels[c]; });
+  const auto log_p = [&](int c) { return s[c] - highest - log_total; };
+  const auto y = [&](int c) { return labels[c] / label_total; };
+  const A ce = -over_classes([&](int c) { return y(c) * log_p(c); });
+  const A q = over_classes([&](int c) { return y(c) * exp(log_p(c)); });
+  const A weight = over_classes([&](int c) { return y(c) * alpha[c]; });
+  const A whole = over_classes([&](int c) { return y(c); });
+  const A miss = A(1) - q;
+  team.each([&](int rank) {
+    for (int c = rank; c < C; c += team.size()) {
+      const A p = exp(log_p(c));
+      const A ce_slope = whole * p - y(c), q_slope = p * (y(c) - q);
+      slope[c] = (ce_slope * (A(1) + weight * miss * miss) - A(2) * weight * miss * ce * q_slope) / A(2);
+      alpha_slope[c] = y(c) * miss * miss * ce / A(2);
+    }
+  });
+  return (ce + weight * miss * miss * ce) / A(2);
+}
+
+}  // namespace avadclip

@@ -1,0 +1,132 @@
+// uniform_pool on the CPU, and packing of valid rows. Videos lie one after the other in (N, D).
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "stable.h"
+#include "uniform_pool.cuh"
+
+namespace avadclip {
+namespace {
+
+// The first row of each video in (N, D), and N.
+std::vector<int64_t> starts(const std::vector<int64_t>& lengths) {
+  std::vector<int64_t> first(lengths.size() + 1);
+  for (size_t b = 0; b < lengths.size(); ++b) first[b + 1] = first[b] + lengths[b];
+  return first;
+}
+
+template <class T>
+CLONES void mean_of_rows(const T* rows, int64_t count, int64_t width, acc_t<T>* sum, T* out) {
+  using A = acc_t<T>;
+  for (int64_t d = 0; d < width; ++d) sum[d] = widen(rows[d]);
+  for (int64_t t = 1; t < count; ++t)
+    for (int64_t d = 0; d < width; ++d) sum[d] += widen(rows[t * width + d]);
+  for (int64_t d = 0; d < width; ++d) narrow(sum[d] / A(count), out[d]);
+}
+
+// grad of one video, from the rows that its pooled rows were made of: each gets its share of every range it is in.
+template <class T>
+CLONES void add_share(const T* grad, int64_t count, int64_t width, acc_t<T>* sum) {
+  for (int64_t d = 0; d < width; ++d) sum[d] += widen(grad[d]) / acc_t<T>(count);
+}
+template <class T>
+CLONES void narrow_row(const acc_t<T>* sum, int64_t width, T* out) {
+  for (int64_t d = 0; d < width; ++d) narrow(sum[d], out[d]);
+}
+
+Tensor uniform_pool(const Tensor& features, const Tensor& lengths, int64_t rows) {
+  STD_TORCH_CHECK(features.dim() == 2 && rows >= 1, "features must have shape [N, D] and rows be positive");
+  const int64_t N = features.size(0), D = features.size(1), B = lengths.size(0);
+  const auto first = starts(read_lengths(lengths, B, N));
+  STD_TORCH_CHECK(first[B] == N, "lengths must sum to the ", N, " rows of features, got ", first[B]);
+  const Tensor x = dense(features);
+  Tensor out = empty(features, {B, rows, D}, features.scalar_type());
+  by_dtype(features.scalar_type(), [&](auto type) {
+    using S = decltype(type);
+    torch::stable::parallel_for(0, B * rows, 32, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<acc_t<S>[]> sum(new acc_t<S>[D]);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / rows;
+        const Range range = pool_range(i % rows, first[b + 1] - first[b], rows);
+        const S* from = data<S>(x) + (first[b] + range.begin) * D;
+        mean_of_rows(from, range.count, D, sum.get(), mutable_data<S>(out) + i * D);
+      }
+    });
+  });
+  return out;
+}
+
+Tensor uniform_pool_backward(const Tensor& grad, const Tensor& lengths, int64_t total) {
+  STD_TORCH_CHECK(grad.dim() == 3, "grad must have shape [B, rows, D]");
+  const int64_t B = grad.size(0), rows = grad.size(1), D = grad.size(2);
+  const auto first = starts(read_lengths(lengths, B, total));
+  STD_TORCH_CHECK(first[B] == total, "lengths must sum to ", total, ", got ", first[B]);
+  const Tensor g = dense(grad);
+  Tensor out = empty(grad, {total, D}, grad.scalar_type());
+  by_dtype(grad.scalar_type(), [&](auto type) {
+    using S = decltype(type);
+    torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<acc_t<S>[]> sum(new acc_t<S>[D]);
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t n = first[b + 1] - first[b];
+        for (int64_t t = 0, row = 0; t < n; ++t) {
+          std::fill_n(sum.get(), D, 0);
+          // Ranges do not go back, so that one walk over both meets every pair of a row and a range it is in.
+          while (row < rows && pool_range(row, n, rows).end() <= t) ++row;
+          for (int64_t r = row; r < rows && pool_range(r, n, rows).begin <= t; ++r)
+            add_share(data<S>(g) + (b * rows + r) * D, pool_range(r, n, rows).count, D, sum.get());
+          narrow_row(sum.get(), D, mutable_data<S>(out) + (first[b] + t) * D);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// (B, T, D) -> (N, D), the rows t < lengths[b] one after the other; and back, with zeros in the other rows.
+Tensor pack_rows(const Tensor& padded, const Tensor& lengths, int64_t total) {
+  STD_TORCH_CHECK(padded.dim() == 3, "padded must have shape [B, T, D]");
+  const int64_t B = padded.size(0), T = padded.size(1), D = padded.size(2), bytes = D * padded.element_size();
+  const auto first = starts(read_lengths(lengths, B, T));
+  STD_TORCH_CHECK(first[B] == total, "lengths must sum to ", total, ", got ", first[B]);
+  const Tensor x = dense(padded);
+  Tensor out = empty(padded, {total, D}, padded.scalar_type());
+  const char* from = data<char>(x);
+  char* to = mutable_data<char>(out);
+  torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      std::memcpy(to + first[b] * bytes, from + b * T * bytes, (first[b + 1] - first[b]) * bytes);
+  });
+  return out;
+}
+
+Tensor unpack_rows(const Tensor& packed, const Tensor& lengths, int64_t rows) {
+  STD_TORCH_CHECK(packed.dim() == 2, "packed must have shape [N, D]");
+  const int64_t N = packed.size(0), D = packed.size(1), B = lengths.size(0), bytes = D * packed.element_size();
+  const auto first = starts(read_lengths(lengths, B, rows));
+  STD_TORCH_CHECK(first[B] == N, "lengths must sum to the ", N, " rows of packed, got ", first[B]);
+  const Tensor x = dense(packed);
+  Tensor out = empty(packed, {B, rows, D}, packed.scalar_type());
+  const char* from = data<char>(x);
+  char* to = mutable_data<char>(out);
+  torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t n = first[b + 1] - first[b];
+      std::memcpy(to + b * rows * bytes, from + first[b] * bytes, n * bytes);
+      std::memset(to + (b * rows + n) * bytes, 0, (rows - n) * bytes);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(avadclip_fast, CPU, m) {
+  m.impl("uniform_pool", TORCH_BOX(&uniform_pool));
+  m.impl("uniform_pool_backward", TORCH_BOX(&uniform_pool_backward));
+  m.impl("pack_rows", TORCH_BOX(&pack_rows));
+  m.impl("unpack_rows", TORCH_BOX(&unpack_rows));
+}
+
+}  // namespace avadclip
