@@ -15,6 +15,7 @@ from ..modules import (
     UncertaintyDistillationLoss,
     UncertaintyHead,
 )
+from ..modules.linear_act import binary_head
 from .checkpoints import Checkpointed
 from .encoder import TemporalEncoder
 from .text import TextEncoder, tokenize
@@ -73,7 +74,7 @@ class Detector(nn.Module, Checkpointed):
         self, features: Tensor, lengths: Tensor | None, text_features: Tensor | None, log_variance: Tensor | None = None
     ) -> Output:
         text = self.text() if text_features is None else text_features
-        anomaly_logits = self.classifier(self.mlp2(features, residual=features)).squeeze(-1)  # [B, T]
+        anomaly_logits = binary_head(features, self.mlp2, self.classifier)  # [B, T]
         valid = lengths if self.padding == "masked" else None
         class_logits = self.prompt(features, text, anomaly_logits, valid)
         return Output(features, text, anomaly_logits, class_logits, log_variance)

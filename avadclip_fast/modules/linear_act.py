@@ -1,4 +1,4 @@
-"""Layers that are one or two calls of linear_act: MLP, temporal convolution, the audio TCN."""
+"""Layers that are one or two calls of linear_act: MLP, binary head, temporal convolution, the audio TCN."""
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,19 @@ class MLP(nn.Module):
         affine = None if norm is None else (norm.weight, norm.bias)
         h = ops.linear_act(x, self.c_fc.weight, self.c_fc.bias, "quick_gelu", norm=affine, backend=self.backend)
         return ops.linear_act(h, self.c_proj.weight, self.c_proj.bias, residual=residual, backend=self.backend)
+
+
+def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear) -> Tensor:
+    """classifier(mlp(x) + x) for a classifier of one output, without the MLP's second matrix product.
+
+        w·(P h + p + x) + b  =  (Pᵀw)·h + w·x + (w·p + b),      h = QuickGELU(c_fc x), P and p of c_proj
+
+    x: (B, T, D) -> (B, T).
+    """
+    w = classifier.weight[0]  # [D]
+    folded = w @ mlp.c_proj.weight  # [4D]
+    hidden = ops.linear_act(x, mlp.c_fc.weight, mlp.c_fc.bias, "quick_gelu", dot=folded, backend=mlp.backend)
+    return hidden + x @ w + (w @ mlp.c_proj.bias + classifier.bias)
 
 
 class TemporalConv(nn.Conv1d):

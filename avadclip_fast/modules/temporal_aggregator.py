@@ -26,10 +26,6 @@ class GraphConv(nn.Module):
         """x W."""
         return ops.linear_act(x, self.weight.T, backend=self.backend)
 
-    def skip(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        """r(x)."""
-        return x if self.residual is None else self.residual(x, lengths=lengths)
-
 
 class TemporalAggregator(nn.Module):
     """Relates the snippets of a video to each other: two graph convolutions by likeness, two by closeness in time.
@@ -61,12 +57,22 @@ class TemporalAggregator(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         valid = lengths if self.padding == "masked" else None
-        mixed, weights = self.simAdj(x, self.gc1.project(x), lengths)
-        h = _quick_gelu(mixed + self.gc1.skip(x, valid))
+        first, third = self.gc1, self.gc3  # both read x: one product with both weights side by side, one convolution
+        projected = ops.linear_act(x, torch.cat([first.weight, third.weight], dim=1).T, backend=self.backend)
+        skipped = ops.linear_act(
+            x,
+            torch.cat([first.residual.weight, third.residual.weight]),
+            torch.cat([first.residual.bias, third.residual.bias]),
+            lengths=valid,
+            backend=self.backend,
+        )
+        (xw1, xw3), (skip1, skip3) = projected.chunk(2, dim=-1), skipped.chunk(2, dim=-1)
+        mixed, weights = self.simAdj(x, xw1, lengths)
+        h = _quick_gelu(mixed + skip1)
         mixed, _ = self.simAdj(x, self.gc2.project(h), lengths, weights)
-        x1 = _quick_gelu(mixed + self.gc2.skip(h, valid))
-        h = _quick_gelu(self.disAdj(self.gc3.project(x), valid) + self.gc3.skip(x, valid))
-        x2 = _quick_gelu(self.disAdj(self.gc4.project(h), valid) + self.gc4.skip(h, valid))
+        x1 = _quick_gelu(mixed + h)
+        h = _quick_gelu(self.disAdj(xw3, valid) + skip3)
+        x2 = _quick_gelu(self.disAdj(self.gc4.project(h), valid) + h)
         return ops.linear_act(torch.cat([x1, x2], dim=-1), self.linear.weight, self.linear.bias, backend=self.backend)
 
     def extra_repr(self) -> str:

@@ -1,7 +1,9 @@
 """UncertaintyHead: the student's feature and how sure it is of it."""
 
+import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .linear_act import TemporalConv
 
 
@@ -10,6 +12,9 @@ class UncertaintyHead(nn.Module):
 
         mu = v, then three times mu = mu + ReLU(conv3(mu))
         θ = -(v + ReLU(conv1(conv3(ReLU(conv1(v))))))
+
+    Nothing stands between the last conv3 and conv1, so where there are rows enough they are one convolution, whose
+    weight is the product of theirs.
 
     forward: v (B, T, D), lengths (B,) or None (then padded rows are seen by the convolutions)
     -> (mu (B, T, D), θ (B, T, D)). Parameters carry the official names (`conv.i.conv.0`, `theta.theta.{0,2,3}`).
@@ -33,8 +38,19 @@ class UncertaintyHead(nn.Module):
         for layer in self.conv:
             mu = layer.conv[0](mu, "relu", residual=mu, lengths=lengths)
         first, _, middle, last = self.theta.theta
-        h = middle(first(v, "relu"), lengths=lengths)
-        return mu, -last(h, "relu", residual=v)
+        h = first(v, "relu")
+        # The product of the weights costs 3·D³, the product it saves rows·D². An exported graph has no rows to go by.
+        if torch.compiler.is_exporting() or v.shape[0] * v.shape[1] <= 3 * v.shape[2]:
+            return mu, -last(middle(h, lengths=lengths), "relu", residual=v)
+        weight, bias = fold(middle, last)
+        return mu, -ops.linear_act(h, weight, bias, "relu", residual=v, lengths=lengths, backend=self.backend)
+
+
+def fold(conv: nn.Conv1d, after: nn.Conv1d) -> tuple[Tensor, Tensor]:
+    """Weight (O, I, K) and bias (O,) of the one convolution that equals `after`, of one tap, behind `conv`."""
+    matrix = after.weight[:, :, 0]  # [O, M]
+    weight = (matrix @ conv.weight.flatten(1)).unflatten(1, conv.weight.shape[1:])  # [O, M] @ [M, I·K]
+    return weight, matrix @ conv.bias + after.bias
 
 
 class _Named(nn.Module):

@@ -20,12 +20,13 @@ def linear_act(
     causal: bool = False,
     lengths: Tensor | None = None,
     backend: str | None = None,
+    dot: Tensor | None = None,
 ) -> Tensor:
     """A linear layer or temporal convolution that stays in [B, T, D], with what usually surrounds it.
 
         h_t = LayerNorm(x_t) if norm else x_t
         y_t = sum_k W[:, :, k] h_(t + (k - K//2)·dilation) + b         (causal: k - K + 1 in place of k - K//2)
-        out = act(y) + residual
+        out = act(y) + residual;   with dot: out = <act(y), dot>
 
     x: (B, T, I) floating point; any leading shape where the weight is a matrix
     weight: (O, I) linear, or (O, I, K) convolution with K taps, zero outside the video
@@ -35,7 +36,9 @@ def linear_act(
     norm: LayerNorm's weight and bias, each (I,), eps 1e-5; None for no norm
     dilation, causal: of the convolution; causal pads on the left alone
     lengths: (B,) int; a convolution then sees zeros at t >= lengths[b]. No effect on a linear layer.
-    Returns (B, T, O) in x's dtype. Raises ValueError on shapes, dtypes, devices or names that do not fit.
+    dot: (O,) or None; the result is then one number a row, and the rows of act(y) are never stored for it
+    Returns (B, T, O), or with dot (B, T), in x's dtype. Raises ValueError on shapes, dtypes, devices or names that do
+    not fit.
     Precision: LayerNorm in float32. Deterministic. Backends: see `avadclip-fast env`.
     """
     shape = "B T" if x.ndim == 3 else " ".join("BTSRQ"[: x.ndim - 1])
@@ -45,14 +48,19 @@ def linear_act(
         ("weight", weight, "O I" if weight.ndim == 2 else "O I K"),
         ("bias", bias, "O"),
         ("residual", residual, f"{shape} O"),
+        ("dot", dot, "O"),
         *(() if norm is None else (("norm weight", norm[0], "I"), ("norm bias", norm[1], "I"))),
     )
     check_positive("linear_act", dilation=dilation)
     if activation not in reference.ACTIVATIONS:
         known = ", ".join(reference.ACTIVATIONS)
         raise ValueError(f"linear_act: activation must be one of {known}; got {activation!r}")
+    if dot is not None and residual is not None:
+        raise ValueError("linear_act: residual must be None where dot is given")
     if weight.ndim == 3:
         if x.ndim != 3:
             raise ValueError(f"linear_act: a convolution takes x of shape [B, T, I], got {list(x.shape)}")
         check_lengths("linear_act", lengths, sizes["B"], sizes["T"], x.device)
-    return _dispatch.run("linear_act", backend, x, weight, bias, activation, residual, norm, dilation, causal, lengths)
+    return _dispatch.run(
+        "linear_act", backend, x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot
+    )

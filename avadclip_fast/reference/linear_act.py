@@ -25,11 +25,12 @@ def linear_act(
     dilation: int = 1,
     causal: bool = False,
     lengths: Tensor | None = None,
+    dot: Tensor | None = None,
 ) -> Tensor:
     """
     h_t = LayerNorm(x_t) if norm else x_t,      h_t = 0 for t outside [0, lengths[b])
     y_t = sum_k W[:, :, k] h_(t + (k - K//2)·dilation) + b         (causal: k - K + 1 in place of k - K//2)
-    out = act(y) + residual
+    out = act(y) + residual;   with dot: out = <act(y), dot>
     """
     if norm is not None:
         scale, shift = (at_least_float32(p) for p in norm)
@@ -44,4 +45,6 @@ def linear_act(
         h = F.pad(zero_padding(h, lengths), (0, 0, before, reach - before))  # [B, T + reach, D]
         y = F.conv1d(h.transpose(1, 2), weight, bias, dilation=dilation).transpose(1, 2)
     y = ACTIVATIONS[activation](y)
+    if dot is not None:
+        return y @ dot
     return y if residual is None else y + residual
