@@ -16,9 +16,7 @@ def _load(name: str, needs: str) -> str | None:
     """Loads one shared object; returns the reason if it is absent."""
     path = _HERE / f"{name}.so"
     if not path.exists():
-        return (
-            f"the extension {name} is not built: it needs {needs} at installation (pip install -v says what it found)"
-        )
+        return f"{name} is not built: it needs {needs} at installation, where `pip install -v` says what was found"
     try:
         torch.ops.load_library(path)
     except OSError as error:

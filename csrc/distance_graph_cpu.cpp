@@ -10,31 +10,45 @@
 namespace avadclip {
 namespace {
 
-constexpr int WIDTH = 64;  // channels scanned together: the state fits in registers, and T rows of it in the cache
+constexpr int WIDTH = 64;   // channels scanned together: the state fits in registers
+constexpr int CHUNK = 256;  // rows between the two scans of a row: what the first one writes is still in the cache
 
 // The rounding of `a` and of every step adds up over about `scale` rows: a longer memory is kept in float64.
 constexpr double SHORT_MEMORY = 4;
 
-// Channels 0..width of one video, rows `stride` apart; forth: rows * WIDTH scratch. S: the type of the state.
+// Channels 0..width of one video, rows `stride` apart. S: the type of the state.
+// carry: one state a chunk, `back` at its last row. A first pass over the chunks makes it, the second one the output.
 template <class S, class T, class Width>
-HD void scan(const T* v, T* out, S* forth, int64_t rows, int64_t stride, Width width, S a) {
+HD void scan(const T* v, T* out, S* carry, int64_t rows, int64_t stride, Width width, S a) {
+  const int64_t chunks = (rows + CHUNK - 1) / CHUNK;
   S state[WIDTH] = {};
-  for (int64_t t = 0; t < rows; ++t)
-    for (int e = 0; e < width; ++e) forth[t * WIDTH + e] = state[e] = widen(v[t * stride + e]) + a * state[e];
-  std::fill(state, state + WIDTH, S(0));
-  for (int64_t t = rows - 1; t >= 0; --t)
-    for (int e = 0; e < width; ++e) {
-      narrow(acc_t<T>(forth[t * WIDTH + e] + state[e]), out[t * stride + e]);
-      state[e] = a * (widen(v[t * stride + e]) + state[e]);
-    }
+  for (int64_t c = chunks - 1; c >= 0; --c) {
+    std::copy_n(state, WIDTH, carry + c * WIDTH);
+    if (c == 0) break;
+    for (int64_t t = std::min(rows, (c + 1) * CHUNK) - 1; t >= c * CHUNK; --t)
+      for (int e = 0; e < width; ++e) state[e] = a * (widen(v[t * stride + e]) + state[e]);
+  }
+  S forth[CHUNK * WIDTH], ahead[WIDTH] = {};
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t first = c * CHUNK, last = std::min(rows, first + CHUNK);
+    for (int64_t t = first; t < last; ++t)
+      for (int e = 0; e < width; ++e)
+        forth[(t - first) * WIDTH + e] = ahead[e] = widen(v[t * stride + e]) + a * ahead[e];
+    std::copy_n(carry + c * WIDTH, WIDTH, state);
+    for (int64_t t = last - 1; t >= first; --t)
+      for (int e = 0; e < width; ++e) {
+        narrow(acc_t<T>(forth[(t - first) * WIDTH + e] + state[e]), out[t * stride + e]);
+        state[e] = a * (widen(v[t * stride + e]) + state[e]);
+      }
+  }
 }
 
 template <class S, class T>
-CLONES void scan_channels(const T* v, T* out, S* forth, int64_t rows, int64_t stride, int width, S a) {
+CLONES void scan_channels(const T* v, T* out, S* carry, int64_t rows, int64_t stride, int width, S a) {
   if (width == WIDTH)
-    scan<S>(v, out, forth, rows, stride, std::integral_constant<int, WIDTH>{}, a);
+    scan<S>(v, out, carry, rows, stride, std::integral_constant<int, WIDTH>{}, a);
   else
-    scan<S>(v, out, forth, rows, stride, width, a);
+    scan<S>(v, out, carry, rows, stride, width, a);
 }
 
 Tensor distance_graph(const Tensor& values, double scale, const std::optional<Tensor>& lengths) {
@@ -50,12 +64,12 @@ Tensor distance_graph(const Tensor& values, double scale, const std::optional<Te
       using S = decltype(state);
       const S decay = S(std::exp(-1 / scale));
       torch::stable::parallel_for(0, B * tiles, 1, [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<S[]> forth(new S[T * WIDTH]);
+        const std::unique_ptr<S[]> carry(new S[(T + CHUNK - 1) / CHUNK * WIDTH]);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t b = i / tiles, e = i % tiles * WIDTH, offset = b * T * E + e;
           const int width = int(std::min<int64_t>(WIDTH, E - e));
           D* to = mutable_data<D>(out) + offset;
-          scan_channels<S>(data<D>(x) + offset, to, forth.get(), valid[b], E, width, decay);
+          scan_channels<S>(data<D>(x) + offset, to, carry.get(), valid[b], E, width, decay);
           for (int64_t t = valid[b]; t < T; ++t) std::fill_n(to + t * E, width, D{});
         }
       });

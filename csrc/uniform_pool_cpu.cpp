@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "stable.h"
 #include "uniform_pool.cuh"
@@ -16,16 +17,26 @@ std::vector<int64_t> starts(const std::vector<int64_t>& lengths) {
   return first;
 }
 
-template <class T>
-CLONES void mean_of_rows(const T* rows, int64_t count, int64_t width, acc_t<T>* sum, T* out) {
-  using A = acc_t<T>;
-  for (int64_t d = 0; d < width; ++d) sum[d] = widen(rows[d]);
+constexpr int WIDTH = 64;  // channels whose sums stay in registers
+
+template <class T, class Width>
+HD void mean_of_channels(const T* rows, int64_t count, int64_t stride, Width width, T* out) {
+  acc_t<T> sum[WIDTH];
+  for (int d = 0; d < width; ++d) sum[d] = widen(rows[d]);
   for (int64_t t = 1; t < count; ++t)
-    for (int64_t d = 0; d < width; ++d) sum[d] += widen(rows[t * width + d]);
-  for (int64_t d = 0; d < width; ++d) narrow(sum[d] / A(count), out[d]);
+    for (int d = 0; d < width; ++d) sum[d] += widen(rows[t * stride + d]);
+  for (int d = 0; d < width; ++d) narrow(sum[d] / acc_t<T>(count), out[d]);
 }
 
-// grad of one video, from the rows that its pooled rows were made of: each gets its share of every range it is in.
+template <class T>
+CLONES void mean_of_rows(const T* rows, int64_t count, int64_t width, T* out) {
+  int64_t d = 0;
+  for (; d + WIDTH <= width; d += WIDTH)
+    mean_of_channels(rows + d, count, width, std::integral_constant<int, WIDTH>{}, out + d);
+  if (d < width) mean_of_channels(rows + d, count, width, int(width - d), out + d);
+}
+
+// What a row gets from one range that it is in.
 template <class T>
 CLONES void add_share(const T* grad, int64_t count, int64_t width, acc_t<T>* sum) {
   for (int64_t d = 0; d < width; ++d) sum[d] += widen(grad[d]) / acc_t<T>(count);
@@ -45,12 +56,11 @@ Tensor uniform_pool(const Tensor& features, const Tensor& lengths, int64_t rows)
   by_dtype(features.scalar_type(), [&](auto type) {
     using S = decltype(type);
     torch::stable::parallel_for(0, B * rows, 32, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<acc_t<S>[]> sum(new acc_t<S>[D]);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t b = i / rows;
         const Range range = pool_range(i % rows, first[b + 1] - first[b], rows);
         const S* from = data<S>(x) + (first[b] + range.begin) * D;
-        mean_of_rows(from, range.count, D, sum.get(), mutable_data<S>(out) + i * D);
+        mean_of_rows(from, range.count, D, mutable_data<S>(out) + i * D);
       }
     });
   });
