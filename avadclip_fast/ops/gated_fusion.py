@@ -1,12 +1,85 @@
 """gated_fusion: the audio-visual fusion attention."""
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from . import _dispatch
 from ._check import check_tensors
+from ._triton import triton_reason
 
 _dispatch.register("gated_fusion", "reference", reference.gated_fusion)
+
+
+def _triton(visual: Tensor, audio: Tensor, *weights: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(visual.device.type):
+        weights = tuple(w.to(torch.get_autocast_dtype(visual.device.type)) for w in weights)
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (visual, audio, *weights))
+    return torch.ops.avadclip_fast.gated_fusion(visual, audio, *weights, save)[0]
+
+
+_dispatch.register("gated_fusion", "triton", _triton, triton_reason)
+
+# With `save`, each (B·T, D): the gate, the hidden layer after and before its GELU, and what the gate lets through.
+torch.library.define(
+    "avadclip_fast::gated_fusion",
+    "(Tensor visual, Tensor audio, Tensor gate_weight, Tensor gate_bias, Tensor hidden_weight, Tensor hidden_bias,"
+    " Tensor residual_weight, Tensor residual_bias, bool save)"
+    " -> (Tensor out, Tensor gate, Tensor hidden, Tensor y, Tensor r)",
+)
+torch.library.define(
+    "avadclip_fast::gated_fusion_backward",
+    "(Tensor grad, Tensor visual, Tensor audio, Tensor gate_weight, Tensor hidden_weight, Tensor residual_weight,"
+    " Tensor gate, Tensor hidden, Tensor y, Tensor r)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("avadclip_fast::gated_fusion", ("CPU", "CUDA"))  # CPU: Triton's interpreter
+def _(*args):
+    from ..kernels import gated_fusion as kernel
+
+    return kernel.forward(*args)
+
+
+@torch.library.impl("avadclip_fast::gated_fusion_backward", ("CPU", "CUDA"))
+def _(*args):
+    from ..kernels import gated_fusion as kernel
+
+    return kernel.backward(*args)
+
+
+@torch.library.register_fake("avadclip_fast::gated_fusion")
+def _(visual, audio, gate_weight, gate_bias, hidden_weight, hidden_bias, residual_weight, residual_bias, save):
+    out = visual.new_empty(visual.shape, dtype=torch.promote_types(visual.dtype, gate_weight.dtype))
+    saved = (visual.shape[:-1].numel(), visual.shape[-1]) if save else 0
+    return out, *(gate_weight.new_empty(saved) for _ in range(4))
+
+
+@torch.library.register_fake("avadclip_fast::gated_fusion_backward")
+def _(grad, visual, audio, gate_weight, hidden_weight, residual_weight, gate, hidden, y, r):
+    bias = gate_weight.shape[:1]
+    return (
+        visual.new_empty(visual.shape),
+        audio.new_empty(audio.shape),
+        *(w.new_empty(s) for w in (gate_weight, hidden_weight, residual_weight) for s in (w.shape, bias)),
+    )
+
+
+def _save(ctx, inputs, output):
+    visual, audio, gate_weight, _, hidden_weight, _, residual_weight, _, _ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(visual, audio, gate_weight, hidden_weight, residual_weight, *output[1:])
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 9
+    return *torch.ops.avadclip_fast.gated_fusion_backward(grad, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd("avadclip_fast::gated_fusion", _backward, setup_context=_save)
 
 
 def gated_fusion(

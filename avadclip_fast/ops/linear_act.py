@@ -1,12 +1,108 @@
 """linear_act: a linear layer or k-tap convolution over time with norm, activation and residual around it."""
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from . import _dispatch
 from ._check import check_lengths, check_positive, check_tensors
+from ._triton import triton_reason
 
 _dispatch.register("linear_act", "reference", reference.linear_act)
+
+
+def _triton(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):  # as torch's own layers do; norm and residual stay as they come
+        dtype = torch.get_autocast_dtype(x.device.type)
+        weight, bias, dot = (None if t is None else t.to(dtype) for t in (weight, bias, dot))
+        x = x if norm is not None else x.to(dtype)
+    scale, shift = norm or (None, None)
+    learned = (x, weight, bias, residual, scale, shift, dot)
+    # What the activation was applied to is worth saving for its gradient, unless relu's result shows the same sign.
+    asked = dot is not None or activation in ("gelu", "quick_gelu") or (activation == "relu" and residual is not None)
+    save_y = asked and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
+    return torch.ops.avadclip_fast.linear_act(
+        x, weight, bias, activation, residual, scale, shift, dilation, causal, lengths, dot, save_y
+    )[0]
+
+
+def _supports(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> str | None:
+    tensors = (x, weight, bias, residual, *(norm or ()), dot)
+    return triton_reason(*(t for t in tensors if t is not None))
+
+
+_dispatch.register("linear_act", "triton", _triton, _supports)
+
+# y: the value before the activation with save_y, else empty: the backward pass then has no use for it, or finds
+# relu's sign in out. stats: LayerNorm's mean and 1/std, float32 (2, B, T), empty without norm.
+torch.library.define(
+    "avadclip_fast::linear_act",
+    "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias,"
+    " int dilation, bool causal, Tensor? lengths, Tensor? dot, bool save_y) -> (Tensor out, Tensor y, Tensor stats)",
+)
+torch.library.define(
+    "avadclip_fast::linear_act_backward",
+    "(Tensor grad, Tensor x, Tensor weight, str activation, Tensor? norm_weight, Tensor? norm_bias, int dilation,"
+    " bool causal, Tensor? lengths, Tensor? dot, Tensor y, Tensor stats, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("avadclip_fast::linear_act", ("CPU", "CUDA"))  # CPU: Triton's interpreter
+def _(*args):
+    from ..kernels import linear_act as kernel
+
+    return kernel.forward(*args)
+
+
+@torch.library.impl("avadclip_fast::linear_act_backward", ("CPU", "CUDA"))
+def _(*args):
+    from ..kernels import linear_act as kernel
+
+    return kernel.backward(*args)
+
+
+@torch.library.register_fake("avadclip_fast::linear_act")
+def _(x, weight, bias, activation, residual, norm_weight, norm_bias, dilation, causal, lengths, dot, save_y):
+    outputs = weight.shape[0]
+    dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
+    shape = x.shape[:-1] if dot is not None else (*x.shape[:-1], outputs)
+    videos, rows = (x.shape[0], x.shape[1]) if weight.ndim == 3 else (1, x.shape[:-1].numel())
+    y = (videos, rows, outputs) if save_y else 0
+    stats = (2, videos, rows) if norm_weight is not None else 0
+    return weight.new_empty(shape, dtype=dtype), weight.new_empty(y), x.new_empty(stats, dtype=torch.float32)
+
+
+@torch.library.register_fake("avadclip_fast::linear_act_backward")
+def _(grad, x, weight, activation, norm_weight, norm_bias, dilation, causal, lengths, dot, y, stats, needs):
+    bias = weight.new_empty(weight.shape[0])
+    like = (x, weight, bias, norm_weight, norm_bias, dot)
+    return tuple(t.new_empty(t.shape) if need else weight.new_empty(0) for t, need in zip(like, needs, strict=True))
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, ctx.activation, _, scale, shift, ctx.dilation, ctx.causal, lengths, dot, save_y = inputs
+    out, y, stats = output
+    ctx.mark_non_differentiable(y, stats)
+    ctx.set_materialize_grads(False)
+    kept = y if save_y or ctx.activation == "none" else out
+    ctx.save_for_backward(x, weight, scale, shift, lengths, dot, kept, stats)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 12
+    x, weight, scale, shift, lengths, dot, y, stats = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6, 10)]
+    grads = torch.ops.avadclip_fast.linear_act_backward(
+        grad, x, weight, ctx.activation, scale, shift, ctx.dilation, ctx.causal, lengths, dot, y, stats, needs
+    )
+    dx, dw, db, d_scale, d_shift, d_dot = (g if need else None for g, need in zip(grads, needs, strict=True))
+    residual = grad if ctx.needs_input_grad[4] else None
+    return dx, dw, db, None, residual, d_scale, d_shift, None, None, None, d_dot, None
+
+
+torch.library.register_autograd("avadclip_fast::linear_act", _backward, setup_context=_save)
 
 
 def linear_act(

@@ -1,0 +1,169 @@
+"""gated_fusion on Triton: gate and hidden layer from one pass over v and a, then one GEMM with the gate behind it.
+
+    gate = sigmoid(Wg [v | a] + bg),   h = GELU(Wh [v | a] + bh),   out = v + gate ⊙ (Wr h + br)
+
+[v | a] is never formed: it is two segments of the sum over channels. The second GEMM, and both of the backward pass,
+are linear_act's kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear_act import activate, config, describable, describe, gemm, load_rows, load_weight, precision
+
+
+@triton.jit
+def gates_kernel(
+    v, a,  # [1, M, D], tensor descriptors with TMA, else pointers
+    gate_weight, hidden_weight,  # [2, D, D] likewise: the visual half, the audio half
+    gate_bias, hidden_bias,  # [D]
+    gate, hidden,  # [M, D]
+    y,  # [M, D]: hidden before its GELU, or None
+    count, width,
+    stride_vt, stride_vd, stride_at, stride_ad, stride_gs, stride_gn, stride_gk, stride_hs, stride_hn, stride_hk,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of gate and the same tile of hidden, from the same blocks of v and a."""
+    tiles_n = tl.cdiv(width, COLS)
+    first_n = tl.program_id(0) % tiles_n * COLS
+    first_t = tl.program_id(0) // tiles_n * ROWS
+    g = tl.zeros((ROWS, COLS), tl.float32)
+    h = tl.zeros((ROWS, COLS), tl.float32)
+    for segment in tl.static_range(2):
+        for k in range(0, width, DEPTH):
+            if segment == 0:
+                z = load_rows(
+                    v, 0, first_t, k, count, count, width, 0, stride_vt, stride_vd,
+                    None, None, None, None, ROWS, DEPTH, TMA, False,
+                )  # [ROWS, DEPTH]  # fmt: skip
+            else:
+                z = load_rows(
+                    a, 0, first_t, k, count, count, width, 0, stride_at, stride_ad,
+                    None, None, None, None, ROWS, DEPTH, TMA, False,
+                )  # [ROWS, DEPTH]  # fmt: skip
+            gw = load_weight(
+                gate_weight, segment, first_n, k, width, width, stride_gs, stride_gn, stride_gk, COLS, DEPTH, TMA, True
+            )  # [DEPTH, COLS]
+            hw = load_weight(
+                hidden_weight, segment, first_n, k, width, width, stride_hs, stride_hn, stride_hk,
+                COLS, DEPTH, TMA, True,
+            )  # [DEPTH, COLS]  # fmt: skip
+            g = tl.dot(z, gw, g, input_precision=PRECISION)
+            h = tl.dot(z, hw, h, input_precision=PRECISION)
+    t, n = first_t + tl.arange(0, ROWS), first_n + tl.arange(0, COLS)
+    inside = (t < count)[:, None] & (n < width)[None, :]
+    at = t.to(tl.int64)[:, None] * width + n[None, :]  # [ROWS, COLS]
+    g += tl.load(gate_bias + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
+    tl.store(gate + at, tl.sigmoid(g).to(gate.dtype.element_ty), mask=inside)
+    h += tl.load(hidden_bias + n, mask=n < width, other=0.0).to(tl.float32)[None, :]
+    if y is not None:
+        tl.store(y + at, h.to(y.dtype.element_ty), mask=inside)
+    tl.store(hidden + at, activate(h, "gelu").to(hidden.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_grad_kernel(
+    g,  # [M, D] gradient of out
+    gate, r,  # [M, D]: the gate, and what it let through
+    dr,  # [M, D]
+    dz,  # [M, 2D], of which the left half, before the sigmoid, is written
+    sums,  # [M blocks, 2, D] float32: column sums of dz's half, of dr
+    count, width,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """dr = g ⊙ gate,   dz = g ⊙ r ⊙ gate (1 - gate), and their column sums: the gradients of two biases."""
+    m, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (m < count)[:, None] & (n < width)[None, :]
+    at = m.to(tl.int64)[:, None] * width + n[None, :]  # [ROWS, COLS]
+    grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    open_ = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    through = grad * open_
+    before = through * (1 - open_) * tl.load(r + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dr + at, through.to(dr.dtype.element_ty), mask=inside)
+    left = m.to(tl.int64)[:, None] * (2 * width) + n[None, :]
+    tl.store(dz + left, before.to(dz.dtype.element_ty), mask=inside)
+    column = tl.program_id(0).to(tl.int64) * (2 * width) + n
+    tl.store(sums + column, tl.sum(before, 0), mask=n < width)
+    tl.store(sums + width + column, tl.sum(through, 0), mask=n < width)
+
+
+def forward(
+    visual: Tensor,
+    audio: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    residual_weight: Tensor,
+    residual_bias: Tensor,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The op: (out, gate, hidden, hidden before GELU, what the gate lets through); empty but for out unless saved."""
+    width = visual.shape[-1]
+    dtype = gate_weight.dtype
+    v, a = (x.to(dtype).reshape(1, -1, width) for x in (visual, audio))
+    count = v.shape[1]
+    if count == 0:
+        out = visual.new_empty(visual.shape, dtype=torch.promote_types(visual.dtype, dtype))
+        return out, *(v.new_empty(0, width) if save else v.new_empty(0) for _ in range(4))
+    gate, hidden = v.new_empty(count, width), v.new_empty(count, width)
+    y, r = (v.new_empty(count, width), v.new_empty(count, width)) if save else (None, None)
+    halves = [w.unflatten(1, (2, width)).transpose(0, 1) for w in (gate_weight, hidden_weight)]  # [2, D, D]
+    c = config("gates", v, count, width, 2 * width)
+    tma = c["tma"] and all(describable(x) for x in (v, a, *halves))
+    gates_kernel[(triton.cdiv(count, c["rows"]) * triton.cdiv(width, c["cols"]),)](
+        *(describe(x, c["rows"], c["depth"]) if tma else x for x in (v, a)),
+        *(describe(w, c["cols"], c["depth"]) if tma else w for w in halves),
+        gate_bias, hidden_bias, gate, hidden, y, count, width,
+        *v.stride()[1:], *a.stride()[1:], *halves[0].stride(), *halves[1].stride(),
+        PRECISION=precision(v.dtype), ROWS=c["rows"], COLS=c["cols"], DEPTH=c["depth"], TMA=tma,
+        num_warps=c["warps"], num_stages=c["stages"],
+    )  # fmt: skip
+    out = gemm(
+        hidden[None], residual_weight[None], residual_bias, y=r, y_use="write" if save else "none",
+        gate=gate, residual=visual.reshape(1, -1, width),
+    ).view(visual.shape)  # fmt: skip
+    return (out, gate, hidden, y, r) if save else (out, *(v.new_empty(0) for _ in range(4)))
+
+
+def backward(
+    g: Tensor,
+    visual: Tensor,
+    audio: Tensor,
+    gate_weight: Tensor,
+    hidden_weight: Tensor,
+    residual_weight: Tensor,
+    gate: Tensor,
+    hidden: Tensor,
+    y: Tensor,
+    r: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of visual, audio, and of weight and bias of gate, hidden and residual layer, in the op's order."""
+    width = visual.shape[-1]
+    dtype = gate_weight.dtype
+    g = g.reshape(-1, width).contiguous()
+    v, a = (x.to(dtype).reshape(-1, width) for x in (visual, audio))
+    count = v.shape[0]
+    if count == 0:
+        weights = ((w, w[:, 0]) for w in (gate_weight, hidden_weight, residual_weight))
+        return tuple(torch.zeros_like(t) for t in (visual, audio, *(t for pair in weights for t in pair)))
+    side = (32, 128)
+    blocks = triton.cdiv(count, side[0])
+    dr, dz = v.new_empty(count, width), v.new_empty(count, 2 * width)  # dz: gate's half, hidden's half
+    sums = v.new_empty(blocks, 2, width, dtype=torch.float32)
+    gate_grad_kernel[blocks, triton.cdiv(width, side[1])](
+        g, gate, r, dr, dz, sums, count, width, ROWS=side[0], COLS=side[1]
+    )
+    gemm(dr[None], residual_weight.T[None], activation="gelu", y=y, y_use="grad", out=dz[:, width:])
+    weight = torch.cat([gate_weight, hidden_weight])  # [2D, 2D]: dz's columns by z's
+    dv = gemm(dz[None], weight[:, :width].T[None], residual=g[None]).to(visual.dtype).view(visual.shape)
+    da = gemm(dz[None], weight[:, width:].T[None]).to(audio.dtype).view(audio.shape)
+    by_v, by_a = dz.T @ v, dz.T @ a  # [2D, D]: bare matrix products, cuBLAS
+    d_gate = torch.cat([by_v[:width], by_a[:width]], dim=1)
+    d_hidden = torch.cat([by_v[width:], by_a[width:]], dim=1)
+    bias_sums = sums.sum(0).to(dtype)
+    return (
+        dv, da, d_gate, bias_sums[0].clone(), d_hidden, dz[:, width:].sum(0), dr.T @ hidden, bias_sums[1].clone()
+    )  # fmt: skip

@@ -1,0 +1,591 @@
+"""linear_act on Triton: one GEMM family over [B, T, D] with a prologue, taps over time, and an epilogue.
+
+    out[b, t, n] = E( sum_tap sum_k P(x)[b, t + first + tap·step, k] · w[tap, n, k] )
+
+P is LayerNorm or nothing, and zero outside the video; E is bias, activation, gate, residual, or a dot with a vector.
+The forward pass, the gradient of x (the taps walked backwards) and gated_fusion are this one kernel; the gradient of
+the weight is its transpose, a sum over rows in a fixed order. Nothing is accumulated by atomics.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+EPS = tl.constexpr(1e-5)  # LayerNorm's
+CONFIGS = Path(__file__).parent / "configs" / "linear_act.json"
+
+
+@triton.jit
+def activate(y, ACTIVATION: tl.constexpr):
+    """act(y), float32."""
+    if ACTIVATION == "relu":
+        return tl.where(y <= 0, 0.0, y)  # not maximum: NaN stays
+    elif ACTIVATION == "gelu":
+        return 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    elif ACTIVATION == "quick_gelu":
+        return y * tl.sigmoid(1.702 * y)
+    else:
+        return y
+
+
+@triton.jit
+def activate_grad(y, ACTIVATION: tl.constexpr):
+    """act'(y), float32."""
+    if ACTIVATION == "relu":
+        return tl.where(y <= 0, 0.0, 1.0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * (1 + tl.erf(y * 0.7071067811865476)) + y * 0.3989422804014327 * tl.exp(-0.5 * y * y)
+    elif ACTIVATION == "quick_gelu":
+        s = tl.sigmoid(1.702 * y)
+        return s * (1 + 1.702 * y * (1 - s))
+    else:
+        return tl.full(y.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def load_rows(
+    x, video, first_row, first_col, valid, rows, width, stride_b, stride_t, stride_d,
+    mean, rstd, scale, shift,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """P(x)[video, first_row.., first_col..] as [ROWS, COLS]; zero outside the `valid` rows and the width."""
+    t = first_row + tl.arange(0, ROWS)  # [ROWS]
+    d = first_col + tl.arange(0, COLS)  # [COLS]
+    inside = ((t >= 0) & (t < valid))[:, None] & (d < width)[None, :]
+    if TMA:  # the hardware fills with zeros outside the tensor, above the first row too
+        tile = x.load([video, first_row, first_col]).reshape(ROWS, COLS)
+    else:
+        # 64 bits for the block's corner, 32 within the block: a 64-bit offset an element takes registers.
+        corner = tl.cast(video, tl.int64) * stride_b + tl.cast(first_row, tl.int64) * stride_t
+        corner += tl.cast(first_col, tl.int64) * stride_d
+        at = tl.arange(0, ROWS)[:, None] * stride_t + tl.arange(0, COLS)[None, :] * stride_d
+        tile = tl.load(x + corner + at, mask=inside, other=0.0)
+    if NORM:
+        row = tl.cast(video, tl.int64) * rows + t
+        row_inside = (t >= 0) & (t < valid)
+        mu = tl.load(mean + row, mask=row_inside, other=0.0)[:, None]
+        rs = tl.load(rstd + row, mask=row_inside, other=0.0)[:, None]
+        g = tl.load(scale + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+        s = tl.load(shift + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+        tile = tl.where(inside, (tile.to(tl.float32) - mu) * rs * g + s, 0.0)  # float32
+    return tile
+
+
+@triton.jit
+def load_weight(
+    w, tap, first_n, first_k, outputs, width, stride_tap, stride_n, stride_k,
+    COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
+):  # fmt: skip
+    """w[tap, first_n.., first_k..] as [DEPTH, COLS], zero outside. A descriptor is [taps, N, K], or [taps, K, N]."""
+    if TMA:
+        if K_LAST:
+            tile = w.load([tap, first_n, first_k]).reshape(COLS, DEPTH).T
+        else:
+            tile = w.load([tap, first_k, first_n]).reshape(DEPTH, COLS)
+    else:
+        n, k = tl.arange(0, COLS)[None, :], tl.arange(0, DEPTH)[:, None]
+        corner = tl.cast(tap, tl.int64) * stride_tap + tl.cast(first_n, tl.int64) * stride_n
+        corner += tl.cast(first_k, tl.int64) * stride_k
+        inside = (first_n + n < outputs) & (first_k + k < width)
+        tile = tl.load(w + corner + n * stride_n + k * stride_k, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _tile(
+    tile, x, w, out, bias, y, gate, residual, dot, mean, rstd, scale, shift, lengths,
+    videos, rows, width, outputs, taps, first, step,
+    stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
+    ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
+):  # fmt: skip
+    tiles_n, tiles_t = tl.cdiv(outputs, COLS), tl.cdiv(rows, ROWS)
+    first_n = tile % tiles_n * COLS  # columns run fastest: the weight stays in L2, each row of x comes in once
+    video = tile // tiles_n // tiles_t
+    first_t = tile // tiles_n % tiles_t * ROWS
+    length = rows if lengths is None else tl.load(lengths + video).to(tl.int32)
+    valid = length if MASK == "input" else rows
+
+    steps = tl.cdiv(width, DEPTH)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for i in range(taps * steps):  # one loop over taps and channels, so that loads run ahead across taps
+        tap, k = i // steps, i % steps * DEPTH
+        a = load_rows(
+            x, video, first_t + first + tap * step, k, valid, rows, width, stride_xb, stride_xt, stride_xd,
+            mean, rstd, scale, shift, ROWS, DEPTH, TMA, NORM,
+        )  # [ROWS, DEPTH]  # fmt: skip
+        b = load_weight(
+            w, tap, first_n, k, outputs, width, stride_wtap, stride_wn, stride_wk, COLS, DEPTH, TMA, K_LAST
+        )  # [DEPTH, COLS]
+        acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+
+    t, n = first_t + tl.arange(0, ROWS), first_n + tl.arange(0, COLS)
+    inside = (t < rows)[:, None] & (n < outputs)[None, :]
+    # Offsets count from a multiple of 1024 rows: they fit 32 bits, and change with the tile, so that a persistent
+    # program makes them anew instead of keeping them in registers (which spill).
+    above = first_t % 1024
+    row = video.to(tl.int64) * rows + (first_t - above)
+    i, j = above + tl.arange(0, ROWS)[:, None], n[None, :]
+    corner, at = row * outputs, i * outputs + j  # of y and gate
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    if Y == "write":
+        tl.store(y + corner + at, acc.to(y.dtype.element_ty), mask=inside)
+    if Y == "grad":
+        acc *= activate_grad(tl.load(y + corner + at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+    else:
+        acc = activate(acc, ACTIVATION)
+    if gate is not None:
+        acc *= tl.load(gate + corner + at, mask=inside, other=0.0).to(tl.float32)
+    if dot is not None:  # one number a row and column tile; the caller adds the tiles
+        part = tl.sum(acc * tl.load(dot + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :], 1)
+        tl.store(
+            out + (tile % tiles_n).to(tl.int64) * videos * rows + row + above + tl.arange(0, ROWS), part, mask=t < rows
+        )
+    else:
+        if residual is not None:
+            there = video.to(tl.int64) * stride_rb + (first_t - above).to(tl.int64) * stride_rt
+            acc += tl.load(residual + there + i * stride_rt + j, mask=inside, other=0.0).to(tl.float32)
+        if MASK == "output":
+            acc = tl.where((t < length)[:, None], acc, 0.0)
+        tl.store(out + row * stride_o + i * stride_o + j, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gemm_kernel(
+    x,  # [B, T, I], a tensor descriptor with TMA, else a pointer
+    w,  # [taps, N, I] likewise; as a descriptor [taps, I, N] unless K_LAST
+    out,  # [B·T, N] with stride_o between rows, or float32 [N tiles, B, T] with dot
+    bias,  # [N]
+    y,  # [B, T, N]: written before the activation (Y="write"), or read for its gradient (Y="grad")
+    gate,  # [B, T, N]
+    residual,  # [B, T, N], last dimension contiguous
+    dot,  # [N]
+    mean, rstd,  # [B, T] float32, LayerNorm's statistics of x
+    scale, shift,  # [I], its weight and bias
+    lengths,  # [B], of which MASK tells the use: rows of the "input" or of the "output" are zero beyond
+    videos, rows, width, outputs, taps, first, step,
+    stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
+    ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    """One tile a program, or with PERSISTENT as many as the grid leaves it."""
+    if PERSISTENT:
+        tiles = videos * tl.cdiv(rows, ROWS) * tl.cdiv(outputs, COLS)
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _tile(
+                tile, x, w, out, bias, y, gate, residual, dot, mean, rstd, scale, shift, lengths,
+                videos, rows, width, outputs, taps, first, step,
+                stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
+                ACTIVATION, Y, MASK, NORM, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
+            )  # fmt: skip
+    else:
+        _tile(
+            tl.program_id(0), x, w, out, bias, y, gate, residual, dot, mean, rstd, scale, shift, lengths,
+            videos, rows, width, outputs, taps, first, step,
+            stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
+            ACTIVATION, Y, MASK, NORM, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def weight_grad_kernel(
+    g,  # [B, T, N] gradient of the output, a tensor descriptor with TMA, else a pointer
+    x,  # [B, T, I] likewise
+    out,  # [splits, N, I, taps] float32
+    mean, rstd, scale, shift, lengths,  # of x, as in gemm_kernel
+    videos, rows, width, outputs, taps, first, step,
+    stride_gb, stride_gt, stride_gd, stride_xb, stride_xt, stride_xd,
+    NORM: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """out[split, n, k, tap] = sum of g[b, t, n] · P(x)[b, t + first + tap·step, k] over the split's blocks of rows."""
+    tiles_k = tl.cdiv(width, COLS)
+    tap = tl.program_id(0) % taps  # taps run fastest: they read nearly the same rows of x
+    first_k = tl.program_id(0) // taps % tiles_k * COLS
+    first_n = tl.program_id(0) // taps // tiles_k * ROWS
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    tiles_t = tl.cdiv(rows, DEPTH)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for block in range(split, videos * tiles_t, splits):
+        video, t = block // tiles_t, block % tiles_t * DEPTH
+        valid = rows if lengths is None else tl.load(lengths + video).to(tl.int32)
+        a = load_rows(
+            g, video, t, first_n, rows, rows, outputs, stride_gb, stride_gt, stride_gd,
+            mean, rstd, scale, shift, DEPTH, ROWS, TMA, False,
+        )  # [DEPTH, ROWS]  # fmt: skip
+        b = load_rows(
+            x, video, t + first + tap * step, first_k, valid, rows, width, stride_xb, stride_xt, stride_xd,
+            mean, rstd, scale, shift, DEPTH, COLS, TMA, NORM,
+        )  # [DEPTH, COLS]  # fmt: skip
+        acc = tl.dot(a.T, b.to(a.dtype), acc, input_precision=PRECISION)
+    n, k = first_n + tl.arange(0, ROWS)[:, None], first_k + tl.arange(0, COLS)[None, :]
+    at = ((split * outputs + n).to(tl.int64) * width + k) * taps + tap
+    tl.store(out + at, acc, mask=(n < outputs) & (k < width))
+
+
+@triton.jit
+def activation_grad_kernel(
+    g,  # [M, N] gradient of the output, contiguous; with dot [M]
+    y,  # [M, N] before the activation
+    dot,  # [N]
+    dy,  # [M, N]
+    bias_sums, dot_sums,  # [M blocks, N] float32
+    count, outputs,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """dy = act'(y) · g (· dot), with its column sums, and those of act(y) · g for the gradient of dot."""
+    m, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
+    inside = (m < count)[:, None] & (n < outputs)[None, :]
+    at = m.to(tl.int64)[:, None] * outputs + n[None, :]  # [ROWS, COLS]
+    value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    sums = tl.program_id(0).to(tl.int64) * outputs + n
+    if dot is not None:
+        grad = tl.load(g + m, mask=m < count, other=0.0).to(tl.float32)[:, None]
+        tl.store(dot_sums + sums, tl.sum(activate(value, ACTIVATION) * grad, 0), mask=n < outputs)
+        grad = grad * tl.load(dot + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    else:
+        grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+    result = grad * activate_grad(value, ACTIVATION)
+    tl.store(dy + at, result.to(dy.dtype.element_ty), mask=inside)
+    tl.store(bias_sums + sums, tl.sum(result, 0), mask=n < outputs)
+
+
+@triton.jit
+def norm_stats_kernel(
+    x, mean, rstd, rows, width, count, stride_b, stride_t, stride_d, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """LayerNorm's mean and 1/std of each row of x [B, T, I], float32 [B, T]. COLS covers the width."""
+    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
+    at = (m // rows).to(tl.int64) * stride_b + (m % rows).to(tl.int64) * stride_t
+    inside = (m < count)[:, None] & (d < width)[None, :]
+    value = tl.load(x + at[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
+    mu = tl.sum(value, 1) / width  # [ROWS]
+    centred = tl.where(inside, value - mu[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / width
+    tl.store(mean + m, mu, mask=m < count)
+    tl.store(rstd + m, 1 / tl.sqrt(variance + EPS), mask=m < count)
+
+
+@triton.jit
+def norm_grad_kernel(
+    g,  # [M, I] gradient of LayerNorm(x), contiguous
+    x, mean, rstd, scale,
+    dx,  # [M, I]
+    scale_sums, shift_sums,  # [programs, I] float32
+    rows, width, count, stride_b, stride_t, stride_d,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """dx = rstd (g·scale - mean(g·scale) - x̂ mean(g·scale·x̂)); column sums of g·x̂ and g over the program's rows."""
+    d = tl.arange(0, COLS)
+    w = tl.load(scale + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
+    scale_sum, shift_sum = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0)):
+        m = block * ROWS + tl.arange(0, ROWS)
+        inside = (m < count)[:, None] & (d < width)[None, :]
+        at = (m // rows).to(tl.int64) * stride_b + (m % rows).to(tl.int64) * stride_t
+        value = tl.load(x + at[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
+        mu = tl.load(mean + m, mask=m < count, other=0.0)[:, None]
+        rs = tl.load(rstd + m, mask=m < count, other=0.0)[:, None]
+        normed = tl.where(inside, (value - mu) * rs, 0.0)
+        grad = tl.load(g + m.to(tl.int64)[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        scale_sum += tl.sum(grad * normed, 0)
+        shift_sum += tl.sum(grad, 0)
+        grad = grad * w
+        along = tl.sum(grad * normed, 1)[:, None] / width
+        result = rs * (grad - tl.sum(grad, 1)[:, None] / width - normed * along)
+        tl.store(dx + m.to(tl.int64)[:, None] * width + d[None, :], result.to(dx.dtype.element_ty), mask=inside)
+    at = tl.program_id(0).to(tl.int64) * width + d
+    tl.store(scale_sums + at, scale_sum, mask=d < width)
+    tl.store(shift_sums + at, shift_sum, mask=d < width)
+
+
+@functools.cache
+def _table() -> dict:
+    return json.loads(CONFIGS.read_text()) if CONFIGS.exists() else {}
+
+
+@functools.cache
+def _chip(device: torch.device) -> tuple[str, int]:
+    """The architecture's name in the configuration table, and the number of multiprocessors."""
+    if device.type != "cuda":
+        return "interpreter", 2
+    properties = torch.cuda.get_device_properties(device)
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as torch's own matrix products are told to."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs: int) -> dict:
+    """What unmeasured shapes run with: fits every supported chip, no spills (bench/aot_report.json)."""
+    if dtype == torch.float32:  # fits "ieee" too, where each product is an instruction of its own
+        return {"rows": 64, "cols": 64, "depth": 32, "warps": 8, "stages": 3, "tma": False, "persistent": False}
+    small = rows * outputs < 128 * 128 * 128  # fewer large tiles than multiprocessors
+    side = 64 if small else 128
+    tma = chip != "interpreter" and int(chip.removeprefix("sm_")) >= 90
+    return {
+        "rows": side, "cols": side, "depth": 64, "warps": 4 if small else 8, "stages": 3, "tma": tma,
+        "persistent": False,
+    }  # fmt: skip
+
+
+def config(kind: str, x: Tensor, rows: int, outputs: int, width: int) -> dict:
+    """Tile sizes for a problem, by the next power of two of its rows. kind: gemm, weight_grad or gates."""
+    chip, _ = _chip(x.device)
+    dtype = str(x.dtype).removeprefix("torch.")
+    bucket = f"{kind} {dtype} {triton.next_power_of_2(rows)}x{outputs}x{width}"
+    return _table().get(chip, {}).get(bucket) or default_config(kind, chip, x.dtype, rows, outputs)
+
+
+def describable(x: Tensor) -> bool:
+    """Whether TMA can read x: 16-byte aligned rows, last dimension contiguous."""
+    size = x.element_size()
+    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(s * size % 16 == 0 for s in x.stride()[:-1])
+
+
+def describe(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, cols])
+
+
+def gemm(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    y: Tensor | None = None,
+    y_use: str = "none",
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    dot: Tensor | None = None,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+    mask: str = "none",
+    first: int = 0,
+    step: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Launches gemm_kernel: x [B, T, I], w [taps, N, I], both strided -> [B, T, N], or float32 [B, T] with dot.
+
+    x may be wider than w where a norm narrows it, and a wider residual widens the result.
+
+    out: [B·T, N] to write to instead, its last dimension contiguous.
+    """
+    videos, rows, width = x.shape
+    taps, outputs, _ = w.shape
+    c = config("gemm", w, videos * rows, outputs, width * taps)
+    tiles_n = triton.cdiv(outputs, c["cols"])
+    tiles = videos * triton.cdiv(rows, c["rows"]) * tiles_n
+    if dot is not None:
+        out = x.new_empty(tiles_n, videos, rows, dtype=torch.float32)
+    elif out is None:
+        dtype = w.dtype if residual is None else torch.promote_types(w.dtype, residual.dtype)
+        out = x.new_empty(videos, rows, outputs, dtype=dtype)
+    if residual is not None and residual.stride(-1) != 1:
+        residual = residual.contiguous()
+    # A descriptor's rows cannot end at a length, and zeros come from masked loads then.
+    k_last = w.stride(2) == 1
+    by_k = w if k_last else w.transpose(1, 2)
+    tma = c["tma"] and mask != "input" and describable(x) and describable(by_k)
+    block = (c["cols"], c["depth"]) if k_last else (c["depth"], c["cols"])
+    grid = (min(tiles, _chip(x.device)[1]) if c["persistent"] else tiles,)
+    gemm_kernel[grid](
+        describe(x, c["rows"], c["depth"]) if tma else x,
+        describe(by_k, *block) if tma else w,
+        out, bias, y, gate, residual, dot, *(norm or (None,) * 4), lengths,
+        videos, rows, width, outputs, taps, first, step,
+        *x.stride(), *w.stride(), *((0, 0) if residual is None else residual.stride()[:2]), out.stride(-2),
+        ACTIVATION=activation, Y=y_use, MASK=mask, NORM=norm is not None, PRECISION=precision(w.dtype),
+        ROWS=c["rows"], COLS=c["cols"], DEPTH=c["depth"], TMA=tma, K_LAST=k_last, PERSISTENT=c["persistent"],
+        num_warps=c["warps"], num_stages=c["stages"],
+    )  # fmt: skip
+    return out if dot is None else out.sum(0)
+
+
+def weight_grad(
+    g: Tensor,
+    x: Tensor,
+    taps: int = 1,
+    first: int = 0,
+    step: int = 0,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Launches weight_grad_kernel: g [B, T, N], x [B, T, I] -> float32 [N, I, taps]. The rows' order is fixed."""
+    videos, rows, width = x.shape
+    outputs = g.shape[2]
+    c = config("weight_grad", g, videos * rows, outputs, width * taps)
+    tiles = taps * triton.cdiv(outputs, c["rows"]) * triton.cdiv(width, c["cols"])
+    blocks = videos * triton.cdiv(rows, c["depth"])
+    splits = max(1, min(2 * _chip(x.device)[1] // tiles, blocks))  # about two programs a multiprocessor
+    out = x.new_empty(splits, outputs, width, taps, dtype=torch.float32)
+    tma = c["tma"] and lengths is None and describable(x) and describable(g)
+    weight_grad_kernel[tiles, splits](
+        describe(g, c["depth"], c["rows"]) if tma else g,
+        describe(x, c["depth"], c["cols"]) if tma else x,
+        out, *(norm or (None,) * 4), lengths,
+        videos, rows, width, outputs, taps, first, step, *g.stride(), *x.stride(),
+        NORM=norm is not None, PRECISION=precision(g.dtype),
+        ROWS=c["rows"], COLS=c["cols"], DEPTH=c["depth"], TMA=tma,
+        num_warps=c["warps"], num_stages=c["stages"],
+    )  # fmt: skip
+    return out.sum(0)
+
+
+def activation_grad(g: Tensor, y: Tensor, activation: str, dot: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launches activation_grad_kernel: g, y [M, N] -> dy [M, N], and in float32 its column sums and dot's gradient."""
+    count, outputs = y.shape
+    side = (32, 128)
+    blocks = triton.cdiv(count, side[0])
+    dy = torch.empty_like(y)
+    bias_sums = y.new_empty(blocks, outputs, dtype=torch.float32)
+    dot_sums = None if dot is None else torch.empty_like(bias_sums)
+    activation_grad_kernel[blocks, triton.cdiv(outputs, side[1])](
+        g, y, dot, dy, bias_sums, dot_sums, count, outputs, ACTIVATION=activation, ROWS=side[0], COLS=side[1]
+    )
+    return dy, bias_sums.sum(0), None if dot is None else dot_sums.sum(0)
+
+
+def norm_grad(g: Tensor, x: Tensor, norm: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches norm_grad_kernel: g [M, I], x [B, T, I] -> dx [M, I], float32 gradients [I] of weight and bias."""
+    count, width = g.shape
+    cols = triton.next_power_of_2(width)
+    side = max(1, 4096 // cols)
+    programs = min(4 * _chip(x.device)[1], triton.cdiv(count, side))
+    mean, rstd, scale, _ = norm
+    dx = torch.empty_like(g, dtype=x.dtype)
+    sums = g.new_empty(2, programs, width, dtype=torch.float32)
+    norm_grad_kernel[(programs,)](
+        g, x, mean, rstd, scale, dx, sums[0], sums[1], x.shape[1], width, count, *x.stride(), ROWS=side, COLS=cols
+    )
+    return dx, sums[0].sum(0), sums[1].sum(0)
+
+
+def _videos(x: Tensor, weight: Tensor) -> Tensor:
+    """x as [B, T, I]: for a matrix all rows are one video."""
+    return x if weight.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """The weight as [taps, N, I], channels contiguous where a convolution has them interleaved with its taps."""
+    if weight.ndim == 2:
+        return weight[None]
+    w = weight.permute(2, 0, 1)
+    return w if w.shape[0] == 1 else w.contiguous()
+
+
+def _offsets(weight: Tensor, dilation: int, causal: bool) -> tuple[int, int]:
+    """(first, step): tap k of the convolution reads row t + first + k·step."""
+    taps = weight.shape[2] if weight.ndim == 3 else 1
+    return -(taps - 1 if causal else taps // 2) * dilation, dilation
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dilation: int,
+    causal: bool,
+    lengths: Tensor | None,
+    dot: Tensor | None,
+    save_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op: (out, the value before the activation, LayerNorm's statistics); the former empty unless saved."""
+    h, w = _videos(x, weight), _taps(weight)
+    (videos, rows, width), outputs = h.shape, w.shape[1]
+    shape = x.shape[:-1] if dot is not None else (*x.shape[:-1], outputs)
+    y = w.new_empty((videos, rows, outputs) if save_y else 0)
+    stats = x.new_empty((2, videos, rows) if norm_weight is not None else 0, dtype=torch.float32)
+    if x.numel() == 0:
+        dtype = w.dtype if residual is None else torch.promote_types(w.dtype, residual.dtype)
+        return w.new_empty(shape, dtype=dtype), y, stats
+    norm = None
+    if norm_weight is not None:
+        cols = triton.next_power_of_2(width)
+        side = max(1, 4096 // cols)
+        norm_stats_kernel[(triton.cdiv(videos * rows, side),)](
+            h, stats[0], stats[1], rows, width, videos * rows, *h.stride(), ROWS=side, COLS=cols
+        )
+        norm = (stats[0], stats[1], norm_weight, norm_bias)
+    first, step = _offsets(weight, dilation, causal)
+    masked = weight.ndim == 3 and lengths is not None
+    out = gemm(
+        h, w, bias, activation,
+        y=y if y.numel() else None, y_use="write" if y.numel() else "none",
+        residual=None if residual is None else _videos(residual, weight), dot=dot, norm=norm,
+        lengths=lengths if masked else None, mask="input" if masked else "none", first=first, step=step,
+    )  # fmt: skip
+    return (out if dot is None else out.to(w.dtype)).view(shape), y, stats
+
+
+def backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dilation: int,
+    causal: bool,
+    lengths: Tensor | None,
+    dot: Tensor | None,
+    y: Tensor,
+    stats: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias, norm weight, norm bias and dot; empty where `needs` says so.
+
+    y: what the forward pass returned as such, or with relu its result, which has the same sign.
+    """
+    need_x, need_weight, need_bias, need_scale, need_shift, need_dot = needs
+    h, w = _videos(x, weight), _taps(weight)
+    (videos, rows, width), (taps, outputs, _) = h.shape, w.shape
+    count = videos * rows
+    dx = dw = db = d_scale = d_shift = d_dot = None
+    if x.numel() == 0:
+        like = (x, weight, w[0, :, 0], norm_weight, norm_bias, dot)
+        return tuple(torch.zeros_like(t) if need else w.new_empty(0) for t, need in zip(like, needs, strict=True))
+    g = g.reshape(count, *(() if dot is not None else (outputs,))).contiguous()
+    if activation != "none" or dot is not None:
+        dy, db, d_dot = activation_grad(g, y.view(count, outputs), activation, dot)
+    else:
+        dy = g.to(w.dtype)
+        db = g.sum(0) if need_bias else None  # accumulates in float32
+    first, step = _offsets(weight, dilation, causal)
+    masked = weight.ndim == 3 and lengths is not None
+    norm = None if norm_weight is None else (stats[0], stats[1], norm_weight, norm_bias)
+    plain = taps == 1 and norm is None and not masked  # two bare matrix products: cuBLAS
+    if need_weight and plain:
+        dw = dy.T @ h.reshape(count, width)
+    elif need_weight:
+        dw = weight_grad(dy.view(videos, rows, outputs), h, taps, first, step, norm, lengths if masked else None)
+    if need_x and plain:
+        dx = dy @ w[0]
+    elif need_x or need_scale or need_shift:
+        dx = gemm(
+            dy.view(videos, rows, outputs), w.transpose(1, 2), lengths=lengths if masked else None,
+            mask="output" if masked else "none", first=-first, step=-step,
+        )  # fmt: skip
+        if norm is not None:
+            dx, d_scale, d_shift = norm_grad(dx.view(count, width), h, norm)
+    return (
+        dx.view(x.shape) if need_x else x.new_empty(0),
+        dw.to(w.dtype).view(weight.shape) if need_weight else w.new_empty(0),
+        db.to(w.dtype) if need_bias else w.new_empty(0),
+        d_scale.to(norm_weight.dtype) if need_scale else w.new_empty(0),
+        d_shift.to(norm_weight.dtype) if need_shift else w.new_empty(0),
+        d_dot.to(dot.dtype) if need_dot else w.new_empty(0),
+    )
