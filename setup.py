@@ -26,7 +26,12 @@ CUDA_SOURCES = [source for op in OPS if Path(source := f"csrc/{op}.cu").exists()
 # The oldest torch the shared objects run with; newer ones keep this ABI.
 TORCH_TARGET = "0x020b000000000000"
 COMMON_FLAGS = ["-std=c++20", "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-CPU_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall"]
+CPU_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-unknown-pragmas"]
+CUDA_FLAGS = [
+    "-DUSE_CUDA",
+    "--expt-relaxed-constexpr",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wno-unknown-pragmas",
+]
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
 
 
@@ -49,7 +54,8 @@ def find_cuda() -> Path | None:
         "/usr/local/cuda",
         *(Path(folder) / "nvidia/cu13" for folder in [*sys.path, sysconfig.get_path("purelib")]),
     ]
-    return next((Path(root) for root in candidates if root and (Path(root) / "bin/nvcc").exists()), None)
+    # nvvm tells a toolkit from a folder whose bin/nvcc is a script or a link
+    return next((Path(root) for root in candidates if root and (Path(root) / "nvvm").is_dir()), None)
 
 
 def gencode(archs: str) -> list[str]:
@@ -112,8 +118,7 @@ def extensions() -> list[Extension]:
         missing("CUDA operators", "this torch is built without CUDA")
     elif CUDA_SOURCES:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
-        compile = [f"{nvcc}/bin/nvcc", *COMMON_FLAGS, "-DUSE_CUDA", "--extended-lambda", "--expt-relaxed-constexpr"]
-        compile += ["-Xcompiler=-fPIC,-fvisibility=hidden", *gencode(archs), *includes]
+        compile = [f"{nvcc}/bin/nvcc", *COMMON_FLAGS, *CUDA_FLAGS, *gencode(archs), *includes]
         runtime = next(path for lib in ("lib64", "lib") for path in sorted((nvcc / lib).glob("libcudart.so*")))
         built.append(extension("_C_cuda", CUDA_SOURCES, compile, link, [*libraries, "-ltorch_cuda", str(runtime)]))
 

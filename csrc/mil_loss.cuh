@@ -58,4 +58,40 @@ HD A align_loss(const Team& team, const A* s, const A* labels, const A* alpha, i
   return (ce + weight * miss * miss * ce) / A(2);
 }
 
+// mil_loss of one video: d loss / d logit_t, times `scale`, into slope_t for t < rows; returns the loss.
+// probability: n values, in shared memory where they fit, else slope itself.
+template <class Team, class T>
+HD float mil_video(const Team& team, const T* logits, int n, int k, int rows, float target, float scale,
+                   float* probability, float* slope) {
+  team.each([&](int rank) {
+    for (int t = rank; t < n; t += team.size()) probability[t] = sigmoid(widen(logits[t]));
+  });
+  const Keys<float> key{probability, 1, nullptr};
+  const auto top = key.select(team, n, k);
+  const float p = team.sum([&](int rank) {
+    float sum = 0;
+    for (int t = rank; t < n; t += team.size()) sum += top.has(key(t), t) ? probability[t] : 0.f;
+    return sum;
+  }) / float(k);
+  const auto bce = binary_cross_entropy(p, target);
+  const float share = bce.slope * scale / float(k);
+  team.each([&](int rank) {
+    for (int t = rank; t < rows; t += team.size()) {
+      const bool chosen = t < n && top.has(key(t), t);
+      slope[t] = chosen ? share * probability[t] * (1.f - probability[t]) : 0.f;
+    }
+  });
+  return bce.loss;
+}
+
+// One column of mil_align_loss's gradient: share at what was selected, zero elsewhere.
+template <class Team, class T>
+HD void align_column_backward(const Team& team, const Keys<T>& key, Selection<key_t_of<T>> top, int n, int rows,
+                              float share, float* slope) {
+  team.each([&](int rank) {
+    for (int t = rank; t < rows; t += team.size())
+      slope[t * key.stride] = t < n && top.has(key(t), t) ? share : 0.f;
+  });
+}
+
 }  // namespace avadclip

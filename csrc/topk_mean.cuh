@@ -49,4 +49,75 @@ HD auto select_top(const Team& team, KeyAt key, int n, int k) {
   return top;
 }
 
+// The keys of one column, column[t * stride]: in shared memory where they fit (`stored`), else made anew at each look.
+template <class T>
+struct Keys {
+  const T* column;
+  int64_t stride;
+  key_t_of<T>* stored;
+  HD key_t_of<T> made(int t) const { return key_of(widen(column[t * stride])); }
+  template <class Team>
+  HD void store(const Team& team, int n) const {
+    if (stored) team.each([&](int rank) {
+      for (int t = rank; t < n; t += team.size()) stored[t] = made(t);
+    });
+  }
+  template <class Team>
+  HD Selection<key_t_of<T>> select(const Team& team, int n, int k) const {
+    if (stored) return select_top(team, [this](int t) { return stored[t]; }, n, k);
+    return select_top(team, [this](int t) { return made(t); }, n, k);
+  }
+  HD key_t_of<T> operator()(int t) const { return stored ? stored[t] : made(t); }
+};
+
+template <class Team, class T>
+HD acc_t<T> mean_of_selected(
+    const Team& team, const Keys<T>& key, Selection<key_t_of<T>> top, int n, int k) {
+  return team.sum([&](int rank) {
+    acc_t<T> sum = 0;
+    for (int t = rank; t < n; t += team.size())
+      if (top.has(key(t), t)) sum += value_of(key(t));
+    return sum;
+  }) / acc_t<T>(k);
+}
+
+// One column: its mean, and the chosen indices in rising order, then -1 up to `slots`.
+template <class Team, class T>
+HD void topk_column(const Team& team, Keys<T> key, int n, int k, int slots, T* mean, int32_t* index) {
+  key.store(team, n);
+  const auto top = key.select(team, n, k);
+  const acc_t<T> value = mean_of_selected(team, key, top, n, k);
+  const int share = (n + team.size() - 1) / team.size();  // neighbouring t to a thread, so that counts give the order
+  const auto chosen = [&](int rank, auto visit) {
+    for (int t = rank * share; t < n && t < (rank + 1) * share; ++t)
+      if (top.has(key(t), t)) visit(t);
+  };
+  team.scan(
+      [&](int rank) {
+        int count = 0;
+        chosen(rank, [&](int) { ++count; });
+        return count;
+      },
+      [&](int rank, int at) { chosen(rank, [&](int t) { index[at++] = t; }); });
+  team.each([&](int rank) {
+    for (int i = k + rank; i < slots; i += team.size()) index[i] = -1;
+    if (rank == 0) narrow(value, *mean);
+  });
+}
+
+// The gradient of one column, which is zero before: grad / k at each of its k indices.
+template <class Team, class T>
+HD void topk_column_backward(const Team& team, const int32_t* index, int slots, T grad, T* slope, int64_t stride) {
+  const int k = team.sum([&](int rank) {
+    int count = 0;
+    for (int i = rank; i < slots; i += team.size()) count += index[i] >= 0;
+    return count;
+  });
+  T share;
+  narrow(widen(grad) / acc_t<T>(k), share);
+  team.each([&](int rank) {
+    for (int i = rank; i < k; i += team.size()) slope[index[i] * stride] = share;
+  });
+}
+
 }  // namespace avadclip

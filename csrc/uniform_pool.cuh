@@ -1,7 +1,7 @@
 // Which rows of a video a pooled row is the mean of. Torch-free; host and device.
 #pragma once
 
-#include "scalar.cuh"
+#include "team.cuh"
 
 namespace avadclip {
 
@@ -17,6 +17,60 @@ HD Range pool_range(int64_t row, int64_t n, int64_t rows) {
   const int64_t begin = int64_t(double(row) * step);
   const int64_t end = row + 1 == rows ? n : int64_t(double(row + 1) * step);
   return {begin, end > begin ? end - begin : 1};
+}
+
+// The lowest pooled row that row t of n can be in: ranges before it end at or before t.
+HD int64_t first_pool_row(int64_t t, int64_t n, int64_t rows) {
+  const int64_t row = int64_t(double(t) * (double(rows) / double(n))) - 2;
+  return row < 0 ? 0 : row;
+}
+
+template <class T, int WIDTH>
+struct alignas(sizeof(T) * WIDTH) PoolVector {
+  T at[WIDTH];
+};
+
+// out (D) = the mean of the range's rows of video (n, D). D = WIDTH * vectors.
+template <class T, int WIDTH, class Team>
+HD void pool_row(const Team& team, const T* video, Range range, int64_t D, T* out) {
+  using V = PoolVector<T, WIDTH>;
+  team.each([&](int rank) {
+    for (int64_t d = rank * WIDTH; d < D; d += team.size() * WIDTH) {
+      float sum[WIDTH] = {};
+      for (int64_t t = range.begin; t < range.end(); ++t) {
+        const V row = *reinterpret_cast<const V*>(video + t * D + d);
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e) sum[e] += widen(row.at[e]);
+      }
+      V mean;
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e) narrow(sum[e] / float(range.count), mean.at[e]);
+      *reinterpret_cast<V*>(out + d) = mean;
+    }
+  });
+}
+
+// slope (D) = what row t of n gets from the pooled rows' gradient (rows, D): its share of every range it is in.
+template <class T, int WIDTH, class Team>
+HD void pool_row_backward(const Team& team, const T* grad, int64_t t, int64_t n, int64_t rows, int64_t D, T* slope) {
+  using V = PoolVector<T, WIDTH>;
+  team.each([&](int rank) {
+    for (int64_t d = rank * WIDTH; d < D; d += team.size() * WIDTH) {
+      float sum[WIDTH] = {};
+      for (int64_t r = first_pool_row(t, n, rows); r < rows; ++r) {
+        const Range range = pool_range(r, n, rows);
+        if (range.begin > t) break;
+        if (range.end() <= t) continue;
+        const V row = *reinterpret_cast<const V*>(grad + r * D + d);
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e) sum[e] += widen(row.at[e]) / float(range.count);
+      }
+      V out;
+#pragma unroll
+      for (int e = 0; e < WIDTH; ++e) narrow(sum[e], out.at[e]);
+      *reinterpret_cast<V*>(slope + d) = out;
+    }
+  });
 }
 
 }  // namespace avadclip

@@ -80,11 +80,15 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 4
     (slope,) = ctx.saved_tensors
     return torch.ops.avadclip_fast.mil_loss_backward(grad, slope).to(ctx.dtype), None, None, None
 
 
 def _align_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 5
     logits, alpha = torch.ops.avadclip_fast.mil_align_loss_backward(grad, *ctx.saved_tensors)
     return logits.to(ctx.dtype), None, None, alpha, None
 
@@ -124,6 +128,8 @@ def mil_align_loss(
     """
     sizes = check_tensors("mil_align_loss", ("logits", logits, "B T C"))
     _check("mil_align_loss", logits, labels, lengths, divisor, sizes)
+    if not isinstance(alpha, Tensor):
+        raise ValueError(f"mil_align_loss: alpha must be a tensor [C], got {type(alpha).__name__}")
     if alpha.shape != (sizes["C"],) or alpha.device != logits.device:
         raise ValueError(
             f"mil_align_loss: alpha must have shape [{sizes['C']}] on {logits.device}, "
@@ -133,6 +139,8 @@ def mil_align_loss(
 
 
 def _check(op: str, logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int, sizes: dict[str, int]) -> None:
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{op}: labels must be a tensor [B, C], got {type(labels).__name__}")
     classes = sizes.get("C", labels.shape[-1] if labels.ndim else 0)
     if labels.shape != (sizes["B"], classes) or labels.device != logits.device:
         raise ValueError(

@@ -1,0 +1,173 @@
+// mil_loss and mil_align_loss on CUDA, two launches each: a block a video makes its loss and all its gradients, one
+// more block adds up the videos, always in the same order.
+#include "mil_loss.cuh"
+#include "stable_cuda.h"
+
+namespace avadclip {
+namespace {
+
+constexpr int THREADS = 256;
+constexpr int WARPS = THREADS / 32;
+
+template <class T>
+__global__ void __launch_bounds__(THREADS) mil_loss_kernel(
+    const T* logits, const float* labels, Lengths lengths, int64_t C, int divisor, bool stored, float* losses,
+    float* slope) {
+  extern __shared__ float room[];
+  __shared__ int64_t partial[WARPS_MAX];
+  const int64_t b = blockIdx.x, B = gridDim.x, T_ = lengths.rows;
+  const int n = int(lengths[b]);
+  float* out = slope + b * T_;
+  const float loss = mil_video(Block{partial}, logits + b * T_, n, top_count(n, divisor), int(T_), 1.f - labels[b * C],
+                               1.f / float(B), stored ? room : out, out);
+  if (threadIdx.x == 0) losses[b] = loss;
+}
+
+// Shared memory: pooled scores, their slopes and labels (C each), selections (2 C), then the keys of all columns.
+constexpr int TABLE = 5 * 4;  // bytes a class
+
+template <class T>
+__global__ void __launch_bounds__(THREADS, 1) mil_align_loss_kernel(
+    const T* logits, const float* labels, const float* alpha, Lengths lengths, int C, int divisor, bool stored,
+    float* losses, float* slope, float* alpha_slopes) {
+  extern __shared__ float room[];
+  __shared__ int64_t partial[WARPS_MAX];
+  float *pooled = room, *pooled_slope = room + C, *label = room + 2 * C;
+  auto* selected = reinterpret_cast<Selection<uint32_t>*>(room + 3 * C + C % 2);
+  auto* keys = reinterpret_cast<uint32_t*>(room + TABLE / 4 * C + C % 2);
+  const int64_t b = blockIdx.x, B = gridDim.x, rows = lengths.rows;
+  const int n = int(lengths[b]), k = top_count(n, divisor), warp = threadIdx.x / 32;
+  const auto key_of_class = [&](int c) {
+    return Keys<T>{logits + b * rows * C + c, C, stored ? keys + int64_t(c) * n : nullptr};
+  };
+  for (int c = warp; c < C; c += WARPS) {
+    const Keys<T> key = key_of_class(c);
+    key.store(Warp{}, n);
+    const auto top = key.select(Warp{}, n, k);
+    const float mean = mean_of_selected(Warp{}, key, top, n, k);
+    if (threadIdx.x % 32 == 0) {
+      pooled[c] = mean;
+      label[c] = labels[b * C + c];
+      selected[c] = top;
+    }
+  }
+  __syncthreads();
+  const float loss = align_loss(Block{partial}, pooled, label, alpha, C, pooled_slope, alpha_slopes + b * C);
+  if (threadIdx.x == 0) losses[b] = loss;
+  for (int c = warp; c < C; c += WARPS)
+    align_column_backward(Warp{}, key_of_class(c), selected[c], n, int(rows),
+                          pooled_slope[c] / float(k) / float(B), slope + b * rows * C + c);
+}
+
+// Means over the batch: block 0 of the losses, block 1 + c of alpha's slopes.
+__global__ void __launch_bounds__(THREADS) mean_over_batch_kernel(
+    const float* losses, const float* alpha_slopes, int64_t B, int64_t C, float* loss, float* alpha_slope) {
+  __shared__ int64_t partial[WARPS_MAX];
+  const int64_t c = int64_t(blockIdx.x) - 1;
+  const Block team{partial};
+  const float total = team.sum([&](int rank) {
+    float sum = 0;
+    for (int64_t b = rank; b < B; b += team.size()) sum += c < 0 ? losses[b] : alpha_slopes[b * C + c];
+    return sum;
+  });
+  if (threadIdx.x == 0) *(c < 0 ? loss : alpha_slope + c) = total / float(B);
+}
+
+__global__ void __launch_bounds__(THREADS) scale_kernel(
+    const float* slope, const float* grad, int64_t count, float* out) {
+  const float factor = *grad;
+  for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < count; i += int64_t(gridDim.x) * THREADS)
+    out[i] = factor * slope[i];
+}
+
+std::tuple<Tensor, Tensor> mil_loss(
+    const Tensor& logits, const Tensor& labels, const Tensor& lengths, int64_t divisor) {
+  STD_TORCH_CHECK(logits.dim() == 2 && labels.dim() == 2 && divisor >= 1, "logits must be [B, T], labels [B, C]");
+  const int64_t B = logits.size(0), T = logits.size(1), C = labels.size(1);
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Float && labels.size(0) == B && T < 1 << 30,
+                  "labels must be [B, C] float32, T below 2^30");
+  const Tensor x = dense(logits), y = dense(labels), l = dense(lengths);
+  Tensor loss = empty(logits, {}, ScalarType::Float), slope = empty(logits, {B, T}, ScalarType::Float);
+  const Launch launch(logits);
+  Tensor losses = empty(logits, {B}, ScalarType::Float);
+  const bool stored = T * 4 <= SHARED_BYTES;
+  if (B * T)
+    by_cuda_dtype(logits.scalar_type(), [&](auto type) {
+      using S = decltype(type);
+      mil_loss_kernel<S><<<blocks(B), THREADS, stored ? T * 4 : 0, launch.stream>>>(
+          data<S>(x), data<float>(y), device_lengths(l, B, T), C, int(std::min<int64_t>(divisor, 1 << 30)), stored,
+          mutable_data<float>(losses), mutable_data<float>(slope));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  mean_over_batch_kernel<<<1, THREADS, 0, launch.stream>>>(data<float>(losses), nullptr, B, 0,
+                                                           mutable_data<float>(loss), nullptr);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {loss, slope};
+}
+
+std::tuple<Tensor, Tensor, Tensor> mil_align_loss(
+    const Tensor& logits, const Tensor& labels, const Tensor& lengths, const Tensor& alpha, int64_t divisor) {
+  STD_TORCH_CHECK(logits.dim() == 3 && divisor >= 1, "logits must be [B, T, C]");
+  const int64_t B = logits.size(0), T = logits.size(1), C = logits.size(2);
+  STD_TORCH_CHECK(labels.dim() == 2 && labels.size(0) == B && labels.size(1) == C && T < 1 << 30 &&
+                      labels.scalar_type() == ScalarType::Float,
+                  "labels must be [B, C] float32, T below 2^30");
+  STD_TORCH_CHECK(alpha.is_cuda() && alpha.dim() == 1 && alpha.size(0) == C &&
+                      alpha.scalar_type() == ScalarType::Float,
+                  "alpha must be [C] float32");
+  const int64_t table = TABLE * C + 8;
+  STD_TORCH_CHECK(C > 0 && table <= SHARED_BYTES, "C must lie in 1..", SHARED_BYTES / TABLE - 1, ", got ", C);
+  const Tensor x = dense(logits), y = dense(labels), a = dense(alpha), l = dense(lengths);
+  Tensor slope = empty(logits, {B, T, C}, ScalarType::Float);
+  Tensor loss = empty(logits, {}, ScalarType::Float), alpha_slope = empty(logits, {C}, ScalarType::Float);
+  Tensor losses = empty(logits, {B}, ScalarType::Float), alpha_slopes = empty(logits, {B, C}, ScalarType::Float);
+  const Launch launch(logits);
+  const bool stored = table + T * C * 4 <= SHARED_BYTES;
+  if (B * T)
+    by_cuda_dtype(logits.scalar_type(), [&](auto type) {
+      using S = decltype(type);
+      mil_align_loss_kernel<S><<<blocks(B), THREADS, table + (stored ? T * C * 4 : 0), launch.stream>>>(
+          data<S>(x), data<float>(y), data<float>(a), device_lengths(l, B, T), int(C),
+          int(std::min<int64_t>(divisor, 1 << 30)), stored, mutable_data<float>(losses),
+          mutable_data<float>(slope), mutable_data<float>(alpha_slopes));
+      STD_CUDA_KERNEL_LAUNCH_CHECK();
+    });
+  mean_over_batch_kernel<<<blocks(1 + C), THREADS, 0, launch.stream>>>(
+      data<float>(losses), data<float>(alpha_slopes), B, C, mutable_data<float>(loss),
+      mutable_data<float>(alpha_slope));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return {loss, slope, alpha_slope};
+}
+
+// Slopes were made in the forward pass; what is left is the chain rule's last factor.
+Tensor scaled(const Tensor& slope, const Tensor& grad) {
+  STD_TORCH_CHECK(grad.is_cuda() && grad.numel() == 1 && grad.scalar_type() == ScalarType::Float,
+                  "grad must be a float32 scalar on the device");
+  const Tensor x = dense(slope);
+  Tensor out = torch::stable::empty_like(x);
+  if (x.numel() == 0) return out;
+  const Launch launch(slope);
+  const int64_t count = x.numel();
+  scale_kernel<<<blocks(std::min<int64_t>((count + THREADS - 1) / THREADS, 4096)), THREADS, 0, launch.stream>>>(
+      data<float>(x), data<float>(grad), count, mutable_data<float>(out));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+Tensor mil_loss_backward(const Tensor& grad, const Tensor& slope) { return scaled(slope, grad); }
+
+std::tuple<Tensor, Tensor> mil_align_loss_backward(
+    const Tensor& grad, const Tensor& slope, const Tensor& alpha_slope) {
+  return {scaled(slope, grad), scaled(alpha_slope, grad)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(avadclip_fast, CUDA, m) {
+  m.impl("mil_loss", TORCH_BOX(&mil_loss));
+  m.impl("mil_loss_backward", TORCH_BOX(&mil_loss_backward));
+  m.impl("mil_align_loss", TORCH_BOX(&mil_align_loss));
+  m.impl("mil_align_loss_backward", TORCH_BOX(&mil_align_loss_backward));
+}
+
+}  // namespace avadclip

@@ -1,0 +1,246 @@
+// Runs the device code of csrc/*.cuh on the CPU, a block of threads being a loop, against plain loops in float64.
+// Built and run by test_csrc.py, also under the sanitizers. Prints what fails; exit status 1 then.
+#include <algorithm>
+#include <cstdio>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "distance_graph.cuh"
+#include "mil_loss.cuh"
+#include "topk_mean.cuh"
+#include "uniform_pool.cuh"
+
+using namespace avadclip;
+
+static int failures = 0;
+static std::mt19937 generator(0);
+
+#define CHECK(condition, ...)                                                       \
+  if (!(condition)) {                                                               \
+    std::printf("line %d: %s: ", __LINE__, #condition);                             \
+    std::printf(__VA_ARGS__);                                                       \
+    std::printf("\n");                                                              \
+    ++failures;                                                                     \
+  }
+
+static double normal() { return std::normal_distribution<double>()(generator); }
+static int below(int n) { return std::uniform_int_distribution<int>(0, n - 1)(generator); }
+
+template <class T>
+static T stored(double x) {
+  T out;
+  narrow(acc_t<T>(x), out);
+  return out;
+}
+
+// The k largest, NaN first, ties to the lowest index; in rising order of the index.
+static std::vector<int> expected_top(const std::vector<double>& x, int k) {
+  std::vector<int> order(x.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    return std::isnan(x[a]) ? !std::isnan(x[b]) : x[a] > x[b];
+  });
+  order.resize(k);
+  std::sort(order.begin(), order.end());
+  return order;
+}
+
+template <class T>
+static void test_topk() {
+  const double inf = std::numeric_limits<double>::infinity(), nan = std::nan("");
+  for (int round = 0; round < 60; ++round) {
+    const int n = 1 + below(round % 3 ? 70 : 900), stride = 1 + below(3), threads = 32 << below(4);
+    const int k = top_count(n, 1 + below(20)), slots = k + below(3);
+    std::vector<T> column(n * stride, stored<T>(nan));
+    std::vector<double> x(n);
+    for (int t = 0; t < n; ++t) {
+      const int kind = below(24);
+      x[t] = round % 2 ? below(4) - 2 : normal();  // few values: many ties
+      if (kind == 0) x[t] = inf;
+      if (kind == 1) x[t] = -inf;
+      if (kind == 2) x[t] = round % 4 ? -0.0 : nan;
+      column[t * stride] = stored<T>(x[t]);
+      x[t] = widen(column[t * stride]);
+    }
+    const auto expected = expected_top(x, k);
+    double mean = 0;
+    for (int t : expected) mean += x[t] / k;
+    const Emulated team{threads};
+    std::vector<key_t_of<T>> room(n);
+    for (bool keep : {false, true}) {
+      std::vector<int32_t> index(slots, 7);
+      T out{};
+      topk_column(team, Keys<T>{column.data(), stride, keep ? room.data() : nullptr}, n, k, slots, &out, index.data());
+      for (int i = 0; i < slots; ++i)
+        CHECK(index[i] == (i < k ? expected[i] : -1), "n %d k %d threads %d i %d", n, k, threads, i);
+      const double got = widen(out), eps = sizeof(T) == 2 ? 1e-2 : 1e-6;
+      CHECK((std::isnan(mean) && std::isnan(got)) || got == mean || std::abs(got - mean) <= eps * (1 + std::abs(mean)),
+            "mean %g, expected %g", got, mean);
+      std::vector<T> slope(n * stride, stored<T>(0));
+      topk_column_backward(team, index.data(), slots, stored<T>(k), slope.data(), stride);
+      for (int t = 0; t < n; ++t) {
+        const bool chosen = std::binary_search(expected.begin(), expected.end(), t);
+        CHECK(widen(slope[t * stride]) == (chosen ? 1 : 0), "slope at %d of %d", t, n);
+      }
+    }
+  }
+}
+
+static void test_keys() {
+  std::vector<float> x = {-INFINITY, -1e30f, -1.f, -1e-45f, 0.f, 1e-45f, 1.f, 1e30f, INFINITY, NAN};
+  for (size_t i = 0; i + 1 < x.size(); ++i) CHECK(key_of(x[i]) < key_of(x[i + 1]), "at %zu", i);
+  for (float v : x) CHECK(std::isnan(v) ? std::isnan(value_of(key_of(v))) : value_of(key_of(v)) == v, "of %g", v);
+  CHECK(key_of(-0.f) == key_of(0.f), "zeros");
+  for (double v : {-1e-320, -2.5, 0., 1e300}) CHECK(value_of(key_of(v)) == v, "of %g", v);
+}
+
+static void test_exponential() {
+  double worst = 0;
+  for (double x = -87; x < 88.7; x += 0.00123) {
+    const double right = std::exp(double(float(x)));
+    worst = std::max(worst, std::abs(exponential(float(x)) - right) / right);
+  }
+  CHECK(worst < 1.5e-7, "relative error %g", worst);
+  CHECK(exponential(-200.f) == 0 && std::isinf(exponential(89.f)) && std::isnan(exponential(NAN)), "at the ends");
+  CHECK(exponential(88.5f) < INFINITY && exponential(-100.f) > 0, "near the ends");
+}
+
+static void test_mil() {
+  for (int round = 0; round < 20; ++round) {
+    const int n = 1 + below(300), rows = n + below(5), k = top_count(n, 16), threads = 32 << below(4);
+    const double target = round % 2, scale = 0.25;
+    std::vector<float> logits(rows), slope(rows, 9), room(n);
+    for (auto& x : logits) x = float(normal() * 3);
+    std::vector<double> p(n);
+    for (int t = 0; t < n; ++t) p[t] = sigmoid(logits[t]);
+    const auto top = expected_top(p, k);
+    double mean = 0;
+    for (int t = 0; t < n; ++t) p[t] = 1 / (1 + std::exp(-double(logits[t])));
+    for (int t : top) mean += p[t] / k;
+    const double loss = -(target ? std::log(mean) : std::log(1 - mean));
+    const double d = (target ? -1 / mean : 1 / (1 - mean)) * scale / k;
+    for (bool keep : {false, true}) {
+      const float got = mil_video(Emulated{threads}, logits.data(), n, k, rows, float(target), float(scale),
+                                  keep ? room.data() : slope.data(), slope.data());
+      CHECK(std::abs(got - loss) < 2e-6 * (1 + loss), "loss %g, expected %g", got, loss);
+      for (int t = 0; t < rows; ++t) {
+        const double right = std::binary_search(top.begin(), top.end(), t) ? d * p[t] * (1 - p[t]) : 0;
+        // 1 - p is exact to an eps of 1, not of itself, in any float32 sigmoid's backward pass.
+        CHECK(std::abs(slope[t] - right) <= 1e-5 * std::abs(right) + 4e-7 * std::abs(d), "slope %g, expected %g",
+              slope[t], right);
+      }
+    }
+  }
+}
+
+static void test_align() {
+  for (int C : {1, 2, 7, 40}) {
+    std::vector<double> s(C), y(C), alpha(C), slope(C), alpha_slope(C), unused(C);
+    for (int c = 0; c < C; ++c) s[c] = normal() * 2, y[c] = below(2), alpha[c] = 0.25 + 0.1 * normal();
+    y[0] = 1;
+    const auto loss = [&] {
+      return align_loss(Serial{}, s.data(), y.data(), alpha.data(), C, unused.data(), unused.data());
+    };
+    const double value = align_loss(Emulated{64}, s.data(), y.data(), alpha.data(), C, slope.data(), alpha_slope.data());
+    CHECK(std::abs(value - loss()) < 1e-12, "one thread and many: %g", value - loss());
+    for (int c = 0; c < C; ++c)
+      for (auto [x, d] : {std::pair(&s[c], slope[c]), std::pair(&alpha[c], alpha_slope[c])}) {
+        const double kept = *x, h = 1e-5;
+        *x = kept + h;
+        double difference = loss();
+        *x = kept - h;
+        difference = (difference - loss()) / (2 * h);
+        *x = kept;
+        CHECK(std::abs(difference - d) < 1e-8, "class %d of %d: %g, expected %g", c, C, d, difference);
+      }
+  }
+}
+
+template <class T, int WIDTH>
+static void test_distance(int rows, int n, int E, double scale) {
+  const Decay a{float(std::exp(-1 / scale)), float(std::exp(-SEGMENT / scale)), float(std::exp(-TILE_ROWS / scale))};
+  std::vector<Vector<T, WIDTH>> room(rows * E / WIDTH), result(rows * E / WIDTH);  // aligned as on the device
+  T *v = room.data()->at, *out = result.data()->at;
+  for (int i = 0; i < rows * E; ++i) v[i] = stored<T>(i / E < n ? normal() : NAN);
+  const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  std::vector<float> forth(tiles * E), back(tiles * E);
+  const Emulated team{TILE_THREADS};
+  Joins<WIDTH> joins;
+  for (int pass = tiles > 1 ? 0 : 1; pass < 2; ++pass) {
+    for (int64_t s = 0; s < tiles; ++s)
+      for (int channel = 0; channel < E; channel += LANES * WIDTH) {
+        const int lanes = std::min(LANES, (E - channel) / WIDTH);
+        float *f = &forth[s * E + channel], *b = &back[s * E + channel];
+        PerThread<Segment<T, WIDTH>, Emulated> own(team);
+        join_segments<T, WIDTH>(team, own, joins, v + channel, E, s * TILE_ROWS, n, lanes, a, pass ? f : nullptr,
+                                pass ? b : nullptr, pass ? nullptr : f, pass ? nullptr : b);
+        if (pass) write_tile<T, WIDTH>(team, own, joins, out + channel, E, s * TILE_ROWS, n, rows, lanes, a);
+      }
+    if (!pass)
+      for (int e = 0; e < E; ++e) join_tiles(&forth[e], &back[e], tiles, E, a);
+  }
+  double worst = 0, largest = 0;
+  for (int e = 0; e < E; e += std::max(1, E / 5))
+    for (int i = 0; i < rows; ++i) {
+      double sum = 0;
+      for (int j = 0; j < n && i < n; ++j) sum += std::exp(-std::abs(i - j) / scale) * double(widen(v[j * E + e]));
+      worst = std::max(worst, std::abs(sum - double(widen(out[i * E + e]))));
+      largest = std::max(largest, std::abs(sum));
+    }
+  const double eps = sizeof(T) == 4 ? 2e-6 : 8e-3;
+  CHECK(worst <= eps * largest, "rows %d n %d E %d scale %g: error %g of %g", rows, n, E, scale, worst, largest);
+}
+
+template <class T, int WIDTH>
+static void test_pool(int n, int rows, int D) {
+  std::vector<PoolVector<T, WIDTH>> video(n * D / WIDTH), pooled(rows * D / WIDTH), slope(n * D / WIDTH);
+  T *x = video.data()->at, *y = pooled.data()->at, *g = slope.data()->at;
+  for (int i = 0; i < n * D; ++i) x[i] = stored<T>(normal());
+  const Emulated team{64};
+  std::vector<double> right(n * D);
+  for (int r = 0; r < rows; ++r) {
+    const Range range = pool_range(r, n, rows);
+    CHECK(range.begin >= 0 && range.count >= 1 && range.end() <= n, "row %d of %d, n %d", r, rows, n);
+    pool_row<T, WIDTH>(team, x, range, D, y + r * D);
+    for (int d = 0; d < D; ++d) {
+      double mean = 0;
+      for (int64_t t = range.begin; t < range.end(); ++t) {
+        mean += double(widen(x[t * D + d])) / range.count;
+        right[t * D + d] += 1.0 / range.count;
+      }
+      CHECK(std::abs(mean - widen(y[r * D + d])) < (sizeof(T) == 4 ? 1e-6 : 2e-2), "row %d of %d, n %d", r, rows, n);
+    }
+  }
+  for (int i = 0; i < rows * D; ++i) y[i] = stored<T>(1);
+  for (int t = 0; t < n; ++t) pool_row_backward<T, WIDTH>(team, y, t, n, rows, D, g + t * D);
+  for (int i = 0; i < n * D; ++i)
+    CHECK(std::abs(widen(g[i]) - right[i]) <= (sizeof(T) == 4 ? 1e-5 : 2e-2) * (1 + right[i]), "gradient, n %d", n);
+}
+
+int main() {
+  test_keys();
+  test_exponential();
+  test_topk<float>();
+  test_topk<double>();
+  test_topk<bf16>();
+  test_topk<f16>();
+  test_mil();
+  test_align();
+  for (double scale : {2.718281828, 0.5, 40.0, 1e6})
+    for (int rows : {1, 7, 8, 255, 256, 257, 700}) {
+      test_distance<float, 4>(rows, rows, 36, scale);
+      test_distance<float, 1>(rows, std::max(1, rows - 9), 11, scale);
+      test_distance<bf16, 8>(rows, std::max(1, rows / 2), 72, scale);
+      test_distance<f16, 1>(rows, rows, 3, scale);
+    }
+  for (int n : {1, 5, 15, 16, 17, 100, 255, 256, 257, 1000})
+    for (int rows : {1, 7, 16, 256}) {
+      test_pool<float, 4>(n, rows, 12);
+      test_pool<float, 1>(n, rows, 3);
+      test_pool<bf16, 8>(n, rows, 8);
+    }
+  std::printf(failures ? "%d failures\n" : "all hold\n", failures);
+  return failures != 0;
+}

@@ -1,0 +1,184 @@
+"""The compiled extension: device code run on the CPU, what nvcc made of it, loading, and corners of its operators."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from avadclip_fast import _build, ops
+from bench import aot_cuda
+
+ROOT = Path(__file__).parents[1]
+SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+compiled = pytest.mark.skipif(_build.CPP_MISSING is not None, reason=str(_build.CPP_MISSING))
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("flags", [["-O2"], SANITIZED], ids=["plain", "sanitized"])
+def test_device_code_on_the_host(flags, tmp_path):
+    program = str(tmp_path / "csrc_host")
+    command = ["c++", "-std=c++20", *flags, "-Wall", "-Wno-unknown-pragmas", "-Icsrc", "tests/csrc_host.cpp"]
+    subprocess.run([*command, "-o", program], cwd=ROOT, check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+class TestAheadOfTime:
+    report = json.loads(aot_cuda.REPORT.read_text())["cuda"]
+
+    def test_is_of_these_sources(self):
+        assert self.report["sources"] == aot_cuda.source_hash(), "run `python -m bench.aot_cuda`"
+
+    def test_covers_every_kernel_and_architecture(self):
+        sources = "".join(path.read_text() for path in ROOT.glob("csrc/*.cu"))
+        named = {name.split("<")[0] for name in self.report["kernels"]}
+        written = {part.split("(")[0] for part in sources.replace("\n", " ").split() if "_kernel(" in part}
+        assert written and written == named
+        assert all(set(archs) == {f"sm_{a}" for a in aot_cuda.ARCHS} for archs in self.report["kernels"].values())
+
+    def test_no_stack_and_no_spills(self):
+        assert aot_cuda.worse({}, self.report["kernels"]) == []
+
+
+class TestLoading:
+    def test_an_absent_extension_gives_a_reason(self):
+        assert "_nothing is not built: it needs a friend" in _build._load("_nothing", "a friend")
+
+    def test_a_broken_extension_raises(self, tmp_path, monkeypatch):
+        (tmp_path / "_C.so").write_bytes(b"not a shared object")
+        monkeypatch.setattr(_build, "_HERE", tmp_path)
+        with pytest.raises(ImportError, match="_C.so is there but does not load"):
+            _build._load("_C", "a compiler")
+
+    def test_reasons_name_device_and_dtype(self, monkeypatch):
+        monkeypatch.setattr(_build, "CPP_MISSING", None)
+        monkeypatch.setattr(_build, "CUDA_MISSING", None)
+        x = torch.zeros(1)
+        assert _build.cpp_reason(x) is None
+        assert "float16" in _build.cpp_reason(x.half())
+        assert "one dtype" in _build.cpp_reason(x, x.double())
+        assert "a tensor is on cpu" in _build.cuda_reason(x)
+        monkeypatch.setattr(_build, "CPP_MISSING", "why")
+        with pytest.raises(ops.BackendError, match="why"):
+            ops.topk_mean(torch.zeros(1, 2, 3), torch.tensor([1]), backend="cpp")
+
+    @compiled
+    def test_build_facts(self):
+        facts = _build.facts()
+        assert "-O3" in facts["flags"] and facts["torch"] and facts["compiler"]
+
+
+def numbers(corners: bool) -> st.SearchStrategy[float]:
+    few = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5])  # ties
+    ends = st.sampled_from([float("nan"), float("inf"), float("-inf")])
+    return st.one_of(few, st.floats(-4, 4, width=32), *([ends] if corners else []))
+
+
+@compiled
+class TestOperators:
+    """Corners where an operator's code takes another path than the shared op tests reach."""
+
+    @settings(deadline=None, max_examples=60)
+    @given(st.data())
+    def test_topk_mean_selects_what_the_reference_selects(self, data):
+        rows = data.draw(st.integers(1, 40))
+        values = data.draw(st.lists(numbers(True), min_size=2 * rows, max_size=2 * rows))
+        scores = torch.tensor(values).reshape(1, rows, 2)
+        integer = data.draw(st.sampled_from([torch.int32, torch.int64]))
+        lengths = torch.tensor([data.draw(st.integers(1, rows))], dtype=integer)
+        divisor = data.draw(st.integers(1, 20))
+        results = []
+        for backend in ("reference", "cpp"):
+            leaf = scores.clone().requires_grad_()
+            out = ops.topk_mean(leaf, lengths, divisor, backend=backend)
+            results.append((out.detach(), torch.autograd.grad(out.sum(), leaf)[0]))
+        torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert results[1][1].equal(results[0][1])
+
+    @pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])  # tiles of time are 256 rows
+    @pytest.mark.parametrize("width", [1, 63, 64, 130])  # tiles of channels are 64 wide
+    @pytest.mark.parametrize("scale", [0.3, torch.e, 50.0, 1e6])  # memory: short in float32, long in float64
+    def test_distance_graph_tiles(self, rows, width, scale):
+        torch.manual_seed(0)
+        values, lengths = torch.randn(2, rows, width), torch.tensor([rows, max(1, rows - 7)])
+        oracle = ops.distance_graph(values.double(), scale, lengths, backend="reference")
+        error = (ops.distance_graph(values, scale, lengths, backend="cpp") - oracle).abs().max()
+        # float32 results of float64 sums are within half an eps; short sums in float32 add a few roundings
+        assert error <= 4 * torch.finfo(torch.float32).eps * oracle.abs().max()
+
+    def test_long_videos(self):
+        torch.manual_seed(0)
+        scores, lengths = torch.randn(1, 65536, 2), torch.tensor([65000])
+        scores[0, ::3] = 1.5  # ties across the threshold
+        results = [ops.topk_mean(scores, lengths, backend=backend) for backend in ("reference", "cpp")]
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+    def test_saturated_losses(self):
+        logits = torch.tensor([[200.0, -200.0], [-200.0, -200.0], [89.0, 30.0]], requires_grad=True)
+        labels, lengths = torch.tensor([[1.0, 0], [0, 1], [1, 0]]), torch.tensor([2, 1, 2])
+        for backend in ("reference", "cpp"):
+            loss = ops.mil_loss(logits, labels, lengths, backend=backend)
+            assert loss.item() == 100.0
+            assert torch.autograd.grad(loss, logits)[0].eq(0).all()
+
+    def test_lengths_outside_are_refused_without_the_check(self):
+        out_of_bounds = torch.tensor([5])
+        with pytest.raises(RuntimeError, match="lengths must lie in 1..4, got 5"):
+            torch.ops.avadclip_fast.topk_mean(torch.zeros(1, 4, 1), out_of_bounds, 16)
+
+    def test_gradients_in_float64(self):
+        torch.manual_seed(0)
+        lengths = torch.tensor([6, 3])
+        x = torch.randn(2, 6, 4, dtype=torch.double) + 1
+        v, scores = torch.randn(2, 6, 3, dtype=torch.double), torch.randn(2, 6, 3, dtype=torch.double)
+        labels, alpha = torch.tensor([[1.0, 0, 0], [0, 1, 1]]).double(), torch.rand(3).double()
+
+        def graph(x, v):
+            out, weights = ops.similarity_graph(x, v, lengths, 0.3, backend="cpp")
+            return out, ops.similarity_graph(x, v * v, lengths, 0.3, weights, backend="cpp")[0]
+
+        def losses(scores, alpha):
+            mil = ops.mil_loss(scores[..., 0], labels, lengths, 2, backend="cpp")
+            return mil, ops.mil_align_loss(scores, labels, lengths, alpha, 2, backend="cpp")
+
+        functions = (
+            (graph, (x, v)),
+            (losses, (scores, alpha)),
+            (lambda s: ops.topk_mean(s, lengths, 2, backend="cpp"), (scores,)),
+            (lambda v: ops.distance_graph(v, 3.0, lengths, backend="cpp"), (v,)),
+        )
+        for function, inputs in functions:
+            assert torch.autograd.gradcheck(function, [i.clone().requires_grad_() for i in inputs])
+        assert torch.autograd.gradgradcheck(functions[-1][0], [v.clone().requires_grad_()])
+
+    def test_weights_of_one_backend_serve_another(self):
+        torch.manual_seed(0)
+        x, v, lengths = torch.randn(2, 9, 8) + 1, torch.randn(2, 9, 5), torch.tensor([9, 4])
+        weights = [ops.similarity_graph(x, v, lengths, backend=name)[1] for name in ("reference", "cpp")]
+        mixed = [ops.similarity_graph(x, v, lengths, weights=w, backend="cpp")[0] for w in weights]
+        torch.testing.assert_close(*mixed)
+
+    def test_operators_pass_opcheck(self):
+        torch.manual_seed(0)
+        op, lengths = torch.ops.avadclip_fast, torch.tensor([6, 3])
+        x, v = torch.randn(2, 6, 4, requires_grad=True), torch.randn(2, 6, 3, requires_grad=True)
+        labels, alpha = torch.tensor([[1.0, 0, 0], [0, 1, 1]]), torch.rand(3, requires_grad=True)
+        weights, packed = torch.rand(2, 6, 6, requires_grad=True), torch.randn(9, 3, requires_grad=True)
+        for operator, arguments in (
+            (op.similarity_graph, (x, v, lengths, 0.7)),
+            (op.similarity_mix, (weights, v, lengths)),
+            (op.topk_mean, (v, lengths, 2)),
+            (op.mil_loss, (v.detach()[..., 0].requires_grad_(), labels, lengths, 2)),
+            (op.mil_align_loss, (v, labels, lengths, alpha, 2)),
+            (op.distance_graph, (v, 2.7, lengths)),
+            (op.distance_graph, (v, 9.0, None)),
+            (op.uniform_pool, (packed, lengths, 5)),
+            (op.pack_rows, (v, lengths, 9)),
+            (op.unpack_rows, (packed, lengths, 7)),
+        ):
+            torch.library.opcheck(operator.default, arguments)
