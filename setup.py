@@ -130,10 +130,10 @@ def extensions() -> list[Extension]:
         "ARCHS": archs,
     }
     defines = [f'-DAVADCLIP_{name}="{value}"' for name, value in facts.items()]
-    headers = [*includes, f"-I{sysconfig.get_path('include')}"]
-    built.append(
-        extension("_build_facts", ["csrc/build_facts.cpp"], [*cxx, *CPU_FLAGS, *headers, *defines], [*cxx, "-shared"])
-    )
+    # pybind11's headers come with torch, and are not for the stable ABI: no TORCH_TARGET_VERSION.
+    compile = [*cxx, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", *includes, *defines]
+    compile.append(f"-I{sysconfig.get_path('include')}")
+    built.append(extension("_build_facts", ["csrc/build_facts.cpp"], compile, [*cxx, "-shared"]))
     return built
 
 

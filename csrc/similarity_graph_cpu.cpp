@@ -34,7 +34,7 @@ struct Matrix {
 void multiply(const Tensor& a, const Tensor& b, const Tensor& out) {
   StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b),
                           torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes back the reference that was handed out
 }
 
