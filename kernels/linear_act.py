@@ -277,7 +277,7 @@ def norm_stats_kernel(
 @triton.jit
 def norm_grad_kernel(
     g,  # [M, I] gradient of LayerNorm(x), contiguous
-    x, mean, rstd, scale,
+    x, mean, rstd, scale, lengths,
     dx,  # [M, I]
     scale_sums, shift_sums,  # [programs, I] float32
     rows, width, count, stride_b, stride_t, stride_d,
@@ -290,10 +290,14 @@ def norm_grad_kernel(
     for block in range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0)):
         m = block * ROWS + tl.arange(0, ROWS)
         inside = (m < count)[:, None] & (d < width)[None, :]
+        valid = m < count  # a row beyond its length is not read: it may hold NaN, and its gradient is 0
+        if lengths is not None:
+            valid = valid & (m % rows < tl.load(lengths + m // rows, mask=valid, other=0))
         at = (m // rows).to(tl.int64) * stride_b + (m % rows).to(tl.int64) * stride_t
-        value = tl.load(x + at[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
-        mu = tl.load(mean + m, mask=m < count, other=0.0)[:, None]
-        rs = tl.load(rstd + m, mask=m < count, other=0.0)[:, None]
+        there = x + at[:, None] + d.to(tl.int64)[None, :] * stride_d
+        value = tl.load(there, mask=inside & valid[:, None], other=0.0).to(tl.float32)
+        mu = tl.load(mean + m, mask=valid, other=0.0)[:, None]
+        rs = tl.load(rstd + m, mask=valid, other=0.0)[:, None]
         normed = tl.where(inside, (value - mu) * rs, 0.0)
         grad = tl.load(g + m.to(tl.int64)[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
         scale_sum += tl.sum(grad * normed, 0)
@@ -455,7 +459,9 @@ def activation_grad(g: Tensor, y: Tensor, activation: str, dot: Tensor | None) -
     return dy, bias_sums.sum(0), None if dot is None else dot_sums.sum(0)
 
 
-def norm_grad(g: Tensor, x: Tensor, norm: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def norm_grad(
+    g: Tensor, x: Tensor, norm: tuple[Tensor, Tensor, Tensor, Tensor], lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launches norm_grad_kernel: g [M, I], x [B, T, I] -> dx [M, I], float32 gradients [I] of weight and bias."""
     count, width = g.shape
     cols = triton.next_power_of_2(width)
@@ -465,7 +471,21 @@ def norm_grad(g: Tensor, x: Tensor, norm: tuple[Tensor, Tensor, Tensor, Tensor])
     dx = torch.empty_like(g, dtype=x.dtype)
     sums = g.new_empty(2, programs, width, dtype=torch.float32)
     norm_grad_kernel[(programs,)](
-        g, x, mean, rstd, scale, dx, sums[0], sums[1], x.shape[1], width, count, *x.stride(), ROWS=side, COLS=cols
+        g,
+        x,
+        mean,
+        rstd,
+        scale,
+        lengths,
+        dx,
+        sums[0],
+        sums[1],
+        x.shape[1],
+        width,
+        count,
+        *x.stride(),
+        ROWS=side,
+        COLS=cols,
     )
     return dx, sums[0].sum(0), sums[1].sum(0)
 
@@ -580,7 +600,7 @@ def backward(
             mask="output" if masked else "none", first=-first, step=-step,
         )  # fmt: skip
         if norm is not None:
-            dx, d_scale, d_shift = norm_grad(dx.view(count, width), h, norm)
+            dx, d_scale, d_shift = norm_grad(dx.view(count, width), h, norm, lengths if masked else None)
     return (
         dx.view(x.shape) if need_x else x.new_empty(0),
         dw.to(w.dtype).view(weight.shape) if need_weight else w.new_empty(0),

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _dispatch
-from ._check import check_lengths, check_positive, check_tensors
+from ._check import check_are_tensors, check_lengths, check_positive, check_tensors
 from ._triton import triton_reason
 
 _dispatch.register("linear_act", "reference", reference.linear_act)
@@ -137,6 +137,10 @@ def linear_act(
     not fit.
     Precision: LayerNorm in float32. Deterministic. Backends: see `avadclip-fast env`.
     """
+    check_are_tensors("linear_act", x=x, weight=weight)
+    for name, tensor in (("x", x), ("weight", weight)):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"linear_act: {name} must be a tensor, got {type(tensor).__name__}")
     shape = "B T" if x.ndim == 3 else " ".join("BTSRQ"[: x.ndim - 1])
     sizes = check_tensors(
         "linear_act",
@@ -146,6 +150,7 @@ def linear_act(
         ("residual", residual, f"{shape} O"),
         ("dot", dot, "O"),
         *(() if norm is None else (("norm weight", norm[0], "I"), ("norm bias", norm[1], "I"))),
+        optional=("bias", "residual", "dot"),
     )
     check_positive("linear_act", dilation=dilation)
     if activation not in reference.ACTIVATIONS:

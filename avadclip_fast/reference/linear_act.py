@@ -32,6 +32,10 @@ def linear_act(
     y_t = sum_k W[:, :, k] h_(t + (k - K//2)·dilation) + b         (causal: k - K + 1 in place of k - K//2)
     out = act(y) + residual;   with dot: out = <act(y), dot>
     """
+    if weight.ndim == 3:
+        x = zero_padding(x, lengths)
+    lengths = lengths if weight.ndim == 3 else None
+    x = zero_padding(x, lengths)  # before the norm too: what padding holds may be NaN
     if norm is not None:
         scale, shift = (at_least_float32(p) for p in norm)
         h = F.layer_norm(at_least_float32(x), x.shape[-1:], scale, shift, LAYER_NORM_EPS).to(x.dtype)
@@ -41,7 +45,7 @@ def linear_act(
         y = F.linear(h, weight, bias)
     else:
         reach = (weight.shape[2] - 1) * dilation
-        before = reach if causal else reach // 2
+        before = reach if causal else weight.shape[2] // 2 * dilation
         h = F.pad(zero_padding(h, lengths), (0, 0, before, reach - before))  # [B, T + reach, D]
         y = F.conv1d(h.transpose(1, 2), weight, bias, dilation=dilation).transpose(1, 2)
     y = ACTIVATIONS[activation](y)
