@@ -21,7 +21,8 @@ class Case:
     make: Callable[..., dict[str, Any]]
 
 
-# The arguments with a row per snippet, (B, T, ...): those of which `lengths` hides rows.
+# The arguments with a row per snippet, (B, T, ...), of which `lengths` hides rows; in uniform_pool and unpack_rows they
+# come packed, (N, D).
 ROWS = {
     "attention_pool": ("features", "logits"),
     "distance_graph": ("values",),
@@ -323,6 +324,17 @@ CASES: dict[str, list[Case]] = {
         },
         conv3_dilated={"shape": (2, 16, 8), "outputs": 32, "taps": 3, "dilation": 2, "lengths": [16, 3]},
         conv3_norm={"shape": (2, 16, 48), "outputs": 32, "taps": 3, "norm": True, "lengths": [16, 5]},
+        everything={
+            "shape": (2, 16, 32),
+            "outputs": 48,
+            "taps": 3,
+            "dilation": 2,
+            "causal": True,
+            "activation": "quick_gelu",
+            "residual": "own",
+            "norm": True,
+            "lengths": [16, 5],
+        },
         conv5={"shape": (2, 64, 32), "outputs": 64, "taps": 5},
         conv5_short={"shape": (3, 2, 48), "outputs": 8, "taps": 5, "lengths": [1, 2, 2]},
         conv5_time_last={"shape": (2, 7, 32), "outputs": 32, "taps": 5, "layout": time_last, "activation": "gelu"},

@@ -8,20 +8,26 @@ from torch import Tensor
 _DIM = re.compile(r"(\d*)([A-Z]?)$")
 
 
-def check_tensors(op: str, *specs: tuple[str, Tensor | None, str]) -> dict[str, int]:
+def check_are_tensors(op: str, **values: object) -> None:
+    """Raises ValueError where a value is not a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tuple[str, ...] = ()) -> dict[str, int]:
     """Checks rank, sizes, dtype and device of an op's floating-point arguments; returns the sizes.
 
     specs: (name, tensor, shape) with the shape in letters that must agree across arguments and may carry a
-    factor: ("gate_weight", w, "D 2D"). An argument that is None is passed over.
+    factor: ("gate_weight", w, "D 2D"). optional: the names that may be None.
     Raises ValueError naming the argument, the expected and the actual shape, dtype or device.
     """
     sizes: dict[str, int] = {}
-    first = next((name, x) for name, x, _ in specs if x is not None)
+    first = specs[0]
     for name, x, shape in specs:
-        if x is None:
+        if x is None and name in optional:
             continue
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        check_are_tensors(op, **{name: x})
         dims = shape.split()
         if x.ndim != len(dims):
             raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}], got {list(x.shape)}")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _build, reference
 from . import _dispatch
-from ._check import check_lengths, check_positive, check_tensors
+from ._check import check_are_tensors, check_lengths, check_positive, check_tensors
 
 
 def _compiled(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int) -> Tensor:
@@ -130,6 +130,7 @@ def mil_align_loss(
     _check("mil_align_loss", logits, labels, lengths, divisor, sizes)
     if not isinstance(alpha, Tensor):
         raise ValueError(f"mil_align_loss: alpha must be a tensor [C], got {type(alpha).__name__}")
+    check_are_tensors("mil_align_loss", alpha=alpha)
     if alpha.shape != (sizes["C"],) or alpha.device != logits.device:
         raise ValueError(
             f"mil_align_loss: alpha must have shape [{sizes['C']}] on {logits.device}, "
@@ -141,6 +142,7 @@ def mil_align_loss(
 def _check(op: str, logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int, sizes: dict[str, int]) -> None:
     if not isinstance(labels, Tensor):
         raise ValueError(f"{op}: labels must be a tensor [B, C], got {type(labels).__name__}")
+    check_are_tensors(op, labels=labels)
     classes = sizes.get("C", labels.shape[-1] if labels.ndim else 0)
     if labels.shape != (sizes["B"], classes) or labels.device != logits.device:
         raise ValueError(

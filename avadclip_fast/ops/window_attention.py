@@ -19,7 +19,7 @@ def window_attention(
     qkv: (B, T, 3D) floating point: queries, keys and values side by side
     window: snippets per window; where it does not divide T the last window is shorter
     heads: must divide D
-    lengths: (B,) int; keys t >= lengths[b] are then left out, and a query without any key gives 0
+    lengths: (B,) int; keys t >= lengths[b] are then left out, and rows t >= lengths[b] of out are 0
     Returns (B, T, D) in qkv's dtype. Raises ValueError on shapes, numbers or lengths that do not fit.
     Deterministic. Backends: see `avadclip-fast env`.
     """

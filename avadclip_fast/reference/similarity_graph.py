@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._numerics import at_least_float32, valid_mask
+from ._numerics import at_least_float32, valid_mask, zero_padding
 
 EPS = 1e-20
 
@@ -18,7 +18,7 @@ def similarity_graph(
     A sub-threshold edge still has weight exp(0) = 1. Pass the returned A as `weights` to multiply it again.
     """
     if weights is None:
-        x = at_least_float32(features)
+        x = at_least_float32(zero_padding(features, lengths))
         norm = torch.linalg.vector_norm(x, dim=-1)  # [B, T]
         cosine = x @ x.transpose(1, 2) / (norm[:, :, None] * norm[:, None] + EPS)  # [B, T, T]
         edges = torch.where(cosine > threshold, cosine, 0)
@@ -27,4 +27,4 @@ def similarity_graph(
         # The cosines lie in [-1, 1], so that exp needs no running maximum.
         unnormalised = torch.where(pairs, edges.exp(), 0)
         weights = unnormalised / unnormalised.sum(-1, keepdim=True).clamp_min(1)  # a valid row sums to >= 1
-    return weights.to(values.dtype) @ values, weights
+    return weights.to(values.dtype) @ zero_padding(values, lengths), weights

@@ -4,19 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._numerics import valid_mask
+from ._numerics import valid_mask, zero_padding
 
 
 def window_attention(qkv: Tensor, window: int, heads: int = 1, lengths: Tensor | None = None) -> Tensor:
     """
     out_i = sum_j softmax_j(<q_i, k_j> / sqrt(D/heads)) v_j      over j in the window of i (and j < lengths[b])
-    The last window is shorter where `window` does not divide T. Rows with no valid key are 0.
+    The last window is shorter where `window` does not divide T. With lengths, rows t >= lengths[b] are 0.
     """
     batch, rows, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     windows = -(-rows // window)
-    padded = F.pad(qkv, (0, 0, 0, windows * window - rows))
+    padded = F.pad(zero_padding(qkv, lengths), (0, 0, 0, windows * window - rows))
     q, k, v = (
-        part.reshape(batch, windows, window, heads, -1).transpose(2, 3)  # [B, W, H, w, D/H]
+        part.reshape(batch, windows, window, heads, width // heads).transpose(2, 3)  # [B, W, H, w, D/H]
         for part in padded.split(width, dim=-1)
     )
     keys = torch.arange(windows * window, device=qkv.device) < rows
@@ -26,4 +26,4 @@ def window_attention(qkv: Tensor, window: int, heads: int = 1, lengths: Tensor |
     lowest = torch.finfo(scores.dtype).min  # not -inf: a window without any key must stay finite
     weights = scores.masked_fill(~keys, lowest).softmax(dim=-1) * keys
     out = (weights.to(v.dtype) @ v).transpose(2, 3).reshape(batch, windows * window, width)
-    return out[:, :rows]
+    return zero_padding(out[:, :rows], lengths)

@@ -1,0 +1,380 @@
+"""What holds for every op and every backend in the dispatch table; each tests/test_X.py inherits it for op X.
+
+A backend is tested on the devices it can run on, as soon as it has a row in the table.
+"""
+
+import os
+import re
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES, FIXED, LARGE, ROWS, Case, convert, leaves
+from tolerance import assert_within_rule
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from avadclip_fast import BackendError, ops
+from avadclip_fast.ops import _dispatch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = {
+    "reference": ("cpu", "cuda"),
+    "cpp": ("cpu",),
+    "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
+    "cuda": ("cuda",),
+}
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+
+
+def _name(value: Any) -> str:
+    return value.name if isinstance(value, Case) else str(value).removeprefix("torch.")
+
+
+def _parameter(*values: Any, device: str) -> Any:
+    return pytest.param(*values, device, marks=ON_GPU if device == "cuda" else (), id="-".join(map(_name, values)))
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every call of an operator of ours, with its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: dict[str, tuple] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "avadclip_fast":
+            copies = [x.detach().clone() if isinstance(x, Tensor) else x for x in args]
+            self.calls.setdefault(str(function), (function, copies, kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+class OpTests:
+    """Inherit as `class TestX(OpTests)`, and say what the op is by these attributes."""
+
+    op: str  # its name in ops, in the table and in cases
+    ragged = "ragged"  # a case with lengths, for whatever needs one case only
+    per_row = False  # the result has a row per snippet; those of padding mean nothing
+    packed = False  # rows come packed, so that there is no padding
+    free: ClassVar[set[tuple[str, int]]] = set()  # (argument, dimension) that agrees with no other argument's
+    loose: ClassVar[tuple[str, ...]] = ()  # arguments of any dtype
+    kinked: ClassVar[tuple[str, ...]] = ()  # cases that sit on a discontinuity of the gradient
+
+    def oracle(self, **arguments: Any) -> np.ndarray:
+        """The op as loops over numbers, written from the equation alone, in float64 on numpy arrays."""
+        raise NotImplementedError
+
+    def call(self, arguments: dict[str, Any], backend: str | None) -> Tensor:
+        return getattr(ops, self.op)(**arguments, backend=backend)
+
+    def unsure(self, arguments: dict[str, Any]) -> Tensor | None:
+        """True for the rows of the result that a rounding may change by a jump; None: there are none."""
+        return None
+
+    # What the tests are run on
+
+    @classmethod
+    def pytest_generate_tests(cls, metafunc: pytest.Metafunc) -> None:
+        names = [name for name in ("case", "backend", "dtype", "device") if name in metafunc.fixturenames]
+        if not names:
+            return
+        small = CASES[cls.op]
+        one = [next(case for case in small if case.name == cls.ragged)]
+        cases = small if "dtype" in names else one
+        rows = []
+        if "backend" not in names:
+            rows = [pytest.param(case, id=case.name) for case in small]
+        gpu = torch.cuda.is_available() or "gpu" in metafunc.config.option.markexpr  # asked for in vain: skipped aloud
+        for backend in _dispatch.TABLE[cls.op] if "backend" in names else ():
+            for device in DEVICES[backend]:
+                if device == "cuda" and not gpu:
+                    continue
+                if "dtype" not in names:
+                    rows += [_parameter(case, backend, device=device) for case in cases]
+                    continue
+                for case in cases + (LARGE[cls.op] if device == "cuda" else []):
+                    for dtype in DTYPES:
+                        if (backend, device, dtype) == ("triton", "cpu", torch.bfloat16):
+                            continue  # Triton's interpreter multiplies the bit patterns of bfloat16
+                        rows.append(_parameter(case, backend, dtype, device=device))
+        metafunc.parametrize(names, rows)
+
+    def make(self, case: Case, backend: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+        """The case's arguments; skips where the backend says that it cannot serve them."""
+        arguments = case.make(dtype, device, 0)
+        try:
+            self.call(arguments, backend)
+        except BackendError as error:
+            pytest.skip(str(error))
+        return arguments
+
+    def run(
+        self, arguments: dict[str, Any], backend: str | None, upstream: Tensor | None = None, also: tuple[str, ...] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The result, and the gradients of <result, upstream> by argument; `also`: those of FIXED arguments too."""
+        without = set(FIXED.get(self.op, ())) - set(also)
+        arguments = convert(arguments, lambda name, x: x.detach().requires_grad_(name not in without))
+        wanted = {name: x for name, x in leaves(arguments) if x.requires_grad}
+        out = self.call(arguments, backend)
+        upstream = draw_like(out) if upstream is None else upstream.to(out.dtype)
+        grads = torch.autograd.grad(out, list(wanted.values()), upstream, materialize_grads=True)
+        return out.detach(), dict(zip(wanted, grads, strict=True))
+
+    # The reference is right
+
+    def test_reference_equals_loops(self, case: Case):
+        arguments = convert(case.make(torch.float64, "cpu", 0), lambda _, x: x.double())
+        plain = {
+            k: tuple(x.numpy() for x in v) if isinstance(v, tuple) else v.numpy() if isinstance(v, Tensor) else v
+            for k, v in arguments.items()
+        }
+        expected = torch.as_tensor(self.oracle(**plain), dtype=torch.float64)
+        # 1e-12: a few thousand roundings of 1e-16 in another order
+        torch.testing.assert_close(self.call(arguments, "reference"), expected, rtol=1e-12, atol=1e-12)
+
+    def test_reference_gradients(self, case: Case):
+        if case.name in self.kinked:
+            pytest.skip("not differentiable there")
+        arguments = convert(case.make(torch.float64, "cpu", 0), lambda _, x: x.double())
+        unsure = self.unsure(arguments)
+        names, tensors = zip(*leaves(arguments), strict=True)
+
+        def function(*values: Tensor) -> Tensor:
+            given = dict(zip(names, values, strict=True))
+            out = self.call(convert(arguments, lambda name, _: given[name]), "reference")
+            return out if unsure is None else out[~unsure]
+
+        inputs = [x.clone(memory_format=torch.contiguous_format).requires_grad_() for x in tensors]
+        assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+    # Every backend agrees with it
+
+    def test_backend_agrees(self, case: Case, backend: str, dtype: torch.dtype, device: str):
+        self.agree(self.make(case, backend, dtype, device), backend)
+
+    def agree(self, arguments: dict[str, Any], backend: str, also: tuple[str, ...] = ()) -> None:
+        exact = convert(arguments, lambda _, x: x.double())
+        upstream = draw_like(self.call(arguments, backend))
+        unsure = self.unsure(exact)
+        if unsure is not None:
+            assert unsure.double().mean() < 0.25, "too many rows lie at the discontinuity to test anything"
+            upstream[unsure] = 0  # such a row then has no part in any gradient
+        out, grads = self.run(arguments, backend, upstream, also)
+        reference, reference_grads = self.run(arguments, "reference", upstream, also)
+        oracle, oracle_grads = self.run(exact, "reference", upstream, also)
+        if unsure is not None:
+            out, reference, oracle = (x[~unsure] for x in (out, reference, oracle))
+        if backend == "reference":
+            self.accurate(out, oracle)
+        assert_within_rule(self.op, out, reference, oracle)
+        for name, grad in grads.items():
+            reduced = name not in ROWS[self.op]
+            assert_within_rule(f"gradient of {name}", grad, reference_grads[name], oracle_grads[name], reduced)
+
+    def accurate(self, out: Tensor, oracle: Tensor) -> None:
+        """The reference itself must deserve its part in the rule: 32 roundings, of inputs, products and sums."""
+        allowed = 32 * torch.finfo(out.dtype).eps * max(1.0, oracle.abs().max().item())
+        assert (out.double() - oracle).abs().max() <= allowed
+
+    def test_fixed_arguments(self, case: Case, backend: str, device: str):
+        """A backend either makes the gradient of an argument that seldom needs one, or declines the call."""
+        fixed = [name for name in FIXED.get(self.op, ()) if name in dict(leaves(case.make(torch.float32, device, 0)))]
+        if not fixed:
+            pytest.skip("every argument's gradient is tested already")
+        arguments = self.make(case, backend, device=device)
+        try:
+            self.agree(arguments, backend, also=tuple(fixed))
+        except BackendError as error:
+            assert "gradient" in str(error)
+
+    def test_runs_alike(self, case: Case, backend: str, device: str):
+        """Run twice; under inference mode; with int32 lengths; each gradient wanted alone: the same bits."""
+        arguments = self.make(case, backend, device=device)
+        out, grads = self.run(arguments, backend)
+        again, grads_again = self.run(arguments, backend)
+        assert torch.equal(out, again)
+        assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
+        with torch.inference_mode():
+            assert torch.equal(out, self.call(arguments, backend))
+        if arguments.get("lengths") is not None:
+            short = {**arguments, "lengths": arguments["lengths"].int()}
+            assert torch.equal(out, self.run(short, backend)[0])
+        for name in grads:
+            alone = convert(arguments, lambda n, x, name=name: x.detach().requires_grad_(n == name))
+            result = self.call(alone, backend)
+            (grad,) = torch.autograd.grad(result, [dict(leaves(alone))[name]], draw_like(result))
+            torch.testing.assert_close(grad, grads[name], rtol=1e-5, atol=1e-6)  # another kernel may serve a subset
+
+    def test_upstream_of_any_layout(self, case: Case, backend: str, device: str):
+        arguments = self.make(case, backend, device=device)
+        out, expected = self.run(arguments, backend, torch.ones_like(self.call(arguments, backend)).contiguous())
+        expanded = torch.ones((), device=out.device).expand(out.shape)  # what sum().backward() hands down
+        transposed = torch.ones(out.shape[::-1], device=out.device).permute(tuple(reversed(range(out.ndim))))
+        for upstream in (expanded, transposed):
+            for name, grad in self.run(arguments, backend, upstream)[1].items():
+                torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("garbage", [1e4, float("inf"), float("nan")])
+    def test_padding_has_no_effect(self, case: Case, backend: str, device: str, garbage: float):
+        arguments = self.make(case, backend, device=device)
+        lengths = arguments.get("lengths")
+        if lengths is None or self.packed:
+            pytest.skip("no padding here")
+        first = arguments[ROWS[self.op][0]]
+        padding = torch.arange(first.shape[1], device=device) >= lengths[:, None]  # [B, T]
+        assert padding.any()
+
+        def spoil(name: str, x: Tensor) -> Tensor:
+            x = x.clone()
+            if name in ROWS[self.op]:
+                x[padding] = garbage
+            return x
+
+        upstream = draw_like(self.call(arguments, backend))
+        if self.per_row:
+            upstream[padding] = 0
+        out, grads = self.run(arguments, backend, upstream)
+        spoilt, spoilt_grads = self.run(convert(arguments, spoil), backend, upstream)
+        if self.per_row:
+            out, spoilt = out[~padding], spoilt[~padding]
+        torch.testing.assert_close(spoilt, out, rtol=1e-6, atol=1e-6)
+        for name, grad in grads.items():
+            other = spoilt_grads[name]
+            if name in ROWS[self.op]:
+                grad, other = grad[~padding], other[~padding]
+            torch.testing.assert_close(other, grad, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"gradient of {n}: {m}")
+
+    def test_empty_batch(self, case: Case, backend: str, device: str):
+        """No video: an empty result of the right shape, no crash. (A mean over nothing is NaN.)"""
+        arguments = self.make(case, backend, device=device)
+        if self.packed:
+            pytest.skip("a packed batch is empty where the padded one is")
+        full = self.call(arguments, backend)
+        batched = {*ROWS[self.op], "prompts", "labels"}
+        empty = convert(arguments, lambda name, x: x[:0] if name in batched else x)
+        if empty.get("lengths") is not None:
+            empty["lengths"] = empty["lengths"][:0]
+        out, grads = self.run(empty, backend)
+        assert out.shape[1:] == full.shape[1:] and out.dtype == full.dtype
+        assert all(grads[name].shape == x.shape for name, x in leaves(empty) if name in grads)
+
+    # It lives with torch
+
+    def test_compiles(self, case: Case, backend: str, device: str):
+        arguments = self.make(case, backend, device=device)
+        out, grads = self.run(arguments, backend)
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda given: self.call(given, backend), fullgraph=True, backend="aot_eager")
+        given = convert(arguments, lambda name, x: x.detach().requires_grad_(name in grads))
+        result = compiled(given)
+        torch.testing.assert_close(result, out, rtol=1e-6, atol=1e-6)
+        wanted = {name: x for name, x in leaves(given) if x.requires_grad}
+        got = torch.autograd.grad(result, list(wanted.values()), draw_like(result))
+        for name, grad in zip(wanted, got, strict=True):
+            torch.testing.assert_close(grad, grads[name], rtol=1e-5, atol=1e-6)
+
+    def test_operators_pass_opcheck(self, case: Case, backend: str, device: str):
+        arguments = self.make(case, backend, device=device)
+        with Recorder() as recorder:
+            self.run(arguments, backend)
+        if not recorder.calls:
+            assert backend == "reference", f"{self.op}: {backend} calls no operator of torch.ops.avadclip_fast"
+            pytest.skip("the reference is plain PyTorch")
+        for function, args, kwargs in recorder.calls.values():
+            differentiable = not function._schema.name.endswith("_backward")
+            args = [
+                x.requires_grad_() if differentiable and isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in args
+            ]
+            torch.library.opcheck(function, tuple(args), kwargs)
+
+    @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
+    def test_autocast(self, case: Case, mixed: bool):
+        """Under bf16 autocast: float32 inputs, and inputs of which the first is already bf16."""
+        arguments = case.make(torch.float32, "cpu", 0)
+        out, grads = self.run(arguments, None)
+        first = next(leaves(arguments))[0]
+        given = convert(arguments, lambda name, x: x.bfloat16() if mixed and name == first else x)
+        given = convert(given, lambda name, x: x.detach().requires_grad_(name in grads))
+        with torch.autocast("cpu", torch.bfloat16):
+            result = self.call(given, None)
+        wanted = {name: x for name, x in leaves(given) if x.requires_grad}
+        got = torch.autograd.grad(result, list(wanted.values()), draw_like(out).to(result.dtype))
+        assert result.isfinite().all()
+        for name, grad in zip(wanted, got, strict=True):
+            assert grad.dtype == wanted[name].dtype and grad.isfinite().all()
+        if self.unsure(arguments) is None and case.name not in self.kinked:
+            # 2^-8 is a rounding of bf16: a dozen of them, of the largest value
+            assert (result.float() - out).abs().max() <= 12 * 2**-8 * max(1.0, out.abs().max().item())
+
+    # It refuses what does not fit
+
+    def test_refuses_shapes(self):
+        arguments = self.one_case()
+        tensors = dict(leaves(arguments))
+        for changed, x in tensors.items():
+            grown = [(d, torch.cat([x, x.narrow(d, 0, 1)], d)) for d in range(x.ndim) if (changed, d) not in self.free]
+            for dim, bad in [*grown, (None, x.unsqueeze(0))]:
+                with pytest.raises(ValueError, match=rf"^{self.op}: .* must .*shape \[.*\].*got \[.*\]") as raised:
+                    self.call(convert(arguments, lambda n, x, bad=bad, c=changed: bad if n == c else x), None)
+                if dim is None and changed != "x":  # linear_act takes x of any rank: others then do not fit it
+                    assert str(list(bad.shape)) in str(raised.value)
+                    assert changed.split(".")[0] in str(raised.value)
+
+    def test_refuses_dtypes(self):
+        arguments = self.one_case()
+        first = next(leaves(arguments))[0]
+        for changed in set(dict(leaves(arguments))) - set(self.loose):
+            with pytest.raises(ValueError, match=f"{self.op}: .*(floating point|is torch.float32).*int64"):
+                self.call(convert(arguments, lambda n, x, c=changed: x.long() if n == c else x), None)
+            if changed != first:
+                with pytest.raises(ValueError, match=f"{changed.split('.')[0]}.* is torch.float64, but {first} is"):
+                    self.call(convert(arguments, lambda n, x, c=changed: x.double() if n == c else x), None)
+
+    def test_refuses_devices(self):
+        arguments = self.one_case()
+        names = list(dict(leaves(arguments)))
+        for changed in names[1:] if len(names) > 1 else []:
+            with pytest.raises(ValueError, match=f"{self.op}: {changed.split('.')[0]}.* on .*cpu.*meta|meta.*cpu"):
+                self.call(convert(arguments, lambda n, x, c=changed: x.to("meta") if n == c else x), None)
+        if arguments.get("lengths") is not None:
+            with pytest.raises(ValueError, match="lengths is on meta, but .* on cpu"):
+                self.call({**arguments, "lengths": arguments["lengths"].to("meta")}, None)
+
+    def test_refuses_what_is_no_tensor(self):
+        arguments = self.one_case()
+        for name, x in arguments.items():
+            if isinstance(x, Tensor):
+                with pytest.raises(ValueError, match=f"{self.op}: {name} must be .*tensor.*list"):
+                    self.call({**arguments, name: x.tolist()}, None)
+
+    @pytest.mark.parametrize("bad", [0, -3, 1000])
+    def test_refuses_lengths(self, bad: int):
+        arguments = self.one_case()
+        if arguments.get("lengths") is None:
+            pytest.skip("takes no lengths")
+        lengths = arguments["lengths"].clone()
+        lengths[-1] = bad
+        with pytest.raises(ValueError, match=rf"{self.op}: lengths must .*{re.escape(str(bad))}"):
+            self.call({**arguments, "lengths": lengths}, None)
+        for wrong, word in ((lengths.float(), "float32"), (lengths[:-1], r"shape \[\d\], got \[\d\]")):
+            with pytest.raises(ValueError, match=f"{self.op}: lengths must .*{word}"):
+                self.call({**arguments, "lengths": wrong}, None)
+
+    def test_refuses_backends(self):
+        arguments = self.one_case()
+        with pytest.raises(BackendError, match=f"{self.op}: backend 'fpga' .*unknown backend"):
+            self.call(arguments, "fpga")
+        for backend in set(_dispatch.ORDER) - set(_dispatch.TABLE[self.op]):
+            with pytest.raises(BackendError, match=f"{self.op}: backend {backend!r} .*not implemented"):
+                self.call(arguments, backend)
+
+    def one_case(self) -> dict[str, Any]:
+        return next(case for case in CASES[self.op] if case.name == self.ragged).make(torch.float32, "cpu", 0)
+
+
+def draw_like(x: Tensor) -> Tensor:
+    """Normal numbers of x's shape, dtype and device: the same ones at every call."""
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.device, x.dtype)

@@ -1,0 +1,45 @@
+"""prompt_similarity: every backend against the reference, the reference against loops, rows without direction."""
+
+import numpy as np
+import pytest
+import torch
+from op_tests import OpTests
+
+from avadclip_fast import ops
+
+
+class TestPromptSimilarity(OpTests):
+    op = "prompt_similarity"
+    ragged = "seven"
+    free = {("features", 1), ("prompts", 1)}
+
+    def oracle(self, features, prompts, temperature):
+        (batch, rows, _), classes = features.shape, prompts.shape[1]
+        out = np.zeros((batch, rows, classes))
+        for b in range(batch):
+            for t in range(rows):
+                for c in range(classes):
+                    x, y = features[b, t], prompts[b, c]
+                    norms = max(np.dot(x, x) ** 0.5, 1e-12) * max(np.dot(y, y) ** 0.5, 1e-12)
+                    out[b, t, c] = np.dot(x, y) / (norms * temperature)
+        return out
+
+    def test_zero_rows_are_finite(self, case, backend, device):
+        arguments = self.make(case, backend, device=device)
+        arguments["features"][0, 3] = 0
+        arguments["prompts"][1, 2] = 0
+        out, grads = self.run(arguments, backend)
+        assert (out[0, 3] == 0).all() and (out[1, :, 2] == 0).all()
+        assert all(grad.isfinite().all() for grad in grads.values())
+
+    @pytest.mark.parametrize("size", [1e-6, 1e6])
+    def test_size_does_not_matter(self, case, backend, device, size):
+        arguments = self.make(case, backend, device=device)
+        out = self.call(arguments, backend)
+        scaled = self.call({**arguments, "features": arguments["features"] * size}, backend)
+        torch.testing.assert_close(scaled, out, rtol=1e-5, atol=1e-5)
+
+
+def test_refuses_a_temperature_of_zero():
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        ops.prompt_similarity(torch.zeros(1, 2, 4), torch.zeros(1, 3, 4), 0)

@@ -1,0 +1,93 @@
+"""similarity_graph: every backend against the reference, the reference against loops, the threshold, the second use."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from op_tests import OpTests
+from torch.nn import functional as F
+
+from avadclip_fast import ops
+
+# tf32 rounds inputs to 2^-11 = 5e-4: a cosine that is closer to the threshold may fall on either side.
+DELTA = 1e-3
+
+
+class TestSimilarityGraph(OpTests):
+    op = "similarity_graph"
+    per_row = True
+    free = {("features", 2), ("values", 2)}
+
+    def call(self, arguments, backend):
+        """The graph used twice, as in the model: A · (A · values), the second time by the weights of the first."""
+        once, weights = ops.similarity_graph(**arguments, backend=backend)
+        values = arguments | {"values": once}
+        twice, _ = ops.similarity_graph(**values, weights=weights, backend=backend)
+        return torch.cat([once, twice], dim=-1)
+
+    def unsure(self, arguments):
+        x = F.normalize(arguments["features"], dim=-1)
+        near = (x @ x.mT - arguments["threshold"]).abs() < DELTA
+        rows = near.any(-1)  # [B, T]
+        return rows if rows.any() else None
+
+    def oracle(self, features, values, lengths, threshold):
+        batch, rows, _ = features.shape
+        once, twice = np.zeros_like(values), np.zeros_like(values)
+        for b in range(batch):
+            n = rows if lengths is None else lengths[b]
+            x, weights = features[b], np.zeros((n, n))
+            for i in range(n):
+                for j in range(n):
+                    s = np.dot(x[i], x[j]) / (math.sqrt(np.dot(x[i], x[i])) * math.sqrt(np.dot(x[j], x[j])) + 1e-20)
+                    weights[i, j] = math.exp(s if s > threshold else 0)
+                weights[i] /= sum(weights[i])
+                once[b, i] = sum(weights[i, j] * values[b, j] for j in range(n))
+            for i in range(n):
+                twice[b, i] = sum(weights[i, j] * once[b, j] for j in range(n))
+        return np.concatenate([once, twice], axis=-1)
+
+    def test_padded_rows_are_zero(self, case, backend, device):
+        arguments = self.make(case, backend, device=device)
+        out = self.call(arguments, backend)
+        for b, n in enumerate(arguments["lengths"]):
+            assert (out[b, n:] == 0).all() and (out[b, :n] != 0).any()
+
+    def test_zero_rows_are_finite(self, case, backend, device):
+        """A row of zeros is like no other, itself included: equal weights."""
+        arguments = self.make(case, backend, device=device)
+        arguments["features"][1, 2] = 0
+        out, grads = self.run(arguments, backend)
+        n, width = arguments["lengths"][1], arguments["values"].shape[2]
+        torch.testing.assert_close(out[1, 2, :width], arguments["values"][1, :n].mean(0), rtol=1e-5, atol=1e-6)
+        assert all(grad.isfinite().all() for grad in grads.values())
+
+    def test_an_edge_below_the_threshold_has_weight_one(self, case, backend, device):
+        """Two directions at right angles: like rows weigh e, unlike ones 1."""
+        features = torch.eye(2, device=device).repeat_interleave(2, 0)[None]  # [1, 4, 2]
+        out, _ = ops.similarity_graph(features, torch.eye(4, device=device)[None], backend=backend)
+        expected = torch.tensor([[math.e, math.e, 1, 1], [math.e, math.e, 1, 1], [1, 1, math.e, math.e]]) / (
+            2 * math.e + 2
+        )
+        torch.testing.assert_close(out[0, :3].cpu(), expected)
+
+    def test_no_gradient_below_the_threshold(self, case, backend, device):
+        features, values = torch.eye(4, device=device)[None], torch.randn(1, 4, 3).to(device)
+        features = features + torch.tensor([0.1, 0.2, 0.3, 0.4], device=device)
+        _, grads = self.run({"features": features, "values": values, "threshold": 0.99}, backend)
+        # Only the diagonal is above it, and a cosine with oneself does not change.
+        torch.testing.assert_close(grads["features"], torch.zeros_like(features), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [-1.5, 1.01, float("nan")])
+def test_refuses_a_threshold_that_is_no_cosine(threshold):
+    x = torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match=r"threshold is a cosine in \[-1, 1\], got"):
+        ops.similarity_graph(x, x, threshold=threshold)
+
+
+def test_no_lengths_means_all_rows():
+    x = torch.randn(2, 5, 4)
+    full, _ = ops.similarity_graph(x, x, torch.tensor([5, 5]))
+    assert torch.equal(ops.similarity_graph(x, x)[0], full)
