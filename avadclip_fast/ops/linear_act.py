@@ -138,9 +138,6 @@ def linear_act(
     Precision: LayerNorm in float32. Deterministic. Backends: see `avadclip-fast env`.
     """
     check_are_tensors("linear_act", x=x, weight=weight)
-    for name, tensor in (("x", x), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"linear_act: {name} must be a tensor, got {type(tensor).__name__}")
     shape = "B T" if x.ndim == 3 else " ".join("BTSRQ"[: x.ndim - 1])
     sizes = check_tensors(
         "linear_act",

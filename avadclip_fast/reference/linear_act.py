@@ -32,8 +32,6 @@ def linear_act(
     y_t = sum_k W[:, :, k] h_(t + (k - K//2)·dilation) + b         (causal: k - K + 1 in place of k - K//2)
     out = act(y) + residual;   with dot: out = <act(y), dot>
     """
-    if weight.ndim == 3:
-        x = zero_padding(x, lengths)
     lengths = lengths if weight.ndim == 3 else None
     x = zero_padding(x, lengths)  # before the norm too: what padding holds may be NaN
     if norm is not None:
