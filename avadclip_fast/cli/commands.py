@@ -69,6 +69,10 @@ Seed = Annotated[int, Option()]
 Length = Annotated[int, Option(min=1, help="Snippets per training sample and test chunk.")]
 PaddingMode = Annotated[Padding, Option(help="masked: padding changes nothing; official: as the authors' code.")]
 PromptMode = Annotated[Prompt, Option(help="Form of the audio-visual prompt.")]
+Standard = Annotated[
+    list[Modality] | None,
+    Option(help="Streams to bring to mean 0, variance 1 first: for features whose mean outweighs what varies."),
+]
 TextWeights = Annotated[str, Option(help="openai (downloaded), random (tests, demonstrations), or CLIP's file.")]
 TextLayers = Annotated[int, Option(min=1, help="Depth of the text transformer; CLIP's is 12.")]
 SelectBy = Annotated[Select, Option(help="Epoch to keep: lowest held-out loss, the last, or best on the test list.")]
@@ -98,6 +102,7 @@ def train(
     length: Length = 256,
     padding: PaddingMode = Padding.masked,
     prompt: PromptMode = Prompt.official,
+    standardize: Standard = None,
     text_weights: TextWeights = "openai",
     text_layers: TextLayers = 12,
     select: SelectBy = Select.val,
@@ -113,7 +118,7 @@ def train(
     """Train the teacher (or, with --student, a student on its own)."""
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     _seed(seed)
-    shape = {"length": length, "padding": padding, "prompt": prompt}
+    shape = {"length": length, "padding": padding, "prompt": prompt, "standardize": standardize or ()}
     text = {"text_weights": text_weights, "text_layers": text_layers}
     if student:
         model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape, **text)
@@ -143,6 +148,7 @@ def distill(
     seed: Seed = 234,
     padding: PaddingMode = Padding.masked,
     prompt: PromptMode = Prompt.official,
+    standardize: Standard = None,
     select: SelectBy = Select.val,
     held_out: HeldOut = 0.1,
     test_list: TestList = None,
@@ -160,7 +166,9 @@ def distill(
         raise CheckpointError(f"{teacher} holds a student; --teacher wants an AVadCLIP teacher")
     _same_classes(known, codes, teacher)
     _seed(seed)
-    model = AVadCLIPStudent.beside(known, modality=modality, padding=padding, prompt=prompt)
+    model = AVadCLIPStudent.beside(
+        known, modality=modality, padding=padding, prompt=prompt, standardize=standardize or ()
+    )
     recipe = Recipe(
         epochs,
         batch_size,
@@ -200,7 +208,7 @@ def evaluate_(
     _same_classes(detector, codes, model)
     truth = data.read_frame_gt(gt)
     spans = None if segments is None else data.read_spans(segments, segment_labels)
-    hears = isinstance(detector, AVadCLIP) and not silent or getattr(detector, "modality", None) == "audio"
+    hears = "audio" in detector.streams() and not silent
     rows = data.read_list(list_, root, audio=hears)
     width = detector.temporal.positions.embedding_dim
     videos = data.test_videos(rows, detector.temporal.positions.num_embeddings, width=width, audio=hears)
@@ -286,7 +294,7 @@ def env() -> None:
 
 def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, device, resume, quiet) -> None:
     """Reads the lists before anything long begins, trains, and says where the model lies."""
-    wants_audio = isinstance(model, AVadCLIP) or teacher is not None or model.modality == "audio"
+    wants_audio = "audio" in model.streams() or teacher is not None
     rows = data.read_list(list_, root, audio=wants_audio)
     kept = None
     if recipe.select == "val":
@@ -305,6 +313,7 @@ def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, dev
         )
         for part, name in ((rows, "reading features"), (kept, "reading held-out features"))
     ]
+    model.fit_inputs(**{name: getattr(sets[0], name) for name in ("lengths", *model.streams())})
     fit(
         model,
         sets[0],

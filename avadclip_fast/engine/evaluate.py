@@ -58,7 +58,7 @@ def score_videos(
 ) -> list[VideoScores]:
     """Scores every snippet of every video; each chunk is scored on its own, the text side once.
 
-    silent: gives a teacher zeros in place of the sound. Raises DataError where a model hears and a video has no sound.
+    silent: withholds the sound from a teacher. Raises DataError where a model hears and a video has no sound.
     """
     model.to(device).eval()
     text = model.encode_text()
@@ -67,18 +67,15 @@ def score_videos(
         visual, audio, lengths = (
             None if x is None else torch.as_tensor(x, device=device) for x in (video.visual, video.audio, video.lengths)
         )
-        hears = isinstance(model, AVadCLIP) or model.modality == "audio"
         if silent:
-            audio = torch.zeros_like(visual)
-        elif hears and audio is None:
+            audio = None
+        elif "audio" in model.streams() and audio is None:
             raise DataError(f"{video.name}: the model hears, but the list gives no sound; score without it by --silent")
         if model.padding == "masked":  # the rows past the longest chunk change nothing
             rows = int(video.lengths.max())
             visual, audio = visual[:, :rows], None if audio is None else audio[:, :rows]
-        if isinstance(model, AVadCLIP):
-            out = model(visual, audio, lengths, text_features=text)
-        else:
-            out = model(audio if model.modality == "audio" else visual, lengths, text_features=text)
+        streams = {"visual": visual, "audio": audio}
+        out = model(*(streams[stream] for stream in model.streams()), lengths, text_features=text)
         valid = torch.arange(out.anomaly_logits.shape[1], device=device) < lengths[:, None]
         scores.append(
             VideoScores(

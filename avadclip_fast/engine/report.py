@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .. import _build
 from ..data import DataError
 from ..ops import _dispatch
 from .evaluate import VideoScores
@@ -66,12 +67,15 @@ def environment() -> str:
             lines.append(f"cuda:{i} {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
     else:
         lines.append(f"no CUDA device; cpu with {torch.get_num_threads()} threads")
+    built = _build.facts()
+    lines += [f"extensions: {name} {value}" for name, value in built.items()] or ["extensions: none built"]
     lines += ["", f"{'op':<20}{'backend':<12}because"]
     for op, arguments in _examples("cuda" if torch.cuda.is_available() else "cpu").items():
-        reasons = {name: _dispatch.why_not(op, name, *arguments) for name in _dispatch.ORDER}
+        order = [name for name in _dispatch.ORDER if name in _dispatch.TABLE[op]]
+        reasons = {name: _dispatch.why_not(op, name, *arguments) for name in order}
         chosen = next(name for name, reason in reasons.items() if reason is None)
-        before = _dispatch.ORDER[: _dispatch.ORDER.index(chosen)]
-        because = "; ".join(f"{name}: {reasons[name]}" for name in before) or "the first choice"
+        before = order[: order.index(chosen)]
+        because = "; ".join(f"not {name}: {reasons[name]}" for name in before) or "the first choice"
         lines.append(f"{op:<20}{chosen:<12}{because}")
     return "\n".join(lines)
 
@@ -94,4 +98,7 @@ def _examples(device: str) -> dict[str, tuple]:
         "mil_loss": (x[..., 0], labels, lengths, 16),
         "mil_align_loss": (x[..., :7], labels, lengths, alpha, 16),
         "distill_loss": (x, x, x, lengths),
+        "uniform_pool": (x, lengths, 64),
+        "pack_rows": (x, lengths, 356),
+        "unpack_rows": (x[:, :178].flatten(0, 1), lengths, 256),
     }

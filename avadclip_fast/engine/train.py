@@ -45,9 +45,7 @@ class Recipe:
 
 def inputs(model: AVadCLIP | AVadCLIPStudent, batch: Batch) -> tuple[Tensor, ...]:
     """The streams of a batch that a model takes."""
-    if isinstance(model, AVadCLIP):
-        return batch.visual, batch.audio
-    return (batch.audio if model.modality == "audio" else batch.visual,)
+    return tuple(getattr(batch, stream) for stream in model.streams())
 
 
 def trim(batch: Batch, *models: Detector) -> Batch:
@@ -62,7 +60,7 @@ def trim(batch: Batch, *models: Detector) -> Batch:
 @torch.no_grad()
 def teacher_features(teacher: AVadCLIP, batch: Batch) -> Tensor:
     """The frozen teacher's fused features (B, T, D): they depend on the sample alone."""
-    return teacher.fusion(teacher.temporal(batch.visual, batch.lengths), teacher.audio(batch.audio), batch.lengths)
+    return teacher.fuse(batch.visual, batch.audio, batch.lengths)
 
 
 def fit(

@@ -1,7 +1,9 @@
 """AVadCLIP: the audio-visual teacher and the student that needs one stream (arXiv 2504.04495)."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +19,7 @@ from ..modules import (
 )
 from ..modules.linear_act import binary_head
 from .checkpoints import Checkpointed
-from .encoder import TemporalEncoder
+from .encoder import Standardize, TemporalEncoder
 from .text import TextEncoder, tokenize
 
 
@@ -44,6 +46,7 @@ class Detector(nn.Module, Checkpointed):
         heads: int,
         padding: str,
         prompt: str,
+        standardize: Collection[str],
         text_width: int,
         text_layers: int,
         text_weights: str | None,
@@ -55,6 +58,9 @@ class Detector(nn.Module, Checkpointed):
         if len(classes) < 2 or len(set(classes)) != len(classes):
             raise ValueError(f"classes must be at least two different names, normal first; got {classes}")
         self.classes, self.padding = classes, padding
+        if not set(standardize) <= set(self.streams()):
+            raise ValueError(f"standardize takes streams of the model, {self.streams()}; got {standardize!r}")
+        self.standardize = nn.ModuleDict({stream: Standardize(width) for stream in standardize})
         self.temporal = TemporalEncoder(width, length, window, layers, heads, padding, backend)
         self.mlp2 = MLP(width, backend=backend)
         self.classifier = nn.Linear(width, 1)
@@ -69,6 +75,18 @@ class Detector(nn.Module, Checkpointed):
     def encode_text(self) -> Tensor:
         """The class features (C, D). In evaluation compute them once, and hand them to `forward`."""
         return self.text()
+
+    def streams(self) -> tuple[str, ...]:
+        """The streams that the model takes, in the order of `forward`'s arguments."""
+        raise NotImplementedError
+
+    def fit_inputs(self, lengths: Tensor, **streams: Tensor) -> None:
+        """Takes the statistics of a training set for `standardize`: lengths (N,), visual= and audio= (N, T, D)."""
+        for stream, scale in self.standardize.items():
+            scale.fit(streams[stream], lengths)
+
+    def _input(self, stream: str, x: Tensor, lengths: Tensor | None) -> Tensor:
+        return self.standardize[stream](x, lengths) if stream in self.standardize else x
 
     def _heads(
         self, features: Tensor, lengths: Tensor | None, text_features: Tensor | None, log_variance: Tensor | None = None
@@ -90,6 +108,7 @@ class AVadCLIP(Detector):
     classes: names, normal first. window, layers, heads: of the temporal attention. length: the largest T.
     padding: "masked" (padding and batch-mates never change a video's result) or "official" (the authors' code).
     prompt: "official" or "paper", see `AVPrompt`. fusion: see `AVFusion`. dropout: in the audio encoder.
+    standardize: streams to bring to mean 0 and variance 1 first, by the statistics that `fit_inputs` takes.
     text_weights: "openai", "random", a path, or None to leave the text side unset; text_width, text_layers: its size.
     class_tokens: the names' CLIP codes, where open_clip is absent. backend: forces one for every op.
     Raises ValueError on settings that do not fit, TextWeightsError where the text weights cannot be had.
@@ -105,6 +124,7 @@ class AVadCLIP(Detector):
         heads: int = 1,
         padding: str = "masked",
         prompt: str = "official",
+        standardize: Collection[str] = (),
         fusion: str = "gated",
         dropout: float = 0.1,
         text_width: int = 512,
@@ -114,18 +134,29 @@ class AVadCLIP(Detector):
         backend: str | None = None,
     ):
         super().__init__(
-            classes, window, layers, length, width, heads, padding, prompt,
+            classes, window, layers, length, width, heads, padding, prompt, standardize,
             text_width, text_layers, text_weights, class_tokens, backend,
         )  # fmt: skip
         self.audio = TemporalConvNet(width, dropout=dropout, backend=backend)
         self.fusion = AVFusion(width, fusion, backend=backend)
 
+    def streams(self) -> tuple[str, ...]:
+        return "visual", "audio"
+
+    def fuse(self, visual: Tensor, audio: Tensor | None, lengths: Tensor | None = None) -> Tensor:
+        """The fused features (B, T, D), which a student is distilled from; arguments as for `forward`."""
+        seen = self.temporal(self._input("visual", visual, lengths), lengths)
+        heard = torch.zeros_like(visual) if audio is None else self._input("audio", audio, lengths)
+        return self.fusion(seen, self.audio(heard), lengths)
+
     def forward(
-        self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None, text_features: Tensor | None = None
+        self, visual: Tensor, audio: Tensor | None, lengths: Tensor | None = None, text_features: Tensor | None = None
     ) -> Output:
-        """visual, audio (B, T, D); lengths (B,) valid snippets, None for all; text_features (C, D) if at hand."""
-        features = self.fusion(self.temporal(visual, lengths), self.audio(audio), lengths)
-        return self._heads(features, lengths, text_features)
+        """visual, audio (B, T, D), no audio for silence; lengths (B,) valid snippets, None for all.
+
+        text_features: (C, D) of `encode_text`, if at hand.
+        """
+        return self._heads(self.fuse(visual, audio, lengths), lengths, text_features)
 
 
 class AVadCLIPStudent(Detector):
@@ -149,6 +180,7 @@ class AVadCLIPStudent(Detector):
         heads: int = 1,
         padding: str = "masked",
         prompt: str = "official",
+        standardize: Collection[str] = (),
         modality: str = "visual",
         text_width: int = 512,
         text_layers: int = 12,
@@ -156,15 +188,18 @@ class AVadCLIPStudent(Detector):
         class_tokens: list[list[int]] | None = None,
         backend: str | None = None,
     ):
-        super().__init__(
-            classes, window, layers, length, width, heads, padding, prompt,
-            text_width, text_layers, text_weights, class_tokens, backend,
-        )  # fmt: skip
         if modality not in ("visual", "audio"):
             raise ValueError(f"modality must be 'visual' or 'audio', got {modality!r}")
         self.modality = modality
+        super().__init__(
+            classes, window, layers, length, width, heads, padding, prompt, standardize,
+            text_width, text_layers, text_weights, class_tokens, backend,
+        )  # fmt: skip
         self.uncertainty = UncertaintyHead(width, backend=backend)
         self.distill_loss = UncertaintyDistillationLoss(backend=backend)
+
+    def streams(self) -> tuple[str, ...]:
+        return (self.modality,)
 
     @classmethod
     def beside(cls, teacher: AVadCLIP, **settings) -> "AVadCLIPStudent":
@@ -186,6 +221,7 @@ class AVadCLIPStudent(Detector):
     def forward(self, stream: Tensor, lengths: Tensor | None = None, text_features: Tensor | None = None) -> Output:
         """stream (B, T, D) of the student's modality; lengths (B,), None for all; text_features (C, D) if at hand."""
         valid = lengths if self.padding == "masked" else None
+        stream = self._input(self.modality, stream, lengths)
         mean, log_variance = self.uncertainty(self.temporal(stream, lengths), valid)
         return self._heads(mean, lengths, text_features, log_variance)
 

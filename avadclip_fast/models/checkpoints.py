@@ -201,6 +201,8 @@ class Checkpointed(ModelHubMixin, library_name="avadclip_fast", license="apache-
         `visual.*`, as CLIP's own weights do). It plays no part in the model, but the official code's strict loading
         wants it; without it, load with strict=False there.
         """
+        if self.standardize:
+            raise CheckpointError("the model standardises its inputs, which the official format has no place for")
         state = official_state({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()})
         if image_tower is not None:
             from .text import read_weights

@@ -1,5 +1,6 @@
 """The temporal encoder that teacher and student share: window attention, then graphs."""
 
+import torch
 from torch import Tensor, nn
 
 from ..modules import MLP, TemporalAggregator, WindowAttention
@@ -19,6 +20,37 @@ class ResidualAttentionBlock(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         x = self.attn(x, residual=x, norm=self.ln_1, lengths=lengths)
         return self.mlp(x, residual=x, norm=self.ln_2)
+
+
+class Standardize(nn.Module):
+    """(x - mean) / std per dimension, the statistics being those of the training set; padded rows stay zero.
+
+    For features whose mean outweighs what varies, such as rectified ones: a model learns little from them as they are.
+    forward: x (B, T, D), lengths (B,) or None -> (B, T, D). The statistics are buffers, saved with the model.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("std", torch.ones(dim))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, lengths: Tensor) -> None:
+        """Takes the statistics of the valid rows of x (N, T, D), whose padded rows are zero."""
+        rows, total, squares = int(lengths.sum()), 0, 0
+        for part in x.split(256):  # in parts, so that no copy of a large set is made
+            part = part.double()
+            total, squares = total + part.sum((0, 1)), squares + part.square().sum((0, 1))
+        mean = total / rows
+        std = (squares / rows - mean**2).clamp_min(0).sqrt()
+        self.mean.copy_(mean)
+        self.std.copy_(torch.where(std > 1e-6 * std.max(), std, 1))  # a dimension that never varies stays as it is
+
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        x = (x - self.mean) / self.std
+        if lengths is None:
+            return x
+        return x * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
 
 
 class TemporalEncoder(nn.Module):

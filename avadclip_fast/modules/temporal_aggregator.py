@@ -1,5 +1,7 @@
 """TemporalAggregator: graph convolutions over the similarity and the distance graph."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,10 @@ class TemporalAggregator(nn.Module):
         self.gc2 = GraphConv(half, half, backend)
         self.gc3 = GraphConv(dim, half, backend)
         self.gc4 = GraphConv(half, half, backend)
+        # The rows of E sum to (1 + a)/(1 - a), a = exp(-1/e): features are to leave at about the scale they came in.
+        decay = math.exp(-1 / math.e)
+        for conv in (self.gc3, self.gc4):
+            nn.init.xavier_uniform_(conv.weight, gain=(1 - decay) / (1 + decay))
         self.simAdj = SimilarityGraph(threshold, backend)
         self.disAdj = DistanceGraph(backend=backend)
         self.linear = nn.Linear(2 * half, dim)

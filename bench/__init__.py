@@ -1,0 +1,1 @@
+"""Benchmarks and measured runs; each module is a command, `python -m bench.NAME`."""
