@@ -23,4 +23,6 @@ $(VENV)/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable '.[dev]'
+	# once more, now that torch is there: the C++ operators are built against its headers
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
