@@ -347,7 +347,7 @@ class OpTests:
         arguments = self.one_case()
         for name, x in arguments.items():
             if isinstance(x, Tensor):
-                with pytest.raises(ValueError, match=f"{self.op}: {name} must be .*tensor.*list"):
+                with pytest.raises(ValueError, match=f"{self.op}: {name} must be .*tensor.*got"):
                     self.call({**arguments, name: x.tolist()}, None)
 
     @pytest.mark.parametrize("bad", [0, -3, 1000])
@@ -359,7 +359,8 @@ class OpTests:
         lengths[-1] = bad
         with pytest.raises(ValueError, match=rf"{self.op}: lengths must .*{re.escape(str(bad))}"):
             self.call({**arguments, "lengths": lengths}, None)
-        for wrong, word in ((lengths.float(), "float32"), (lengths[:-1], r"shape \[\d\], got \[\d\]")):
+        short = "sum to the number of rows" if self.packed else r"have shape \[\d\], got \[\d\]"
+        for wrong, word in ((lengths.float(), "float32"), (arguments["lengths"][:-1], short)):
             with pytest.raises(ValueError, match=f"{self.op}: lengths must .*{word}"):
                 self.call({**arguments, "lengths": wrong}, None)
 
