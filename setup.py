@@ -1,7 +1,7 @@
 """Packages are listed by hand: `kernels/` stands at the top level and installs as `avadclip_fast.kernels`.
 
 `_C` (operators for the CPU) is built where there is a C++ compiler, `_C_cuda` where there is nvcc as well. What is
-missing is said in a line, and left out. CXX, CUDA_HOME and TORCH_CUDA_ARCH_LIST are honoured.
+missing is said in a line, and left out. CXX, CUDA_HOME ("none": no CUDA part) and TORCH_CUDA_ARCH_LIST are honoured.
 """
 
 import os
@@ -46,14 +46,15 @@ def find_torch() -> Path | None:
 
 
 def find_cuda() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME, that of nvcc on the path, or NVIDIA's packages (the extra `cuda-build`)."""
+    """The CUDA toolkit: CUDA_HOME if set, else nvcc's on the path, or NVIDIA's packages (the extra `cuda-build`)."""
     on_path = shutil.which("nvcc")
     candidates = [
-        os.environ.get("CUDA_HOME"),
         on_path and Path(on_path).resolve().parents[1],
         "/usr/local/cuda",
         *(Path(folder) / "nvidia/cu13" for folder in [*sys.path, sysconfig.get_path("purelib")]),
     ]
+    if os.environ.get("CUDA_HOME"):
+        candidates = [os.environ["CUDA_HOME"]]
     # nvvm tells a toolkit from a folder whose bin/nvcc is a script or a link
     return next((Path(root) for root in candidates if root and (Path(root) / "nvvm").is_dir()), None)
 

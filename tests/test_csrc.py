@@ -67,6 +67,12 @@ class TestLoading:
         with pytest.raises(ops.BackendError, match="why"):
             ops.topk_mean(torch.zeros(1, 2, 3), torch.tensor([1]), backend="cpp")
 
+    @pytest.mark.skipif(_build.CUDA_MISSING is not None, reason=str(_build.CUDA_MISSING))
+    @pytest.mark.parametrize("op", ["topk_mean", "mil_loss", "mil_align_loss", "uniform_pool"])
+    @pytest.mark.parametrize("suffix", ["", "_backward"])
+    def test_cuda_operators_are_registered(self, op, suffix):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"avadclip_fast::{op}{suffix}", "CUDA")
+
     @compiled
     def test_build_facts(self):
         facts = _build.facts()

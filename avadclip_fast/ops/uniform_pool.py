@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _build, reference
 from . import _dispatch
-from ._check import check_lengths, check_positive, check_tensors
+from ._check import check_are_tensors, check_lengths, check_positive, check_tensors
 
 
 def _compiled(features: Tensor, lengths: Tensor, rows: int) -> Tensor:
@@ -62,9 +62,8 @@ def uniform_pool(features: Tensor, lengths: Tensor, rows: int, backend: str | No
 
 def check_packed(op: str, lengths: Tensor, total: int, device: torch.device) -> None:
     """Checks lengths (B,) that must sum to `total`; the values on the CPU only. Raises ValueError."""
-    if not isinstance(lengths, Tensor) or lengths.ndim != 1:
-        raise ValueError(f"{op}: lengths must be an int tensor [B], got {getattr(lengths, 'shape', lengths)}")
-    check_lengths(op, lengths, lengths.shape[0], total, device)
+    check_are_tensors(op, lengths=lengths)
+    check_lengths(op, lengths, lengths.numel(), total, device)
     known = device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling()
     if known and lengths.numpy().sum() != total:
         raise ValueError(f"{op}: lengths must sum to the number of rows, {total}, got {lengths.numpy().sum()}")
