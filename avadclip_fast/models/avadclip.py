@@ -65,7 +65,7 @@ class Detector(nn.Module, Checkpointed):
         self.mlp2 = MLP(width, backend=backend)
         self.classifier = nn.Linear(width, 1)
         self.prompt = AVPrompt(width, prompt, backend=backend)
-        self.text = TextEncoder(class_tokens or tokenize(classes), width, text_width, text_layers)
+        self.text = TextEncoder(class_tokens or tokenize(classes), width, text_width, text_layers, backend)
         self.mil_loss = MILLoss(backend=backend)
         self.align_loss = MILAlignLoss(len(classes), backend=backend)
         if text_weights is not None:

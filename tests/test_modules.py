@@ -1,0 +1,292 @@
+"""Modules: the official parameter names, the formulas they stand for, what they refuse, and which backend serves."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_models import batch, draw, student, teacher
+from torch import nn
+
+import avadclip_fast
+from avadclip_fast import (
+    AVFusion,
+    AVPrompt,
+    BackendError,
+    DistanceGraph,
+    MILAlignLoss,
+    MILLoss,
+    PromptSimilarity,
+    SimilarityGraph,
+    TemporalAggregator,
+    TopKMean,
+    UncertaintyDistillationLoss,
+    UncertaintyHead,
+    WindowAttention,
+    objective,
+    ops,
+    use_backend,
+)
+from avadclip_fast.modules import MLP, TemporalConvNet
+from avadclip_fast.ops import _dispatch
+
+B, T, D, C = 2, 11, 16, 3
+LENGTHS = torch.tensor([4, 11])
+
+
+def layers(*names: str) -> set[str]:
+    return {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+
+
+def rows(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+X = rows(B, T, D)
+LABELS = torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+# module, its arguments, the official names of its parameters
+MODULES = {
+    "AVFusion": (AVFusion, (D,), (X, X + 1), layers("gate_proj.0", "residual_proj.0", "residual_proj.2")),
+    "AVPrompt": (AVPrompt, (D,), (X, rows(C, D), rows(B, T), LENGTHS), layers("mlp1.c_fc", "mlp1.c_proj")),
+    "DistanceGraph": (DistanceGraph, (), (X, LENGTHS), {"sigma"}),
+    "MILAlignLoss": (MILAlignLoss, (C,), (rows(B, T, C), LABELS, LENGTHS), {"alpha"}),
+    "MILLoss": (MILLoss, (), (rows(B, T), LABELS, LENGTHS), set()),
+    "MLP": (MLP, (D,), (X,), layers("c_fc", "c_proj")),
+    "PromptSimilarity": (PromptSimilarity, (), (X, rows(B, C, D)), set()),
+    "SimilarityGraph": (SimilarityGraph, (), (X, X + 1, LENGTHS), set()),
+    "TemporalAggregator": (
+        TemporalAggregator,
+        (D,),
+        (X, LENGTHS),
+        layers("gc1.residual", "gc3.residual", "linear")
+        | {"gc1.weight", "gc2.weight", "gc3.weight", "gc4.weight", "disAdj.sigma"},
+    ),
+    "TemporalConvNet": (
+        TemporalConvNet,
+        (D, 3, 2, 0.0),
+        (X,),
+        {f"network.{i}.conv{j}.{p}" for i in range(3) for j in (1, 2) for p in ("bias", "weight_g", "weight_v")},
+    ),
+    "TopKMean": (TopKMean, (), (X, LENGTHS), set()),
+    "UncertaintyDistillationLoss": (UncertaintyDistillationLoss, (), (X, X + 1, X - 1, LENGTHS), set()),
+    "UncertaintyHead": (
+        UncertaintyHead,
+        (D,),
+        (X, LENGTHS),
+        layers("conv.0.conv.0", "conv.1.conv.0", "conv.2.conv.0", "theta.theta.0", "theta.theta.2", "theta.theta.3"),
+    ),
+    "WindowAttention": (WindowAttention, (D, 4), (X,), set(nn.MultiheadAttention(D, 1).state_dict())),
+}
+every_module = pytest.mark.parametrize("name", MODULES)
+
+
+def first(out) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.fixture
+def served(monkeypatch) -> list[tuple[str, str | None]]:
+    """Every (op, backend asked for) from here on."""
+    calls, run = [], _dispatch.run
+    monkeypatch.setattr(
+        _dispatch, "run", lambda op, backend, *a, **k: (calls.append((op, backend)), run(op, backend, *a, **k))[1]
+    )
+    return calls
+
+
+def test_every_public_module_is_here():
+    public = {n for n in avadclip_fast.__all__ if isinstance(getattr(avadclip_fast, n), type)}
+    assert public - {"AVadCLIP", "AVadCLIPStudent", "BackendError"} <= set(MODULES)
+
+
+@every_module
+def test_parameters_carry_the_official_names(name):
+    make, settings, _, names = MODULES[name]
+    assert set(make(*settings).state_dict()) == names
+
+
+@every_module
+def test_a_state_dict_comes_back(name):
+    make, settings, inputs, _ = MODULES[name]
+    one, two = draw(make(*settings), 1), draw(make(*settings), 2)
+    expected = first(one(*inputs))
+    if list(one.parameters()) and name != "DistanceGraph":  # whose sigma is used by nothing
+        assert not torch.equal(first(two(*inputs)), expected)
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(first(two(*inputs)), expected)
+
+
+@every_module
+def test_the_backend_asked_for_serves_every_op(name, served):
+    make, settings, inputs, _ = MODULES[name]
+    make(*settings, backend="reference")(*inputs)
+    assert served and {backend for _, backend in served} == {"reference"}
+    with pytest.raises(BackendError, match=r"backend 'cuda' cannot serve this call: .+"):
+        make(*settings, backend="cuda")(*inputs)
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+def test_the_models_hand_the_backend_to_every_op(make, served):
+    visual, audio, labels, lengths = batch([5, 16], 16)
+    model = make(backend="reference")
+    out = model(visual, audio, lengths) if make is teacher else model(visual, lengths)
+    objective(model, out, labels, lengths, *(() if make is teacher else (out.features + 1,)))
+    assert {backend for _, backend in served} == {"reference"}, served
+
+
+# Which backend serves
+
+
+def test_a_backend_an_op_has_not_says_which_it_has():
+    with pytest.raises(BackendError, match="topk_mean: backend 'triton' .*not implemented for this op, which has: ref"):
+        ops.topk_mean(rows(1, 4, 2), torch.tensor([4]), backend="triton")
+
+
+def test_use_backend_holds_inside_its_block_alone(served):
+    with pytest.raises(BackendError, match="backend 'cuda'"), use_backend("cuda"):
+        MILLoss()(rows(B, T), LABELS, LENGTHS)
+    with use_backend("cuda"), use_backend("reference"):
+        MILLoss()(rows(B, T), LABELS, LENGTHS)
+    MILLoss()(rows(B, T), LABELS, LENGTHS)  # nothing is forced any more
+
+
+def test_a_modules_backend_goes_before_the_context():
+    with use_backend("cuda"):
+        MILLoss(backend="reference")(rows(B, T), LABELS, LENGTHS)
+
+
+def test_use_backend_refuses_an_unknown_name():
+    with (
+        pytest.raises(ValueError, match="unknown backend 'fpga'; one of cuda, triton, cpp, reference"),
+        use_backend("fpga"),
+    ):
+        pass
+
+
+def test_the_environment_forces_a_backend():
+    code = "import torch; from avadclip_fast import ops; ops.topk_mean(torch.zeros(1, 4, 2), torch.tensor([4]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "AVADCLIP_FAST_BACKEND": "cuda"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "BackendError: topk_mean: backend 'cuda' cannot serve" in done.stderr
+
+
+def test_import_is_light():
+    heavy = ["open_clip", "matplotlib", "huggingface_hub", "sklearn", "triton", "typer", "tensorboard"]
+    code = f"import sys, avadclip_fast; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: AVFusion(D, mode="sum"),
+            "AVFusion: mode must be one of gated, add, concat, cross_attention; got 'sum'",
+        ),
+        (lambda: AVPrompt(D, prompt="own"), "AVPrompt: prompt must be 'official' or 'paper', got 'own'"),
+        (lambda: TemporalAggregator(D, padding="none"), "padding must be 'official' or 'masked', got 'none'"),
+        (lambda: teacher(padding="none"), "padding must be 'official' or 'masked', got 'none'"),
+        (lambda: teacher(prompt="own"), "prompt must be 'official' or 'paper', got 'own'"),
+        (lambda: teacher(fusion="sum"), "mode must be one of .*; got 'sum'"),
+        (lambda: teacher(classes=["normal"]), r"at least two different names, normal first; got \['normal'\]"),
+        (lambda: teacher(classes=["a", "a", "b"]), "at least two different names"),
+        (lambda: student(modality="text"), "modality must be 'visual' or 'audio', got 'text'"),
+    ],
+)
+def test_refuses_settings(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_refuses_more_rows_than_positions():
+    with pytest.raises(ValueError, match="T=25 is more than the 24 positions"):
+        student()(rows(1, 25, 32))
+
+
+# Formulas
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all", "lengths"])
+def test_fusion_modes(lengths):
+    v, a = rows(B, T, D), rows(B, T, D + 1)[..., 1:]
+    z = torch.cat([v, a], dim=-1)
+    assert torch.equal(AVFusion(D, "add")(v, a, lengths), v + a)
+    concat = AVFusion(D, "concat")
+    torch.testing.assert_close(concat(v, a, lengths), z @ concat.proj.weight.T + concat.proj.bias)
+    gated = draw(AVFusion(D))
+    hidden = nn.functional.gelu(gated.residual_proj[0](z))
+    expected = v + torch.sigmoid(gated.gate_proj[0](z)) * gated.residual_proj[2](hidden)
+    torch.testing.assert_close(gated(v, a, lengths), expected)
+    cross = draw(AVFusion(D, "cross_attention"))
+    for b in range(B):
+        n = T if lengths is None else lengths[b]
+        heard, _ = cross.attention(v[b : b + 1], a[b : b + 1, :n], a[b : b + 1, :n])
+        torch.testing.assert_close(cross(v, a, lengths)[b], v[b] + heard[0])
+
+
+@pytest.mark.parametrize("mode", ["gated", "add", "concat", "cross_attention"])
+def test_fusion_refuses_streams_of_two_shapes(mode):
+    with pytest.raises(ValueError, match=r"\[2, 11, 16\].*\[2, 10, 16\]|\[2, 10, 16\]"):
+        AVFusion(D, mode)(rows(B, T, D), rows(B, T - 1, D))
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all", "lengths"])
+@pytest.mark.parametrize("form", ["official", "paper"])
+def test_prompt_forms(form, lengths):
+    prompt = draw(AVPrompt(D, form)).double()
+    features, text, logits = rows(B, T, D).double(), rows(C, D).double(), rows(B, T).double()
+    out = prompt(features, text, logits, lengths)
+    c_fc, c_proj = prompt.mlp1.c_fc, prompt.mlp1.c_proj
+    for b in range(B):
+        g = sum(logits[b, t] * features[b, t] for t in range(T if lengths is None else lengths[b]))
+        g = g / g.norm()
+        scores = [math.exp(text[c] @ g) for c in range(C)]
+        for c in range(C):
+            y = text[c] + (g if form == "official" else scores[c] / sum(scores) * g)
+            h = c_fc(y)
+            x = c_proj(h * torch.sigmoid(1.702 * h)) + (y if form == "official" else text[c])
+            for t in range(T):
+                cosine = features[b, t] @ x / (features[b, t].norm() * x.norm())
+                torch.testing.assert_close(out[b, t, c], cosine / 0.07)
+
+
+def test_window_attention_is_torchs_under_a_block_mask():
+    ours, theirs = draw(WindowAttention(D, 4, heads=2)), nn.MultiheadAttention(D, 2, batch_first=True)
+    theirs.load_state_dict(ours.state_dict())
+    window = torch.arange(T) // 4
+    expected, _ = theirs(X, X, X, attn_mask=window[:, None] != window)
+    torch.testing.assert_close(ours(X), expected)
+
+
+def test_weight_norm_is_torchs():
+    net = draw(TemporalConvNet(D, dropout=0.0))
+    conv = net.network[1].conv1
+    plain = nn.utils.parametrizations.weight_norm(nn.Conv1d(D, D, 2, dilation=2))
+    plain.parametrizations.weight.original0.data = conv.weight_g.data
+    plain.parametrizations.weight.original1.data = conv.weight_v.data
+    plain.bias.data = conv.bias.data
+    expected = plain(nn.functional.pad(X.transpose(1, 2), (2, 0))).transpose(1, 2)
+    torch.testing.assert_close(conv(X), expected)
+
+
+def test_dropout_works_in_training_alone():
+    net = draw(TemporalConvNet(D, dropout=0.5))
+    assert not torch.equal(net(X), net(X))
+    net.eval()
+    assert torch.equal(net(X), net(X))
+
+
+def test_refuses_a_fusion_on_two_devices():
+    with pytest.raises(ValueError, match="audio is on meta, but visual is on cpu"):
+        AVFusion(D)(X, X.to("meta"))
