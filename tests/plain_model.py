@@ -184,7 +184,7 @@ def heads(s: State, v: Tensor, classes: Tensor, prompt: str) -> tuple[Tensor, Te
 
 
 def top_mean(scores: Tensor, n: int) -> Tensor:
-    best = sorted(scores[:n], key=float, reverse=True)[: n // 16 + 1]
+    best = sorted(scores[:n], key=lambda x: x.item(), reverse=True)[: n // 16 + 1]
     return sum(best) / len(best)
 
 

@@ -27,7 +27,8 @@ def draw(module: nn.Module, seed: int = 0) -> nn.Module:
             if p.ndim < 2 or name.endswith("weight_g"):
                 p.copy_(0.1 * x + (1 if name.rsplit(".", 1)[-1] in ("weight", "weight_g") else 0))
             elif "token_embedding" not in name:  # random already, and large
-                p.copy_(x / p[0].numel() ** 0.5)
+                gain = 0.3 if "gc" in name or "classifier" in name else 1.0  # keeps sigmoid and exp unsaturated
+                p.copy_(gain * x / p[0].numel() ** 0.5)
     return module
 
 

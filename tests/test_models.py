@@ -1,0 +1,411 @@
+"""The whole models: the authors' numbers, the plain model operation by operation, padding, the text side."""
+
+import ast
+import importlib.util
+from types import SimpleNamespace
+
+import numpy as np
+import plain_model
+import pytest
+import torch
+from small_models import CLASSES, TOKENS, batch, draw, student, teacher
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective
+from avadclip_fast.models.checkpoints import official_state
+from avadclip_fast.models.text import TextEncoder, tokenize
+
+
+def relative(got: Tensor, expected) -> float:
+    expected = torch.as_tensor(np.asarray(expected)).double()
+    return ((got.detach().double().reshape(expected.shape) - expected).norm() / expected.norm()).item()
+
+
+# The authors' numbers
+
+
+@pytest.fixture(scope="module")
+def golden(shared):
+    """Outputs, losses and gradients of both models on the authors' weights and batch, and what the authors got."""
+    path = shared / "parity" / "golden_small.npz"
+    if not path.exists():
+        pytest.skip("../shared/parity/golden_small.npz is absent: nothing was compared with the authors' code")
+    spec = importlib.util.spec_from_file_location("recipe", shared / "parity" / "recipe.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    numbers = np.load(path)
+    seed, classes = int(numbers["seed"]), [str(name) for name in numbers["prompts"]]
+    visual, audio, _ = recipe.batch(numbers["lengths"].tolist(), int(numbers["length"]), seed)
+    labels, lengths = torch.from_numpy(numbers["labels"]), torch.from_numpy(numbers["lengths"])
+
+    def load(cls, kind: str, seed: int):
+        names = (str(key).split(" ", 1) for key in numbers[f"{kind}/keys"])
+        state = {name: recipe.value(name, ast.literal_eval(shape), seed) for name, shape in names}
+        return cls.from_official(state, classes, window=int(numbers[f"window_{kind}"]))
+
+    def backward(model, out, **distilled) -> SimpleNamespace:
+        losses = objective(model, out, labels, lengths, **distilled)
+        losses["total"].backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return SimpleNamespace(out=out, losses=losses, grads=official_state(grads))
+
+    model = load(AVadCLIP, "teacher", seed)
+    first = backward(model, model(visual, audio, lengths))
+    model = load(AVadCLIPStudent, "student", seed + 1)
+    second = backward(model, model(visual, lengths), teacher_features=first.out.features.detach(), distill_weight=1e-2)
+    return SimpleNamespace(numbers=numbers, teacher=first, student=second)
+
+
+AUTHORS = 1e-4  # float32 in another order of summation, over some thirty layers
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_outputs_are_the_authors(golden, kind):
+    out = getattr(golden, kind).out
+    ours = {
+        "features": out.features,
+        "text": out.text_features,
+        "logits1": out.anomaly_logits,
+        "logits2": out.class_logits,
+    }
+    if kind == "student":
+        ours["theta"] = out.log_variance
+    for name, x in ours.items():
+        assert relative(x, golden.numbers[f"{kind}/{name}"]) < AUTHORS, name
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_losses_are_the_authors(golden, kind):
+    losses = getattr(golden, kind).losses
+    assert ("distill" in losses) == (kind == "student")
+    for name, x in losses.items():
+        official = "loss" if name == "total" else f"loss_{name}"
+        assert relative(x, golden.numbers[f"{kind}/{official}"]) < AUTHORS, name
+
+
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_gradients_are_the_authors(golden, kind):
+    grads, compared = getattr(golden, kind).grads, 0
+    for key in golden.numbers.files:
+        for what in ("grad", "gradnorm"):
+            if key.startswith(f"{kind}/{what}/"):
+                grad = grads[key.removeprefix(f"{kind}/{what}/")]
+                assert relative(grad if what == "grad" else grad.norm(), golden.numbers[key]) < AUTHORS, key
+                compared += 1
+    assert compared > 50
+
+
+# The plain model
+
+
+def plain(model, visual: Tensor, audio: Tensor, labels: Tensor, lengths: Tensor, heads: int = 1, teach: Tensor = None):
+    """The plain model's outputs, cut to valid rows where padding is masked, its total loss, and the state it ran on."""
+    state = {k: v.detach().clone() for k, v in official_state(model.state_dict()).items()}
+    trained = official_state({k: p for k, p in model.named_parameters() if p.requires_grad})
+    s = {k: v.requires_grad_(k in trained and ".net." not in k) for k, v in state.items()}
+    window = model.temporal.resblocks[0].attn.window
+    text = plain_model.text(s, model.text.tokens, heads)
+    videos, mil, align, distill = [], [], [], []
+    for b, n in enumerate(lengths.tolist()):
+        rows = n if model.padding == "masked" else visual.shape[1]
+        v, theta = plain_model.temporal(s, visual[b, :rows], n, window), None
+        if isinstance(model, AVadCLIP):
+            v = plain_model.fuse(s, v, plain_model.audio_net(s, audio[b, :rows]))
+        else:
+            v, theta = plain_model.uncertain(s, v)
+            distill.append(plain_model.distill_terms(teach[b, :rows], v, theta))
+        logits1, logits2 = plain_model.heads(s, v, text, model.prompt.prompt)
+        videos.append((v, logits1, logits2, theta))
+        losses = plain_model.video_losses(s, logits1, logits2, labels[b], n)
+        mil.append(losses[0])
+        align.append(losses[1])
+    total = sum(mil) / len(mil) + sum(align) / len(align) + 1e-4 * plain_model.text_loss(text)
+    if distill:
+        total = total + 0.1 * torch.cat(distill).mean()
+    return text, videos, total, s
+
+
+@pytest.mark.parametrize(("padding", "prompt"), [("official", "official"), ("masked", "paper")])
+@pytest.mark.parametrize(
+    ("make", "window", "lengths", "rows"),
+    [
+        (teacher, 4, [19, 7, 1], 19),  # the last window has three rows
+        (teacher, 24, [3, 16], 18),  # a window longer than the video
+        (student, 5, [17, 4], 18),
+        (student, 8, [1, 2, 16], 16),
+    ],
+    ids=["teacher-4", "teacher-24", "student-5", "student-8"],
+)
+def test_equals_the_plain_model(make, window, lengths, rows, padding, prompt):
+    """Outputs, loss and every gradient in float64. What remains is another order of summation."""
+    seed = window + rows
+    model = make(seed, window=window, padding=padding, prompt=prompt).double()
+    visual, audio, labels, n = batch(lengths, rows, seed=seed, dtype=torch.float64)
+    teach = torch.randn(visual.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if make is teacher:
+        out = model(visual, audio, n)
+        losses = objective(model, out, labels, n)
+    else:
+        out = model(visual, n)
+        losses = objective(model, out, labels, n, teach, distill_weight=0.1)
+    text, videos, total, state = plain(model, visual, audio, labels, n, teach=teach)
+    torch.testing.assert_close(out.text_features, text, rtol=1e-10, atol=1e-10)
+    for b, expected in enumerate(videos):
+        for got, x in zip(
+            (out.features, out.anomaly_logits, out.class_logits, out.log_variance), expected, strict=True
+        ):
+            assert (got is None) == (x is None)
+            if x is not None:
+                torch.testing.assert_close(got[b, : len(x)], x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(losses["total"], total, rtol=1e-10, atol=1e-10)
+
+    losses["total"].backward()
+    total.backward()
+    grads = official_state({k: p.grad for k, p in model.named_parameters() if p.requires_grad})
+    assert {k for k, v in state.items() if v.requires_grad} == {k for k in grads if ".net." not in k}
+    for name, grad in grads.items():
+        if ".net." not in name:
+            torch.testing.assert_close(grad, state[name].grad, rtol=1e-8, atol=1e-10, msg=lambda m, k=name: f"{k}: {m}")
+
+
+# Padding
+
+
+def run(make, model, visual, audio, labels, lengths) -> tuple:
+    """(out, gradient of the objective by parameter)."""
+    model.zero_grad()
+    out = model(visual, audio, lengths) if make is teacher else model(visual, lengths)
+    teach = None if make is teacher else torch.linspace(-1, 1, visual.shape[2]).expand_as(visual)
+    objective(model, out, labels, lengths, teach, distill_weight=0.1)["total"].backward()
+    return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """To float32's rounding: other shapes may sum in another order."""
+    for name, x in expected.items():
+        scale = max(1.0, x.abs().max().item())
+        torch.testing.assert_close(got[name], x, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+def test_masked_padding_has_no_effect(make):
+    """Padded longer, and with garbage in place of zeros: the same outputs and the same gradients."""
+    model = make(padding="masked")
+    visual, audio, labels, lengths = batch([9, 16, 1], 16)
+    out, grads = run(make, model, visual, audio, labels, lengths)
+    longer = torch.full((2, 3, 23, 32), 50.0)
+    longer[:, :, :16] = torch.stack([visual, audio])
+    for b, n in enumerate(lengths):
+        longer[:, b, n:] = 50.0
+    other, other_grads = run(make, model, *longer, labels, lengths)
+    for b, n in enumerate(lengths):
+        for x, y in ((out.features, other.features), (out.class_logits, other.class_logits)):
+            torch.testing.assert_close(x[b, :n], y[b, :n], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out.anomaly_logits[b, :n], other.anomaly_logits[b, :n], rtol=1e-4, atol=1e-4)
+    assert_same(other_grads, grads)
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+def test_masked_videos_do_not_see_each_other(make):
+    """A video alone gives what it gives in a batch; and the mean of the losses' gradients is the batch's gradient."""
+    model = make(padding="masked")
+    lengths = [12, 12] if make is student else [9, 16, 1]  # the distillation loss is a mean over rows, not videos
+    visual, audio, labels, n = batch(lengths, 16)
+    out, grads = run(make, model, visual, audio, labels, n)
+    mean: dict[str, Tensor] = {}
+    for b in range(len(lengths)):
+        one = slice(b, b + 1)
+        rows = lengths[b]
+        alone, alone_grads = run(make, model, visual[one, :rows], audio[one, :rows], labels[one], n[one])
+        torch.testing.assert_close(alone.features[0], out.features[b, :rows], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(alone.class_logits[0], out.class_logits[b, :rows], rtol=1e-4, atol=1e-4)
+        for name, grad in alone_grads.items():
+            mean[name] = mean.get(name, 0) + grad / len(lengths)
+    assert_same(mean, grads)
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+def test_official_padding_leaks(make):
+    """The authors' code lets padded rows reach valid ones: the two settings must differ where there is padding."""
+    visual, audio, _, lengths = batch([9, 16], 16)
+    streams = (visual, audio) if make is teacher else (visual,)
+    official, masked = (make(padding=padding)(*streams, lengths) for padding in ("official", "masked"))
+    assert (official.features[0, :9] - masked.features[0, :9]).abs().max() > 1e-3
+    torch.testing.assert_close(official.features[1], masked.features[1])  # no padding, no difference
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+@pytest.mark.parametrize("rows", [16, 24, 13])
+def test_official_is_masked_where_nothing_is_padded(make, rows):
+    visual, audio, labels, lengths = batch([rows, rows], rows)
+    results = [run(make, make(padding=p), visual, audio, labels, lengths) for p in ("official", "masked")]
+    for x, y in zip(results[0][0], results[1][0], strict=True):
+        if x is not None:
+            torch.testing.assert_close(x, y)
+    assert_same(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+def test_no_lengths_means_that_all_rows_are_valid(make):
+    visual, audio, _, lengths = batch([16, 16], 16)
+    streams = (visual, audio) if make is teacher else (visual,)
+    model = make()
+    assert torch.equal(model(*streams).class_logits, model(*streams, lengths).class_logits)
+
+
+# Settings
+
+
+@pytest.mark.parametrize("count", [2, 5, 20])
+def test_any_number_of_classes(count):
+    tokens = [[49406, 100 + c, 49407] for c in range(count)]
+    model = teacher(classes=[f"class {c}" for c in range(count)], class_tokens=tokens)
+    visual, audio, labels, lengths = batch([9, 16, 5], 16, classes=count)
+    out, grads = run(teacher, model, visual, audio, labels, lengths)
+    assert out.class_logits.shape == (3, 16, count) and out.text_features.shape == (count, 32)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_the_text_loss_of_two_classes_is_one_cosine():
+    tokens = [[49406, 5, 49407], [49406, 6, 49407]]
+    model = teacher(classes=["normal", "fight"], class_tokens=tokens)
+    visual, audio, labels, lengths = batch([9], 16, classes=2)
+    out = model(visual, audio, lengths)
+    expected = torch.cosine_similarity(*out.text_features, dim=0).abs()
+    torch.testing.assert_close(objective(model, out, labels, lengths)["text"], expected)
+
+
+def test_text_features_at_hand_are_used():
+    model = student()
+    visual, _, _, lengths = batch([9, 16], 16)
+    text = model.encode_text()
+    assert torch.equal(model(visual, lengths, text).class_logits, model(visual, lengths).class_logits)
+    assert not torch.equal(model(visual, lengths, -text).class_logits, model(visual, lengths).class_logits)
+
+
+def test_silence_is_audio_of_zeros():
+    model = teacher()
+    visual, audio, _, lengths = batch([9, 16], 16)
+    silent = model(visual, None, lengths)
+    assert torch.equal(silent.features, model(visual, torch.zeros_like(audio), lengths).features)
+
+
+def test_a_student_beside_its_teacher_shares_the_frozen_text_side():
+    one = teacher()
+    two = AVadCLIPStudent.beside(one, window=8)
+    for name, x in two.text.state_dict().items():
+        assert torch.equal(x, one.text.state_dict()[name]) == (not name.startswith("prompt."))
+
+
+def test_only_the_prompt_of_the_text_side_learns():
+    assert {n for n, p in teacher().text.named_parameters() if p.requires_grad} == {"prompt.weight"}
+
+
+# Nothing waits for the device
+
+WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "repeat_interleave")
+
+
+class NoSync(TorchDispatchMode):
+    """Raises at every operator that on a GPU makes the host wait for a value or for a size."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        by_mask = name.startswith("index") and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8)
+            for x in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
+        )
+        if name in WAITING or by_mask:
+            raise AssertionError(f"{name} makes the host wait for the device")
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_guard_against_waiting_works():
+    for wait in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any())):
+        with pytest.raises(AssertionError, match="wait for the device"), NoSync():
+            wait(torch.ones(3))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("make", [teacher, student])
+def test_a_training_step_never_waits(make, backend):
+    model = make(dropout=0.1, backend=backend) if make is teacher else make(backend=backend)
+    visual, audio, labels, lengths = batch([9, 16, 5], 16)
+    with NoSync():
+        run(make, model.train(), visual, audio, labels, lengths)
+
+
+# The text side
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_text_equals_all_77_positions(width):
+    """Names of several lengths, one head and two: what is left out of the computation has no part in the result."""
+    tokens = [TOKENS[0], [49406, *range(10, 31), 49407]]
+    encoder = draw(TextEncoder(tokens, 16, width, 2))
+    encoder.randomize()
+    encoder = draw(encoder.double())
+    state = {f"clipmodel.{k}": v for k, v in encoder.state_dict().items()}
+    state["text_prompt_embeddings.weight"] = state["clipmodel.prompt.weight"]
+    expected = plain_model.text(state, tokens, width // 64)
+    torch.testing.assert_close(encoder(), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_text_equals_open_clip():
+    """CLIP's own transformer over the same 77 rows; its weights are ours by name."""
+    transformer = pytest.importorskip("open_clip.transformer")
+    names = ["normal", "car accident", "a very long name of something that seldom happens in the street"]
+    tokens = tokenize(names)
+    assert len({len(t) for t in tokens}) == 3
+    encoder = TextEncoder(tokens, 16, 128, 2)
+    encoder.randomize()
+    encoder = draw(encoder)
+    clip = transformer.TextTransformer(width=128, heads=2, layers=2, output_dim=16, act_layer=transformer.QuickGELU)
+    state = encoder.state_dict()
+    clip.load_state_dict({name: state[name] for name in clip.state_dict()})
+    for c, name in enumerate(tokens):
+        eos = len(name) - 1
+        x = encoder.prompt.weight.detach().clone()
+        x[0], x[20 + eos] = clip.token_embedding.weight[name[0]], clip.token_embedding.weight[name[eos]]
+        x[11 : 10 + eos] = clip.token_embedding.weight[name[1:eos]]
+        h = clip.transformer((x + clip.positional_embedding)[None], attn_mask=clip.attn_mask)
+        expected = clip.ln_final(h)[0, 20 + eos] @ clip.text_projection
+        torch.testing.assert_close(encoder()[c], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_are_clips():
+    open_clip = pytest.importorskip("open_clip")
+    for name, codes in zip(CLASSES, tokenize(CLASSES), strict=True):
+        row = open_clip.tokenize([name])[0].tolist()
+        assert row[: len(codes)] == codes and not any(row[len(codes) :])
+        assert codes[0] == 49406 and codes[-1] == 49407
+
+
+def test_the_longest_name():
+    for count, fits in ((55, True), (56, False)):
+        tokens = [TOKENS[0], [49406, *range(100, 100 + count), 49407]]
+        if fits:
+            assert TextEncoder(tokens, 16, 64, 1)().shape == (2, 16)
+        else:
+            with pytest.raises(ValueError, match="class name number 2 has 56 tokens; at most 55 fit"):
+                TextEncoder(tokens, 16, 64, 1)
+
+
+def test_a_name_does_not_change_the_others():
+    """Another class, longer than all before, leaves the features of the rest as they were."""
+    encoder = TextEncoder(TOKENS, 16, 64, 1)
+    encoder.randomize()
+    before = encoder()
+    encoder.set_tokens([*TOKENS, [49406, *range(100, 130), 49407]])
+    torch.testing.assert_close(encoder()[: len(TOKENS)], before)
+
+
+def test_random_weights_are_those_of_the_seed():
+    one, two, three = (TextEncoder(TOKENS, 16, 64, 1) for _ in range(3))
+    for encoder, seed in ((one, 3), (two, 3), (three, 4)):
+        state = torch.get_rng_state()
+        encoder.load("random", seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)  # nobody else's numbers change
+    assert torch.equal(one.text_projection, two.text_projection)
+    assert not torch.equal(one.text_projection, three.text_projection)
