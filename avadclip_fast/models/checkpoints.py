@@ -56,9 +56,10 @@ def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"no checkpoint {where}") from error
         except Exception as error:  # truncated, not a checkpoint, or it would run code
             raise CheckpointError(f"{where} cannot be read as weights: {str(error).splitlines()[0]}") from error
+    if isinstance(source, dict):
+        source = source.get("model_state_dict", source)
     if not isinstance(source, dict):
         raise CheckpointError(f"{where} holds a {type(source).__name__}, not a state dict")
-    source = source.get("model_state_dict", source)
     state, foreign = {}, []
     for name, tensor in source.items():
         name = str(name).removeprefix("module.")  # DataParallel
@@ -155,19 +156,19 @@ class Checkpointed(ModelHubMixin, library_name="avadclip_fast", license="apache-
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **settings):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         hub = {k: settings.pop(k) for k in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
         folder = Path(model_id)
         path = folder / WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **hub))
-        kind = settings.pop("model", cls.__name__)
-        if kind != cls.__name__:
-            raise CheckpointError(f"{model_id} holds a {kind}; load it with {kind}.from_pretrained")
         try:
-            state = load_file(path, device=str(map_location))
+            with safe_open(path, framework="pt", device=str(map_location)) as file:
+                kind = (file.metadata() or {}).get("model", cls.__name__)
+                state = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if kind != cls.__name__:
+            raise CheckpointError(f"{model_id} holds an {kind}; load it with {kind}.from_pretrained")
         model = cls(**settings)
         load_strict(model, state, str(path))
         return model.to(map_location).eval()

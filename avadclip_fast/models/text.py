@@ -219,5 +219,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as error:
         raise TextWeightsError(f"text weights: {path} cannot be read: {error}") from error
-    state = state.get("model_state_dict", state)
+    if isinstance(state, dict):
+        state = state.get("model_state_dict", state)
+    if not isinstance(state, dict):
+        raise TextWeightsError(f"text weights: {path} holds a {type(state).__name__}, not a state dict")
     return {name.removeprefix("clipmodel."): tensor for name, tensor in state.items()}

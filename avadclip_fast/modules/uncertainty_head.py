@@ -18,6 +18,7 @@ class UncertaintyHead(nn.Module):
 
     forward: v (B, T, D), lengths (B,) or None (then padded rows are seen by the convolutions)
     -> (mu (B, T, D), θ (B, T, D)). Parameters carry the official names (`conv.i.conv.0`, `theta.theta.{0,2,3}`).
+    Raises ValueError on shapes, dtypes or lengths that do not fit.
     """
 
     def __init__(self, dim: int = 512, backend: str | None = None):

@@ -1,0 +1,388 @@
+"""Checkpoints: the official format there and back, our own folder, and what cannot be read or does not fit."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from small_models import CLASSES, TOKENS, batch, student, teacher
+
+from avadclip_fast import AVadCLIP, AVadCLIPStudent
+from avadclip_fast.models import CheckpointError, TextWeightsError, text
+from avadclip_fast.models.checkpoints import official_state
+
+both = pytest.mark.parametrize(("make", "cls"), [(teacher, AVadCLIP), (student, AVadCLIPStudent)])
+
+
+def same(one, two) -> bool:
+    a, b = one.state_dict(), two.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def settings() -> dict:
+    return {"classes": CLASSES, "class_tokens": TOKENS}
+
+
+@pytest.fixture
+def official(tmp_path):
+    """A teacher, and the path of its official checkpoint."""
+    model = teacher(padding="official")
+    model.to_official(tmp_path / "teacher.pth")
+    return model, tmp_path / "teacher.pth"
+
+
+# The official format
+
+
+@both
+def test_official_comes_back_bit_exact(make, cls, settings, tmp_path):
+    model = make(padding="official", window=6, layers=3, text_layers=2).eval()
+    model.to_official(tmp_path / "model.pth")
+    again = cls.from_official(tmp_path / "model.pth", window=6, **settings)
+    assert same(model, again) and not again.training
+    assert again.padding == "official"
+    assert len(again.temporal.resblocks) == 3 and len(again.text.transformer.resblocks) == 2
+    assert again.temporal.positions.num_embeddings == 24
+    visual, audio, _, lengths = batch([9, 16], 16)
+    streams = (visual, audio) if make is teacher else (visual,)
+    assert torch.equal(model(*streams, lengths).class_logits, again(*streams, lengths).class_logits)
+
+
+def test_official_lists_each_convolution_twice(official):
+    state = torch.load(official[1], weights_only=True)
+    for level in range(3):
+        for conv, alias in (("conv1", "net.0"), ("conv2", "net.4")):
+            for part in ("bias", "weight_g", "weight_v"):
+                name = f"temporalconvnet.network.{level}."
+                assert torch.equal(state[f"{name}{conv}.{part}"], state[f"{name}{alias}.{part}"])
+
+
+@both
+def test_official_names_are_the_authors(make, cls, shared):
+    np = pytest.importorskip("numpy")
+    path = shared / "parity" / "golden_small.npz"
+    if not path.exists():
+        pytest.skip("../shared/parity/golden_small.npz is absent: the authors' names were not compared")
+    kind = make.__name__
+    names = {str(key).split(" ")[0] for key in np.load(path)[f"{kind}/keys"]}
+    ours = set(official_state(make(text_layers=2, layers=2 if make is teacher else 1).state_dict()))
+    assert ours == {name for name in names if not name.startswith("clipmodel.visual.")}
+
+
+def test_the_image_tower_goes_along(official, settings, tmp_path):
+    model, path = official
+    tower = {
+        "visual.proj": torch.randn(4, 2),
+        "visual.ln_pre.weight": torch.randn(4),
+        "ln_final.weight": torch.randn(4),
+    }
+    save_file(tower, tmp_path / "clip.safetensors")
+    model.to_official(path, image_tower=tmp_path / "clip.safetensors")
+    state = torch.load(path, weights_only=True)
+    assert torch.equal(state["clipmodel.visual.proj"], tower["visual.proj"])
+    assert torch.equal(state["clipmodel.ln_final.weight"], model.text.ln_final.weight)  # only the tower is taken
+    assert same(model, AVadCLIP.from_official(path, window=4, **settings))
+    # From an official checkpoint too, and a file without one is refused.
+    model.to_official(tmp_path / "again.pth", image_tower=path)
+    assert "clipmodel.visual.proj" in torch.load(tmp_path / "again.pth", weights_only=True)
+    save_file({"ln_final.weight": torch.zeros(4)}, tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="none.safetensors holds no image tower"):
+        model.to_official(path, image_tower=tmp_path / "none.safetensors")
+
+
+def test_the_training_form_is_taken(official, settings, tmp_path):
+    model, path = official
+    state = torch.load(path, weights_only=True)
+    torch.save({"epoch": 3, "model_state_dict": state, "ap": 0.5}, tmp_path / "last.pth")
+    assert same(model, AVadCLIP.from_official(tmp_path / "last.pth", **settings))
+    assert same(model, AVadCLIP.from_official({f"module.{k}": v for k, v in state.items()}, **settings))
+
+
+def test_half_precision_is_widened(official, settings):
+    state = {k: v.half() for k, v in torch.load(official[1], weights_only=True).items()}
+    model = AVadCLIP.from_official(state, **settings)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_torchs_second_weight_norm(official, settings):
+    model, path = official
+    state = {
+        name.replace("weight_g", "parametrizations.weight.original0").replace(
+            "weight_v", "parametrizations.weight.original1"
+        ): tensor
+        for name, tensor in torch.load(path, weights_only=True).items()
+    }
+    assert "temporalconvnet.network.0.conv1.parametrizations.weight.original0" in state
+    assert same(model, AVadCLIP.from_official(state, **settings))
+
+
+def test_every_difference_is_listed(official, settings):
+    state = torch.load(official[1], weights_only=True)
+    del state["mlp2.c_fc.bias"]
+    state["gc2.weight"] = torch.zeros(3, 5)
+    state["mlp1.extra"] = torch.zeros(2)
+    with pytest.raises(CheckpointError) as raised:
+        AVadCLIP.from_official(state, **settings)
+    message = str(raised.value)
+    assert "does not fit AVadCLIP" in message
+    assert "missing: mlp2.c_fc.bias [128]" in message
+    assert "unknown: prompt.mlp1.extra [2]" in message
+    assert "shape: temporal.aggregator.gc2.weight is [3, 5], the model has [16, 16]" in message
+    assert len(message.splitlines()) == 4
+
+
+def test_foreign_names_are_listed(official, settings):
+    state = torch.load(official[1], weights_only=True) | {"backbone.conv": torch.zeros(1), "gc5.weight": torch.zeros(1)}
+    with pytest.raises(
+        CheckpointError, match=r"(?s)not an official AVadCLIP checkpoint.*backbone\.conv\n  gc5\.weight"
+    ):
+        AVadCLIP.from_official(state, **settings)
+
+
+def test_a_teacher_is_no_student(official, settings):
+    with pytest.raises(
+        CheckpointError, match=r"(?s)does not fit AVadCLIPStudent.*missing: uncertainty.*unknown: audio"
+    ):
+        AVadCLIPStudent.from_official(official[1], **settings)
+
+
+def test_the_number_of_names_must_fit(official):
+    with pytest.raises(CheckpointError, match=r"has 3 classes, 2 names are given: \['normal', 'fight'\]"):
+        AVadCLIP.from_official(official[1], ["normal", "fight"], class_tokens=TOKENS[:2])
+    with pytest.raises(CheckpointError, match="has 3 classes, 7 names are given"):  # XD-Violence's by default
+        AVadCLIP.from_official(official[1])
+
+
+def test_what_is_no_checkpoint(settings, tmp_path):
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for source, message in (
+        (tmp_path / "absent.pth", "no checkpoint .*absent.pth"),
+        (tmp_path / "text.pth", "text.pth cannot be read as weights"),
+        (tmp_path / "list.pth", "list.pth holds a list, not a state dict"),
+        ({}, "not an AVadCLIP checkpoint: temporal.positions.weight is missing"),
+        ({"model_state_dict": {}}, "not an AVadCLIP checkpoint"),
+        ({"model_state_dict": [1]}, "holds a list, not a state dict"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            AVadCLIP.from_official(source, **settings)
+
+
+def test_a_truncated_checkpoint(official, settings):
+    path = official[1]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="teacher.pth cannot be read as weights: .+"):
+        AVadCLIP.from_official(path, **settings)
+
+
+class Malice:
+    """Unpickling this would write a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+@pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))], ids=["zip", "plain"])
+def test_code_in_a_checkpoint_is_refused_and_not_run(write, settings, tmp_path):
+    write({"alpha": Malice(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(CheckpointError, match="evil.pth cannot be read as weights"):
+        AVadCLIP.from_official(tmp_path / "evil.pth", **settings)
+    with pytest.raises(TextWeightsError, match="evil.pth cannot be read"):
+        teacher(text_weights=str(tmp_path / "evil.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+# Our own folder
+
+
+@both
+def test_our_folder_comes_back_bit_exact(make, cls, tmp_path):
+    model = make(padding="official", prompt="paper", window=6, heads=2).eval()
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
+    again = cls.from_pretrained(tmp_path)
+    assert same(model, again) and not again.training
+    assert (again.padding, again.prompt.prompt, again.classes) == ("official", "paper", CLASSES)
+    assert (again.temporal.resblocks[0].attn.window, again.temporal.resblocks[0].attn.heads) == (6, 2)
+    visual, audio, _, lengths = batch([9, 16], 16)
+    streams = (visual, audio) if make is teacher else (visual,)
+    assert torch.equal(model(*streams, lengths).class_logits, again(*streams, lengths).class_logits)
+
+
+def test_our_folder_loads_without_open_clip(tmp_path):
+    """Names were tokenised once, when the model was made: the folder holds their codes."""
+    pytest.importorskip("open_clip")
+    model = teacher(class_tokens=None)
+    model.save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['open_clip'] = None\n"
+        "from avadclip_fast import AVadCLIP\n"
+        f"model = AVadCLIP.from_pretrained({str(tmp_path)!r})\n"
+        "print(model.classes, model.text.tokens)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"{CLASSES} {model.text.tokens}"
+
+
+def test_a_loaded_model_saves_again(official, settings, tmp_path):
+    """official -> ours -> official, without a bit lost."""
+    model, path = official
+    AVadCLIP.from_official(path, **settings).save_pretrained(tmp_path / "ours")
+    AVadCLIP.from_pretrained(tmp_path / "ours").to_official(tmp_path / "again.pth")
+    before, after = (torch.load(p, weights_only=True) for p in (path, tmp_path / "again.pth"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_teachers_folder_is_no_students(tmp_path):
+    teacher().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="holds an AVadCLIP; load it with AVadCLIP.from_pretrained"):
+        AVadCLIPStudent.from_pretrained(tmp_path)
+
+
+def test_a_truncated_folder(tmp_path):
+    teacher().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    for content in (path.read_bytes()[: path.stat().st_size // 2], b"", None):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="model.safetensors cannot be read: .+"):
+            AVadCLIP.from_pretrained(tmp_path)
+
+
+def test_a_folder_of_other_weights(tmp_path):
+    teacher().save_pretrained(tmp_path)
+    save_file({"alpha": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)does not fit AVadCLIP.*missing: classifier.bias \[1\].*unknown: alpha"
+    ):
+        AVadCLIP.from_pretrained(tmp_path)
+
+
+def test_saving_never_leaves_half_a_file(tmp_path, monkeypatch):
+    """Where writing fails, what was there stays."""
+    model = teacher()
+    model.to_official(tmp_path / "model.pth")
+    before = (tmp_path / "model.pth").read_bytes()
+
+    def fail(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        model.to_official(tmp_path / "model.pth")
+    assert (tmp_path / "model.pth").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
+
+
+# CLIP's text weights
+
+
+@pytest.fixture
+def clip(tmp_path):
+    """A text side, and its frozen weights as a file of CLIP's."""
+    encoder = text.TextEncoder(TOKENS, 16, 64, 1)
+    encoder.randomize(seed=5)
+    state = {k: v.contiguous() for k, v in encoder.state_dict().items() if not k.startswith("prompt.")}
+    save_file(state | {"visual.proj": torch.zeros(2, 2)}, tmp_path / "clip.safetensors")
+    return encoder, tmp_path / "clip.safetensors"
+
+
+def test_text_weights_from_each_kind_of_file(clip, official, tmp_path):
+    encoder, path = clip
+    state = torch.load(official[1], weights_only=True)
+    torch.save({k: v for k, v in encoder.state_dict().items() if not k.startswith("prompt.")}, tmp_path / "plain.pt")
+    for source in (path, str(path), tmp_path / "plain.pt"):
+        other = text.TextEncoder(TOKENS, 16, 64, 1)
+        other.load(source)
+        assert torch.equal(other.text_projection, encoder.text_projection)
+    model = teacher(text_weights=str(official[1]))  # an official AVadCLIP checkpoint holds them too
+    assert torch.equal(model.text.token_embedding.weight, state["clipmodel.token_embedding.weight"])
+
+
+# TorchScript is deprecated, but OpenAI's file is what it is.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*TorchScript archive.*:UserWarning")
+def test_text_weights_from_openais_archive(clip, tmp_path):
+    """OpenAI's own file is a TorchScript archive, in float16."""
+    encoder, _ = clip
+
+    class Archive(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, x in encoder.state_dict().items():
+                if not name.startswith("prompt."):
+                    self.add_weight(name.split("."), x.half())
+
+        def add_weight(self, path, x):
+            owner = self
+            for part in path[:-1]:
+                if not hasattr(owner, part):
+                    owner.add_module(part, torch.nn.Module())
+                owner = getattr(owner, part)
+            owner.register_parameter(path[-1], torch.nn.Parameter(x, requires_grad=False))
+
+        def forward(self):
+            return 0
+
+    torch.jit.script(Archive()).save(tmp_path / "ViT-B-16.pt")
+    other = text.TextEncoder(TOKENS, 16, 64, 1)
+    other.load(tmp_path / "ViT-B-16.pt")
+    assert torch.equal(other.text_projection, encoder.text_projection.half().float())
+
+
+def test_absent_text_weights():
+    with pytest.raises(TextWeightsError, match="text weights: no file nowhere.pt; give 'openai', 'random' or the path"):
+        teacher(text_weights="nowhere.pt")
+
+
+def test_misshapen_text_weights(clip, tmp_path):
+    _, path = clip
+    with pytest.raises(TextWeightsError) as raised:
+        text.TextEncoder(TOKENS, 16, 64, 2).load(path)
+    assert "transformer.resblocks.1.ln_1.weight: expected [64], found none" in str(raised.value)
+    with pytest.raises(TextWeightsError, match=r"text_projection: expected \[64, 32\], found \[64, 16\]"):
+        text.TextEncoder(TOKENS, 32, 64, 1).load(path)
+
+
+def test_text_weights_that_cannot_be_read(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(TextWeightsError, match="list.pt holds a list, not a state dict"):
+        text.TextEncoder(TOKENS, 16, 64, 1).load(tmp_path / "list.pt")
+    for name in ("broken.pt", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"no weights")
+        with pytest.raises(TextWeightsError, match=f"{name} cannot be read"):
+            text.TextEncoder(TOKENS, 16, 64, 1).load(tmp_path / name)
+
+
+def test_no_network(monkeypatch):
+    pretrained = pytest.importorskip("open_clip.pretrained")
+
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(pretrained, "download_pretrained_from_url", refuse)
+    with pytest.raises(
+        TextWeightsError, match=r"could not be fetched \(OSError: no route to host\).*ViT-B-16.pt.*random"
+    ):
+        teacher(text_weights="openai")
+
+
+def test_openai_means_clips_vit_b_16(monkeypatch, clip):
+    pretrained = pytest.importorskip("open_clip.pretrained")
+    asked = []
+    monkeypatch.setattr(pretrained, "download_pretrained_from_url", lambda url: asked.append(url) or str(clip[1]))
+    text.TextEncoder(TOKENS, 16, 64, 1).load("openai")
+    assert len(asked) == 1 and asked[0].endswith("ViT-B-16.pt")
+
+
+def test_no_open_clip(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(TextWeightsError, match="class names need open_clip's tokenizer: pip install open_clip_torch"):
+        teacher(class_tokens=None)

@@ -1,0 +1,88 @@
+"""One stem per op, everywhere; and every public name says what it takes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, LARGE, ROWS
+from op_tests import DEVICES
+
+import avadclip_fast
+from avadclip_fast import BackendError, ops
+from avadclip_fast.ops import _dispatch
+
+ROOT = Path(__file__).resolve().parents[1]
+# Two ops in one file, each the other's companion.
+STEMS = {"mil_align_loss": "mil_loss", "unpack_rows": "pack_rows"}
+# Steps of data handling: no module is made of them.
+NO_MODULE = {"uniform_pool", "pack_rows"}
+
+every_op = pytest.mark.parametrize("op", _dispatch.TABLE)
+
+
+@every_op
+def test_an_op_has_all_its_files(op):
+    stem = STEMS.get(op, op)
+    files = [f"avadclip_fast/{folder}/{stem}.py" for folder in ("reference", "ops", "modules")]
+    if stem in NO_MODULE:
+        files.pop()
+    files.append(f"tests/test_{stem}.py")
+    assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+@every_op
+def test_an_op_has_cases_and_is_tested(op):
+    assert CASES[op] and LARGE[op] and ROWS[op]
+    source = (ROOT / "tests" / f"test_{STEMS.get(op, op)}.py").read_text()
+    assert "(OpTests)" in source and f'op = "{op}"' in source
+
+
+@every_op
+def test_an_op_is_public_and_has_a_reference(op):
+    assert op in ops.__all__
+    assert "reference" in _dispatch.TABLE[op]
+    assert set(_dispatch.TABLE[op]) <= set(DEVICES)
+
+
+@pytest.mark.parametrize(("op", "backend"), [(op, name) for op, row in _dispatch.TABLE.items() for name in row])
+def test_a_backend_that_is_there_serves(op, backend):
+    """A `supports` that always finds a reason would let every test of that backend be skipped."""
+    device = DEVICES[backend][0] if torch.cuda.is_available() else DEVICES[backend][-1]
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    arguments = CASES[op][1].make(torch.float32, device, 0)
+    try:
+        getattr(ops, op)(**arguments, backend=backend)
+    except BackendError as error:
+        assert re.search("is not built|is not installed", str(error))
+        pytest.skip(str(error))
+
+
+def test_the_file_names_are_ops():
+    """No file in ops/ or reference/ that the table does not know."""
+    stems = {STEMS.get(op, op) for op in _dispatch.TABLE}
+    for folder in ("ops", "reference"):
+        found = {p.stem for p in (ROOT / "avadclip_fast" / folder).glob("[!_]*.py")}
+        assert found == stems, folder
+
+
+PUBLIC = [getattr(avadclip_fast, name) for name in avadclip_fast.__all__]
+OPS = [getattr(ops, name) for name in ops.__all__ if name in _dispatch.TABLE]
+
+
+@pytest.mark.parametrize("thing", [*PUBLIC, *OPS], ids=lambda thing: thing.__name__)
+def test_a_public_name_says_what_it_takes(thing):
+    doc = thing.__doc__
+    assert doc and re.match(r"[A-Z0-9].*[.:]", doc.strip()), "begins with a sentence"
+    if thing.__name__ not in ("BackendError", "use_backend"):
+        assert re.search(r"\((B|N|C)[,)]", doc), "gives shapes, as (B, T, D)"
+        assert re.search("Raises|errors", doc), "says what it raises"
+
+
+@pytest.mark.parametrize("function", OPS, ids=lambda f: f.__name__)
+def test_an_ops_doc_names_every_argument(function):
+    names = set(function.__code__.co_varnames[: function.__code__.co_argcount]) - {"backend"}
+    assert [name for name in names if not re.search(rf"\b{name}\b", function.__doc__)] == []
+    for word in ("Returns", "eterministic", "Backends:"):
+        assert word in function.__doc__
