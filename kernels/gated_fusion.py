@@ -89,6 +89,32 @@ def gate_grad_kernel(
     tl.store(sums + width + column, tl.sum(through, 0), mask=n < width)
 
 
+def gates(
+    v: Tensor,
+    a: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    gate: Tensor,
+    hidden: Tensor,
+    y: Tensor | None,
+) -> None:
+    """Launches gates_kernel: v, a [1, M, D] -> gate, hidden and y [M, D]."""
+    _, count, width = v.shape
+    halves = [w.unflatten(1, (2, width)).transpose(0, 1) for w in (gate_weight, hidden_weight)]  # [2, D, D]
+    c = config("gates", v, count, width, 2 * width)
+    tma = c["tma"] and all(describable(x) for x in (v, a, *halves))
+    gates_kernel[(triton.cdiv(count, c["rows"]) * triton.cdiv(width, c["cols"]),)](
+        *(describe(x, c["rows"], c["depth"]) if tma else x for x in (v, a)),
+        *(describe(w, c["cols"], c["depth"]) if tma else w for w in halves),
+        gate_bias, hidden_bias, gate, hidden, y, count, width,
+        *v.stride()[1:], *a.stride()[1:], *halves[0].stride(), *halves[1].stride(),
+        PRECISION=precision(v.dtype), ROWS=c["rows"], COLS=c["cols"], DEPTH=c["depth"], TMA=tma,
+        num_warps=c["warps"], num_stages=c["stages"],
+    )  # fmt: skip
+
+
 def forward(
     visual: Tensor,
     audio: Tensor,
@@ -110,17 +136,7 @@ def forward(
         return out, *(v.new_empty(0, width) if save else v.new_empty(0) for _ in range(4))
     gate, hidden = v.new_empty(count, width), v.new_empty(count, width)
     y, r = (v.new_empty(count, width), v.new_empty(count, width)) if save else (None, None)
-    halves = [w.unflatten(1, (2, width)).transpose(0, 1) for w in (gate_weight, hidden_weight)]  # [2, D, D]
-    c = config("gates", v, count, width, 2 * width)
-    tma = c["tma"] and all(describable(x) for x in (v, a, *halves))
-    gates_kernel[(triton.cdiv(count, c["rows"]) * triton.cdiv(width, c["cols"]),)](
-        *(describe(x, c["rows"], c["depth"]) if tma else x for x in (v, a)),
-        *(describe(w, c["cols"], c["depth"]) if tma else w for w in halves),
-        gate_bias, hidden_bias, gate, hidden, y, count, width,
-        *v.stride()[1:], *a.stride()[1:], *halves[0].stride(), *halves[1].stride(),
-        PRECISION=precision(v.dtype), ROWS=c["rows"], COLS=c["cols"], DEPTH=c["depth"], TMA=tma,
-        num_warps=c["warps"], num_stages=c["stages"],
-    )  # fmt: skip
+    gates(v, a, gate_weight, gate_bias, hidden_weight, hidden_bias, gate, hidden, y)
     out = gemm(
         hidden[None], residual_weight[None], residual_bias, y=r, y_use="write" if save else "none",
         gate=gate, residual=visual.reshape(1, -1, width),

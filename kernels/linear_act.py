@@ -331,24 +331,27 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs: int) -> dict:
-    """What unmeasured shapes run with: fits every supported chip, no spills (bench/aot_report.json)."""
+    """What unmeasured shapes run with: fits every supported chip, and spills no register (bench/aot_report.json)."""
+    tma = chip.startswith("sm_") and int(chip.removeprefix("sm_")) >= 90
+    common = {"stages": 3, "tma": tma, "persistent": False}
+    wide = 1 if kind == "gates" else 2  # gates has two accumulators
     if dtype == torch.float32:  # fits "ieee" too, where each product is an instruction of its own
-        return {"rows": 64, "cols": 64, "depth": 32, "warps": 8, "stages": 3, "tma": False, "persistent": False}
-    small = rows * outputs < 128 * 128 * 128  # fewer large tiles than multiprocessors
-    side = 64 if small else 128
-    tma = chip != "interpreter" and int(chip.removeprefix("sm_")) >= 90
-    return {
-        "rows": side, "cols": side, "depth": 64, "warps": 4 if small else 8, "stages": 3, "tma": tma,
-        "persistent": False,
-    }  # fmt: skip
+        return {"rows": 64, "cols": 32 * wide, "depth": 32, "warps": 8} | common
+    if rows * outputs < 128 * 128 * 128:  # fewer large tiles than multiprocessors
+        return {"rows": 64, "cols": 64, "depth": 64, "warps": 4} | common
+    return {"rows": 128, "cols": 64 * wide, "depth": 64, "warps": 8} | common
+
+
+def bucket(kind: str, dtype: torch.dtype, rows: int, outputs: int, width: int) -> str:
+    """The problem's name in the configuration table: its rows count up to the next power of two."""
+    return f"{kind} {str(dtype).removeprefix('torch.')} {triton.next_power_of_2(rows)}x{outputs}x{width}"
 
 
 def config(kind: str, x: Tensor, rows: int, outputs: int, width: int) -> dict:
-    """Tile sizes for a problem, by the next power of two of its rows. kind: gemm, weight_grad or gates."""
+    """Tile sizes for a problem on x's device and dtype. kind: gemm, weight_grad or gates; width: of the sum."""
     chip, _ = _chip(x.device)
-    dtype = str(x.dtype).removeprefix("torch.")
-    bucket = f"{kind} {dtype} {triton.next_power_of_2(rows)}x{outputs}x{width}"
-    return _table().get(chip, {}).get(bucket) or default_config(kind, chip, x.dtype, rows, outputs)
+    measured = _table().get(chip, {}).get(bucket(kind, x.dtype, rows, outputs, width))
+    return measured or default_config(kind, chip, x.dtype, rows, outputs)
 
 
 def describable(x: Tensor) -> bool:

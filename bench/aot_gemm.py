@@ -1,0 +1,191 @@
+"""What Triton makes of the GEMM family for each architecture, without a GPU: registers, stack, shared memory, SASS.
+
+    python -m bench.aot_gemm            compiles, and writes the key "gemm" of bench/aot_report.json
+    python -m bench.aot_gemm --check    compiles, and fails where a kernel is worse than the report or breaks a rule
+
+Every launch of bench/gemm_calls.py is compiled as its launcher makes it, with the committed configurations.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from avadclip_fast.kernels import gated_fusion, linear_act
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bench.gemm_calls import calls
+
+ROOT = Path(__file__).parents[1]
+REPORT = ROOT / "bench/aot_report.json"
+SOURCES = ("kernels/linear_act.py", "kernels/gated_fusion.py", "kernels/configs/linear_act.json", "bench/gemm_calls.py")
+CHIPS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}  # multiprocessors
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block
+GEMMS = ("gemm_kernel", "weight_grad_kernel", "gates_kernel")
+TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+SAMPLE = ("mlp", "uncertainty, lengths", "fusion")  # the calls that are compiled in every dtype, not in bfloat16 alone
+INSTRUCTIONS = (*TENSOR_CORE.values(), "UTMALDG", "LDGSTS")
+POINTERS = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
+}  # fmt: skip
+
+
+def source_hash() -> str:
+    """Of all that decides what is compiled."""
+    return hashlib.sha256(b"\0".join((ROOT / path).read_bytes() for path in SOURCES)).hexdigest()
+
+
+class Launches:
+    """Stands in for a kernel, and notes what it would be launched with."""
+
+    def __init__(self, kernel: JITFunction, seen: list):
+        self.kernel, self.seen = kernel, seen
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps=4, num_stages=3, **named):
+            arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | named
+            self.seen.append((self.kernel, arguments, {"num_warps": num_warps, "num_stages": num_stages}))
+
+        return launch
+
+
+@contextlib.contextmanager
+def recorded(chip: str) -> Iterator[list]:
+    """Launches inside the block are noted as for `chip`, not made."""
+    seen: list = []
+    with contextlib.ExitStack() as stack:
+        for module in (linear_act, gated_fusion):
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                    stack.enter_context(mock.patch.object(module, name, Launches(value, seen)))
+        stack.enter_context(mock.patch.object(linear_act, "_chip", lambda device: (chip, CHIPS[chip])))
+        yield seen
+
+
+def source(kernel: JITFunction, arguments: dict) -> ASTSource:
+    """What Triton compiles for such arguments: it specialises on None, on 1, and on multiples of 16."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}[{block}]>"
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None or value == 1:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def resources(kernel: JITFunction, arguments: dict, options: dict, chip: str) -> dict[str, int]:
+    """Compiles, and reads the binary: registers, stack, local and shared memory in bytes, instruction counts."""
+    target = GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a default that Triton will change
+        compiled = triton.compile(source(kernel, arguments), target=target, options=options)
+    cuobjdump = triton.knobs.nvidia.cuobjdump.path
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
+    memory = {"registers": int(registers), "stack": int(stack), "local": int(local), "shared": compiled.metadata.shared}
+    return memory | {name: count for name, count in counts.items() if count}
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def variants(chip: str) -> dict[str, tuple[JITFunction, dict, dict]]:
+    """name -> (kernel, arguments, options) of all launches that Triton would compile apart."""
+    named, known = {}, set()
+    kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.float32, "float32": torch.float32}
+    for kind, dtype in kinds.items():
+        with recorded(chip) as seen, tf32(kind == "tf32"):
+            for call, run in calls(dtype, "meta"):
+                if dtype != torch.bfloat16 and call not in SAMPLE:
+                    continue
+                start = len(seen)
+                run()
+                for place, (kernel, arguments, options) in enumerate(seen[start:]):
+                    made = source(kernel, arguments)
+                    key = (kernel.__name__, str(made.signature), str(made.constants), str(made.attrs), str(options))
+                    if key not in known:
+                        known.add(key)
+                        named[f"{kind} {call} {place} {kernel.__name__}"] = (kernel, arguments, options)
+    return named
+
+
+def faults(chip: str, name: str, found: dict[str, int]) -> list[str]:
+    """The rules: nothing in local memory, shared memory that fits, tensor cores where something is multiplied."""
+    wrong = [f"{found[what]} bytes of {what}" for what in ("stack", "local") if found[what]]
+    if found["shared"] > SHARED_LIMIT[chip]:
+        wrong.append(f"{found['shared']} bytes of shared memory, the chip has {SHARED_LIMIT[chip]}")
+    multiplies = name.endswith(GEMMS) and not name.startswith("float32")
+    if multiplies and TENSOR_CORE[chip] not in found:
+        wrong.append(f"no {TENSOR_CORE[chip]}")
+    return [f"{chip} {name}: {what}" for what in wrong]
+
+
+def worse(chip: str, name: str, found: dict[str, int], before: dict[str, int] | None) -> list[str]:
+    """Against the report: more shared memory, more registers by more than an eighth, or TMA lost."""
+    if before is None:
+        return [f"{chip} {name}: not in the report; run python -m bench.aot_gemm"]
+    wrong = []
+    if found["shared"] > before["shared"] or found["registers"] > before["registers"] * 9 // 8:
+        wrong.append(f"{found} against {before}")
+    if found.get("UTMALDG", 0) < before.get("UTMALDG", 0):
+        wrong.append("fewer loads by TMA")
+    return [f"{chip} {name}: {what}" for what in wrong]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.aot_gemm")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--chip", choices=CHIPS, action="append")
+    check, chips = parser.parse_args().check, parser.parse_args().chip or list(CHIPS)
+    report = json.loads(REPORT.read_text()) if REPORT.exists() else {}
+    kept = report.get("gemm", {}).get("kernels", {})
+    kernels, wrong = {}, []
+    for chip in chips:
+        for name, launch in variants(chip).items():
+            found = kernels.setdefault(name, {})[chip] = resources(*launch, chip)
+            print(chip, name, found, flush=True)
+            wrong += faults(chip, name, found)
+            wrong += worse(chip, name, found, kept.get(name, {}).get(chip)) if check else []
+    if not check:
+        report["gemm"] = {"sources": source_hash(), "triton": triton.__version__, "kernels": kernels}
+        REPORT.write_text(json.dumps(report, indent=1) + "\n")
+    sys.exit("\n".join(wrong) or 0)
+
+
+if __name__ == "__main__":
+    main()

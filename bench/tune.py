@@ -1,0 +1,139 @@
+"""Finds the fastest tiles of the GEMM family on this GPU, and writes kernels/configs/linear_act.json.
+
+    python -m bench.tune                     every launch of one training step, bfloat16
+    python -m bench.tune --dtype float16 --only "mlp"
+
+A launch keeps the default where nothing is faster by 2 %: less is noise. A configuration that spills registers is not
+taken. Run the tests and bench.aot_gemm after it: both cover the committed table.
+"""
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+import triton
+from avadclip_fast.kernels import gated_fusion, linear_act
+
+from bench.gemm_calls import calls
+
+LAUNCHERS = ((linear_act, "gemm"), (linear_act, "weight_grad"), (gated_fusion, "gates"), (gated_fusion, "gemm"))
+KERNELS = ((linear_act, "gemm_kernel"), (linear_act, "weight_grad_kernel"), (gated_fusion, "gates_kernel"))
+GAIN = 1.02  # what repeated timings of one kernel differ by
+
+
+TILES = {  # rows, cols, depth, warps
+    "gemm": (
+        (128, 128, 64, 8), (128, 256, 64, 8), (256, 128, 64, 8), (128, 64, 64, 4), (64, 128, 64, 4), (64, 256, 64, 4),
+    ),
+    "weight_grad": ((128, 128, 64, 8), (128, 128, 64, 4), (128, 256, 64, 8), (64, 128, 64, 4), (128, 128, 128, 8)),
+    "gates": ((128, 64, 64, 8), (128, 128, 64, 8), (64, 64, 64, 4), (64, 128, 64, 8)),
+}  # fmt: skip
+
+
+def candidates(kind: str, default: dict) -> Iterator[dict]:
+    """What is worth trying: each tile with two depths of prefetch, and for a GEMM persistent programs."""
+    narrow = 64 // default["depth"]  # float32 has half the channels in a block
+    for rows, cols, depth, warps in TILES[kind]:
+        tile = {"rows": rows, "cols": cols, "depth": depth // narrow, "warps": warps}
+        for stages in (3, 4):
+            yield {**default, **tile, "stages": stages}
+        if kind == "gemm" and rows * cols >= 128 * 128:
+            yield {**default, **tile, "stages": 3, "persistent": True}
+
+
+def launches(dtype: torch.dtype, only: str) -> dict[str, tuple[str, dict, Callable[[], object]]]:
+    """bucket -> (kind, default configuration, the first launch that asks for it), by running the calls."""
+    found: dict[str, tuple[str, dict, Callable]] = {}
+    asked: list[tuple[str, str, dict]] = []
+
+    def note(kind, x, rows, outputs, width):
+        chip, _ = linear_act._chip(x.device)
+        default = linear_act.default_config(kind, chip, x.dtype, rows, outputs)
+        asked.append((linear_act.bucket(kind, x.dtype, rows, outputs, width), kind, default))
+        return default
+
+    def keep(launcher):
+        def run(*args, **named):
+            result = launcher(*args, **named)
+            bucket, kind, default = asked[-1]
+            found.setdefault(bucket, (kind, default, lambda: launcher(*args, **named)))
+            return result
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for module in (linear_act, gated_fusion):
+            stack.enter_context(mock.patch.object(module, "config", note))
+        for module, name in LAUNCHERS:
+            stack.enter_context(mock.patch.object(module, name, keep(getattr(module, name))))
+        for name, run in calls(dtype, "cuda"):
+            if only in name:
+                run()
+    return found
+
+
+class Spills:
+    """Stands before a kernel, and adds up the registers that its launches spill."""
+
+    def __init__(self, kernel):
+        self.kernel, self.count = kernel, 0
+
+    def __getitem__(self, grid):
+        def launch(*args, **named):
+            self.count += self.kernel[grid](*args, **named).n_spills
+
+        return launch
+
+
+def microseconds(launch: Callable[[], object], config: dict) -> float | None:
+    """Median time under a configuration, by graph replay; None where it spills or does not fit the chip."""
+    with contextlib.ExitStack() as stack:
+        for module in (linear_act, gated_fusion):
+            stack.enter_context(mock.patch.object(module, "config", lambda *_: config))
+        watched = [
+            stack.enter_context(mock.patch.object(module, name, Spills(getattr(module, name))))
+            for module, name in KERNELS
+        ]
+        try:
+            launch()
+        except triton.runtime.errors.OutOfResources:
+            return None
+        if any(kernel.count for kernel in watched):
+            return None
+        return triton.testing.do_bench_cudagraph(launch, rep=10, return_mode="median") * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--only", default="", help="calls whose name has this in it (bench/gemm_calls.py)")
+    options = parser.parse_args()
+    tune(getattr(torch, options.dtype), options.only)
+
+
+def tune(dtype: torch.dtype = torch.bfloat16, only: str = "") -> dict[str, dict]:
+    """Times every candidate for every launch, and adds what wins to the table of this chip; returns what it added."""
+    chip, _ = linear_act._chip(torch.device("cuda"))
+    table = json.loads(linear_act.CONFIGS.read_text())
+    measured = {}
+    for bucket, (kind, default, launch) in launches(dtype, only).items():
+        base = best = microseconds(launch, default)
+        chosen = default
+        for config in [*candidates(kind, default), None]:
+            config = config or {**chosen, "tma": False}  # last of all, what is best without descriptors
+            took = microseconds(launch, config)
+            if took is not None and took * GAIN < best:
+                best, chosen = took, config
+        print(f"{bucket}: default {base:.1f} us, best {best:.1f} us {chosen}", flush=True)
+        measured[bucket] = {**chosen, "us": round(best, 2)}
+        # after each one: a run that is cut short keeps what it found
+        table[chip] = dict(sorted({**table.get(chip, {}), **measured}.items()))
+        linear_act.CONFIGS.write_text(json.dumps(table, indent=1) + "\n")
+    return measured
+
+
+if __name__ == "__main__":
+    main()
