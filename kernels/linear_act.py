@@ -237,25 +237,34 @@ def activation_grad_kernel(
     y,  # [M, N] before the activation
     dot,  # [N]
     dy,  # [M, N]
-    bias_sums, dot_sums,  # [M blocks, N] float32
+    bias_sums, dot_sums,  # [M groups, N] float32
     count, outputs,
-    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dy = act'(y) · g (· dot), with its column sums, and those of act(y) · g for the gradient of dot."""
-    m, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    inside = (m < count)[:, None] & (n < outputs)[None, :]
-    at = m.to(tl.int64)[:, None] * outputs + n[None, :]  # [ROWS, COLS]
-    value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+    """dy = act'(y) · g (· dot), with its column sums, and those of act(y) · g for the gradient of dot.
+
+    A program takes GROUP rows, ROWS at a time.
+    """
+    n = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    bias_sum, dot_sum = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
+    for start in range(0, GROUP, ROWS):
+        m = tl.program_id(0) * GROUP + start + tl.arange(0, ROWS)
+        inside = (m < count)[:, None] & (n < outputs)[None, :]
+        at = m.to(tl.int64)[:, None] * outputs + n[None, :]  # [ROWS, COLS]
+        value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        if dot is not None:
+            grad = tl.load(g + m, mask=m < count, other=0.0).to(tl.float32)[:, None]
+            dot_sum += tl.sum(activate(value, ACTIVATION) * grad, 0)
+            grad = grad * tl.load(dot + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+        else:
+            grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+        result = grad * activate_grad(value, ACTIVATION)
+        tl.store(dy + at, result.to(dy.dtype.element_ty), mask=inside)
+        bias_sum += tl.sum(result, 0)
     sums = tl.program_id(0).to(tl.int64) * outputs + n
+    tl.store(bias_sums + sums, bias_sum, mask=n < outputs)
     if dot is not None:
-        grad = tl.load(g + m, mask=m < count, other=0.0).to(tl.float32)[:, None]
-        tl.store(dot_sums + sums, tl.sum(activate(value, ACTIVATION) * grad, 0), mask=n < outputs)
-        grad = grad * tl.load(dot + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    else:
-        grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
-    result = grad * activate_grad(value, ACTIVATION)
-    tl.store(dy + at, result.to(dy.dtype.element_ty), mask=inside)
-    tl.store(bias_sums + sums, tl.sum(result, 0), mask=n < outputs)
+        tl.store(dot_sums + sums, dot_sum, mask=n < outputs)
 
 
 @triton.jit
@@ -451,13 +460,13 @@ def weight_grad(
 def activation_grad(g: Tensor, y: Tensor, activation: str, dot: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launches activation_grad_kernel: g, y [M, N] -> dy [M, N], and in float32 its column sums and dot's gradient."""
     count, outputs = y.shape
-    side = (32, 128)
-    blocks = triton.cdiv(count, side[0])
+    rows, cols, group = 16, 128, 64
+    groups = triton.cdiv(count, group)
     dy = torch.empty_like(y)
-    bias_sums = y.new_empty(blocks, outputs, dtype=torch.float32)
+    bias_sums = y.new_empty(groups, outputs, dtype=torch.float32)
     dot_sums = None if dot is None else torch.empty_like(bias_sums)
-    activation_grad_kernel[blocks, triton.cdiv(outputs, side[1])](
-        g, y, dot, dy, bias_sums, dot_sums, count, outputs, ACTIVATION=activation, ROWS=side[0], COLS=side[1]
+    activation_grad_kernel[groups, triton.cdiv(outputs, cols)](
+        g, y, dot, dy, bias_sums, dot_sums, count, outputs, ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group
     )
     return dy, bias_sums.sum(0), None if dot is None else dot_sums.sum(0)
 
