@@ -97,6 +97,14 @@ def test_lengths_are_needed(loss):
         loss(logits, torch.ones(1, 2), None)
 
 
+def test_labels_have_a_class():
+    logits, lengths = torch.zeros(1, 4), torch.tensor([4])
+    with pytest.raises(ValueError, match=r"mil_loss: labels must have a class.*got \[1, 0\]"):
+        ops.mil_loss(logits, torch.zeros(1, 0), lengths)
+    with pytest.raises(ValueError, match=r"mil_align_loss: labels must have a class.*got \[1, 0\]"):
+        ops.mil_align_loss(logits[..., None][..., :0], torch.zeros(1, 0), lengths, torch.zeros(0))
+
+
 def test_alpha_learns():
     loss = MILAlignLoss(2)
     loss(torch.randn(1, 4, 2), torch.tensor([[0.0, 1.0]]), torch.tensor([4])).backward()

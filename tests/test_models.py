@@ -302,6 +302,36 @@ def test_only_the_prompt_of_the_text_side_learns():
     assert {n for n, p in teacher().text.named_parameters() if p.requires_grad} == {"prompt.weight"}
 
 
+@pytest.mark.parametrize("make", [teacher, student])
+def test_autocast(make):
+    """bf16 products, float32 losses and gradients; the outputs agree to a few roundings of bf16 a layer."""
+    model = make()
+    visual, audio, labels, lengths = batch([9, 16, 5], 16)
+    exact, exact_grads = run(make, model, visual, audio, labels, lengths)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(visual, audio, lengths) if make is teacher else model(visual, lengths)
+        losses = objective(model, out, labels, lengths)
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    assert relative(out.class_logits, exact.class_logits.detach()) < 0.05
+    model.zero_grad()
+    losses["total"].backward()
+    for name, p in model.named_parameters():
+        assert name not in exact_grads or p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+def test_compiles_and_exports_whole(make):
+    model = make().eval()
+    visual, audio, _, lengths = batch([9, 16], 16)
+    inputs = (visual, audio, lengths) if make is teacher else (visual, lengths)
+    expected = model(*inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(*inputs)
+    exported = torch.export.export(model, inputs).module()(*inputs)
+    for other in (compiled, exported):
+        torch.testing.assert_close(other.class_logits, expected.class_logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other.anomaly_logits, expected.anomaly_logits, rtol=1e-5, atol=1e-5)
+
+
 # Nothing waits for the device
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "repeat_interleave")

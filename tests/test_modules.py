@@ -201,12 +201,18 @@ def test_import_is_light():
         (lambda: teacher(fusion="sum"), "mode must be one of .*; got 'sum'"),
         (lambda: teacher(classes=["normal"]), r"at least two different names, normal first; got \['normal'\]"),
         (lambda: teacher(classes=["a", "a", "b"]), "at least two different names"),
+        (lambda: teacher(class_tokens=[[49406, 5, 49407]]), "class_tokens must be one list a class, 3, got 1"),
         (lambda: student(modality="text"), "modality must be 'visual' or 'audio', got 'text'"),
     ],
 )
 def test_refuses_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_refuses_features_of_another_width():
+    with pytest.raises(ValueError, match=r"features must have shape \[B, T, 32\], got \[1, 5, 16\]"):
+        student()(rows(1, 5, 16))
 
 
 def test_refuses_more_rows_than_positions():

@@ -54,6 +54,13 @@ class TestSimilarityGraph(OpTests):
         for b, n in enumerate(arguments["lengths"]):
             assert (out[b, n:] == 0).all() and (out[b, :n] != 0).any()
 
+    def test_foreign_weights_are_refused(self, case, backend, device):
+        arguments = self.make(case, backend, device=device)
+        _, weights = ops.similarity_graph(**arguments, backend=backend)
+        for bad in (weights[:1, :2], weights[:, :-1]):
+            with pytest.raises((ValueError, RuntimeError)):
+                ops.similarity_graph(**arguments, weights=bad, backend=backend)
+
     def test_zero_rows_are_finite(self, case, backend, device):
         """A row of zeros is like no other, itself included: equal weights."""
         arguments = self.make(case, backend, device=device)

@@ -57,6 +57,9 @@ class Detector(nn.Module, Checkpointed):
         classes = list(classes)
         if len(classes) < 2 or len(set(classes)) != len(classes):
             raise ValueError(f"classes must be at least two different names, normal first; got {classes}")
+        tokens = class_tokens or tokenize(classes)
+        if len(tokens) != len(classes):
+            raise ValueError(f"class_tokens must be one list a class, {len(classes)}, got {len(tokens)}")
         self.classes, self.padding = classes, padding
         if not set(standardize) <= set(self.streams()):
             raise ValueError(f"standardize takes streams of the model, {self.streams()}; got {standardize!r}")
@@ -65,7 +68,7 @@ class Detector(nn.Module, Checkpointed):
         self.mlp2 = MLP(width, backend=backend)
         self.classifier = nn.Linear(width, 1)
         self.prompt = AVPrompt(width, prompt, backend=backend)
-        self.text = TextEncoder(class_tokens or tokenize(classes), width, text_width, text_layers, backend)
+        self.text = TextEncoder(tokens, width, text_width, text_layers, backend)
         self.mil_loss = MILLoss(backend=backend)
         self.align_loss = MILAlignLoss(len(classes), backend=backend)
         if text_weights is not None:
@@ -229,7 +232,7 @@ class AVadCLIPStudent(Detector):
 def text_loss(text_features: Tensor) -> Tensor:
     """Keeps the anomalous classes away from normal: mean over c >= 1 of |cos(X_0, X_c)|, scalar."""
     x = F.normalize(text_features.float(), dim=-1)
-    return (x[1:] @ x[0]).abs().mean()
+    return (x[1:] * x[0]).sum(1).abs().mean()  # no matrix product: autocast would make it bf16
 
 
 def objective(

@@ -56,7 +56,7 @@ class Standardize(nn.Module):
 class TemporalEncoder(nn.Module):
     """Snippet features in context: position rows, `layers` blocks of window attention, graph convolutions.
 
-    forward: x (B, T, D) with T <= length, lengths (B,) or None -> (B, T, D). Raises ValueError on a longer T.
+    forward: x (B, T, D) with T <= length, lengths (B,) or None -> (B, T, D). Raises ValueError on other shapes.
     """
 
     def __init__(
@@ -78,7 +78,10 @@ class TemporalEncoder(nn.Module):
         self.aggregator = TemporalAggregator(dim, padding, backend=backend)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        rows, length = x.shape[1], self.positions.num_embeddings
+        length, width = self.positions.weight.shape
+        if x.ndim != 3 or x.shape[2] != width:
+            raise ValueError(f"TemporalEncoder: features must have shape [B, T, {width}], got {list(x.shape)}")
+        rows = x.shape[1]
         if rows > length:
             raise ValueError(
                 f"TemporalEncoder: T={rows} is more than the {length} positions; cut the video into chunks"

@@ -149,6 +149,8 @@ def _check(op: str, logits: Tensor, labels: Tensor, lengths: Tensor, divisor: in
             f"{op}: labels must have shape [{sizes['B']}, {sizes.get('C', 'C')}] on {logits.device}, "
             f"got {list(labels.shape)} on {labels.device}"
         )
+    if classes < 1:
+        raise ValueError(f"{op}: labels must have a class, the first being normal, got {list(labels.shape)}")
     check_positive(op, divisor=divisor)
     if lengths is None:
         raise ValueError(f"{op}: lengths must be an int tensor [B], got None")
