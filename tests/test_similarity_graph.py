@@ -57,7 +57,7 @@ class TestSimilarityGraph(OpTests):
     def test_foreign_weights_are_refused(self, case, backend, device):
         arguments = self.make(case, backend, device=device)
         _, weights = ops.similarity_graph(**arguments, backend=backend)
-        for bad in (weights[:1, :2], weights[:, :-1]):
+        for bad in (weights[:1, :2], weights[:, :-1, :-1]):
             with pytest.raises((ValueError, RuntimeError)):
                 ops.similarity_graph(**arguments, weights=bad, backend=backend)
 
