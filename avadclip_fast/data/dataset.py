@@ -57,6 +57,8 @@ class FeatureSet:
         longer than T. progress: wraps the iteration over rows. workers: threads that read.
         Raises DataError (LabelError for a label) of the first bad row; labels are looked at before any file is read.
         """
+        if not rows:
+            raise DataError("no videos to load: the list, or this part of it, is empty")
         labels = np.stack([_encode(row, codes) for row in rows])
         visual = torch.zeros(len(rows), length, width, dtype=dtype)
         heard = torch.zeros_like(visual) if audio else None

@@ -82,9 +82,14 @@ def pool(features: np.ndarray, length: int) -> tuple[np.ndarray, int]:
     if n <= length:
         return _padded(features, length), n
     bounds = np.linspace(0, n, length + 1, dtype=int)
-    # reduceat, too, takes the first row of an empty range
-    sums = np.add.reduceat(features, bounds[:-1], axis=0)
-    return sums / np.maximum(np.diff(bounds), 1)[:, None].astype(np.float32), length
+    first, counts = bounds[:-1], np.maximum(np.diff(bounds), 1)
+    # All ranges advance together, a row at a time: numpy.mean's additions in its order, so its very bits, and several
+    # times faster than a loop over ranges at the usual few rows each (numpy.add.reduceat was slower than that loop).
+    sums = features[first]
+    for step in range(1, counts.max()):
+        inside = counts > step
+        sums[inside] += features[first[inside] + step]
+    return sums / counts[:, None].astype(np.float32), length
 
 
 def chunk(features: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

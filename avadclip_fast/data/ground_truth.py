@@ -79,7 +79,7 @@ def read_object_array(path: str | Path) -> list:
     try:
         with open(path, "rb") as file:
             _, _, dtype = read_header(file, path)
-            if dtype != object:
+            if dtype.kind != "O":
                 raise DataError(f"{path}: dtype {dtype}; expected Python objects, as in the official gt_*_segment.npy")
             array = _Unpickler(file).load()
         if not isinstance(array, _Array):
@@ -119,11 +119,11 @@ class _Array:
         self.state = state
 
     def tolist(self) -> list:
-        _, shape, _, fortran, items = self.state
+        _, shape, _, _, items = self.state
         array = np.empty(len(items), object)
         for i, item in enumerate(items):  # a whole assignment would look into the lists
             array[i] = _plain(item)
-        return array.reshape(shape, order="F" if fortran else "C").tolist()
+        return array.reshape(shape).tolist()  # pickled objects are in C order, whatever the flag between says
 
 
 class _Inert:

@@ -115,7 +115,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int, normal: str = "A") ->
     """Training rows and held-out rows, each in list order; it depends on the rows, `fraction` and `seed` alone.
 
     Whole videos are held out, the same share of normal ones (label `normal`) as of anomalous ones: the nearest
-    number, but never none and never all of two or more, unless fraction is 0.
+    number, but at least one where there are two, and never all.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction}")
@@ -125,8 +125,6 @@ def split(rows: Sequence[Row], fraction: float, seed: int, normal: str = "A") ->
         strata[video[0].label == normal].append(video)
     held = set()
     for members in strata.values():
-        count = round(fraction * len(members))
-        if fraction and len(members) > 1:
-            count = min(max(count, 1), len(members) - 1)
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1) if fraction and members else 0
         held |= {row for i in rng.permutation(len(members))[:count] for row in members[i]}
     return [row for row in rows if row not in held], [row for row in rows if row in held]

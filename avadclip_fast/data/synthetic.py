@@ -23,14 +23,16 @@ from .errors import DataError
 from .labels import FILLER, XD_VIOLENCE
 from .lists import Row, write_list
 
-MODES = {"visible": 0.3, "audible": 0.4, "both": 0.3}  # share of the anomalies
-SCENE = 32  # dimensions of the subspace of backgrounds
+MODES = {"visible": 0.25, "audible": 0.45, "both": 0.3}  # share of the anomalous videos
+SCENE = 8  # dimensions of the subspace of backgrounds
 HARMLESS = 6  # kinds of distractors in each stream
-SCENE_NORM, WALK_NORM, NOISE_NORM = 6.0, 2.5, 2.0  # a row's norm is near 10, as CLIP's are
-EVENT_NORM = 4.0
-SPREAD = 0.35  # of an event's strength about its mean
-JITTER = 0.8  # noise along the directions of events themselves
-TRACE = 0.3  # what an anomaly that is only heard leaves in sight
+# Norms, of which the mean that all rows share is the first; JITTER is the noise along an event's own direction.
+MEAN, SCENE_NORM, WALK_NORM, NOISE_NORM, EVENT_NORM, JITTER = 6.0, 1.5, 1.5, 1.0, 7.0, 0.5
+# Rows of sight have a norm near 10, as CLIP's. The teacher adds sound to what its temporal encoder makes of sight, of
+# norm near 100 whatever goes in, so in a short training it only hears what is as loud as that.
+SIGHT_SCALE, SOUND_SCALE = 1.0, 10.0
+SPREAD = 0.3  # of an event's strength about its mean
+TRACE = 0.2  # what an anomaly that is only heard leaves in sight, of its strength
 DOUBLE = 0.25  # share of anomalous videos with two classes
 LEAST_EVENT, LONGEST_EVENT = 4, 24  # snippets
 
@@ -69,7 +71,9 @@ def make_synthetic(
             f"{4 * LEAST_EVENT} <= min_snippets <= max_snippets, got {width}, {min_snippets} and {max_snippets}"
         )
     folder = Path(folder)
-    streams = [_Stream(width, len(codes), np.random.default_rng([seed, s])) for s in range(2)]
+    anomalies = len(codes) - 1
+    sight = _Stream(width, anomalies, SIGHT_SCALE, {"audible": TRACE}, np.random.default_rng([seed, 0]))
+    sound = _Stream(width, anomalies, SOUND_SCALE, {"visible": 0.0}, np.random.default_rng([seed, 1]))
     jobs = [("train", i) for i in range(videos)] + [("test", i) for i in range(test_videos)]
     rows: dict[str, list[Row]] = {"train": [], "test": []}
     truth, spans, shown = [np.zeros(0, np.float32)], {"segments": [], "labels": []}, []
@@ -86,8 +90,8 @@ def make_synthetic(
         row = Row(folder / part / f"{name}__v.npy", folder / part / f"{name}__a.npy", label, i + 2)
         # Written in place, unlike features that took hours: syncing thousands of small files to disk takes minutes,
         # and a set cut short is made again.
-        np.save(row.visual, streams[0].draw(snippets, events, "audible", rng))
-        np.save(row.audio, streams[1].draw(snippets, events, "visible", rng))
+        np.save(row.visual, sight.draw(snippets, events, rng))
+        np.save(row.audio, sound.draw(snippets, events, rng))
         rows[part].append(row)
         if part == "test":
             frames = np.zeros(snippets * frames_per_snippet, np.float32)
@@ -131,12 +135,13 @@ def _events(snippets: int, anomalies: list[str], rng: np.random.Generator) -> li
     if anomalies:
         count = 1 + int(rng.integers(3))
         chosen = rng.choice(len(anomalies), 1 + (len(anomalies) > 1 and rng.random() < DOUBLE), replace=False)
-        for mode in rng.choice(list(MODES), max(count, len(chosen)), p=list(MODES.values())):
-            kind = int(chosen[len(plan) % len(chosen)])
-            plan.append((anomalies[kind], str(mode), HARMLESS + kind))
+        mode = str(rng.choice(list(MODES), p=list(MODES.values())))
+        for i in range(max(count, len(chosen))):
+            kind = int(chosen[i % len(chosen)])
+            plan.append((anomalies[kind], mode, HARMLESS + kind))
     for _ in range(1 + int(rng.integers(3))):
         plan.append((None, str(rng.choice(["visible", "audible"])), int(rng.integers(HARMLESS))))
-    order = rng.permutation(len(plan))[: snippets // LEAST_EVENT]
+    order = rng.permutation(min(len(plan), snippets // LEAST_EVENT))  # a short video has fewer distractors
     slots = np.linspace(0, snippets, len(order) + 1, dtype=int)
     events = []
     for slot, j in enumerate(order):
@@ -150,23 +155,25 @@ def _events(snippets: int, anomalies: list[str], rng: np.random.Generator) -> li
 class _Stream:
     """Sight or sound: its subspace, and the rows of a video in it."""
 
-    def __init__(self, width: int, classes: int, rng: np.random.Generator):
-        directions = HARMLESS + classes - 1
-        basis = np.linalg.qr(rng.standard_normal((width, SCENE + directions + 1)))[0].T
+    def __init__(self, width: int, anomalies: int, scale: float, faint: dict[str, float], rng: np.random.Generator):
+        """faint: the share of its strength that an anomaly of the other stream's mode has here."""
+        self.scale, self.faint = scale, faint
+        basis = np.linalg.qr(rng.standard_normal((width, 1 + SCENE + HARMLESS + anomalies)))[0].T
         self.mean, self.scene, self.events = basis[0], basis[1 : SCENE + 1], basis[SCENE + 1 :]
 
-    def draw(self, snippets: int, events: list[Event], hidden: str, rng: np.random.Generator) -> np.ndarray:
-        """Rows (snippets, width) float16; of events whose mode is `hidden`, anomalies leave a trace in sight alone."""
-        steps = rng.standard_normal((snippets, SCENE))
-        # a walk that is drawn back to its scene: an autoregression, as a sum over its decaying past
-        age = np.subtract.outer(np.arange(snippets), np.arange(snippets))
-        walk = np.where(age >= 0, 0.9 ** np.maximum(age, 0), 0) @ steps * (1 - 0.81) ** 0.5
+    def draw(self, snippets: int, events: list[Event], rng: np.random.Generator) -> np.ndarray:
+        """The rows of a video, (snippets, width) float16."""
         place = rng.standard_normal(SCENE)
+        # a walk that is drawn back to the scene: an autoregression, as a sum over its decaying past
+        age = np.subtract.outer(np.arange(snippets), np.arange(snippets))
+        decay = np.where(age >= 0, 0.9 ** np.maximum(age, 0), 0) * (1 - 0.9**2) ** 0.5
+        walk = decay @ rng.standard_normal((snippets, SCENE))
         strength = JITTER * rng.standard_normal((snippets, len(self.events)))
         for start, end, code, mode, kind in events:
-            seen = 1.0 if mode != hidden else TRACE if code and hidden == "audible" else 0.0
-            rise = np.sin(np.pi * (np.arange(end - start) + 1) / (end - start + 1)) ** 0.5
-            strength[start:end, kind] += seen * EVENT_NORM * max(1 + SPREAD * rng.standard_normal(), 0.3) * rise
+            share = self.faint.get(mode, 1.0) if code else float(mode not in self.faint)
+            peak = share * EVENT_NORM * max(1 + SPREAD * rng.standard_normal(), 0.3)
+            strength[start:end, kind] += peak * np.sin(np.pi * (np.arange(end - start) + 1) / (end - start + 1)) ** 0.5
         inside = (SCENE_NORM * place + WALK_NORM * walk) / SCENE**0.5
         noise = rng.standard_normal((snippets, len(self.mean))) * (NOISE_NORM / len(self.mean) ** 0.5)
-        return (6 * self.mean + inside @ self.scene + strength @ self.events + noise).astype(np.float16)
+        rows = MEAN * self.mean + inside @ self.scene + strength @ self.events + noise
+        return (self.scale * rows).astype(np.float16)

@@ -1,0 +1,178 @@
+import os
+import pickle
+import stat
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from avadclip_fast.data import DataError, atomic_write, chunk, load_features, pool, snippet_count, write_features
+
+
+def plain_pool(features, length):
+    """The definition, range by range."""
+    n = len(features)
+    out = np.zeros((length, features.shape[1]), np.float32)
+    if n <= length:
+        out[:n] = features
+        return out, n
+    bounds = np.linspace(0, n, length + 1, dtype=int)
+    for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        out[i] = features[start] if start == end else np.mean(features[start:end], axis=0)
+    return out, length
+
+
+def rows(n, width=8, seed=0):
+    return np.random.default_rng(seed).standard_normal((n, width)).astype(np.float32)
+
+
+@given(n=st.integers(1, 400), length=st.integers(1, 64), seed=st.integers(0, 5))
+@settings(max_examples=200, deadline=None)
+def test_pool_is_the_plain_loop(n, length, seed):
+    features = rows(n, seed=seed)
+    pooled, valid = pool(features, length)
+    expected, expected_valid = plain_pool(features, length)
+    assert valid == expected_valid and pooled.dtype == np.float32
+    np.testing.assert_array_equal(pooled, expected)  # the same additions in the same order
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 258, 511, 512, 513, 20 * 256])
+def test_pool_at_full_length(n):
+    features = rows(n, width=16)
+    pooled, valid = pool(features, 256)
+    np.testing.assert_array_equal(pooled, plain_pool(features, 256)[0])
+    assert valid == min(n, 256) and not pooled[valid:].any()
+
+
+def test_pool_leaves_its_input_alone():
+    features = rows(50)
+    before = features.copy()
+    pool(features, 7)[0][:] = 0
+    pool(features, 60)[0][:] = 0
+    np.testing.assert_array_equal(features, before)
+
+
+@given(n=st.integers(1, 100), length=st.integers(1, 30))
+@settings(max_examples=100, deadline=None)
+def test_chunks_are_the_video_and_zeros(n, length):
+    features = rows(n)
+    chunks, lengths = chunk(features, length)
+    assert chunks.shape == (-(-n // length), length, 8) and lengths.dtype == np.int64
+    assert lengths.min() >= 1 and lengths.sum() == n
+    np.testing.assert_array_equal(np.concatenate([c[:m] for c, m in zip(chunks, lengths, strict=True)]), features)
+    assert all(not c[m:].any() for c, m in zip(chunks, lengths, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_load(tmp_path, dtype, order):
+    path, features = tmp_path / "x.npy", rows(5).astype(dtype, order=order)
+    np.save(path, features)
+    loaded = load_features(path, 8)
+    assert loaded.dtype == np.float32 and loaded.flags.c_contiguous and loaded.flags.writeable
+    np.testing.assert_array_equal(loaded, features.astype(np.float32))
+    assert snippet_count(path) == 5
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+    def __init__(self, path):
+        self.path = str(path)
+
+
+def saved(path, array, **options):
+    np.save(path, array, **options)
+
+
+BAD = {
+    "missing": (lambda p: None, "no such file"),
+    "folder": (lambda p: p.mkdir(), "cannot be read"),
+    "empty file": (lambda p: p.write_bytes(b""), "not a .npy file"),
+    "text": (lambda p: p.write_text("1,2,3\n"), "not a .npy file"),
+    "pickle": (lambda p: p.write_bytes(pickle.dumps([1.0])), "not a .npy file"),
+    "header cut": (lambda p: (saved(p, rows(9)), os.truncate(p, 40)), "not a .npy file"),
+    "data cut": (lambda p: (saved(p, rows(9)), os.truncate(p, 128 + 100)), "cut short"),
+    "objects": (lambda p: saved(p, np.array([[1, "a"]], object), allow_pickle=True), "pickled object array"),
+    "integers": (lambda p: saved(p, np.ones((2, 8), int)), "int64"),
+    "a vector": (lambda p: saved(p, np.ones(8, np.float32)), "two dimensions"),
+    "three dimensions": (lambda p: saved(p, np.ones((4, 1, 8), np.float32)), "two dimensions"),
+    "no rows": (lambda p: saved(p, np.ones((0, 8), np.float32)), "empty"),
+    "width": (lambda p: saved(p, np.ones((4, 7), np.float32)), "width 7, expected 8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_load_refuses(tmp_path, case):
+    path = tmp_path / "bad one.npy"
+    make, words = BAD[case]
+    make(path)
+    for read in (load_features, snippet_count):
+        with pytest.raises(DataError) as caught:
+            read(path, 8)
+        assert str(path) in str(caught.value) and words in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_load_names_the_first_row_that_is_not_finite(tmp_path, value):
+    features = rows(9).astype(np.float64)
+    features[4, 2] = features[7, 0] = value
+    np.save(tmp_path / "x.npy", features)
+    with pytest.raises(DataError, match=r"x.npy: row 4.*2 of 9"):
+        load_features(tmp_path / "x.npy")
+
+
+def test_load_never_unpickles(tmp_path):
+    path, trace = tmp_path / "x.npy", tmp_path / "executed"
+    np.save(path, np.array([[Bomb(trace)]], object), allow_pickle=True)
+    with pytest.raises(DataError):
+        load_features(path)
+    assert not trace.exists()
+
+
+@given(where=st.integers(0, 127), byte=st.integers(0, 255))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_header_is_an_error_of_ours_or_none(tmp_path, where, byte):
+    path = tmp_path / "x.npy"
+    np.save(path, rows(3))
+    content = bytearray(path.read_bytes())
+    content[where] = byte
+    path.write_bytes(content)
+    try:
+        load_features(path)
+    except DataError as error:
+        assert str(path) in str(error)
+
+
+def test_write_features(tmp_path):
+    path, features = tmp_path / "x.npy", rows(4).astype(np.float16)
+    write_features(path, features)
+    np.testing.assert_array_equal(np.load(path), features)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+    for bad in (np.ones(3, np.float32), np.ones((2, 2), int), np.ones((0, 4), np.float32)):
+        with pytest.raises(DataError, match="y.npy"):
+            write_features(tmp_path / "y.npy", bad)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, error):
+    path = tmp_path / "x"
+    path.write_bytes(b"old")
+    with pytest.raises(error), atomic_write(path) as file:
+        file.write(b"half of the n")
+        file.flush()
+        raise error
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_atomic_write_is_an_ordinary_file(tmp_path):
+    name = "n" * 255  # as long as a name can be
+    with atomic_write(tmp_path / name, "w") as file:
+        file.write("ä\n")
+        assert not (tmp_path / name).exists()
+    assert (tmp_path / name).read_bytes() == "ä\n".encode()
+    (tmp_path / "plain").touch()
+    assert stat.S_IMODE((tmp_path / name).stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)

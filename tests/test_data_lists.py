@@ -1,0 +1,268 @@
+import numpy as np
+import pytest
+import torch
+
+from avadclip_fast import data
+from avadclip_fast.data import (
+    DataError,
+    FeatureSet,
+    LabelError,
+    Row,
+    batches,
+    epoch_order,
+    read_list,
+    split,
+    write_list,
+)
+
+CODES = data.XD_VIOLENCE
+
+
+def write(folder, text, name="list.csv"):
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path,audio_path,label\na.npy,sub/b.npy,A\nc.npy,d.npy,B1-0-0\n",
+        "\ufeffpath,audio_path,label\r\na.npy,sub/b.npy,A\r\nc.npy,d.npy,B1-0-0\r\n",
+        "label, path ,audio_path,note\nA, a.npy ,sub/b.npy,x\n B1-0-0,c.npy,d.npy,\n",
+        '"path","audio_path","label"\n"a.npy","sub/b.npy","A"\nc.npy,d.npy,B1-0-0',
+    ],
+    ids=["plain", "mark and CRLF", "other order", "quoted"],
+)
+def test_read(tmp_path, text):
+    path = write(tmp_path, text)
+    assert read_list(path) == [
+        Row(tmp_path / "a.npy", tmp_path / "sub/b.npy", "A", 2),
+        Row(tmp_path / "c.npy", tmp_path / "d.npy", "B1-0-0", 3),
+    ]
+
+
+def test_paths_start_from_the_root_unless_absolute(tmp_path):
+    path = write(tmp_path, "path,audio_path,label\na.npy,/abs/b.npy,A\n")
+    (row,) = read_list(path, root="/data/xd")
+    assert (str(row.visual), str(row.audio)) == ("/data/xd/a.npy", "/abs/b.npy")
+
+
+def test_blank_lines_keep_the_numbering(tmp_path):
+    path = write(tmp_path, "path,audio_path,label\n\na.npy,b.npy,A\n\nc.npy,d.npy,A\n")
+    assert [row.line for row in read_list(path)] == [3, 5]
+
+
+def test_sound_is_optional_where_it_is_not_wanted(tmp_path):
+    without = write(tmp_path, "path,label\na.npy,A\n", "without.csv")
+    some = write(tmp_path, "path,audio_path,label\na.npy,,A\nc.npy,d.npy,A\n", "some.csv")
+    assert read_list(without, audio=False)[0].audio is None
+    assert [row.audio for row in read_list(some, audio=False)] == [None, tmp_path / "d.npy"]
+    with pytest.raises(DataError, match="audio_path"):
+        read_list(without)
+    with pytest.raises(DataError, match="line 2: audio_path empty"):
+        read_list(some)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["no such list"]),
+        (b"\xff\xfe\x00binary\x80", ["UTF-8"]),
+        ("", ["no column path, audio_path, label"]),
+        ("path,audio_path,label\n", ["empty"]),
+        ("file,sound,label\na,b,A\n", ["no column path, audio_path", "found file,sound,label"]),
+        ("a.npy,b.npy,A\n", ["no column", "found a.npy"]),
+        ("path,audio_path,label\na.npy,b.npy\n", ["line 2", "label empty"]),
+        ("path,audio_path,label\na.npy,b.npy,A\n ,b.npy,A\n", ["line 3", "path empty"]),
+        ("path,audio_path,label\na.npy,b.npy,A\nc.npy,b.npy,A\na.npy,d.npy,A\n", ["line 4", "line 2", "a.npy"]),
+        ('path,audio_path,label\n"a.npy"x,b.npy,A\n', ["not a CSV"]),
+    ],
+)
+def test_read_refuses(tmp_path, text, words):
+    path = tmp_path / "list.csv" if text is None else write(tmp_path, text)
+    with pytest.raises(DataError) as caught:
+        read_list(path)
+    assert all(word in str(caught.value) for word in [str(path), *words]), caught.value
+
+
+def rows_of(names, label="A"):
+    return [Row(data.lists.Path(name), None, label, i + 2) for i, name in enumerate(names)]
+
+
+def test_crops_of_a_video_are_one_video():
+    names = ["f/x__0.npy", "f/y__0.npy", "f/x__1.npy", "g/x__0.npy", "f/x.npy", "f/x__v.npy", "f/x__12.npy"]
+    groups = [[str(row.visual) for row in group] for group in data.videos(rows_of(names))]
+    # a file without a crop number is a video of its own unless the number is all that sets it apart
+    assert groups == [
+        ["f/x__0.npy", "f/x__1.npy", "f/x.npy"],
+        ["f/y__0.npy"],
+        ["g/x__0.npy"],
+        ["f/x__v.npy"],
+        ["f/x__12.npy"],
+    ]
+
+
+def crops(videos, anomalous):
+    rows = []
+    for i in range(videos):
+        label = "B1-0-0" if i < anomalous else "A"
+        rows += [Row(data.lists.Path(f"v{i}__{c}.npy"), None, label, 2 + len(rows)) for c in range(10)]
+    return rows
+
+
+def test_split_never_parts_the_crops_of_a_video():
+    rows = crops(40, 10)
+    train, held = split(rows, 0.2, seed=3)
+    assert sorted(train + held, key=rows.index) == rows and not set(train) & set(held)
+    assert train == sorted(train, key=rows.index) and held == sorted(held, key=rows.index)
+    names = [{str(row.visual).split("__")[0] for row in part} for part in (train, held)]
+    assert not names[0] & names[1]
+    assert len(held) == 80 and sum(row.label != "A" for row in held) == 20
+
+
+def test_split_depends_on_the_seed_alone():
+    rows = crops(40, 20)
+    assert split(rows, 0.2, 1) == split(rows, 0.2, 1)
+    assert split(rows, 0.2, 1) != split(rows, 0.2, 2)
+    assert split(rows, 0.2, -1) == split(rows, 0.2, -1)
+
+
+def test_split_at_the_edges():
+    rows = crops(3, 1)
+    assert split(rows, 0, 0) == (rows, [])
+    train, held = split(rows, 0.01, 0)  # one of the two normal videos, and the only anomalous one stays
+    assert len(held) == 10 and {row.label for row in held} == {"A"}
+    train, held = split(rows, 0.99, 0)
+    assert {row.label for row in train} == {"A", "B1-0-0"}
+    with pytest.raises(ValueError, match="fraction"):
+        split(rows, 1, 0)
+
+
+def test_write_and_read_again(tmp_path):
+    rows = [
+        Row(tmp_path / "v/a, b.npy", data.lists.Path("/elsewhere/a.npy"), "A", 2),
+        Row(tmp_path / "v/ü.npy", tmp_path / "s/c.npy", "B1-0-0", 3),
+    ]
+    write_list(tmp_path / "l.csv", rows)
+    assert read_list(tmp_path / "l.csv") == rows
+    assert str(tmp_path) not in (tmp_path / "l.csv").read_text()
+    silent = [Row(row.visual, None, row.label, row.line) for row in rows]
+    write_list(tmp_path / "l.csv", silent)
+    assert (tmp_path / "l.csv").read_text().startswith("path,label\n")
+    assert read_list(tmp_path / "l.csv", audio=False) == silent
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """Four videos of 3, 8, 9 and 40 snippets, width 6."""
+    rng = np.random.default_rng(0)
+    lines = ["path,audio_path,label"]
+    for i, (n, label) in enumerate([(3, "A"), (8, "B1-0-0"), (9, "B1-G-0"), (40, "A")]):
+        for stream in "va":
+            np.save(tmp_path / f"{i}{stream}.npy", rng.standard_normal((n, 6)).astype(np.float16))
+        lines.append(f"{i}v.npy,{i}a.npy,{label}")
+    return read_list(write(tmp_path, "\n".join(lines)))
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_feature_set(listed, workers, dtype):
+    shown = []
+    features = FeatureSet.load(
+        listed,
+        CODES,
+        8,
+        width=6,
+        dtype=dtype,
+        workers=workers,
+        progress=lambda items: (shown.append(i) or i for i in items),
+    )
+    assert len(features) == 4 and features.visual.dtype == dtype and len(shown) == 4
+    assert features.lengths.tolist() == [3, 8, 8, 8]
+    batch = features.batch(torch.tensor([3, 0]))
+    assert batch.visual.dtype == batch.audio.dtype == batch.labels.dtype == torch.float32
+    for b, row in enumerate((listed[3], listed[0])):
+        for got, path in ((batch.visual[b], row.visual), (batch.audio[b], row.audio)):
+            expected = torch.from_numpy(data.pool(data.load_features(path), 8)[0]).to(dtype).float()
+            assert torch.equal(got, expected)
+        assert torch.equal(batch.labels[b], torch.from_numpy(data.encode(row.label, CODES)))
+    assert batch.lengths.tolist() == [8, 3]
+    again = features.to("cpu").batch(torch.tensor([1])).to("cpu")
+    assert torch.equal(again.visual[0], features.visual[1].float())
+
+
+def test_feature_set_without_sound(listed):
+    silent = [Row(row.visual, None, row.label, row.line) for row in listed]
+    features = FeatureSet.load(silent, CODES, 8, width=6, audio=False)
+    assert features.audio is None and features.batch(torch.tensor([0])).audio is None
+    assert features.to("cpu").audio is None
+    with pytest.raises(DataError, match="line 2.*no sound"):
+        FeatureSet.load(silent, CODES, 8, width=6)
+
+
+def test_streams_of_unequal_length(listed):
+    # both would be pooled to 8 rows, so only a look at the files finds it
+    np.save(listed[3].audio, np.ones((39, 6), np.float32))
+    for read in (
+        lambda: FeatureSet.load(listed, CODES, 8, width=6),
+        lambda: list(data.test_videos(listed, 8, width=6)),
+    ):
+        with pytest.raises(DataError) as caught:
+            read()
+        for word in (str(listed[3].visual), str(listed[3].audio), "40", "39", "line 5"):
+            assert word in str(caught.value)
+
+
+def test_feature_set_looks_at_the_labels_first(listed):
+    bad = [*listed[:2], Row(listed[2].visual, listed[2].audio, "B9", 4)]
+    listed[0].visual.unlink()
+    with pytest.raises(LabelError, match="2v.npy.*line 4.*B9"):
+        FeatureSet.load(bad, CODES, 8, width=6)
+    with pytest.raises(DataError, match="0v.npy: no such file"):
+        FeatureSet.load(listed, CODES, 8, width=6)
+    with pytest.raises(DataError, match="width 6, expected 512"):
+        FeatureSet.load(listed[1:], CODES, 8)
+    with pytest.raises(DataError, match="empty"):
+        FeatureSet.load([], CODES, 8)
+
+
+def test_test_videos(listed):
+    seen = list(data.test_videos(listed, 8, width=6))
+    assert [(v.name, v.label, v.snippets, v.lengths.tolist()) for v in seen] == [
+        ("0v", "A", 3, [3]),
+        ("1v", "B1-0-0", 8, [8]),
+        ("2v", "B1-G-0", 9, [8, 1]),
+        ("3v", "A", 40, [8] * 5),
+    ]
+    assert seen[2].visual.shape == seen[2].audio.shape == (2, 8, 6)
+    np.testing.assert_array_equal(seen[3].audio.reshape(40, 6), data.load_features(listed[3].audio))
+    assert next(data.test_videos(listed, 8, width=6, audio=False)).audio is None
+    listed[1].visual.unlink()
+    assert next(data.test_videos(listed, 8, width=6)).name == "0v"  # read when asked for
+
+
+def test_epoch_order():
+    order = epoch_order(100, 234, 3)
+    assert order.dtype == torch.int64 and sorted(order.tolist()) == list(range(100))
+    assert torch.equal(order, epoch_order(100, 234, 3))
+    for other in ((100, 234, 4), (100, 235, 3), (100, 235, 2), (100, -234, 3)):
+        assert not torch.equal(order, epoch_order(*other))
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002 - neither global generator has a say
+    assert torch.equal(order, epoch_order(100, 234, 3))
+
+
+def test_batches():
+    order = torch.arange(10)
+    assert [index.tolist() for index in batches(order, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [index.tolist() for index in batches(order, 4, drop_last=True)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(list(batches(order, 5, drop_last=True))) == 2
+
+
+def test_a_real_list(shared):
+    rows = read_list(shared / "data/fightsurv/train.csv")
+    assert len(rows) == len(data.videos(rows)) == 240
+    features = FeatureSet.load(rows[:4], data.CCTV_FIGHTS, 64)
+    assert features.visual.shape == (4, 64, 512) and features.visual.isfinite().all()
+    assert features.labels.tolist() == [[0, 1], [1, 0], [0, 1], [1, 0]]
