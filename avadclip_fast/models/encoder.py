@@ -50,7 +50,8 @@ class Standardize(nn.Module):
         x = (x - self.mean) / self.std
         if lengths is None:
             return x
-        return x * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+        valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+        return torch.where(valid, x, 0)  # not a product: padding may hold NaN
 
 
 class TemporalEncoder(nn.Module):
