@@ -26,11 +26,8 @@ from .lists import Row, write_list
 MODES = {"visible": 0.25, "audible": 0.45, "both": 0.3}  # share of the anomalous videos
 SCENE = 8  # dimensions of the subspace of backgrounds
 HARMLESS = 6  # kinds of distractors in each stream
-# Norms, of which the mean that all rows share is the first; JITTER is the noise along an event's own direction.
+# Norms, a row's being near 10 as CLIP's: MEAN is of what all rows share, JITTER of noise along an event's direction.
 MEAN, SCENE_NORM, WALK_NORM, NOISE_NORM, EVENT_NORM, JITTER = 6.0, 1.5, 1.5, 1.0, 7.0, 0.5
-# Rows of sight have a norm near 10, as CLIP's. The teacher adds sound to what its temporal encoder makes of sight, of
-# norm near 100 whatever goes in, so in a short training it only hears what is as loud as that.
-SIGHT_SCALE, SOUND_SCALE = 1.0, 10.0
 SPREAD = 0.3  # of an event's strength about its mean
 TRACE = 0.2  # what an anomaly that is only heard leaves in sight, of its strength
 DOUBLE = 0.25  # share of anomalous videos with two classes
@@ -47,13 +44,13 @@ class Event(NamedTuple):
 
 def make_synthetic(
     folder: str | Path,
-    videos: int = 64,
-    test_videos: int = 24,
+    videos: int = 128,
+    test_videos: int = 48,
     classes: Iterable[str] = ("normal", "fighting", "shooting", "explosion"),
     width: int = 512,
     seed: int = 0,
-    min_snippets: int = 24,
-    max_snippets: int = 120,
+    min_snippets: int = 16,
+    max_snippets: int = 48,
     frames_per_snippet: int = 16,
     progress: Progress | None = None,
 ) -> None:
@@ -72,8 +69,8 @@ def make_synthetic(
         )
     folder = Path(folder)
     anomalies = len(codes) - 1
-    sight = _Stream(width, anomalies, SIGHT_SCALE, {"audible": TRACE}, np.random.default_rng([seed, 0]))
-    sound = _Stream(width, anomalies, SOUND_SCALE, {"visible": 0.0}, np.random.default_rng([seed, 1]))
+    sight = _Stream(width, anomalies, {"audible": TRACE}, np.random.default_rng([seed, 0]))
+    sound = _Stream(width, anomalies, {"visible": 0.0}, np.random.default_rng([seed, 1]))
     jobs = [("train", i) for i in range(videos)] + [("test", i) for i in range(test_videos)]
     rows: dict[str, list[Row]] = {"train": [], "test": []}
     truth, spans, shown = [np.zeros(0, np.float32)], {"segments": [], "labels": []}, []
@@ -155,9 +152,9 @@ def _events(snippets: int, anomalies: list[str], rng: np.random.Generator) -> li
 class _Stream:
     """Sight or sound: its subspace, and the rows of a video in it."""
 
-    def __init__(self, width: int, anomalies: int, scale: float, faint: dict[str, float], rng: np.random.Generator):
+    def __init__(self, width: int, anomalies: int, faint: dict[str, float], rng: np.random.Generator):
         """faint: the share of its strength that an anomaly of the other stream's mode has here."""
-        self.scale, self.faint = scale, faint
+        self.faint = faint
         basis = np.linalg.qr(rng.standard_normal((width, 1 + SCENE + HARMLESS + anomalies)))[0].T
         self.mean, self.scene, self.events = basis[0], basis[1 : SCENE + 1], basis[SCENE + 1 :]
 
@@ -175,5 +172,4 @@ class _Stream:
             strength[start:end, kind] += peak * np.sin(np.pi * (np.arange(end - start) + 1) / (end - start + 1)) ** 0.5
         inside = (SCENE_NORM * place + WALK_NORM * walk) / SCENE**0.5
         noise = rng.standard_normal((snippets, len(self.mean))) * (NOISE_NORM / len(self.mean) ** 0.5)
-        rows = MEAN * self.mean + inside @ self.scene + strength @ self.events + noise
-        return (self.scale * rows).astype(np.float16)
+        return (MEAN * self.mean + inside @ self.scene + strength @ self.events + noise).astype(np.float16)
