@@ -291,6 +291,46 @@ def test_silence_is_audio_of_zeros():
     assert torch.equal(silent.features, model(visual, torch.zeros_like(audio), lengths).features)
 
 
+def test_silence_is_what_standardised_features_call_silence():
+    """No audio means zeros after standardisation, as in padded rows; the statistics are those of the valid rows."""
+    model = teacher(standardize=["audio"]).eval()
+    visual, audio, _, lengths = batch([16, 9], 16)
+    audio = 3 + 2 * audio
+    audio[1, 9:] = 0
+    model.fit_inputs(lengths, visual=visual, audio=audio)
+    valid = torch.cat([audio[0], audio[1, :9]]).double()
+    torch.testing.assert_close(model.standardize["audio"].mean.double(), valid.mean(0))
+    torch.testing.assert_close(model.standardize["audio"].std.double(), valid.std(0, correction=0))
+    seen = model(visual, audio, lengths).features
+    audio[1, 9:] = torch.nan
+    torch.testing.assert_close(model(visual, audio, lengths).features, seen, rtol=0, atol=0)
+    silent = model(visual, None, lengths).features
+    mean = model.standardize["audio"].mean.expand_as(audio)
+    torch.testing.assert_close(model(visual, mean, lengths).features, silent)
+    assert not torch.allclose(model(visual, torch.zeros_like(audio), lengths).features, silent)
+
+
+def test_a_dimension_that_never_varies_stays_finite():
+    model = teacher(standardize=["audio"]).eval()
+    visual, audio, _, lengths = batch([8, 8], 8)
+    audio[..., 3] = 1.5
+    model.fit_inputs(lengths, visual=visual, audio=audio)
+    assert model(visual, audio, lengths).features.isfinite().all()
+
+
+def test_what_does_not_fit_is_named():
+    model = teacher()
+    visual, audio, labels, lengths = batch([8, 5], 8)
+    with pytest.raises(ValueError, match="at least two different names.*'abc'"):
+        teacher(classes="abc")
+    with pytest.raises(ValueError, match=r"standardize takes streams of the model.*'smell'"):
+        teacher(standardize=["smell"])
+    with pytest.raises(ValueError, match=r"text_features must have shape \[3, 32\].*\[3, 16\]"):
+        model(visual, audio, lengths, text_features=torch.zeros(3, 16))
+    with pytest.raises(ValueError, match="distil a student"):
+        objective(model, model(visual, audio, lengths), labels, lengths, teacher_features=visual)
+
+
 def test_a_student_beside_its_teacher_shares_the_frozen_text_side():
     one = teacher()
     two = AVadCLIPStudent.beside(one, window=8)

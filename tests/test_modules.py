@@ -194,6 +194,10 @@ def test_import_is_light():
             lambda: AVFusion(D, mode="sum"),
             "AVFusion: mode must be one of gated, add, concat, cross_attention; got 'sum'",
         ),
+        (
+            lambda: AVFusion(20, mode="cross_attention"),
+            "AVFusion: cross_attention has 8 heads, and dim must be a multiple; got 20",
+        ),
         (lambda: AVPrompt(D, prompt="own"), "AVPrompt: prompt must be 'official' or 'paper', got 'own'"),
         (lambda: TemporalAggregator(D, padding="none"), "padding must be 'official' or 'masked', got 'none'"),
         (lambda: teacher(padding="none"), "padding must be 'official' or 'masked', got 'none'"),

@@ -54,7 +54,7 @@ class Detector(nn.Module, Checkpointed):
         backend: str | None,
     ):
         super().__init__()
-        classes = list(classes)
+        classes = [classes] if isinstance(classes, str) else list(classes)
         if len(classes) < 2 or len(set(classes)) != len(classes):
             raise ValueError(f"classes must be at least two different names, normal first; got {classes}")
         tokens = class_tokens or tokenize(classes)
@@ -95,6 +95,9 @@ class Detector(nn.Module, Checkpointed):
         self, features: Tensor, lengths: Tensor | None, text_features: Tensor | None, log_variance: Tensor | None = None
     ) -> Output:
         text = self.text() if text_features is None else text_features
+        expected = [len(self.classes), features.shape[-1]]
+        if list(text.shape) != expected:
+            raise ValueError(f"text_features must have shape {expected}, as encode_text gives; got {list(text.shape)}")
         anomaly_logits = binary_head(features, self.mlp2, self.classifier)  # [B, T]
         valid = lengths if self.padding == "masked" else None
         class_logits = self.prompt(features, text, anomaly_logits, valid)
@@ -257,6 +260,8 @@ def objective(
     }
     losses["total"] = losses["mil"] + losses["align"] + text_weight * losses["text"]
     if teacher_features is not None:
+        if out.log_variance is None:
+            raise ValueError("teacher_features distil a student: the model is a teacher, which has no uncertainty")
         valid = lengths if model.padding == "masked" else None
         losses["distill"] = model.distill_loss(teacher_features, out.features, out.log_variance, valid)
         losses["total"] = losses["total"] + distill_weight * losses["distill"]

@@ -90,13 +90,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.backend = backend
         self.token_embedding = nn.Embedding(VOCABULARY, width)
-        self.positional_embedding = nn.Parameter(torch.empty(CONTEXT, width))
+        self.positional_embedding = nn.Parameter(torch.zeros(CONTEXT, width))
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.ModuleList(
             TextBlock(width, max(1, width // 64), backend) for _ in range(layers)
         )
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.empty(width, dim))
+        self.text_projection = nn.Parameter(torch.zeros(width, dim))
         # Not used here: CLIP's own temperature, kept so that official checkpoints come back as they went in.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(100.0)))
         self.requires_grad_(False)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from .. import ops
 
 MODES = ("gated", "add", "concat", "cross_attention")
+HEADS = 8  # of cross_attention
 
 
 class AVFusion(nn.Module):
@@ -21,7 +22,7 @@ class AVFusion(nn.Module):
         fusion = AVFusion(512)
         fused = fusion(visual, audio)      # visual, audio: (B, T, 512) -> (B, T, 512)
 
-    Raises ValueError on an unknown mode, and on shapes, dtypes or devices that do not fit. Parameters carry the
+    Raises ValueError on an unknown mode or a width that does not suit it, and on shapes, dtypes or devices that do not fit. Parameters carry the
     official names (`gate_proj.0`, `residual_proj.0`, `residual_proj.2`).
     """
 
@@ -29,6 +30,8 @@ class AVFusion(nn.Module):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"AVFusion: mode must be one of {', '.join(MODES)}; got {mode!r}")
+        if mode == "cross_attention" and dim % HEADS:
+            raise ValueError(f"AVFusion: cross_attention has {HEADS} heads, and dim must be a multiple; got {dim}")
         self.mode, self.backend = mode, backend
         if mode == "gated":
             self.gate_proj = nn.Sequential(nn.Linear(2 * dim, dim), nn.Sigmoid())
@@ -36,7 +39,7 @@ class AVFusion(nn.Module):
         elif mode == "concat":
             self.proj = nn.Linear(2 * dim, dim)
         elif mode == "cross_attention":
-            self.attention = nn.MultiheadAttention(dim, num_heads=8, batch_first=True)
+            self.attention = nn.MultiheadAttention(dim, num_heads=HEADS, batch_first=True)
 
     def forward(self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, T, D), (B, T, D) -> (B, T, D). `lengths` (B,) hides padded audio from cross attention alone."""
