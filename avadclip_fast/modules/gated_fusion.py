@@ -22,8 +22,8 @@ class AVFusion(nn.Module):
         fusion = AVFusion(512)
         fused = fusion(visual, audio)      # visual, audio: (B, T, 512) -> (B, T, 512)
 
-    Raises ValueError on an unknown mode or a width that does not suit it, and on shapes, dtypes or devices that do not fit. Parameters carry the
-    official names (`gate_proj.0`, `residual_proj.0`, `residual_proj.2`).
+    Raises ValueError on an unknown mode, a width that does not suit it, and shapes, dtypes or devices that do not fit.
+    Parameters carry the official names (`gate_proj.0`, `residual_proj.0`, `residual_proj.2`).
     """
 
     def __init__(self, dim: int = 512, mode: str = "gated", backend: str | None = None):
