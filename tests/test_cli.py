@@ -1,5 +1,7 @@
 """Every command, as a newcomer would type it; and every mistake, which must end in one clear line."""
 
+import dataclasses
+import functools
 import json
 import sys
 
@@ -9,6 +11,7 @@ import torch
 
 from avadclip_fast import cli
 from avadclip_fast.data import make_synthetic
+from avadclip_fast.engine import demo
 from avadclip_fast.models import AVadCLIP
 
 CLASSES = "A=normal,B1=fighting,B2=shooting,G=explosion"
@@ -55,10 +58,12 @@ def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
     run = tmp_path / "student"
     assert (
         call(
-            "distill", videos / "train.csv", "--teacher", trained, "-o", run, "--epochs", 1, "--classes", CLASSES, "-q"
+            "distill", videos / "train.csv", "--teacher", trained, "-o", run, "--epochs", 1, "--window", 8,
+            "--classes", CLASSES, "-q",
         )
         == 0
-    )
+    )  # fmt: skip
+    assert json.loads((run / "model" / "config.json").read_text())["window"] == 8
     out = {}
     for name, model, *flags in (("teacher", trained), ("silent", trained, "--silent"), ("student", run)):
         truth = ["--gt", videos / "gt.npy", "--segments", videos / "gt_segments.json"]
@@ -70,6 +75,23 @@ def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
     assert {"ap", "auc", "abnormal_ap"} <= out["teacher"]["align"].keys()
     assert out["teacher"]["align"] != out["silent"]["align"]
     assert "AP" in capsys.readouterr().out
+
+
+def test_demo(tmp_path, monkeypatch, capsys):
+    """The demo on a tenth of its videos, for one epoch: its files, its table, and that it overwrites nothing."""
+    few = functools.partial(make_synthetic, videos=12, test_videos=6, max_snippets=20)
+    monkeypatch.setattr(demo.data, "make_synthetic", few)
+    monkeypatch.setattr(demo, "RECIPE", dataclasses.replace(demo.RECIPE, epochs=1))
+    assert call("demo", "--output", tmp_path / "demo") == 0
+    shown = capsys.readouterr().out
+    results = json.loads((tmp_path / "demo" / "results.json").read_text())["results"]
+    report = (tmp_path / "demo" / "report.md").read_text()
+    for name, result in results.items():
+        row = f"| {name} | {100 * result['ap']:.1f} | {100 * result['auc']:.1f} | {result['detection']:.1f} |"
+        assert row in shown and row in report
+    assert len(results) == 4
+    assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
+    assert "holds a demo already" in mistake(capsys, "demo", "--output", tmp_path / "demo")
 
 
 def test_a_student_needs_no_sound(videos, tmp_path):

@@ -67,6 +67,7 @@ BatchSize = Annotated[int, Option(min=1)]
 Rate = Annotated[float, Option("--lr", min=0.0, help="AdamW's learning rate.")]
 Seed = Annotated[int, Option()]
 Length = Annotated[int, Option(min=1, help="Snippets per training sample and test chunk.")]
+Window = Annotated[int | None, Option(min=1, help="Snippets that attend to one another: teacher 4, student 64.")]
 PaddingMode = Annotated[Padding, Option(help="masked: padding changes nothing; official: as the authors' code.")]
 PromptMode = Annotated[Prompt, Option(help="Form of the audio-visual prompt.")]
 Standard = Annotated[
@@ -100,6 +101,7 @@ def train(
     lr: Rate = 1e-5,
     seed: Seed = 234,
     length: Length = 256,
+    window: Window = None,
     padding: PaddingMode = Padding.masked,
     prompt: PromptMode = Prompt.official,
     standardize: Standard = None,
@@ -119,6 +121,8 @@ def train(
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     _seed(seed)
     shape = {"length": length, "padding": padding, "prompt": prompt, "standardize": standardize or ()}
+    if window is not None:
+        shape["window"] = window
     text = {"text_weights": text_weights, "text_layers": text_layers}
     if student:
         model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape, **text)
@@ -146,6 +150,7 @@ def distill(
     batch_size: BatchSize = 96,
     lr: Rate = 1e-5,
     seed: Seed = 234,
+    window: Window = None,
     padding: PaddingMode = Padding.masked,
     prompt: PromptMode = Prompt.official,
     standardize: Standard = None,
@@ -166,9 +171,10 @@ def distill(
         raise CheckpointError(f"{teacher} holds a student; --teacher wants an AVadCLIP teacher")
     _same_classes(known, codes, teacher)
     _seed(seed)
-    model = AVadCLIPStudent.beside(
-        known, modality=modality, padding=padding, prompt=prompt, standardize=standardize or ()
-    )
+    shape = {"padding": padding, "prompt": prompt, "standardize": standardize or ()}
+    if window is not None:
+        shape["window"] = window
+    model = AVadCLIPStudent.beside(known, modality=modality, **shape)
     recipe = Recipe(
         epochs,
         batch_size,

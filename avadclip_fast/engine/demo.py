@@ -62,18 +62,22 @@ def run(folder: Path, device: torch.device) -> str:
         "student, without sound": (students["student"], False),
         "student, not distilled": (students["baseline"], False),
     }
-    table, curves = [], {}
+    results, curves = {}, {}
     for name, (model, silent) in cases.items():
         scores = score_videos(model, data.test_videos(test, LENGTH), device, silent=silent, total=len(test))
         result = evaluate(scores, truth, classes, FRAMES, spans, CODES)
-        table.append((name, result["align"]["ap"], result["align"]["auc"], result["detection"]["average"]))
+        results[name] = result["align"] | {"detection": result["detection"]["average"]}
         curves[name] = scores
         with atomic_write(folder / f"{name.replace(', ', '-').replace(' ', '-')}.json") as file:
             file.write(json.dumps(result, indent=1).encode())
     _plot(folder / "curves.png", curves, spans)
     lines = ["| | AP | AUC | detection mAP |", "|---|---|---|---|"]
-    lines += [f"| {name} | {100 * ap:.1f} | {100 * auc:.1f} | {mean:.1f} |" for name, ap, auc, mean in table]
+    lines += [
+        f"| {k} | {100 * r['ap']:.1f} | {100 * r['auc']:.1f} | {r['detection']:.1f} |" for k, r in results.items()
+    ]
     text = "\n".join(lines)
+    with atomic_write(folder / "results.json") as file:
+        file.write(json.dumps({"torch": torch.__version__, "results": results}, indent=1).encode())
     with atomic_write(folder / "report.md") as file:
         file.write(f"{INTRODUCTION}{text}\n\n![score curves](curves.png)\n".encode())
     return (
