@@ -9,6 +9,8 @@ def main() -> None:
 
     from ..data import DataError
     from ..engine.state import StateError
+    from ..engine.stop import Stopped
+    from ..engine.train import RecipeError
     from ..models import CheckpointError, TextWeightsError
     from ..ops import BackendError
     from .commands import app
@@ -16,8 +18,18 @@ def main() -> None:
     logging.basicConfig(format="%(message)s")
     try:
         app()
-    except (DataError, StateError, CheckpointError, TextWeightsError, BackendError, FloatingPointError) as error:
+    except (
+        DataError,
+        StateError,
+        RecipeError,
+        CheckpointError,
+        TextWeightsError,
+        BackendError,
+        FloatingPointError,
+    ) as error:
         sys.exit(_fail(error, 2))
+    except Stopped as stop:
+        sys.exit(_fail(f"{stop}; the state is saved, and --resume goes on from there", 128 + stop.number))
     except OSError as error:  # a full disk, a folder without permission
         sys.exit(_fail(error, 2))
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """train, distill, eval, demo, check, convert, env."""
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +50,12 @@ class Fusion(StrEnum):
     cross_attention = "cross_attention"
 
 
+class Precision(StrEnum):
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+
+
 class Modality(StrEnum):
     visual = "visual"
     audio = "audio"
@@ -81,6 +88,8 @@ HeldOut = Annotated[float, Option(min=0.0, max=0.9, help="Share of the training 
 TestList = Annotated[Path | None, Option(help="For --select test.", show_default=False)]
 TestTruth = Annotated[Path | None, Option(help="Frame ground truth of the test list.", show_default=False)]
 Every = Annotated[int, Option(min=1, help="Steps between saved states; one is saved after each epoch in any case.")]
+PrecisionOf = Annotated[Precision, Option(help="Of products: bf16, or CUDA's tf32; weights and losses stay float32.")]
+Exact = Annotated[bool, Option("--deterministic", help="Only operations that give the same bits in each run.")]
 Resume = Annotated[bool, Option("--resume", help="Go on from the run's saved state, exactly.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bars.")]
 
@@ -113,13 +122,15 @@ def train(
     gt: TestTruth = None,
     frames_per_snippet: FramesPer = None,
     checkpoint_every: Every = 100,
+    precision: PrecisionOf = Precision.fp32,
+    deterministic: Exact = False,
     device: Device = "auto",
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
     """Train the teacher (or, with --student, a student on its own)."""
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
-    _seed(seed)
+    _seed(seed, deterministic)
     shape = {"length": length, "padding": padding, "prompt": prompt, "standardize": standardize or ()}
     if window is not None:
         shape["window"] = window
@@ -129,7 +140,14 @@ def train(
     else:
         model = AVadCLIP(list(codes.values()), fusion=fusion, **shape, **text)
     recipe = Recipe(
-        epochs, batch_size, lr, _epochs(milestones), seed=seed, select=select, checkpoint_every=checkpoint_every
+        epochs,
+        batch_size,
+        lr,
+        _epochs(milestones),
+        seed=seed,
+        select=select,
+        checkpoint_every=checkpoint_every,
+        precision=precision,
     )
     test = (test_list, gt, frames, root)
     _fit(model, None, recipe, list_, root, codes, held_out, test, output, device, resume, quiet)
@@ -160,6 +178,8 @@ def distill(
     gt: TestTruth = None,
     frames_per_snippet: FramesPer = None,
     checkpoint_every: Every = 100,
+    precision: PrecisionOf = Precision.fp32,
+    deterministic: Exact = False,
     device: Device = "auto",
     resume: Resume = False,
     quiet: Quiet = False,
@@ -170,7 +190,7 @@ def distill(
     if not isinstance(known, AVadCLIP):
         raise CheckpointError(f"{teacher} holds a student; --teacher wants an AVadCLIP teacher")
     _same_classes(known, codes, teacher)
-    _seed(seed)
+    _seed(seed, deterministic)
     shape = {"padding": padding, "prompt": prompt, "standardize": standardize or ()}
     if window is not None:
         shape["window"] = window
@@ -183,6 +203,7 @@ def distill(
         seed=seed,
         select=select,
         checkpoint_every=checkpoint_every,
+        precision=precision,
         distill_weight=weight if distill_weight is None else distill_weight,
     )
     test = (test_list, gt, frames, root)
@@ -390,6 +411,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _seed(seed: int) -> None:
-    """Drawn weights depend on the seed alone."""
+def _seed(seed: int, deterministic: bool) -> None:
+    """Drawn weights depend on the seed alone; deterministic: and so does every bit of the run."""
     torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)

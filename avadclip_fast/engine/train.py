@@ -1,9 +1,10 @@
 """Training: the teacher on its own, or a student distilled from one. One loop serves both."""
 
+import contextlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,11 +17,17 @@ from ..data.atomic import atomic_write
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
 from .state import StateError, frozen_digest, load_state, save_state
+from .stop import Stopped, listening
 
 STATE, BEST, MODEL, HISTORY = "state.safetensors", "best.safetensors", "model", "history.json"
+PRECISIONS = ("fp32", "tf32", "bf16")
 CACHE_LIMIT = 4 << 30  # bytes of teacher features kept in memory; more are recomputed each step
 
 _log = logging.getLogger("avadclip_fast")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be followed: a name that does not exist, or what the data or the device do not have."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,12 @@ class Recipe:
     distill_weight: float = 1e-8
     select: str = "last"  # "last", "val" (lowest held-out loss) or "test" (highest frame AP, as the official code)
     checkpoint_every: int = 100  # steps
+    # Of the products: "tf32" (CUDA's, of float32), or "bf16" (autocast). Weights, moments and losses stay float32.
+    precision: str = "fp32"
+
+    def __post_init__(self):
+        if self.precision not in PRECISIONS:
+            raise RecipeError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""
@@ -55,6 +68,19 @@ def trim(batch: Batch, *models: Detector) -> Batch:
     longest = int(batch.lengths.max())
     audio = None if batch.audio is None else batch.audio[:, :longest]
     return batch._replace(visual=batch.visual[:, :longest], audio=audio)
+
+
+@contextlib.contextmanager
+def float32_products(precision: str, device: torch.device) -> Iterator[None]:
+    """Lets float32 products be tf32 inside the block, or forbids it. Raises RecipeError where there is no tf32."""
+    if precision == "tf32" and device.type != "cuda":
+        raise RecipeError(f"precision tf32 is CUDA's; on {device.type} choose fp32 or bf16")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -82,15 +108,16 @@ def fit(
     held_out: needed by select="val"; its loss is logged after each epoch. test_ap: needed by select="test".
     resume: goes on from `folder`/state.safetensors if there is one; the result is bit for bit that of an unbroken run
     on the same device and thread count.
-    Returns one record per epoch. Raises StateError where the folder's state does not fit, or would be overwritten.
+    Returns one record per epoch. Raises StateError where the folder's state does not fit, or would be overwritten;
+    RecipeError on settings that do not fit; Stopped after SIGTERM or SIGINT, the state having been saved.
     """
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
-        raise ValueError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
+        raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
     model.to(device)
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=recipe.lr, weight_decay=recipe.weight_decay
+        [p for p in model.parameters() if p.requires_grad], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
     )
     run = {"recipe": _plain(asdict(recipe)), "samples": len(data), "frozen": frozen_digest(model)}
     info = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
@@ -105,30 +132,32 @@ def fit(
             raise StateError(
                 f"{folder} was started with other settings ({', '.join(changed)}); resume with the same ones"
             )
-    known = _teacher_source(teacher, data, device, progress)
     steps = -(-len(data) // recipe.batch_size)
     first = info["epoch"]
     board = _board(folder, purge_step=first * steps + info["step"])
-    for epoch in range(first, recipe.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr_at(epoch)
-        _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, board, device, progress)
-        record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"]}
-        if held_out is not None:
-            record["val"] = validation_loss(model, held_out, recipe.batch_size, device)
-        if recipe.select == "test":
-            record["test_ap"] = test_ap(model)
-        for name in ("val", "test_ap"):
-            if name in record:
-                board.add_scalar(f"epoch/{name}", record[name], (epoch + 1) * steps)
-        score = {"last": epoch, "val": -record.get("val", 0), "test": record.get("test_ap", 0)}[recipe.select]
-        if info["best"] is None or score > info["best"]["score"]:
-            info["best"] = {"epoch": epoch + 1, "score": score}
-            save_state(folder / BEST, model, None, info["best"])  # before the state that names it
-        info |= {"epoch": epoch + 1, "step": 0, "sums": {}, "history": [*info["history"], record]}
-        save_state(state, model, optimizer, info)
-        _say(progress, record)
-    board.close()
+    with float32_products(recipe.precision, device), listening() as request, contextlib.closing(board):
+        known = _teacher_source(teacher, data, device, progress)
+        for epoch in range(first, recipe.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr_at(epoch)
+            _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, board, device, progress, request)
+            record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"]}
+            if held_out is not None:
+                record["val"] = validation_loss(model, held_out, recipe.batch_size, device)
+            if recipe.select == "test":
+                record["test_ap"] = test_ap(model)
+            for name in ("val", "test_ap"):
+                if name in record:
+                    board.add_scalar(f"epoch/{name}", record[name], (epoch + 1) * steps)
+            score = {"last": epoch, "val": -record.get("val", 0), "test": record.get("test_ap", 0)}[recipe.select]
+            if info["best"] is None or score > info["best"]["score"]:
+                info["best"] = {"epoch": epoch + 1, "score": score}
+                save_state(folder / BEST, model, None, info["best"])  # before the state that names it
+            info |= {"epoch": epoch + 1, "step": 0, "sums": {}, "history": [*info["history"], record]}
+            save_state(state, model, optimizer, info)
+            _say(progress, record)
+            if request.number and epoch + 1 < recipe.epochs:
+                raise Stopped(request.number)
     load_state(folder / BEST, model)
     model.eval()
     model.save_pretrained(folder / MODEL)
@@ -138,7 +167,7 @@ def fit(
     return info["history"]
 
 
-def _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, board, device, progress) -> None:
+def _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, board, device, progress, request) -> None:
     """The rest of an epoch from step info["step"]; leaves its mean losses in info["last"]."""
     model.train()
     epoch, size = info["epoch"], recipe.batch_size
@@ -159,9 +188,11 @@ def _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, bo
         torch.manual_seed(recipe.seed + 1_000_003 * (epoch * len(chunks) + step))
         index = chunks[step]
         batch = trim(data.batch(index), model, *([teacher] if teacher else [])).to(device)
-        out = model(*inputs(model, batch), batch.lengths)
         features = None if known is None else known(index, batch)
-        losses = objective(model, out, batch.labels, batch.lengths, features, recipe.distill_weight, recipe.text_weight)
+        weights = recipe.distill_weight, recipe.text_weight
+        with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            out = model(*inputs(model, batch), batch.lengths)
+            losses = objective(model, out, batch.labels, batch.lengths, features, *weights)
         optimizer.zero_grad(set_to_none=True)
         losses["total"].backward()
         optimizer.step()
@@ -172,10 +203,12 @@ def _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, bo
             shown = time.monotonic()
             bar.set_postfix(loss=f"{losses['total'].item():.4f}")
         last = step + 1 == len(chunks)
-        if (step + 1) % recipe.checkpoint_every == 0 and not last:
+        if ((step + 1) % recipe.checkpoint_every == 0 or request.number) and not last:
             info |= {"step": step + 1, "sums": {name: total.item() for name, total in sums.items()}}
             _check_finite(info["sums"], epoch, step)
             save_state(state, model, optimizer, info)
+            if request.number:
+                raise Stopped(request.number)
         if (step + 1) % 10 == 0 or last:
             for name, loss in losses.items():
                 board.add_scalar(f"train/{name}", loss.detach(), epoch * len(chunks) + step + 1)

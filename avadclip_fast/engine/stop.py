@@ -1,0 +1,45 @@
+"""Being asked to end: a run that gets SIGTERM or Ctrl-C saves its state first."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+
+class Stopped(Exception):
+    """The run ended because it was asked to, by signal `number`; what it had done is saved."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class Request:
+    """Which signal asked the run to end, if one did."""
+
+    number: int | None = None
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Request]:
+    """Inside the block SIGTERM and SIGINT are noted instead of obeyed; a second one is obeyed at once.
+
+    Outside the main thread, where Python hears no signals, nothing is changed.
+    """
+    request = Request()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def note(number, frame):
+        request.number = number
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
