@@ -1,7 +1,7 @@
 """Evaluation: scores of whole videos, chunk by chunk, and what they are worth."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 from ..models.avadclip import Detector
 from ..models.checkpoints import CONFIG, read_official
 from .metrics import evaluate_scores
+
+PACKED_CHUNKS = 16  # of 256 rows: enough to fill a processor, and 50 MB of activations a layer
 
 
 class VideoScores(NamedTuple):
@@ -46,7 +48,6 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
     return kind.from_official(path, classes, **({} if window is None else {"window": window}))
 
 
-@torch.no_grad()
 def score_videos(
     model: Detector,
     videos: Iterable[TestVideo],
@@ -56,35 +57,60 @@ def score_videos(
     total: int | None = None,
     progress: bool = True,
 ) -> list[VideoScores]:
-    """Scores every snippet of every video; each chunk is scored on its own, the text side once.
+    """`stream_scores` of all videos, with a progress bar."""
+    scores = stream_scores(model, videos, device, silent=silent)
+    return list(tqdm(scores, total=total, desc="scoring", unit="video", disable=not progress))
 
-    silent: withholds the sound from a teacher. Raises DataError where a model hears and a video has no sound.
+
+@torch.no_grad()
+def stream_scores(
+    model: Detector,
+    videos: Iterable[TestVideo],
+    device: str | torch.device = "cpu",
+    *,
+    silent: bool = False,
+    chunks: int = PACKED_CHUNKS,
+) -> Iterator[VideoScores]:
+    """Scores every snippet of every video, in order; each chunk is scored on its own, the text side once.
+
+    Videos are packed until they have `chunks` chunks together, and computed in one pass: short videos fill a batch, and
+    memory stays bounded. silent: withholds the sound from a teacher.
+    Raises DataError where a model hears and a video has no sound.
     """
     model.to(device).eval()
     text = model.encode_text()
-    scores = []
-    for video in tqdm(videos, total=total, desc="scoring", unit="video", disable=not progress):
-        visual, audio, lengths = (
-            None if x is None else torch.as_tensor(x, device=device) for x in (video.visual, video.audio, video.lengths)
+    hears = "audio" in model.streams() and not silent
+    for pack in _packs(videos, chunks):
+        if hears and (deaf := [video.name for video in pack if video.audio is None]):
+            raise DataError(f"{deaf[0]}: the model hears, but the list gives no sound; score without it by --silent")
+        lengths = np.concatenate([video.lengths for video in pack])
+        # in masked mode the rows past the longest chunk change nothing
+        rows = int(lengths.max()) if model.padding == "masked" else None
+        streams = {"visual": [video.visual[:, :rows] for video in pack], "audio": None}
+        if hears:
+            streams["audio"] = [video.audio[:, :rows] for video in pack]
+        lengths, *inputs = (
+            None if x is None else torch.as_tensor(x, device=device)
+            for x in (lengths, *(streams[name] and np.concatenate(streams[name]) for name in model.streams()))
         )
-        if silent:
-            audio = None
-        elif "audio" in model.streams() and audio is None:
-            raise DataError(f"{video.name}: the model hears, but the list gives no sound; score without it by --silent")
-        if model.padding == "masked":  # the rows past the longest chunk change nothing
-            rows = int(video.lengths.max())
-            visual, audio = visual[:, :rows], None if audio is None else audio[:, :rows]
-        streams = {"visual": visual, "audio": audio}
-        out = model(*(streams[stream] for stream in model.streams()), lengths, text_features=text)
+        out = model(*inputs, lengths, text_features=text)
         valid = torch.arange(out.anomaly_logits.shape[1], device=device) < lengths[:, None]
-        scores.append(
-            VideoScores(
-                video.name,
-                out.anomaly_logits[valid].sigmoid().cpu().numpy(),
-                out.class_logits[valid].softmax(-1).cpu().numpy(),
-            )
-        )
-    return scores
+        anomaly = out.anomaly_logits[valid].sigmoid().cpu().numpy()
+        probabilities = out.class_logits[valid].softmax(-1).cpu().numpy()
+        ends = np.cumsum([video.snippets for video in pack])[:-1]
+        for video, *of in zip(pack, np.split(anomaly, ends), np.split(probabilities, ends), strict=True):
+            yield VideoScores(video.name, *of)
+
+
+def _packs(videos: Iterable[TestVideo], chunks: int) -> Iterator[list[TestVideo]]:
+    pack: list[TestVideo] = []
+    for video in videos:
+        pack.append(video)
+        if sum(len(v.lengths) for v in pack) >= chunks:
+            yield pack
+            pack = []
+    if pack:
+        yield pack
 
 
 def evaluate(

@@ -1,0 +1,67 @@
+"""Scoring of whole videos: packing changes nothing, order is kept, memory stays bounded."""
+
+import numpy as np
+import pytest
+import torch
+from small_models import batch, student, teacher
+
+from avadclip_fast.data import DataError, TestVideo
+from avadclip_fast.data.features import chunk
+from avadclip_fast.engine.evaluate import score_videos, stream_scores
+
+LENGTHS = (5, 24, 60, 1, 48, 25)  # of chunks of 24: 1, 1, 3, 1, 2, 2
+
+
+def video(number: int, snippets: int, sound: bool = True) -> TestVideo:
+    visual, audio, _, _ = batch([snippets], snippets, seed=number)
+    chunks, lengths = chunk(visual[0].numpy(), 24)
+    return TestVideo(f"v{number}", "A", chunks, chunk(audio[0].numpy(), 24)[0] if sound else None, lengths, snippets)
+
+
+def videos():
+    return [video(i, n) for i, n in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize("chunks", [1, 3, 100])
+@pytest.mark.parametrize("padding", ["masked", "official"])
+@pytest.mark.parametrize(("make", "silent"), [(teacher, False), (teacher, True), (student, False)])
+def test_packing_changes_nothing(make, silent, padding, chunks):
+    """Each chunk of each video alone, against packs: to rounding, since batches of other sizes sum in other orders."""
+    model = make(padding=padding).eval()
+    scores = list(stream_scores(model, videos(), silent=silent, chunks=chunks))
+    assert [s.name for s in scores] == [f"v{i}" for i in range(len(LENGTHS))]
+    for of, expected in zip(scores, videos(), strict=True):
+        parts = []
+        for i, n in enumerate(expected.lengths):
+            streams = [torch.from_numpy(getattr(expected, stream)[i : i + 1]) for stream in model.streams()]
+            if silent:
+                streams[1] = None
+            with torch.no_grad():
+                out = model(*streams, torch.tensor([n]))
+            parts.append((out.anomaly_logits[0, :n].sigmoid(), out.class_logits[0, :n].softmax(-1)))
+        for own, plain in zip(of[1:], zip(*parts, strict=True), strict=True):
+            np.testing.assert_allclose(own, torch.cat(plain).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_videos_are_read_as_they_are_needed():
+    read = []
+
+    def reading():
+        for item in videos():
+            read.append(item.name)
+            yield item
+
+    scores = stream_scores(teacher(), reading(), chunks=2)
+    assert next(scores).name == "v0" and read == ["v0", "v1"]
+    assert next(scores).name == "v1" and next(scores).name == "v2" and read == ["v0", "v1", "v2"]
+
+
+def test_a_video_without_sound_is_named():
+    with pytest.raises(DataError, match="v1: the model hears"):
+        score_videos(teacher(), [video(0, 5), video(1, 7, sound=False)], progress=False)
+    assert len(score_videos(teacher(), [video(1, 7, sound=False)], silent=True, progress=False)) == 1
+    assert len(score_videos(student(), [video(1, 7, sound=False)], progress=False)) == 1
+
+
+def test_no_videos_no_scores():
+    assert score_videos(student(), [], progress=False) == []
