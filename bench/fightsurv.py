@@ -112,7 +112,7 @@ class _Runs:
         folder = self.folder / "-".join(map(str, name))
         torch.manual_seed(seed)
         model = make()
-        model.fit_inputs(**{stream: getattr(features, stream) for stream in ("lengths", *model.streams())})
+        model.fit_inputs(features.batches())
         recipe = Recipe(epochs=EPOCHS, milestones=MILESTONES, batch_size=BATCH, seed=seed, **settings)
         fit(
             model,

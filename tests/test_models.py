@@ -297,7 +297,7 @@ def test_silence_is_what_standardised_features_call_silence():
     visual, audio, _, lengths = batch([16, 9], 16)
     audio = 3 + 2 * audio
     audio[1, 9:] = 0
-    model.fit_inputs(lengths, visual=visual, audio=audio)
+    model.fit_inputs([SimpleNamespace(lengths=lengths, visual=visual, audio=audio)])
     valid = torch.cat([audio[0], audio[1, :9]]).double()
     torch.testing.assert_close(model.standardize["audio"].mean.double(), valid.mean(0))
     torch.testing.assert_close(model.standardize["audio"].std.double(), valid.std(0, correction=0))
@@ -314,7 +314,7 @@ def test_a_dimension_that_never_varies_stays_finite():
     model = teacher(standardize=["audio"]).eval()
     visual, audio, _, lengths = batch([8, 8], 8)
     audio[..., 3] = 1.5
-    model.fit_inputs(lengths, visual=visual, audio=audio)
+    model.fit_inputs([SimpleNamespace(lengths=lengths, visual=visual, audio=audio)])
     assert model(visual, audio, lengths).features.isfinite().all()
 
 

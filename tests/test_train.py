@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -244,9 +245,24 @@ def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
     from avadclip_fast.engine import train
 
     monkeypatch.setattr(train, "CACHE_LIMIT", 0)
-    recomputed = run(tmp_path / "recomputed")
-    # 1e-4: batches of other sizes sum in another order, and AdamW's first steps enlarge the last bit
-    assert [e["total"] for e in cached] == pytest.approx([e["total"] for e in recomputed], rel=1e-4)
+    assert run(tmp_path / "on disk") == cached
+    kept = tmp_path / "on disk" / train.TEACHER_FEATURES
+    assert kept.exists() and not (tmp_path / "cached" / train.TEACHER_FEATURES).exists()
+
+    def forbidden(*args):
+        raise AssertionError("the teacher's features are there, and computed again")
+
+    (tmp_path / "again").mkdir()
+    shutil.copy(kept, tmp_path / "again")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "teacher_features", forbidden)
+        assert run(tmp_path / "again") == cached
+    with torch.no_grad():
+        guide.fusion.gate_proj[0].bias[0] += 1e-6
+    (tmp_path / "stale").mkdir()
+    shutil.copy(kept, tmp_path / "stale")
+    with pytest.raises(StateError, match="another teacher or other data; remove it"):
+        run(tmp_path / "stale")
 
 
 def test_cached_teacher_features_are_those_of_the_whole_model():

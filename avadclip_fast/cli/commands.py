@@ -1,4 +1,4 @@
-"""train, distill, eval, demo, check, convert, env."""
+"""train, distill, eval, demo, check, pack, convert, env."""
 
 import json
 import os
@@ -61,7 +61,13 @@ class Modality(StrEnum):
     audio = "audio"
 
 
-List_ = Annotated[Path, Argument(metavar="LIST", help="CSV: path,audio_path,label.", show_default=False)]
+PACKED = ".safetensors"
+List_ = Annotated[
+    Path,
+    Argument(
+        metavar="LIST", help=f"CSV: path,audio_path,label; to train on, also a {PACKED} of `pack`.", show_default=False
+    ),
+]
 Root = Annotated[Path | None, Option(help="Folder that relative paths start from; the list's own by default.")]
 PresetName = Annotated[str, Option("--preset", help=f"Class codes and settings: {', '.join(data.PRESETS)}.")]
 Classes = Annotated[str | None, Option(help='Other classes, normal first: "A=normal,B1=fighting".', show_default=False)]
@@ -273,7 +279,11 @@ def check(
     width: Annotated[int, Option(help="Feature width.")] = 512,
     quiet: Quiet = False,
 ) -> None:
-    """Read a list and all its feature files; report every problem with its file and row."""
+    """Read a list and all its feature files, or a packed file; report every problem with its file and row."""
+    if list_.suffix == PACKED:
+        data.check_packed(list_)
+        typer.echo(f"{list_}: no problems")
+        return
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     problems = data.check_list(
         list_,
@@ -290,6 +300,33 @@ def check(
     if problems:
         raise typer.Exit(1)
     typer.echo(f"{list_}: no problems")
+
+
+@app.command()
+def pack(
+    list_: List_,
+    output: Annotated[Path, Option("--output", "-o", help=f"The file to write, NAME{PACKED}.", show_default=False)],
+    length: Length = 256,
+    preset: PresetName = "xd-violence",
+    classes: Classes = None,
+    root: Root = None,
+    audio: Annotated[bool, Option(help="Whether to pack the sound too.")] = True,
+    width: Annotated[int, Option(help="Feature width.")] = 512,
+    full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Pool the features of a list once, into one file that train and distill read in place of the list.
+
+    A call that was cut short is gone on with by the same call. `check` reads the file against its checksum.
+    """
+    codes, _, _ = _preset(preset, classes, None)
+    if output.suffix != PACKED:
+        raise DataError(f"--output {output}: a packed file's name ends in {PACKED}")
+    rows = data.read_list(list_, root, audio=audio)
+    progress = None if quiet else report.bar("packing", "block")
+    dtype = "float32" if full else "float16"
+    data.pack(output, rows, codes, length, width, audio, dtype, progress=progress)
+    typer.echo(f"wrote {output}: {len(rows)} rows")
 
 
 @app.command()
@@ -322,38 +359,41 @@ def env() -> None:
 def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, device, resume, quiet) -> None:
     """Reads the lists before anything long begins, trains, and says where the model lies."""
     wants_audio = "audio" in model.streams() or teacher is not None
-    rows = data.read_list(list_, root, audio=wants_audio)
-    kept = None
+    features, rows = _training_set(list_, root, codes, model, wants_audio, quiet)
+    held = None
     if recipe.select == "val":
-        rows, kept = data.split(rows, held_out, recipe.seed)
-        if not rows or not kept:
+        kept, out = data.split(rows, held_out, recipe.seed)
+        if not kept or not out:
             raise DataError(f"{list_}: too few videos to hold out {held_out:g} of them; use --select last")
+        at = {row: i for i, row in enumerate(rows)}
+        held, features = (features.subset(torch.tensor([at[row] for row in part])) for part in (out, kept))
     test_ap = None
     if recipe.select == "test":
         test_ap = _test_ap(*test, wants_audio=wants_audio, device=_device(device))
-    length, width = model.temporal.positions.weight.shape
-    sets = [
-        None
-        if part is None
-        else data.FeatureSet.load(
-            part, codes, length, width=width, audio=wants_audio, progress=None if quiet else report.bar(name, "file")
-        )
-        for part, name in ((rows, "reading features"), (kept, "reading held-out features"))
-    ]
-    model.fit_inputs(**{name: getattr(sets[0], name) for name in ("lengths", *model.streams())})
+    model.fit_inputs(features.batches())
     fit(
         model,
-        sets[0],
+        features,
         recipe,
         output,
         teacher=teacher,
-        held_out=sets[1],
+        held_out=held,
         test_ap=test_ap,
         device=_device(device),
         resume=resume,
         progress=not quiet,
     )
     typer.echo(f"model: {output / 'model'}")
+
+
+def _training_set(list_: Path, root, codes, model, audio: bool, quiet: bool):
+    """The features of a list, or of the file that `pack` made of it, and their rows."""
+    length, width = model.temporal.positions.weight.shape
+    if list_.suffix == PACKED:
+        return data.FeatureSet.open(list_, codes, length, width, audio)
+    rows = data.read_list(list_, root, audio=audio)
+    progress = None if quiet else report.bar("reading features", "file")
+    return data.FeatureSet.load(rows, codes, length, width, audio, progress=progress), rows
 
 
 def _test_ap(list_: Path | None, gt: Path | None, frames: int, root: Path | None, wants_audio: bool, device):

@@ -2,7 +2,7 @@
 
 from .atomic import atomic_write
 from .check import check_list
-from .dataset import Batch, FeatureSet, TestVideo, batches, epoch_order, test_videos
+from .dataset import Batch, FeatureSet, TestVideo, batches, epoch_order, pack, test_videos
 from .errors import DataError, LabelError
 from .features import chunk, load_features, pool, snippet_count, write_features
 from .ground_truth import (
@@ -17,6 +17,7 @@ from .ground_truth import (
 )
 from .labels import CCTV_FIGHTS, PRESETS, XD_VIOLENCE, Preset, encode
 from .lists import Row, read_list, split, videos, write_list
+from .packed import check_packed
 from .synthetic import make_synthetic
 
 __all__ = [
@@ -34,12 +35,14 @@ __all__ = [
     "atomic_write",
     "batches",
     "check_list",
+    "check_packed",
     "chunk",
     "encode",
     "epoch_order",
     "frame_vector",
     "load_features",
     "make_synthetic",
+    "pack",
     "pool",
     "read_annotations",
     "read_frame_gt",

@@ -1,8 +1,10 @@
-"""Features of whole lists: a training set held in memory, test videos one by one."""
+"""Features of whole lists: a training set in memory or in one packed file, test videos one by one."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +15,7 @@ from .errors import DataError, LabelError
 from .features import chunk, load_features, pool
 from .labels import encode
 from .lists import Row
+from .packed import Field, open_packed, write_packed
 
 Progress = Callable[[Iterable], Iterable]  # wraps what is iterated, as tqdm does
 
@@ -31,12 +34,13 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """A training set in memory, pooled to T snippets a row."""
+    """A training set pooled to T snippets a row: in memory, or mapped from a packed file."""
 
     visual: Tensor  # (N, T, D)
     audio: Tensor | None  # (N, T, D)
     lengths: Tensor  # (N,) int64
     labels: Tensor  # (N, C) float32, multi-hot
+    index: Tensor | None = None  # (M,) int64: the rows that the set consists of; all of them by default
 
     @classmethod
     def load(
@@ -65,11 +69,10 @@ class FeatureSet:
         lengths = torch.zeros(len(rows), dtype=torch.int64)
 
         def fill(i: int) -> None:
-            streams = load_row(rows[i], width, audio)
-            for kept, features in zip((visual, heard), streams, strict=True):
-                if kept is not None:
-                    pooled, lengths[i] = pool(features, length)
-                    kept[i] = torch.from_numpy(pooled)
+            seen, sound, lengths[i] = _pooled(rows[i], length, width, audio)
+            visual[i] = torch.from_numpy(seen)
+            if heard is not None:
+                heard[i] = torch.from_numpy(sound)
 
         with ThreadPoolExecutor(workers) as threads:
             done = threads.map(fill, range(len(rows)))
@@ -77,19 +80,99 @@ class FeatureSet:
                 next(done)
         return cls(visual, heard, lengths, torch.from_numpy(labels))
 
+    @classmethod
+    def open(cls, path: str | Path, codes: dict[str, str], length: int, width: int = 512, audio: bool = True):
+        """A set that `pack` has written, mapped from its file, and the rows of its list.
+
+        Arguments as for `load`. Returns (FeatureSet, list of Row).
+        Raises DataError: not such a file, or one packed with other classes, another length or width, or no sound.
+        """
+        tensors, info = open_packed(path)
+        if info.get("codes") != codes:
+            raise DataError(f"{path}: packed with the classes {info.get('codes')}; now they are {codes}. Pack it again")
+        if list(tensors["visual"].shape[1:]) != [length, width]:
+            found = " x ".join(map(str, tensors["visual"].shape[1:]))
+            raise DataError(f"{path}: packed as {found}, {length} x {width} is wanted; pack it again with --length")
+        if audio and "audio" not in tensors:
+            raise DataError(f"{path}: packed without sound, which is wanted; pack it again with --audio")
+        rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
+        heard = tensors["audio"] if audio else None
+        return cls(tensors["visual"], heard, tensors["lengths"], tensors["labels"]), rows
+
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.lengths if self.index is None else self.index)
+
+    def subset(self, index: Tensor) -> "FeatureSet":
+        """The rows of `index` (M,) int64, without a copy."""
+        return replace(self, index=index if self.index is None else self.index[index])
 
     def batch(self, index: Tensor) -> Batch:
         """The rows of `index` (B,) int64, in float32."""
         index = index.to(self.lengths.device)
+        if self.index is not None:
+            index = self.index[index]
         audio = None if self.audio is None else self.audio[index].float()
         return Batch(self.visual[index].float(), audio, self.lengths[index], self.labels[index])
 
+    def batches(self, size: int = 256) -> Iterator[Batch]:
+        """The whole set in order, `size` rows at a time."""
+        return (self.batch(index) for index in torch.arange(len(self)).split(size))
+
+    def fingerprint(self) -> str:
+        """Of what the set holds: the sums of every row, its length and its labels, in order."""
+        digest = hashlib.sha256()
+        for batch in self.batches():
+            for x in batch:
+                if x is not None:
+                    digest.update(
+                        x.double().flatten(1).sum(1).numpy().tobytes() if x.ndim == 3 else x.numpy().tobytes()
+                    )
+        return digest.hexdigest()
+
     def to(self, device: str | torch.device) -> "FeatureSet":
         """The whole set on a device, where batches are then gathered."""
-        audio = None if self.audio is None else self.audio.to(device)
-        return FeatureSet(self.visual.to(device), audio, self.lengths.to(device), self.labels.to(device))
+        tensors = (self.visual, self.audio, self.lengths, self.labels, self.index)
+        return FeatureSet(*(None if x is None else x.to(device) for x in tensors))
+
+
+def pack(
+    path: str | Path,
+    rows: Sequence[Row],
+    codes: dict[str, str],
+    length: int,
+    width: int = 512,
+    audio: bool = True,
+    dtype: str = "float16",
+    progress: Progress | None = None,
+    workers: int = 4,
+) -> None:
+    """Pools the features of `rows` once, into one file that `FeatureSet.open` maps; goes on where a killed call was.
+
+    Arguments as for `FeatureSet.load`; dtype "float16" or "float32". Raises DataError.
+    """
+    if not rows:
+        raise DataError("no videos to pack: the list is empty")
+    labels = np.stack([_encode(row, codes) for row in rows])
+    fields = {name: Field(dtype, (length, width)) for name in (("visual", "audio") if audio else ("visual",))}
+    fields |= {"lengths": Field("int64", ()), "labels": Field("float32", labels.shape[1:])}
+    info = {"codes": codes, "rows": [[str(row.visual), str(row.audio or ""), row.label] for row in rows]}
+    with ThreadPoolExecutor(workers) as threads:
+
+        def fill(start: int, stop: int) -> dict[str, np.ndarray]:
+            visual, heard, lengths = zip(
+                *threads.map(lambda row: _pooled(row, length, width, audio), rows[start:stop]), strict=True
+            )
+            arrays = {"visual": np.stack(visual), "lengths": np.array(lengths), "labels": labels[start:stop]}
+            return arrays | ({"audio": np.stack(heard)} if audio else {})
+
+        write_packed(path, fields, len(rows), fill, info, progress=progress)
+
+
+def _pooled(row: Row, length: int, width: int, audio: bool) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Both streams of a row at T = length, and its valid snippets."""
+    visual, heard = load_row(row, width, audio)
+    seen, valid = pool(visual, length)
+    return seen, None if heard is None else pool(heard, length)[0], valid
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

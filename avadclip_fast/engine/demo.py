@@ -44,7 +44,7 @@ def run(folder: Path, device: torch.device) -> str:
     torch.manual_seed(SEED)
     classes = list(CODES.values())
     teacher = AVadCLIP(classes, length=LENGTH, text_weights="random", text_layers=TEXT_LAYERS, standardize=["audio"])
-    teacher.fit_inputs(features.lengths, audio=features.audio)
+    teacher.fit_inputs(features.batches())
     fit(teacher, features, RECIPE, folder / "teacher", device=device)
     students = {}
     for name, guide in (("baseline", None), ("student", teacher)):

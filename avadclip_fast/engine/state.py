@@ -31,6 +31,15 @@ def frozen_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def weights_digest(model: nn.Module) -> str:
+    """A fingerprint of every weight and statistic of a model, to the bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, info: dict) -> None:
     """Writes weights, AdamW's moments and `info` (JSON) to `path`; an earlier file stays until the new one is whole."""
     tensors = {f"model.{name}": tensor for name, tensor in trained(model).items()}

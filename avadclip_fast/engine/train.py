@@ -8,20 +8,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Batch, FeatureSet, epoch_order
 from ..data.atomic import atomic_write
+from ..data.packed import Field, open_packed, write_packed
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
-from .state import StateError, frozen_digest, load_state, save_state
+from .state import StateError, frozen_digest, load_state, save_state, weights_digest
 from .stop import Stopped, listening
 
 STATE, BEST, MODEL, HISTORY = "state.safetensors", "best.safetensors", "model", "history.json"
 PRECISIONS = ("fp32", "tf32", "bf16")
-CACHE_LIMIT = 4 << 30  # bytes of teacher features kept in memory; more are recomputed each step
+TEACHER_FEATURES = "teacher_features.safetensors"
+CACHE_LIMIT = 4 << 30  # bytes of teacher features kept in memory; more go to a file
 
 _log = logging.getLogger("avadclip_fast")
 
@@ -136,7 +139,7 @@ def fit(
     first = info["epoch"]
     board = _board(folder, purge_step=first * steps + info["step"])
     with float32_products(recipe.precision, device), listening() as request, contextlib.closing(board):
-        known = _teacher_source(teacher, data, device, progress)
+        known = _teacher_source(teacher, data, folder, device, progress)
         for epoch in range(first, recipe.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch)
@@ -232,19 +235,42 @@ def validation_loss(model, data: FeatureSet, batch_size: int, device) -> float:
     return total / len(data)
 
 
-def _teacher_source(teacher, data: FeatureSet, device, progress: bool):
-    """(index, batch) -> teacher features: looked up if all of them fit in memory, else computed each time."""
+def _teacher_source(teacher, data: FeatureSet, folder: Path, device, progress: bool):
+    """(index, batch) -> teacher features, computed once a sample and kept: in memory if they fit, else on disk."""
     if teacher is None:
         return None
     teacher.to(device).eval().requires_grad_(False)
-    count, rows, width = data.visual.shape
-    if count * rows * width * 4 > CACHE_LIMIT:
-        _log.warning("teacher features of %d samples exceed the memory limit; they are recomputed each step", count)
-        return lambda index, batch: teacher_features(teacher, batch)
-    cache = torch.zeros(count, rows, width)
-    for index in tqdm(torch.arange(count).split(32), desc="teacher features", unit="batch", disable=not progress):
-        known = teacher_features(teacher, trim(data.batch(index), teacher).to(device))
-        cache[index, : known.shape[1]] = known.cpu()
+    _, rows, width = data.visual.shape
+    field = Field("float32", (rows, width))
+
+    def compute(index: Tensor) -> np.ndarray:
+        known = np.zeros((len(index), rows, width), np.float32)
+        features = teacher_features(teacher, trim(data.batch(index), teacher).to(device))
+        known[:, : features.shape[1]] = features.float().cpu().numpy()
+        return known
+
+    def shown(blocks):
+        return tqdm(blocks, desc="teacher features", unit="batch", disable=not progress)
+
+    if len(data) * field.row_bytes <= CACHE_LIMIT:
+        cache = torch.zeros(len(data), rows, width)
+        for index in shown(torch.arange(len(data)).split(32)):
+            cache[index] = torch.from_numpy(compute(index))
+    else:
+        path = folder / TEACHER_FEATURES
+        made_by = {"teacher": weights_digest(teacher), "data": data.fingerprint()}
+        if path.exists() and open_packed(path)[1] != made_by:
+            raise StateError(
+                f"{path} holds the features of another teacher or other data; remove it, and they are made anew"
+            )
+        if not path.exists():
+            _log.warning("teacher features of %d samples are kept in %s", len(data), path)
+            fields = {"features": field}
+            write_packed(
+                path, fields, len(data), lambda start, stop: {"features": compute(torch.arange(start, stop))},
+                made_by, block=32, progress=shown,
+            )  # fmt: skip
+        cache = open_packed(path)[0]["features"]
     return lambda index, batch: cache[index, : batch.visual.shape[1]].to(device)
 
 

@@ -1,6 +1,6 @@
 """AVadCLIP: the audio-visual teacher and the student that needs one stream (arXiv 2504.04495)."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
@@ -83,10 +83,22 @@ class Detector(nn.Module, Checkpointed):
         """The streams that the model takes, in the order of `forward`'s arguments."""
         raise NotImplementedError
 
-    def fit_inputs(self, lengths: Tensor, **streams: Tensor) -> None:
-        """Takes the statistics of a training set for `standardize`: lengths (N,), visual= and audio= (N, T, D)."""
+    def fit_inputs(self, batches: Iterable) -> None:
+        """Takes the statistics of a training set for `standardize`, in one pass; without it nothing is read.
+
+        batches: with `lengths` (B,) and the model's streams `visual`, `audio` (B, T, D), zero past each length: what
+        `FeatureSet.batches()` gives.
+        """
+        if not self.standardize:
+            return
+        rows, sums = 0, dict.fromkeys(self.standardize, 0)
+        for batch in batches:
+            rows += int(batch.lengths.sum())
+            for stream in self.standardize:
+                x = getattr(batch, stream).double()
+                sums[stream] = sums[stream] + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
         for stream, scale in self.standardize.items():
-            scale.fit(streams[stream], lengths)
+            scale.fit(*sums[stream], rows)
 
     def _input(self, stream: str, x: Tensor, lengths: Tensor | None) -> Tensor:
         return self.standardize[stream](x, lengths) if stream in self.standardize else x

@@ -35,13 +35,9 @@ class Standardize(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     @torch.no_grad()
-    def fit(self, x: Tensor, lengths: Tensor) -> None:
-        """Takes the statistics of the valid rows of x (N, T, D), whose padded rows are zero."""
-        rows, total, squares = int(lengths.sum()), 0, 0
-        for part in x.split(256):  # in parts, so that no copy of a large set is made
-            part = part.double()
-            total, squares = total + part.sum((0, 1)), squares + part.square().sum((0, 1))
-        mean = total / rows
+    def fit(self, sums: Tensor, squares: Tensor, rows: int) -> None:
+        """Takes the statistics of `rows` rows: their sums and sums of squares (D,), in float64."""
+        mean = sums / rows
         std = (squares / rows - mean**2).clamp_min(0).sqrt()
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-6 * std.max(), std, 1))  # a dimension that never varies stays as it is

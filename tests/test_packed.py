@@ -1,0 +1,206 @@
+"""Packed files: what comes back, what a kill leaves, and what is said of a bad one."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_cli import CLASSES, QUICK, call, mistake
+
+from avadclip_fast import data
+from avadclip_fast.data import DataError, FeatureSet
+from avadclip_fast.data.packed import Field, check_packed, open_packed, write_packed
+
+FIELDS = {"x": Field("float32", (3, 2)), "n": Field("int64", ())}
+ROWS = 50
+CODES = {code: data.XD_VIOLENCE[code] for code in ("A", "B1", "B2", "G")}
+
+
+def block(start: int, stop: int) -> dict[str, np.ndarray]:
+    n = np.arange(start, stop)
+    return {"x": np.sin(n[:, None, None] + np.arange(6).reshape(3, 2)), "n": n}
+
+
+def write(path, fill=block, info=None, **settings):
+    write_packed(path, FIELDS, ROWS, fill, info or {"of": "sines"}, block=8, **settings)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    data.make_synthetic(folder, videos=12, test_videos=1, min_snippets=16, max_snippets=30)
+    return folder
+
+
+def test_what_is_written_comes_back(tmp_path):
+    write(tmp_path / "a.safetensors")
+    tensors, info = open_packed(tmp_path / "a.safetensors")
+    assert info == {"of": "sines"} and [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+    expected = block(0, ROWS)
+    np.testing.assert_array_equal(tensors["x"].numpy(), expected["x"].astype(np.float32))
+    np.testing.assert_array_equal(tensors["n"].numpy(), expected["n"])
+    check_packed(tmp_path / "a.safetensors")
+
+
+def test_a_changed_byte_is_noticed(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write(path)
+    whole = path.read_bytes()
+    for at in (len(whole) - 1, len(whole) - 700):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(DataError, match="a.safetensors.*not those that were written"):
+            check_packed(path)
+    path.write_bytes(whole[:-9])
+    with pytest.raises(DataError, match="a.safetensors: cannot be read"):
+        open_packed(path)
+    path.write_bytes(b"PK" * 300)
+    with pytest.raises(DataError, match="a.safetensors: cannot be read"):
+        open_packed(path)
+
+
+def test_it_goes_on_where_it_was(tmp_path):
+    write(tmp_path / "whole.safetensors")
+    asked = []
+
+    def failing(start, stop):
+        asked.append(start)
+        if start == 24:
+            raise KeyboardInterrupt
+        return block(start, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "cut.safetensors", failing)
+    assert not (tmp_path / "cut.safetensors").exists()
+
+    def rest(start, stop):
+        asked.append(start)
+        return block(start, stop)
+
+    write(tmp_path / "cut.safetensors", rest)
+    assert asked == [0, 8, 16, 24, 24, 32, 40, 48]
+    assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_what_was_begun_otherwise_is_begun_anew(tmp_path):
+    def once(start, stop):
+        if start == 16:
+            raise KeyboardInterrupt
+        return {"x": np.full((stop - start, 3, 2), 7.0), "n": np.arange(start, stop)}
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a.safetensors", once, {"of": "sevens"})
+    write(tmp_path / "a.safetensors")
+    np.testing.assert_allclose(open_packed(tmp_path / "a.safetensors")[0]["x"][0, 0, 0], np.sin(0))
+
+
+def test_sigkill_anywhere(tmp_path):
+    """Killed from outside again and again, wherever it happens to be, a writer ends with an unbroken one's bytes."""
+    script = (
+        "import sys, time, numpy as np; from avadclip_fast.data.packed import Field, write_packed\n"
+        "def slow(start, stop):\n"
+        "    time.sleep(0.03)\n"
+        "    n = np.arange(start, stop)\n"
+        "    return {'x': np.sin(n[:, None, None] + np.arange(6).reshape(3, 2)), 'n': n}\n"
+        f"fields = {{'x': Field('float32', (3, 2)), 'n': Field('int64', ())}}\n"
+        f"write_packed(sys.argv[1], fields, {ROWS}, slow, {{'of': 'sines'}}, block=8)"
+    )
+    path, rng = tmp_path / "cut.safetensors", np.random.default_rng(0)
+    for _ in range(3):
+        process, seen = subprocess.Popen([sys.executable, "-c", script, str(path)]), _journal(path)
+        while _journal(path) == seen:  # a block further each time
+            assert process.poll() is None
+            time.sleep(0.005)
+        time.sleep(0.03 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the writer ended before it could be killed"
+    write(path)
+    write(tmp_path / "whole.safetensors")
+    assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def _journal(path) -> int:
+    try:
+        return json.loads(path.with_name(path.name + ".part.json").read_text())["rows"]
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    asked = []
+    with pytest.raises(DataError, match="a.safetensors: cannot be written: No space left"):
+        write(tmp_path / "a.safetensors", lambda start, stop: asked.append(start))
+    assert asked == []
+
+
+def test_two_writers_of_one_file(tmp_path):
+    def twice(start, stop):
+        with pytest.raises(DataError, match="another process is writing"):
+            write(tmp_path / "a.safetensors")
+        return block(start, stop)
+
+    write(tmp_path / "a.safetensors", twice)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="cannot be written: No such file"):
+        write(tmp_path / "missing" / "a.safetensors")
+
+
+@pytest.mark.parametrize("audio", [True, False])
+def test_a_packed_list_is_the_list(made, tmp_path, audio):
+    rows = data.read_list(made / "train.csv")
+    plain = FeatureSet.load(rows, CODES, 16, audio=audio)
+    data.pack(tmp_path / "a.safetensors", rows, CODES, 16, audio=audio, dtype="float32")
+    packed, listed = FeatureSet.open(tmp_path / "a.safetensors", CODES, 16, audio=audio)
+    assert [(row.visual, row.label, row.line) for row in listed] == [(row.visual, row.label, row.line) for row in rows]
+    order = torch.tensor([5, 0, 11, 3])
+    for one, two in ((plain, packed), (plain.subset(order), packed.subset(order))):
+        assert len(one) == len(two) and one.fingerprint() == two.fingerprint()
+        for a, b in zip(one.batch(torch.tensor([2, 1])), two.batch(torch.tensor([2, 1])), strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+    assert torch.equal(
+        plain.subset(order).subset(torch.tensor([1, 2])).batch(torch.tensor([1])).visual, plain.visual[11:12]
+    )
+    assert plain.fingerprint() != plain.subset(order).fingerprint()
+    data.pack(tmp_path / "half.safetensors", rows, CODES, 16, audio=audio)
+    half, _ = FeatureSet.open(tmp_path / "half.safetensors", CODES, 16, audio=audio)
+    torch.testing.assert_close(half.visual.float(), plain.visual, rtol=2**-11, atol=1e-7)  # float16's half ulp
+
+
+def test_a_packed_file_that_does_not_fit(made, tmp_path):
+    path = tmp_path / "a.safetensors"
+    data.pack(path, data.read_list(made / "train.csv"), CODES, 16, audio=False)
+    with pytest.raises(DataError, match="packed with the classes"):
+        FeatureSet.open(path, CODES | {"B4": "riot"}, 16, audio=False)
+    with pytest.raises(DataError, match="packed as 16 x 512, 32 x 512 is wanted"):
+        FeatureSet.open(path, CODES, 32, audio=False)
+    with pytest.raises(DataError, match="packed without sound"):
+        FeatureSet.open(path, CODES, 16)
+
+
+def test_training_from_a_packed_file(made, tmp_path, capsys):
+    """Same weights as from the list, held-out videos included."""
+    assert call("pack", made / "train.csv", "-o", tmp_path / "p.safetensors", "--length", 16, "--float32", "-q",
+                "--classes", CLASSES) == 0  # fmt: skip
+    assert call("check", tmp_path / "p.safetensors") == 0
+    weights = []
+    for name, source in (("list", made / "train.csv"), ("packed", tmp_path / "p.safetensors")):
+        run = tmp_path / name
+        assert call("train", source, "-o", run, "--epochs", 1, "--standardize", "audio", *QUICK) == 0
+        weights.append(load_file(run / "model" / "model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert "ends in .safetensors" in mistake(capsys, "pack", made / "train.csv", "-o", tmp_path / "p.bin")
+    path = tmp_path / "p.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert "not those that were written" in mistake(capsys, "check", path)
