@@ -1,12 +1,69 @@
 """attention_pool: the prompt's global feature of a video."""
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from . import _dispatch
 from ._check import check_lengths, check_tensors
+from ._triton import triton_reason
+
+
+def _triton(features: Tensor, logits: Tensor, lengths: Tensor | None) -> Tensor:
+    return torch.ops.avadclip_fast.attention_pool(features, logits, lengths)[0]
+
 
 _dispatch.register("attention_pool", "reference", reference.attention_pool)
+_dispatch.register("attention_pool", "triton", _triton, lambda features, logits, _: triton_reason(features, logits))
+
+torch.library.define(
+    "avadclip_fast::attention_pool", "(Tensor features, Tensor logits, Tensor? lengths) -> (Tensor out, Tensor pooled)"
+)
+torch.library.define(
+    "avadclip_fast::attention_pool_backward",
+    "(Tensor grad, Tensor pooled, Tensor features, Tensor logits, Tensor? lengths) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("avadclip_fast::attention_pool", ("CPU", "CUDA"))  # CPU: Triton's interpreter
+def _(*args):
+    from ..kernels import attention_pool as kernel
+
+    return kernel.forward(*args)
+
+
+@torch.library.impl("avadclip_fast::attention_pool_backward", ("CPU", "CUDA"))
+def _(*args):
+    from ..kernels import attention_pool as kernel
+
+    return kernel.backward(*args)
+
+
+@torch.library.register_fake("avadclip_fast::attention_pool")
+def _(features, logits, lengths):
+    shape = (features.shape[0], features.shape[2])
+    return features.new_empty(shape), features.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("avadclip_fast::attention_pool_backward")
+def _(grad, pooled, features, logits, lengths):
+    return features.new_empty(features.shape), logits.new_empty(logits.shape)
+
+
+def _save(ctx, inputs, output):
+    features, logits, lengths = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], features, logits, lengths)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return None, None, None
+    return *torch.ops.avadclip_fast.attention_pool_backward(grad, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd("avadclip_fast::attention_pool", _backward, setup_context=_save)
 
 
 def attention_pool(

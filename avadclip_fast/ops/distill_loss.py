@@ -1,12 +1,68 @@
 """distill_loss: uncertainty-weighted knowledge distillation."""
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from . import _dispatch
 from ._check import check_lengths, check_tensors
+from ._triton import triton_reason
+
+
+def _triton(teacher: Tensor, student: Tensor, log_variance: Tensor, lengths: Tensor | None) -> Tensor:
+    return torch.ops.avadclip_fast.distill_loss(teacher, student, log_variance, lengths)[0]
+
+
+def _triton_supports(teacher: Tensor, student: Tensor, log_variance: Tensor, lengths: Tensor | None) -> str | None:
+    if teacher.requires_grad and torch.is_grad_enabled():
+        return "it makes no gradient of the teacher"
+    return triton_reason(teacher, student, log_variance)
+
 
 _dispatch.register("distill_loss", "reference", reference.distill_loss)
+_dispatch.register("distill_loss", "triton", _triton, _triton_supports)
+
+# by_student, by_theta: gradients of the sum of all terms, which the backward pass scales
+torch.library.define(
+    "avadclip_fast::distill_loss",
+    "(Tensor teacher, Tensor student, Tensor log_variance, Tensor? lengths)"
+    " -> (Tensor loss, Tensor by_student, Tensor by_theta, Tensor terms)",
+)
+
+
+@torch.library.impl("avadclip_fast::distill_loss", ("CPU", "CUDA"))  # CPU: Triton's interpreter
+def _(*args):
+    from ..kernels import distill_loss as kernel
+
+    return kernel.forward(*args)
+
+
+@torch.library.register_fake("avadclip_fast::distill_loss")
+def _(teacher, student, log_variance, lengths):
+    kept = (torch.float32 if x.dtype == torch.float16 else x.dtype for x in (student, log_variance))
+    scalar = student.new_empty((), dtype=torch.float32)
+    by = (x.new_empty(x.shape, dtype=k) for x, k in zip((student, log_variance), kept, strict=True))
+    return scalar, *by, torch.empty_like(scalar)
+
+
+def _save(ctx, inputs, output):
+    _, by_student, by_theta, terms = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = inputs[1].dtype, inputs[2].dtype
+    ctx.save_for_backward(by_student, by_theta, terms)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 4
+    by_student, by_theta, terms = ctx.saved_tensors
+    scale = grad / terms
+    grads = ((scale * by).to(dtype) for by, dtype in zip((by_student, by_theta), ctx.dtypes, strict=True))
+    return None, *grads, None
+
+
+torch.library.register_autograd("avadclip_fast::distill_loss", _backward, setup_context=_save)
 
 
 def distill_loss(

@@ -1,12 +1,80 @@
 """prompt_similarity: cosine logits of frames against per-video class prompts."""
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from . import _dispatch
 from ._check import check_positive, check_tensors
+from ._triton import triton_reason
+
+MOST_CLASSES = 128  # a program of Triton's holds a video's prompts in registers
+
+
+def _triton(features: Tensor, prompts: Tensor, temperature: float) -> Tensor:
+    return torch.ops.avadclip_fast.prompt_similarity(features, prompts, temperature)[0]
+
+
+def _triton_supports(features: Tensor, prompts: Tensor, temperature: float) -> str | None:
+    if prompts.shape[1] > MOST_CLASSES:
+        return f"it takes up to {MOST_CLASSES} classes, not {prompts.shape[1]}"
+    return triton_reason(features, prompts)
+
 
 _dispatch.register("prompt_similarity", "reference", reference.prompt_similarity)
+_dispatch.register("prompt_similarity", "triton", _triton, _triton_supports)
+
+torch.library.define(
+    "avadclip_fast::prompt_similarity",
+    "(Tensor features, Tensor prompts, float temperature) -> (Tensor out, Tensor feature_norms, Tensor prompt_norms)",
+)
+torch.library.define(
+    "avadclip_fast::prompt_similarity_backward",
+    "(Tensor grad, Tensor out, Tensor features, Tensor prompts, Tensor feature_norms, Tensor prompt_norms,"
+    " float temperature) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("avadclip_fast::prompt_similarity", ("CPU", "CUDA"))  # CPU: Triton's interpreter
+def _(*args):
+    from ..kernels import prompt_similarity as kernel
+
+    return kernel.forward(*args)
+
+
+@torch.library.impl("avadclip_fast::prompt_similarity_backward", ("CPU", "CUDA"))
+def _(*args):
+    from ..kernels import prompt_similarity as kernel
+
+    return kernel.backward(*args)
+
+
+@torch.library.register_fake("avadclip_fast::prompt_similarity")
+def _(features, prompts, temperature):
+    out = features.new_empty(*features.shape[:2], prompts.shape[1])
+    return out, *(x.new_empty(x.shape[:2], dtype=torch.float32) for x in (features, prompts))
+
+
+@torch.library.register_fake("avadclip_fast::prompt_similarity_backward")
+def _(grad, out, features, prompts, feature_norms, prompt_norms, temperature):
+    return features.new_empty(features.shape), prompts.new_empty(prompts.shape)
+
+
+def _save(ctx, inputs, output):
+    features, prompts, ctx.temperature = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0], features, prompts, *output[1:])
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return None, None, None
+    grads = torch.ops.avadclip_fast.prompt_similarity_backward(grad, *ctx.saved_tensors, ctx.temperature)
+    return *grads, None
+
+
+torch.library.register_autograd("avadclip_fast::prompt_similarity", _backward, setup_context=_save)
 
 
 def prompt_similarity(
