@@ -1,12 +1,74 @@
 """window_attention: block-diagonal self-attention."""
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from . import _dispatch
 from ._check import check_lengths, check_positive, check_tensors
+from ._triton import triton_reason
+
+LONGEST = 128  # a program of Triton's holds the scores of whole windows
+
+
+def _triton(qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> Tensor:
+    return torch.ops.avadclip_fast.window_attention(qkv, window, heads, lengths)
+
+
+def _triton_supports(qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> str | None:
+    if min(window, qkv.shape[1]) > LONGEST:
+        return f"it takes windows of up to {LONGEST} snippets, not {min(window, qkv.shape[1])}"
+    return triton_reason(qkv)
+
 
 _dispatch.register("window_attention", "reference", reference.window_attention)
+_dispatch.register("window_attention", "triton", _triton, _triton_supports)
+
+torch.library.define(
+    "avadclip_fast::window_attention", "(Tensor qkv, SymInt window, int heads, Tensor? lengths) -> Tensor"
+)
+torch.library.define(
+    "avadclip_fast::window_attention_backward",
+    "(Tensor grad, Tensor qkv, SymInt window, int heads, Tensor? lengths) -> Tensor",
+)
+
+
+@torch.library.impl("avadclip_fast::window_attention", ("CPU", "CUDA"))  # CPU: Triton's interpreter
+def _(*args):
+    from ..kernels import window_attention as kernel
+
+    return kernel.forward(*args)
+
+
+@torch.library.impl("avadclip_fast::window_attention_backward", ("CPU", "CUDA"))
+def _(*args):
+    from ..kernels import window_attention as kernel
+
+    return kernel.backward(*args)
+
+
+@torch.library.register_fake("avadclip_fast::window_attention")
+def _(qkv, window, heads, lengths):
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+@torch.library.register_fake("avadclip_fast::window_attention_backward")
+def _(grad, qkv, window, heads, lengths):
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output):
+    qkv, ctx.window, ctx.heads, lengths = inputs
+    ctx.save_for_backward(qkv, lengths)
+
+
+def _backward(ctx, grad):
+    qkv, lengths = ctx.saved_tensors
+    grad = torch.ops.avadclip_fast.window_attention_backward(grad, qkv, ctx.window, ctx.heads, lengths)
+    return grad, None, None, None
+
+
+torch.library.register_autograd("avadclip_fast::window_attention", _backward, setup_context=_save)
 
 
 def window_attention(

@@ -1,0 +1,155 @@
+"""window_attention on Triton: a program has the whole windows that fit a tile, so that no softmax crosses programs.
+
+    P = softmax over j in i's window of <q_i, k_j> / sqrt(H),   out = P v,   H = D / heads
+    dP = g vᵀ,   dS = P (dP - <dP, P>),   dq = dS k / sqrt(H),   dk = dSᵀ q / sqrt(H),   dv = Pᵀ g
+
+One head of 512 channels is walked in slices: the scores of a tile are summed over the slices, and then each slice of
+the result is made and stored, so that no program holds a row. Traffic: 3D read and D written a row; backward 4D and 3D
+(the second walk reads from L2). A value that is not finite spreads to the windows of its tile, not to other videos.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear_act import precision
+
+LONGEST = 128  # rows of the largest tile, and with that of a window
+
+
+@triton.jit
+def load_slice(x, video, t, valid, channel, d, head_width, stride_b, stride_t, stride_d):
+    """x[video, t, channel + d], [ROWS, DEPTH], zero past the valid rows and the head."""
+    at = video * stride_b + t.to(tl.int64)[:, None] * stride_t + (channel + d)[None, :] * stride_d
+    return tl.load(x + at, mask=(t < valid)[:, None] & (d < head_width)[None, :], other=0.0)
+
+
+@triton.jit
+def softmax(scores, t, valid, window, head_width):
+    """P [ROWS, ROWS] float32 from <q, k>: zero outside the window of a row, and in rows past the valid ones."""
+    near = (t // window)[:, None] == (t // window)[None, :]
+    near = near & (t < valid)[:, None] & (t < valid)[None, :]
+    scores = tl.where(near, scores / tl.sqrt(head_width.to(tl.float32)), -float("inf"))
+    highest = tl.max(scores, 1)
+    weights = tl.where(near, tl.exp(scores - tl.where(highest == -float("inf"), 0.0, highest)[:, None]), 0.0)
+    total = tl.sum(weights, 1)
+    return weights / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit
+def place(rows, heads, step, ROWS: tl.constexpr):
+    """Of a program: its video, its head, and the rows [ROWS] of its windows; those of the next program are T."""
+    tiles = tl.cdiv(rows, step)
+    tile = tl.program_id(0) % tiles
+    head = tl.program_id(0) // tiles % heads
+    video = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    i = tl.arange(0, ROWS)
+    return video, head, tl.where(i < step, tile * step + i, rows)
+
+
+@triton.jit
+def window_kernel(
+    qkv,  # [B, T, 3D]
+    out,  # [B, T, D]
+    lengths,  # [B], or None
+    rows, width, heads, window, step, stride_b, stride_t, stride_d,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    video, head, t = place(rows, heads, step, ROWS)
+    head_width = width // heads
+    first = head * head_width
+    valid = rows
+    if lengths is not None:
+        valid = tl.load(lengths + video).to(tl.int32)
+    scores = tl.zeros((ROWS, ROWS), tl.float32)
+    for channel in range(0, head_width, DEPTH):
+        d = channel + tl.arange(0, DEPTH)
+        q = load_slice(qkv, video, t, valid, first, d, head_width, stride_b, stride_t, stride_d)  # [ROWS, DEPTH]
+        k = load_slice(qkv, video, t, valid, width + first, d, head_width, stride_b, stride_t, stride_d)
+        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+    p = softmax(scores, t, valid, window, head_width).to(qkv.dtype.element_ty)
+    for channel in range(0, head_width, DEPTH):
+        d = channel + tl.arange(0, DEPTH)
+        v = load_slice(qkv, video, t, valid, 2 * width + first, d, head_width, stride_b, stride_t, stride_d)
+        mixed = tl.dot(p, v, input_precision=PRECISION)  # [ROWS, DEPTH]
+        at = (video * rows + t)[:, None] * width + (first + d)[None, :]
+        tl.store(out + at, mixed.to(out.dtype.element_ty), mask=(t < rows)[:, None] & (d < head_width)[None, :])
+
+
+@triton.jit
+def window_grad_kernel(
+    g,  # [B, T, D]
+    qkv,  # [B, T, 3D]
+    d_qkv,  # [B, T, 3D]
+    lengths,
+    rows, width, heads, window, step, stride_gb, stride_gt, stride_gd, stride_b, stride_t, stride_d,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    video, head, t = place(rows, heads, step, ROWS)
+    head_width = width // heads
+    first = head * head_width
+    valid = rows
+    if lengths is not None:
+        valid = tl.load(lengths + video).to(tl.int32)
+    scores = tl.zeros((ROWS, ROWS), tl.float32)
+    dp = tl.zeros((ROWS, ROWS), tl.float32)
+    for channel in range(0, head_width, DEPTH):
+        d = channel + tl.arange(0, DEPTH)
+        q = load_slice(qkv, video, t, valid, first, d, head_width, stride_b, stride_t, stride_d)  # [ROWS, DEPTH]
+        k = load_slice(qkv, video, t, valid, width + first, d, head_width, stride_b, stride_t, stride_d)
+        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+        v = load_slice(qkv, video, t, valid, 2 * width + first, d, head_width, stride_b, stride_t, stride_d)
+        grad = load_slice(g, video, t, valid, first, d, head_width, stride_gb, stride_gt, stride_gd)
+        dp = tl.dot(grad.to(v.dtype), tl.trans(v), dp, input_precision=PRECISION)
+    p = softmax(scores, t, valid, window, head_width)
+    ds = p * (dp - tl.sum(dp * p, 1)[:, None]) / tl.sqrt(head_width.to(tl.float32))
+    p, ds = p.to(qkv.dtype.element_ty), ds.to(qkv.dtype.element_ty)
+    for channel in range(0, head_width, DEPTH):
+        d = channel + tl.arange(0, DEPTH)
+        at = (video * rows + t)[:, None] * (3 * width) + (first + d)[None, :]
+        inside = (t < rows)[:, None] & (d < head_width)[None, :]
+        k = load_slice(qkv, video, t, valid, width + first, d, head_width, stride_b, stride_t, stride_d)
+        dq = tl.dot(ds, k, input_precision=PRECISION)
+        tl.store(d_qkv + at, dq.to(d_qkv.dtype.element_ty), mask=inside)
+        q = load_slice(qkv, video, t, valid, first, d, head_width, stride_b, stride_t, stride_d)
+        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+        tl.store(d_qkv + at + width, dk.to(d_qkv.dtype.element_ty), mask=inside)
+        grad = load_slice(g, video, t, valid, first, d, head_width, stride_gb, stride_gt, stride_gd)
+        dv = tl.dot(tl.trans(p), grad.to(p.dtype), input_precision=PRECISION)
+        tl.store(d_qkv + at + 2 * width, dv.to(d_qkv.dtype.element_ty), mask=inside)
+
+
+def tile(window: int, head_width: int, dtype: torch.dtype) -> dict[str, int]:
+    """Rows of a tile, and how many of them whole windows fill."""
+    rows = max(32 if dtype == torch.float32 else 64, triton.next_power_of_2(window))
+    depth = min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(head_width)))
+    return {"step": rows // window * window, "ROWS": rows, "DEPTH": depth}
+
+
+def forward(qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> Tensor:
+    """The op: (B, T, 3D) -> (B, T, D)."""
+    batch, rows, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    out = qkv.new_empty(batch, rows, width)
+    window = min(window, rows)
+    if out.numel():
+        sizes = tile(window, width // heads, qkv.dtype)
+        window_kernel[batch * heads * triton.cdiv(rows, sizes["step"]),](
+            qkv, out, lengths, rows, width, heads, window, sizes.pop("step"), *qkv.stride(),
+            PRECISION=precision(qkv.dtype), **sizes, num_warps=4 if sizes["ROWS"] <= 64 else 8, num_stages=2,
+        )  # fmt: skip
+    return out
+
+
+def backward(g: Tensor, qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> Tensor:
+    """The gradient of qkv."""
+    batch, rows, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    d_qkv = qkv.new_empty(qkv.shape)
+    window = min(window, rows)
+    if d_qkv.numel():
+        sizes = tile(window, width // heads, qkv.dtype)
+        window_grad_kernel[batch * heads * triton.cdiv(rows, sizes["step"]),](
+            g, qkv, d_qkv, lengths, rows, width, heads, window, sizes.pop("step"), *g.stride(), *qkv.stride(),
+            PRECISION=precision(qkv.dtype), **sizes, num_warps=4 if sizes["ROWS"] <= 64 else 8, num_stages=2,
+        )  # fmt: skip
+    return d_qkv
