@@ -4,10 +4,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import _dispatch, _similarity_graph_cpu
+from . import _dispatch, _similarity_graph_cpu, _similarity_graph_triton
 from ._check import check_lengths, check_tensors
 
 _dispatch.register("similarity_graph", "reference", reference.similarity_graph)
+_dispatch.register(
+    "similarity_graph", "triton", _similarity_graph_triton.similarity_graph, _similarity_graph_triton.supports
+)
 _dispatch.register("similarity_graph", "cpp", _similarity_graph_cpu.similarity_graph, _similarity_graph_cpu.supports)
 
 

@@ -1,0 +1,122 @@
+"""similarity_graph on Triton, as registered: the weights, and products with them. The weights are the reference's."""
+
+import torch
+from torch import Tensor
+
+from ._triton import triton_reason
+
+LOWEST = 0.01  # below it the weight of an edge, exp(s), cannot be told from that of no edge, 1
+
+
+def similarity_graph(
+    features: Tensor, values: Tensor, lengths: Tensor, threshold: float, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if weights is None:
+        weights = torch.ops.avadclip_fast.similarity_weights(features, lengths, threshold)[0]
+    expected = [*values.shape[:2], values.shape[1]]
+    if list(weights.shape) != expected or weights.device != values.device:
+        raise ValueError(
+            f"similarity_graph: weights must be an earlier call's, {expected} on {values.device}, "
+            f"got {list(weights.shape)} on {weights.device}"
+        )
+    return torch.ops.avadclip_fast.similarity_product(weights, values, lengths), weights
+
+
+def supports(features: Tensor, values: Tensor, lengths: Tensor, threshold: float, weights: Tensor | None) -> str | None:
+    if threshold < LOWEST:
+        return f"it takes thresholds from {LOWEST}, not {threshold}"
+    if weights is not None and weights.dtype != torch.float32:
+        return f"it takes weights of float32, not {weights.dtype}"
+    return triton_reason(features, values)
+
+
+torch.library.define(
+    "avadclip_fast::similarity_weights",
+    "(Tensor features, Tensor lengths, float threshold) -> (Tensor weights, Tensor norms, Tensor sums)",
+)
+torch.library.define(
+    "avadclip_fast::similarity_weights_backward",
+    "(Tensor grad, Tensor features, Tensor lengths, Tensor weights, Tensor norms, Tensor sums, float threshold)"
+    " -> Tensor",
+)
+torch.library.define("avadclip_fast::similarity_product", "(Tensor weights, Tensor values, Tensor lengths) -> Tensor")
+torch.library.define(
+    "avadclip_fast::similarity_product_backward",
+    "(Tensor grad, Tensor weights, Tensor values, Tensor lengths) -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("avadclip_fast::similarity_weights", ("CPU", "CUDA"))  # CPU: Triton's interpreter
+def _(*args):
+    from ..kernels import similarity_graph as kernel
+
+    return kernel.forward(*args)
+
+
+@torch.library.impl("avadclip_fast::similarity_weights_backward", ("CPU", "CUDA"))
+def _(*args):
+    from ..kernels import similarity_graph as kernel
+
+    return kernel.backward(*args)
+
+
+@torch.library.impl("avadclip_fast::similarity_product", ("CPU", "CUDA"))
+def _(*args):
+    from ..kernels import similarity_graph as kernel
+
+    return kernel.mix(*args)
+
+
+@torch.library.impl("avadclip_fast::similarity_product_backward", ("CPU", "CUDA"))
+def _(*args):
+    from ..kernels import similarity_graph as kernel
+
+    return kernel.mix_backward(*args)
+
+
+@torch.library.register_fake("avadclip_fast::similarity_weights")
+def _(features, lengths, threshold):
+    batch, rows, _ = features.shape
+    norms = features.new_empty(batch, rows, dtype=torch.float32)
+    return features.new_empty(batch, rows, rows, dtype=torch.float32), norms, torch.empty_like(norms)
+
+
+@torch.library.register_fake("avadclip_fast::similarity_weights_backward")
+def _(grad, features, lengths, weights, norms, sums, threshold):
+    return features.new_empty(features.shape)
+
+
+@torch.library.register_fake("avadclip_fast::similarity_product")
+def _(weights, values, lengths):
+    return values.new_empty(values.shape)
+
+
+@torch.library.register_fake("avadclip_fast::similarity_product_backward")
+def _(grad, weights, values, lengths):
+    return weights.new_empty(weights.shape), values.new_empty(values.shape)
+
+
+def _save(ctx, inputs, output):
+    features, lengths, ctx.threshold = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(features, lengths, *output)
+
+
+def _backward(ctx, grad, *_):
+    if grad is None:
+        return None, None, None
+    grad = torch.ops.avadclip_fast.similarity_weights_backward(grad, *ctx.saved_tensors, ctx.threshold)
+    return grad, None, None
+
+
+def _save_product(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _product_backward(ctx, grad):
+    return *torch.ops.avadclip_fast.similarity_product_backward(grad, *ctx.saved_tensors), None
+
+
+torch.library.register_autograd("avadclip_fast::similarity_weights", _backward, setup_context=_save)
+torch.library.register_autograd("avadclip_fast::similarity_product", _product_backward, setup_context=_save_product)

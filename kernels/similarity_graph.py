@@ -1,0 +1,239 @@
+"""similarity_graph on Triton: the graph's weights from a tile of cosines at a time, and products with them.
+
+    s_ij = <x_i, x_j> / (|x_i| |x_j| + 1e-20),   w_ij = s_ij > threshold ? exp(s_ij) : 1,   A_ij = w_ij / sum_j w_ij
+
+Cosines lie in [-1, 1], so that no running maximum is needed: a program walks a row of tiles, writes w, and divides by
+the sum at the end. A is all that the backward pass needs: an edge weighs more than 1, and s is the logarithm of its weight.
+Traffic: the features once (then from L2), A once written and a few times read; nothing else is T x T but A's gradient.
+
+    dA -> dw_ij = (dA_ij - sum_j A_ij dA_ij) / sum_j w_ij,   ds_ij = w_ij dw_ij on edges, else 0
+    m = ds + dsᵀ,   dx_i = (sum_j m_ij x_j / |x_j|  -  x_i / |x_i| sum_j m_ij s_ij) / |x_i|
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear_act import precision
+
+EPS = tl.constexpr(1e-20)
+
+
+@triton.jit
+def place(rows, ROWS: tl.constexpr):
+    """Of a program: its video, and its block of rows [ROWS]."""
+    blocks = tl.cdiv(rows, ROWS)
+    return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+
+
+@triton.jit
+def weights_kernel(
+    x,  # [B, T, D]
+    weights,  # [B, T, T] float32
+    norms, sums,  # [B, T] float32: |x_i|, sum_j w_ij
+    lengths,  # [B]
+    rows, width, threshold, stride_b, stride_t, stride_d,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    video, i = place(rows, ROWS)
+    valid = tl.load(lengths + video).to(tl.int32)
+    own = video * stride_b + i.to(tl.int64)[:, None] * stride_t
+    total = tl.zeros((ROWS,), tl.float32)
+    size_i = tl.zeros((ROWS,), tl.float32)
+    for first in range(0, rows, ROWS):
+        j = first + tl.arange(0, ROWS)
+        other = video * stride_b + j.to(tl.int64)[:, None] * stride_t
+        products = tl.zeros((ROWS, ROWS), tl.float32)
+        squares_i = tl.zeros((ROWS,), tl.float32)
+        squares_j = tl.zeros((ROWS,), tl.float32)
+        for channel in range(0, width, DEPTH):
+            d = channel + tl.arange(0, DEPTH)
+            x_i = tl.load(x + own + d[None, :] * stride_d, mask=(i < valid)[:, None] & (d < width)[None, :], other=0.0)
+            x_j = tl.load(
+                x + other + d[None, :] * stride_d, mask=(j < valid)[:, None] & (d < width)[None, :], other=0.0
+            )
+            products = tl.dot(x_i, tl.trans(x_j), products, input_precision=PRECISION)
+            squares_i += tl.sum(x_i.to(tl.float32) * x_i.to(tl.float32), 1)
+            squares_j += tl.sum(x_j.to(tl.float32) * x_j.to(tl.float32), 1)
+        size_i = tl.sqrt(squares_i)
+        cosines = products / (size_i[:, None] * tl.sqrt(squares_j)[None, :] + EPS)
+        w = tl.exp(tl.where(cosines <= threshold, 0.0, cosines))  # NaN stays
+        w = tl.where((i < valid)[:, None] & (j < valid)[None, :], w, 0.0)  # [ROWS, ROWS]
+        total += tl.sum(w, 1)
+        at = (video * rows + i)[:, None] * rows + j[None, :]
+        tl.store(weights + at, w, mask=(i < rows)[:, None] & (j < rows)[None, :])
+    tl.store(norms + video * rows + i, size_i, mask=i < rows)
+    tl.store(sums + video * rows + i, total, mask=i < rows)
+    tl.debug_barrier()  # what other threads of the program wrote is read below
+    for first in range(0, rows, ROWS):
+        j = first + tl.arange(0, ROWS)
+        at = (video * rows + i)[:, None] * rows + j[None, :]
+        inside = (i < valid)[:, None] & (j < valid)[None, :]
+        w = tl.load(weights + at, mask=inside, other=0.0)
+        tl.store(weights + at, w / tl.where(total == 0.0, 1.0, total)[:, None], mask=inside)
+
+
+@triton.jit
+def softmax_grad_kernel(
+    g,  # [B, T, T]: dA
+    weights, sums, lengths,
+    ds,  # [B, T, T] float32
+    rows, threshold,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    video, i = place(rows, ROWS)
+    valid = tl.load(lengths + video).to(tl.int32)
+    along = tl.zeros((ROWS,), tl.float32)  # sum_j A_ij dA_ij
+    for first in range(0, rows, ROWS):
+        j = first + tl.arange(0, ROWS)
+        at = (video * rows + i)[:, None] * rows + j[None, :]
+        inside = (i < valid)[:, None] & (j < valid)[None, :]
+        a = tl.load(weights + at, mask=inside, other=0.0)
+        along += tl.sum(a * tl.load(g + at, mask=inside, other=0.0), 1)
+    total = tl.load(sums + video * rows + i, mask=i < valid, other=1.0)
+    least = 0.5 + 0.5 * tl.exp(threshold)  # between the weight 1 of what is no edge, and that of the faintest edge
+    for first in range(0, rows, ROWS):
+        j = first + tl.arange(0, ROWS)
+        at = (video * rows + i)[:, None] * rows + j[None, :]
+        inside = (i < valid)[:, None] & (j < valid)[None, :]
+        a = tl.load(weights + at, mask=inside, other=0.0)
+        slope = a * (tl.load(g + at, mask=inside, other=0.0) - along[:, None])
+        slope = tl.where(a * total[:, None] > least, slope, 0.0)
+        tl.store(ds + at, slope, mask=(i < rows)[:, None] & (j < rows)[None, :])
+
+
+@triton.jit
+def features_grad_kernel(
+    ds, weights, sums, norms, x, lengths,
+    dx,  # [B, T, D]
+    rows, width, stride_b, stride_t, stride_d,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A program has a block of rows and a slice of channels."""
+    video, i = place(rows, ROWS)
+    d = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
+    valid = tl.load(lengths + video).to(tl.int32)
+    size_i = tl.load(norms + video * rows + i, mask=i < valid, other=0.0)
+    total = tl.load(sums + video * rows + i, mask=i < valid, other=1.0)
+    pull = tl.zeros((ROWS, DEPTH), tl.float32)  # sum_j m_ij x_j / |x_j|
+    along = tl.zeros((ROWS,), tl.float32)  # sum_j m_ij s_ij
+    for first in range(0, rows, ROWS):
+        j = first + tl.arange(0, ROWS)
+        inside = (i < valid)[:, None] & (j < valid)[None, :]
+        there = (video * rows + i)[:, None] * rows + j[None, :]
+        back = (video * rows + j)[None, :] * rows + i[:, None]
+        m = tl.load(ds + there, mask=inside, other=0.0) + tl.load(ds + back, mask=inside, other=0.0)  # [ROWS, ROWS]
+        # no edge, no slope: the logarithm of a weight 1 counts for nothing
+        w = tl.load(weights + there, mask=inside, other=1.0) * total[:, None]
+        along += tl.sum(tl.where(m == 0.0, 0.0, m * tl.log(tl.where(inside, w, 1.0))), 1)
+        size_j = tl.load(norms + video * rows + j, mask=j < valid, other=0.0)
+        at = video * stride_b + j.to(tl.int64)[:, None] * stride_t + d[None, :] * stride_d
+        x_j = tl.load(x + at, mask=(j < valid)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
+        x_j = x_j / tl.where(size_j == 0.0, 1.0, size_j)[:, None]  # a row without length has no edge
+        pull = tl.dot(m, x_j, pull, input_precision=PRECISION)
+    inverse = 1 / tl.where(size_i == 0.0, 1.0, size_i)
+    at = video * stride_b + i.to(tl.int64)[:, None] * stride_t + d[None, :] * stride_d
+    x_i = tl.load(x + at, mask=(i < valid)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
+    slope = (pull - x_i * (inverse * along)[:, None]) * inverse[:, None]
+    at = (video * rows + i)[:, None] * width + d[None, :]
+    tl.store(dx + at, slope.to(dx.dtype.element_ty), mask=(i < rows)[:, None] & (d < width)[None, :])
+
+
+@triton.jit
+def product_kernel(
+    a,  # [B, M, K]
+    b,  # [B, K, N]
+    out,  # [B, M, N]
+    lengths,
+    rows, inner, columns,
+    stride_ab, stride_am, stride_ak, stride_bb, stride_bk, stride_bn,
+    INNER_VALID: tl.constexpr, COLUMNS_VALID: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """a · b a video; rows, and as told the sum and the columns, end at the video's length: beyond it out is 0.
+
+    a is rounded to b's dtype, as the reference rounds weights to that of the values.
+    """
+    video, m = place(rows, ROWS)
+    n = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    valid = tl.load(lengths + video).to(tl.int32)
+    depth = valid if INNER_VALID else inner
+    breadth = valid if COLUMNS_VALID else columns
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for first in range(0, depth, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        at_a = video * stride_ab + m.to(tl.int64)[:, None] * stride_am + k.to(tl.int64)[None, :] * stride_ak
+        at_b = video * stride_bb + k.to(tl.int64)[:, None] * stride_bk + n.to(tl.int64)[None, :] * stride_bn
+        left = tl.load(a + at_a, mask=(m < valid)[:, None] & (k < depth)[None, :], other=0.0)  # [ROWS, DEPTH]
+        right = tl.load(b + at_b, mask=(k < depth)[:, None] & (n < breadth)[None, :], other=0.0)  # [DEPTH, COLS]
+        acc = tl.dot(left.to(right.dtype), right, acc, input_precision=PRECISION)
+    at = (video * rows + m)[:, None] * columns + n[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
+
+
+def forward(x: Tensor, lengths: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's first half: (weights (B, T, T), norms (B, T), sums (B, T)), float32."""
+    batch, rows, width = x.shape
+    weights = x.new_empty(batch, rows, rows, dtype=torch.float32)
+    norms, sums = (x.new_empty(batch, rows, dtype=torch.float32) for _ in range(2))
+    if weights.numel():
+        side = _side(x)
+        weights_kernel[batch * triton.cdiv(rows, side),](
+            x, weights, norms, sums, lengths, rows, width, threshold, *x.stride(),
+            PRECISION=precision(x.dtype), ROWS=side, DEPTH=_depth(x, width), num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return weights, norms, sums
+
+
+def backward(
+    g: Tensor, x: Tensor, lengths: Tensor, weights: Tensor, norms: Tensor, sums: Tensor, threshold: float
+) -> Tensor:
+    """The gradient of the features from that of the weights."""
+    batch, rows, width = x.shape
+    dx = x.new_empty(x.shape)
+    if not dx.numel():
+        return dx
+    ds = torch.empty_like(weights)
+    softmax_grad_kernel[batch * triton.cdiv(rows, 32),](
+        g.contiguous(), weights, sums, lengths, ds, rows, threshold, ROWS=32, num_warps=4
+    )
+    exact = precision(x.dtype) if x.dtype == torch.float32 else "tf32"  # as long a mantissa as float16's
+    side = 32
+    features_grad_kernel[batch * triton.cdiv(rows, side), triton.cdiv(width, 64)](
+        ds, weights, sums, norms, x, lengths, dx, rows, width, *x.stride(),
+        PRECISION=exact, ROWS=side, DEPTH=64, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return dx
+
+
+def mix(weights: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
+    """The op's second half: weights · values, (B, T, E)."""
+    return _product(weights, values, lengths, values.shape[2], values.dtype, inner_valid=True)
+
+
+def mix_backward(g: Tensor, weights: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weights, float32, and of values."""
+    by_weights = _product(g, values.mT, lengths, values.shape[1], torch.float32, columns_valid=True)
+    return by_weights, _product(weights.mT, g, lengths, values.shape[2], values.dtype, inner_valid=True)
+
+
+def _product(a, b, lengths, columns, dtype, inner_valid=False, columns_valid=False) -> Tensor:
+    batch, rows, inner = a.shape
+    out = b.new_empty(batch, rows, columns, dtype=dtype)
+    if out.numel():
+        rows_of, cols_of, depth = (32, 32, 32) if b.dtype == torch.float32 else (64, 64, 32)
+        product_kernel[batch * triton.cdiv(rows, rows_of), triton.cdiv(columns, cols_of)](
+            a, b, out, lengths, rows, inner, columns, *a.stride(), *b.stride(),
+            INNER_VALID=inner_valid, COLUMNS_VALID=columns_valid,
+            PRECISION=precision(b.dtype), ROWS=rows_of, COLS=cols_of, DEPTH=depth, num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return out
+
+
+def _side(x: Tensor) -> int:
+    return 32 if x.dtype == torch.float32 else 64
+
+
+def _depth(x: Tensor, width: int) -> int:
+    return min(32 if x.dtype == torch.float32 else 64, max(16, triton.next_power_of_2(width)))
