@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench-cpu clean
+.PHONY: demo test test-triton lint bench-cpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(ARGS)
+
+# Triton's kernels without a GPU: the tests of the ops that have one, in Triton's interpreter.
+test-triton: $(VENV)/installed
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton tests/test_triton_*.py \
+		$(addprefix tests/test_,$(addsuffix .py,$(notdir $(basename $(filter-out %__init__.py,$(wildcard kernels/*.py)))))) $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

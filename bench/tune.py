@@ -4,7 +4,7 @@
     python -m bench.tune --dtype float16 --only "mlp"
 
 A launch keeps the default where nothing is faster by 2 %: less is noise. A configuration that spills registers is not
-taken. Run the tests and bench.aot_gemm after it: both cover the committed table.
+taken. Run the tests and bench.aot_triton after it: both cover the committed table.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 import triton
 from avadclip_fast.kernels import gated_fusion, linear_act
 
-from bench.gemm_calls import calls
+from bench.triton_calls import gemms
 
 LAUNCHERS = ((linear_act, "gemm"), (linear_act, "weight_grad"), (gated_fusion, "gates"), (gated_fusion, "gemm"))
 KERNELS = ((linear_act, "gemm_kernel"), (linear_act, "weight_grad_kernel"), (gated_fusion, "gates_kernel"))
@@ -69,7 +69,7 @@ def launches(dtype: torch.dtype, only: str) -> dict[str, tuple[str, dict, Callab
             stack.enter_context(mock.patch.object(module, "config", note))
         for module, name in LAUNCHERS:
             stack.enter_context(mock.patch.object(module, name, keep(getattr(module, name))))
-        for name, run in calls(dtype, "cuda"):
+        for name, run in gemms(dtype, "cuda"):
             if only in name:
                 run()
     return found
@@ -109,7 +109,7 @@ def microseconds(launch: Callable[[], object], config: dict) -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tune")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--only", default="", help="calls whose name has this in it (bench/gemm_calls.py)")
+    parser.add_argument("--only", default="", help="calls whose name has this in it (bench/triton_calls.py)")
     options = parser.parse_args()
     tune(getattr(torch, options.dtype), options.only)
 

@@ -3,8 +3,9 @@
     s_ij = <x_i, x_j> / (|x_i| |x_j| + 1e-20),   w_ij = s_ij > threshold ? exp(s_ij) : 1,   A_ij = w_ij / sum_j w_ij
 
 Cosines lie in [-1, 1], so that no running maximum is needed: a program walks a row of tiles, writes w, and divides by
-the sum at the end. A is all that the backward pass needs: an edge weighs more than 1, and s is the logarithm of its weight.
-Traffic: the features once (then from L2), A once written and a few times read; nothing else is T x T but A's gradient.
+the sum at the end. A is all that the backward pass needs: an edge weighs more than 1, and s is the logarithm of its
+weight. Traffic: the features once (then from L2), A once written and a few times read; nothing else is T x T but A's
+gradient.
 
     dA -> dw_ij = (dA_ij - sum_j A_ij dA_ij) / sum_j w_ij,   ds_ij = w_ij dw_ij on edges, else 0
     m = ds + dsᵀ,   dx_i = (sum_j m_ij x_j / |x_j|  -  x_i / |x_i| sum_j m_ij s_ij) / |x_i|
@@ -178,10 +179,13 @@ def forward(x: Tensor, lengths: Tensor, threshold: float) -> tuple[Tensor, Tenso
     weights = x.new_empty(batch, rows, rows, dtype=torch.float32)
     norms, sums = (x.new_empty(batch, rows, dtype=torch.float32) for _ in range(2))
     if weights.numel():
-        side = _side(x)
+        exact = precision(x.dtype)
+        side = 32 if x.dtype == torch.float32 and exact == "ieee" else 64  # "ieee" products are made in registers
+        deepest = 64 if x.dtype != torch.float32 else 32 if exact == "ieee" else 16
+        depth = min(deepest, max(16, triton.next_power_of_2(width)))
         weights_kernel[batch * triton.cdiv(rows, side),](
             x, weights, norms, sums, lengths, rows, width, threshold, *x.stride(),
-            PRECISION=precision(x.dtype), ROWS=side, DEPTH=_depth(x, width), num_warps=4, num_stages=2,
+            PRECISION=exact, ROWS=side, DEPTH=depth, num_warps=side // 8, num_stages=2,
         )  # fmt: skip
     return weights, norms, sums
 
@@ -199,10 +203,9 @@ def backward(
         g.contiguous(), weights, sums, lengths, ds, rows, threshold, ROWS=32, num_warps=4
     )
     exact = precision(x.dtype) if x.dtype == torch.float32 else "tf32"  # as long a mantissa as float16's
-    side = 32
-    features_grad_kernel[batch * triton.cdiv(rows, side), triton.cdiv(width, 64)](
+    features_grad_kernel[batch * triton.cdiv(rows, 32), triton.cdiv(width, 64)](
         ds, weights, sums, norms, x, lengths, dx, rows, width, *x.stride(),
-        PRECISION=exact, ROWS=side, DEPTH=64, num_warps=4, num_stages=2,
+        PRECISION=exact, ROWS=32, DEPTH=64, num_warps=8 if x.dtype == torch.float32 else 4, num_stages=2,
     )  # fmt: skip
     return dx
 
@@ -222,18 +225,10 @@ def _product(a, b, lengths, columns, dtype, inner_valid=False, columns_valid=Fal
     batch, rows, inner = a.shape
     out = b.new_empty(batch, rows, columns, dtype=dtype)
     if out.numel():
-        rows_of, cols_of, depth = (32, 32, 32) if b.dtype == torch.float32 else (64, 64, 32)
-        product_kernel[batch * triton.cdiv(rows, rows_of), triton.cdiv(columns, cols_of)](
+        cols = 32 if b.dtype == torch.float32 else 64
+        product_kernel[batch * triton.cdiv(rows, 64), triton.cdiv(columns, cols)](
             a, b, out, lengths, rows, inner, columns, *a.stride(), *b.stride(),
             INNER_VALID=inner_valid, COLUMNS_VALID=columns_valid,
-            PRECISION=precision(b.dtype), ROWS=rows_of, COLS=cols_of, DEPTH=depth, num_warps=4, num_stages=3,
+            PRECISION=precision(b.dtype), ROWS=64, COLS=cols, DEPTH=32, num_warps=8, num_stages=3,
         )  # fmt: skip
     return out
-
-
-def _side(x: Tensor) -> int:
-    return 32 if x.dtype == torch.float32 else 64
-
-
-def _depth(x: Tensor, width: int) -> int:
-    return min(32 if x.dtype == torch.float32 else 64, max(16, triton.next_power_of_2(width)))

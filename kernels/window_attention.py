@@ -121,9 +121,9 @@ def window_grad_kernel(
 
 
 def tile(window: int, head_width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows of a tile, and how many of them whole windows fill."""
+    """Rows of a tile, and how many of them whole windows fill. With 4 warps, or deeper slices, registers spill."""
     rows = max(32 if dtype == torch.float32 else 64, triton.next_power_of_2(window))
-    depth = min(32 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(head_width)))
+    depth = min(16 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(head_width)))
     return {"step": rows // window * window, "ROWS": rows, "DEPTH": depth}
 
 
@@ -136,7 +136,7 @@ def forward(qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> Ten
         sizes = tile(window, width // heads, qkv.dtype)
         window_kernel[batch * heads * triton.cdiv(rows, sizes["step"]),](
             qkv, out, lengths, rows, width, heads, window, sizes.pop("step"), *qkv.stride(),
-            PRECISION=precision(qkv.dtype), **sizes, num_warps=4 if sizes["ROWS"] <= 64 else 8, num_stages=2,
+            PRECISION=precision(qkv.dtype), **sizes, num_warps=8, num_stages=3,
         )  # fmt: skip
     return out
 
@@ -150,6 +150,6 @@ def backward(g: Tensor, qkv: Tensor, window: int, heads: int, lengths: Tensor | 
         sizes = tile(window, width // heads, qkv.dtype)
         window_grad_kernel[batch * heads * triton.cdiv(rows, sizes["step"]),](
             g, qkv, d_qkv, lengths, rows, width, heads, window, sizes.pop("step"), *g.stride(), *qkv.stride(),
-            PRECISION=precision(qkv.dtype), **sizes, num_warps=4 if sizes["ROWS"] <= 64 else 8, num_stages=2,
+            PRECISION=precision(qkv.dtype), **sizes, num_warps=8, num_stages=2,
         )  # fmt: skip
     return d_qkv

@@ -157,6 +157,13 @@ def test_a_modules_backend_goes_before_the_context():
         MILLoss(backend="reference")(rows(B, T), LABELS, LENGTHS)
 
 
+def test_use_backend_leaves_alone_what_has_no_such_backend():
+    """No Triton kernel exists for topk_mean: asked for all ops it is passed over, asked for this one it is refused."""
+    assert "triton" not in _dispatch.TABLE["topk_mean"]
+    with use_backend("triton"):
+        TopKMean()(rows(1, 4, 2), torch.tensor([4]))
+
+
 def test_use_backend_refuses_an_unknown_name():
     with (
         pytest.raises(ValueError, match="unknown backend 'fpga'; one of cuda, triton, cpp, reference"),

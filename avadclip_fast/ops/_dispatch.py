@@ -36,8 +36,14 @@ def register(op: str, backend: str, function: Callable, supports: Callable[..., 
 
 
 def run(op: str, backend: str | None, *args, **kwargs):
-    """Calls `op` by the backend asked for (argument, `use_backend`, AVADCLIP_FAST_BACKEND), or the first that fits."""
+    """Calls `op` by the backend asked for (argument, `use_backend`, AVADCLIP_FAST_BACKEND), or the first that fits.
+
+    What is asked for a call must serve it. What is asked for all calls, by the last two, must serve every op that has
+    such a backend at all; the others choose for themselves.
+    """
     wanted = backend or _forced
+    if backend is None and _forced in ORDER and _forced not in TABLE[op]:
+        wanted = None
     if wanted is not None:
         reason = why_not(op, wanted, *args, **kwargs)
         if reason is not None:
@@ -63,7 +69,7 @@ def why_not(op: str, backend: str, *args, **kwargs) -> str | None:
 
 @contextlib.contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Forces one backend for every op inside the block (None: the automatic choice)."""
+    """Forces one backend for every op that has it inside the block (None: the automatic choice for all)."""
     global _forced
     if backend is not None and backend not in ORDER:
         raise ValueError(f"unknown backend {backend!r}; one of {', '.join(ORDER)}")

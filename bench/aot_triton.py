@@ -1,9 +1,9 @@
-"""What Triton makes of the GEMM family for each architecture, without a GPU: registers, stack, shared memory, SASS.
+"""What Triton makes of every kernel for each architecture, without a GPU: registers, stack, shared memory, SASS.
 
-    python -m bench.aot_gemm            compiles, and writes the key "gemm" of bench/aot_report.json
-    python -m bench.aot_gemm --check    compiles, and fails where a kernel is worse than the report or breaks a rule
+    python -m bench.aot_triton            compiles, and writes the key "triton" of bench/aot_report.json
+    python -m bench.aot_triton --check    compiles, and fails where a kernel is worse than the report or breaks a rule
 
-Every launch of bench/gemm_calls.py is compiled as its launcher makes it, with the committed configurations.
+Every launch of bench/triton_calls.py is compiled as its launcher makes it, with the committed configurations.
 """
 
 import argparse
@@ -21,22 +21,50 @@ from unittest import mock
 
 import torch
 import triton
-from avadclip_fast.kernels import gated_fusion, linear_act
+from avadclip_fast.kernels import (
+    attention_pool,
+    distill_loss,
+    gated_fusion,
+    linear_act,
+    prompt_similarity,
+    similarity_graph,
+    window_attention,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bench.gemm_calls import calls
+from bench.triton_calls import calls
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "bench/aot_report.json"
-SOURCES = ("kernels/linear_act.py", "kernels/gated_fusion.py", "kernels/configs/linear_act.json", "bench/gemm_calls.py")
+MODULES = (
+    attention_pool,
+    distill_loss,
+    gated_fusion,
+    linear_act,
+    prompt_similarity,
+    similarity_graph,
+    window_attention,
+)
+SOURCES = (*sorted((ROOT / "kernels").rglob("*.*")), ROOT / "bench/triton_calls.py")
 CHIPS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}  # multiprocessors
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block
-GEMMS = ("gemm_kernel", "weight_grad_kernel", "gates_kernel")
+GEMMS = (  # kernels that multiply matrices as large as a tile of the tensor cores
+    "gemm_kernel", "weight_grad_kernel", "gates_kernel", "weights_kernel", "product_kernel", "window_kernel",
+    "window_grad_kernel",
+)  # fmt: skip
 TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-SAMPLE = ("mlp", "uncertainty, lengths", "fusion")  # the calls that are compiled in every dtype, not in bfloat16 alone
+SAMPLE = (
+    "mlp",
+    "uncertainty, lengths",
+    "fusion",
+    "windows of 64",
+    "graph",
+    "prompts, lengths",
+    "distillation",
+)  # the calls that are compiled in every dtype, not in bfloat16 alone
 INSTRUCTIONS = (*TENSOR_CORE.values(), "UTMALDG", "LDGSTS")
 POINTERS = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
@@ -45,7 +73,7 @@ POINTERS = {
 
 def source_hash() -> str:
     """Of all that decides what is compiled."""
-    return hashlib.sha256(b"\0".join((ROOT / path).read_bytes() for path in SOURCES)).hexdigest()
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in SOURCES)).hexdigest()
 
 
 class Launches:
@@ -67,7 +95,7 @@ def recorded(chip: str) -> Iterator[list]:
     """Launches inside the block are noted as for `chip`, not made."""
     seen: list = []
     with contextlib.ExitStack() as stack:
-        for module in (linear_act, gated_fusion):
+        for module in MODULES:
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction) and name.endswith("_kernel"):
                     stack.enter_context(mock.patch.object(module, name, Launches(value, seen)))
@@ -88,6 +116,8 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif parameter.is_constexpr or value is None or value == 1:
             signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
             if value % 16 == 0:
@@ -158,7 +188,7 @@ def faults(chip: str, name: str, found: dict[str, int]) -> list[str]:
 def worse(chip: str, name: str, found: dict[str, int], before: dict[str, int] | None) -> list[str]:
     """Against the report: more shared memory, more registers by more than an eighth, or TMA lost."""
     if before is None:
-        return [f"{chip} {name}: not in the report; run python -m bench.aot_gemm"]
+        return [f"{chip} {name}: not in the report; run python -m bench.aot_triton"]
     wrong = []
     if found["shared"] > before["shared"] or found["registers"] > before["registers"] * 9 // 8:
         wrong.append(f"{found} against {before}")
@@ -168,12 +198,12 @@ def worse(chip: str, name: str, found: dict[str, int], before: dict[str, int] | 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.aot_gemm")
+    parser = argparse.ArgumentParser(prog="python -m bench.aot_triton")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--chip", choices=CHIPS, action="append")
     check, chips = parser.parse_args().check, parser.parse_args().chip or list(CHIPS)
     report = json.loads(REPORT.read_text()) if REPORT.exists() else {}
-    kept = report.get("gemm", {}).get("kernels", {})
+    kept = report.get("triton", {}).get("kernels", {})
     kernels, wrong = {}, []
     for chip in chips:
         for name, launch in variants(chip).items():
@@ -182,7 +212,7 @@ def main() -> None:
             wrong += faults(chip, name, found)
             wrong += worse(chip, name, found, kept.get(name, {}).get(chip)) if check else []
     if not check:
-        report["gemm"] = {"sources": source_hash(), "triton": triton.__version__, "kernels": kernels}
+        report["triton"] = {"sources": source_hash(), "triton": triton.__version__, "kernels": kernels}
         REPORT.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit("\n".join(wrong) or 0)
 

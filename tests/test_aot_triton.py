@@ -1,0 +1,48 @@
+"""The compiled Triton kernels: the committed report is that of the sources, breaks no rule, and is still true."""
+
+import json
+
+import pytest
+
+from avadclip_fast.ops._triton import INTERPRETED
+
+if INTERPRETED:
+    pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
+triton = pytest.importorskip("triton")
+
+from bench import aot_triton  # noqa: E402
+
+REPORT = json.loads(aot_triton.REPORT.read_text())["triton"]
+
+
+def test_the_report_is_of_these_sources():
+    assert REPORT["sources"] == aot_triton.source_hash(), "run python -m bench.aot_triton, and commit the report"
+
+
+@pytest.mark.parametrize("chip", aot_triton.CHIPS)
+def test_the_report_has_every_kernel_and_breaks_no_rule(chip):
+    reported = {name: found[chip] for name, found in REPORT["kernels"].items() if chip in found}
+    assert reported.keys() == aot_triton.variants(chip).keys()
+    assert not [fault for name, found in reported.items() for fault in aot_triton.faults(chip, name, found)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bfloat16 mlp 1 gemm_kernel",
+        "bfloat16 uncertainty, lengths 0 gemm_kernel",
+        "bfloat16 fusion 0 gates_kernel",
+        "bfloat16 windows of 64 1 window_grad_kernel",
+        "bfloat16 graph 0 weights_kernel",
+        "bfloat16 prompts 4 cosine_grad_kernel",
+        "bfloat16 distillation 0 distill_kernel",
+    ],
+)
+def test_compiles_no_worse_than_reported(name):
+    """One kernel of each kind, for sm_90; `python -m bench.aot_triton --check` does it for all."""
+    if triton.__version__ != REPORT["triton"]:
+        pytest.skip(f"the report was made with Triton {REPORT['triton']}, this is {triton.__version__}")
+    found = aot_triton.resources(*aot_triton.variants("sm_90")[name], "sm_90")
+    assert not aot_triton.faults("sm_90", name, found) + aot_triton.worse(
+        "sm_90", name, found, REPORT["kernels"][name]["sm_90"]
+    )
