@@ -1,0 +1,97 @@
+"""Writes the figures of README and docs from bench/results/*.json: no number there is typed by hand.
+
+python -m bench.report              rewrites what stands between <!-- figures: NAME --> and <!-- end -->
+python -m bench.report --check      fails where a page does not say what the JSON says
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import fightsurv
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+OPERATIONS = ("topk_mean", "mil_loss", "distance_graph", "similarity_graph", "uniform_pool")
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def operations() -> str:
+    """Per case: our time, and how many times as long each alternative took in the same run."""
+    lines = ["| op | case | C++, ms | times as long in the same run |", "|---|---|---|---|"]
+    for op in OPERATIONS:
+        rows = read(f"bench_{op}")["rows"]
+        for case in dict.fromkeys(row["case"] for row in rows):
+            *others, ours = [row for row in rows if row["case"] == case]
+            ratios = ", ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in others)
+            lines.append(f"| `{op}` | {case} | {ours['median_ms']:.2f} | {ratios} |")
+    return "\n".join(lines) + _where(read(f"bench_{OPERATIONS[0]}"))
+
+
+def steps() -> str:
+    record = read("bench_step")
+    lines = [
+        "| step | official code, s | this library, s | the same in bfloat16, s | ratios |",
+        "|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(row["case"] for row in record["rows"]):
+        rows = {row["alternative"]: row for row in record["rows"] if row["case"] == case}
+        times = " | ".join(f"{rows[name]['median_ms'] / 1e3:.2f}" for name in ("official", "ours", "ours, bfloat16"))
+        full = rows["official"]["over_ours"]
+        half = full / rows["ours, bfloat16"]["over_ours"]
+        lines.append(f"| {case} | {times} | {full:.2f}, {half:.2f} |")
+    return "\n".join(lines) + _where(record)
+
+
+def demo() -> str:
+    record = read("demo")
+    lines = ["| | AP | AUC | detection mAP |", "|---|---|---|---|"]
+    for name, row in record["results"].items():
+        lines.append(f"| {name} | {100 * row['ap']:.1f} | {100 * row['auc']:.1f} | {row['detection']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _where(record: dict) -> str:
+    setting = record["setting"]
+    return f"\n\n{setting['cpu']}, {setting['threads']} threads, torch {setting['torch']}.\n"
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "operations": operations,
+    "steps": steps,
+    "demo": demo,
+    "fightsurv": lambda: fightsurv.table(read("fightsurv")) + "\n",
+}
+
+
+def rendered(text: str) -> str:
+    """The page with every block written anew. Raises KeyError on a block that no figure has."""
+    return BLOCK.sub(lambda block: block[1] + FIGURES[block["name"]](), text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report")
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        text = page.read_text()
+        if (new := rendered(text)) != text:
+            stale.append(str(page.relative_to(ROOT)))
+            if not check:
+                page.write_text(new)
+    if check and stale:
+        sys.exit(f"{', '.join(stale)}: figures differ from bench/results; run python -m bench.report")
+    print("rewritten: " + ", ".join(stale) if stale else "every figure is what the JSON says")
+
+
+if __name__ == "__main__":
+    main()
