@@ -31,8 +31,9 @@ clean:
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, PYTHON=... chooses it" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade pip 'setuptools>=77'
+	# without build isolation, which would fetch torch a second time
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[dev]'
 	# once more, now that torch is there: the C++ operators are built against its headers
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
