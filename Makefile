@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-triton lint bench-cpu clean
+.PHONY: demo test test-triton lint bench-cpu gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
@@ -22,8 +22,12 @@ lint: $(VENV)/installed
 
 # Paired ratios against loops and plain PyTorch, into bench/results/*.json.
 bench-cpu: $(VENV)/installed
-	for op in topk_mean mil_loss distance_graph similarity_graph uniform_pool; do \
+	for op in topk_mean mil_loss distance_graph similarity_graph uniform_pool folds step; do \
 		$(BIN)/python -m bench.bench_$$op --json || exit 1; done
+
+# On a machine with a GPU: build, tests, sanitizers, every benchmark, within 8 minutes; JSON and logs in OUT.
+gpu: $(VENV)/installed
+	$(BIN)/python -m bench.gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,12 +1,15 @@
-"""distance_graph, forward and backward, against the matrix product that defines it."""
+"""distance_graph against the matrix product that defines it."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from avadclip_fast import ops
+from avadclip_fast import ops, reference
 
 from . import harness
+from .harness import Bench, Work
 
 WIDTH = 256
 
@@ -15,31 +18,29 @@ def official(values: Tensor) -> Tensor:
     """The matrix made on the host and repeated over the batch in each call, then multiplied."""
     position = np.arange(values.shape[1])
     distance = np.abs(position[:, None] - position)
-    matrix = torch.exp(-torch.from_numpy(distance.astype(np.float32)) / torch.e)
-    return matrix.unsqueeze(0).repeat(values.shape[0], 1, 1) @ values
+    matrix = torch.exp(-torch.from_numpy(distance.astype(np.float32)).to(values.device) / torch.e)
+    return matrix.to(values.dtype).unsqueeze(0).repeat(values.shape[0], 1, 1) @ values
 
 
-def run(rounds: int) -> list[dict]:
-    torch.manual_seed(0)
-    rows, per_row = [], {}
+def cases(dtype: torch.dtype) -> Iterator[Bench]:
     for batch, length in ((96, 256), (24, 1024), (6, 4096)):
-        values = torch.randn(batch, length, WIDTH, requires_grad=True)
+
+        def make(shape=(batch, length, WIDTH)) -> tuple:
+            return (torch.randn(shape, dtype=dtype, requires_grad=True),)
+
         position = torch.arange(length)
         matrix = torch.exp(-(position[:, None] - position).abs() / torch.e)
-        calls = {
-            "official": harness.forward_backward(official, (values,), (values,)),
-            "matrix made beforehand": harness.forward_backward(lambda v, m=matrix: m @ v, (values,), (values,)),
-            "reference": harness.forward_backward(ops.distance_graph, (values, torch.e, None, "reference"), (values,)),
-            "cpp": harness.forward_backward(ops.distance_graph, (values, torch.e, None, "cpp"), (values,)),
-        }
-        times = harness.measure(calls, rounds)
-        case = f"f+b [{batch}, {length}, {WIDTH}]"
-        rows += harness.compare(case, times, "cpp", bytes=16 * values.numel(), flops=12 * values.numel())
-        per_row[length] = rows[-1]["median_ms"] / batch
-    growth = per_row[4096] / per_row[256]
-    print(f"a video of 4096 snippets costs {growth:.1f} times one of 256 (linear: 16)")
-    return rows
+        values = batch * length * WIDTH
+        yield Bench(
+            f"[{batch}, {length}, {WIDTH}]",
+            make,
+            {"official": official, "matrix made beforehand": lambda v, m=matrix: m.to(v.dtype) @ v}
+            | harness.compiled(reference.distance_graph)
+            | harness.served("distance_graph", ops.distance_graph, make()),
+            Work(2 * values * dtype.itemsize, 6 * values),  # two scans: each a multiplication and an addition, and sums
+            Work(4 * values * dtype.itemsize, 12 * values),
+        )
 
 
 if __name__ == "__main__":
-    harness.main("bench_distance_graph", run)
+    harness.main("bench_distance_graph", cases)

@@ -1,67 +1,84 @@
-"""The algebra around linear_act: products of weights in place of products with the features, forward and backward.
+"""linear_act, the GEMM family, against cuBLAS (oneDNN on a CPU) with its pointwise steps apart: the reference."""
 
-Counted in FLOPs at M = B·T rows of width D, forward: binary head 8MD² in place of 16MD² (+ 8D²), k3-k1 6MD² + 6D³ in
-place of 8MD²; gc1 with gc3 the same, their input read once. The backward pass has twice as many.
-"""
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from avadclip_fast import ops
-from avadclip_fast.modules import MLP
-from avadclip_fast.modules.linear_act import TemporalConv, binary_head
-from avadclip_fast.modules.uncertainty_head import fold
+from avadclip_fast import ops, reference
 
 from . import harness
+from .harness import Bench, Work
 
-B, T, D = 16, 256, 512
+ROWS, DIM = 256, 512
 
 
-def run(rounds: int) -> list[dict]:
-    torch.manual_seed(0)
-    x = torch.randn(B, T, D, requires_grad=True)
-    mlp, classifier = MLP(D), nn.Linear(D, 1)
-    first, third = TemporalConv(D, D // 2, 5), TemporalConv(D, D // 2, 5)
-    matrices = nn.ParameterList(torch.randn(D, D // 2) * D**-0.5 for _ in range(2))
-    conv, after = TemporalConv(D, D, 3), TemporalConv(D, D, 1)
+def cases(dtype: torch.dtype) -> Iterator[Bench]:
+    batch = 96 if torch.get_default_device().type == "cuda" else 16
+    norm, quick, relu = {"norm": True}, {"activation": "quick_gelu"}, {"activation": "relu"}
+    yield case("projection", dtype, batch, DIM, DIM, residual=True)
+    yield case("qkv", dtype, batch, DIM, 3 * DIM, **norm)
+    yield case("mlp", dtype, batch, DIM, 4 * DIM, **norm, **quick)
+    yield case("mlp, back", dtype, batch, 4 * DIM, DIM, residual=True)
+    yield case("binary head", dtype, batch, DIM, 4 * DIM, **quick, dot=True)
+    yield case("audio convolution", dtype, batch, DIM, DIM, taps=2, dilation=4, causal=True, **relu)
+    yield case("uncertainty convolution", dtype, batch, DIM, DIM, taps=3, residual=True, **relu)
+    yield case("graph convolution", dtype, batch, DIM, DIM, taps=5)
 
-    def shared_convolution() -> Tensor:
-        weight, bias = torch.cat([first.weight, third.weight]), torch.cat([first.bias, third.bias])
-        return sum(ops.linear_act(x, weight, bias).chunk(2, dim=-1))
 
-    cases = {  # name: (modules, ours, plain, our FLOPs forward)
-        "binary head": (
-            [mlp, classifier],
-            lambda: binary_head(x, mlp, classifier),
-            lambda: classifier(mlp(x, residual=x)).squeeze(-1),
-            8 * B * T * D**2,
-        ),
-        "k3-k1": (
-            [conv, after],
-            lambda: ops.linear_act(x, *fold(conv, after)),
-            lambda: after(conv(x)),
-            6 * B * T * D**2 + 6 * D**3,
-        ),
-        "gc1 and gc3, convolution": (
-            [first, third], shared_convolution, lambda: first(x) + third(x), 10 * B * T * D**2,
-        ),
-        "gc1 and gc3, xW": (
-            [matrices],
-            lambda: sum(ops.linear_act(x, torch.cat(list(matrices), dim=1).T).chunk(2, dim=-1)),
-            lambda: ops.linear_act(x, matrices[0].T) + ops.linear_act(x, matrices[1].T),
-            2 * B * T * D**2,
-        ),
-    }  # fmt: skip
-    rows = []
-    for name, (modules, ours, plain, flops) in cases.items():
-        leaves = (x, *(p for module in modules for p in module.parameters()))
-        calls = {
-            "plain": harness.forward_backward(plain, (), leaves),
-            "folded": harness.forward_backward(ours, (), leaves),
-        }
-        rows += harness.compare(f"f+b {name}", harness.measure(calls, rounds), "folded", flops=3 * flops)
-    return rows
+def case(
+    name: str, dtype: torch.dtype, batch: int, width: int, outputs: int, taps: int = 0, norm=False, residual=False,
+    dot=False, **options,
+) -> Bench:  # fmt: skip
+    """options: those of ops.linear_act that are no tensors."""
+    kernel = (taps,) if taps else ()
+
+    def make() -> tuple:
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape) * scale).to(dtype).requires_grad_()
+
+        weight = draw(outputs, width, *kernel, scale=(width * max(taps, 1)) ** -0.5)
+        extras = [draw(width), draw(width)] if norm else []
+        extras += [draw(batch, ROWS, outputs)] if residual else []
+        extras += [draw(outputs)] if dot else []
+        return draw(batch, ROWS, width), weight, draw(outputs), *extras
+
+    def named(extras: tuple) -> dict:
+        extras, found = list(extras), dict(options)
+        if norm:
+            found["norm"] = (extras.pop(0), extras.pop(0))
+        if residual:
+            found["residual"] = extras.pop(0)
+        if dot:
+            found["dot"] = extras.pop(0)
+        return found
+
+    def fused(x: Tensor, weight: Tensor, bias: Tensor, *extras: Tensor, backend: str | None = None) -> Tensor:
+        return ops.linear_act(x, weight, bias, **named(extras), backend=backend)
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, *extras: Tensor) -> Tensor:
+        return reference.linear_act(x, weight, bias, **named(extras))
+
+    rows, products = batch * ROWS, 2 * batch * ROWS * width * outputs * max(taps, 1)
+    size = dtype.itemsize
+    written = rows * (1 if dot else outputs)
+    added = rows * outputs if residual else 0
+    weights = width * outputs * max(taps, 1)
+
+    def product_alone(x: Tensor, weight: Tensor, bias: Tensor, *extras: Tensor) -> Tensor:
+        return F.linear(x, weight.flatten(1)[:, :width], bias)
+
+    return Bench(
+        f"{name}, {rows} x {width} -> {outputs}" + (f", {taps} taps" if taps else ""),
+        make,
+        harness.compiled(plain) | harness.served("linear_act", fused, make()),
+        Work(size * (rows * width + written + added + weights), products),
+        Work(size * (3 * rows * width + 3 * written + 2 * added + 3 * weights), 3 * products),
+        parts={} if taps else {"product alone": product_alone},
+        waits=(),
+    )
 
 
 if __name__ == "__main__":
-    harness.main("bench_linear_act", run)
+    harness.main("bench_linear_act", cases)

@@ -1,12 +1,15 @@
-"""similarity_graph, forward and backward, against loops over the batch and against plain PyTorch."""
+"""similarity_graph against loops over the batch and against plain PyTorch."""
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avadclip_fast import ops
+from avadclip_fast import ops, reference
 
 from . import harness
+from .harness import Bench, Work
 
 BATCH, ROWS, DIM, WIDTH = 96, 256, 512, 256
 
@@ -22,26 +25,31 @@ def official(features: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     return weights @ values
 
 
-def run(rounds: int) -> list[dict]:
-    torch.manual_seed(0)
-    base = torch.randn(BATCH, 1, DIM)  # so that some edges lie above the threshold, and some below
-    features = (base + torch.randn(BATCH, ROWS, DIM) * torch.rand(BATCH, ROWS, 1)).requires_grad_()
-    values = torch.randn(BATCH, ROWS, WIDTH, requires_grad=True)
-    rows = []
-    for case, lengths in (
-        ("lengths 1..256", torch.randint(1, ROWS + 1, (BATCH,))),
-        ("lengths 256", torch.full((BATCH,), ROWS)),
-    ):
-        inputs, leaves = (features, values, lengths), (features, values)
-        calls = {
-            "official": harness.forward_backward(official, inputs, leaves),
-            "reference": harness.forward_backward(ops.similarity_graph, (*inputs, 0.7, None, "reference"), leaves),
-            "cpp": harness.forward_backward(ops.similarity_graph, (*inputs, 0.7, None, "cpp"), leaves),
-        }
-        flops = int((lengths**2).sum()) * (2 * DIM + 2 * WIDTH + 4 * WIDTH + 2 * DIM)
-        rows += harness.compare(f"f+b, {case}", harness.measure(calls, rounds), "cpp", flops=flops)
-    return rows
+def cases(dtype: torch.dtype) -> Iterator[Bench]:
+    for case, shortest in (("lengths 1..256", 1), ("lengths 256", ROWS)):
+
+        def make(shortest=shortest) -> tuple:
+            base = torch.randn(BATCH, 1, DIM)  # so that some edges lie above the threshold, and some below
+            features = base + torch.randn(BATCH, ROWS, DIM) * torch.rand(BATCH, ROWS, 1)
+            return (
+                features.to(dtype).requires_grad_(),
+                torch.randn(BATCH, ROWS, WIDTH, dtype=dtype, requires_grad=True),
+                torch.randint(shortest, ROWS + 1, (BATCH,)),
+            )
+
+        inputs = make()
+        rows, pairs = BATCH * ROWS, int((inputs[2] ** 2).sum())
+        yield Bench(
+            case,
+            make,
+            {"official": official}
+            | harness.compiled(reference.similarity_graph)
+            | harness.served("similarity_graph", ops.similarity_graph, inputs),
+            Work(rows * (DIM + 2 * WIDTH) * dtype.itemsize, pairs * (2 * DIM + 2 * WIDTH)),
+            # backward: the weights' gradient, the values', and the features' from the symmetric sum
+            Work(rows * (3 * DIM + 4 * WIDTH) * dtype.itemsize, pairs * (2 * DIM + 2 * WIDTH + 4 * WIDTH + 2 * DIM)),
+        )
 
 
 if __name__ == "__main__":
-    harness.main("bench_similarity_graph", run)
+    harness.main("bench_similarity_graph", cases)

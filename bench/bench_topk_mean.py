@@ -1,37 +1,43 @@
-"""topk_mean, forward and backward, against loops over the batch and against plain PyTorch."""
+"""topk_mean against loops over the batch and against plain PyTorch."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from avadclip_fast import ops
+from avadclip_fast import ops, reference
 
 from . import harness
+from .harness import Bench, Work
 
 
 def loops(scores: Tensor, lengths: Tensor) -> Tensor:
     """A video at a time, as official code does."""
-    out = torch.zeros(0, scores.shape[2])
+    out = scores.new_zeros(0, scores.shape[2])
     for b in range(len(scores)):
         top = torch.topk(scores[b, : lengths[b]], int(lengths[b] // 16 + 1), dim=0).values
         out = torch.cat([out, top.mean(0, keepdim=True)])
     return out
 
 
-def run(rounds: int) -> list[dict]:
-    torch.manual_seed(0)
-    rows = []
+def cases(dtype: torch.dtype) -> Iterator[Bench]:
     for batch, length, classes in ((96, 256, 7), (96, 256, 1), (8, 4096, 7), (1, 65536, 7)):
-        scores = torch.randn(batch, length, classes, requires_grad=True)
-        lengths = torch.randint(max(1, length // 4), length + 1, (batch,))
-        fused = {
-            backend: harness.forward_backward(ops.topk_mean, (scores, lengths, 16, backend), (scores,))
-            for backend in ("reference", "cpp")
-        }
-        calls = {"loops": harness.forward_backward(loops, (scores, lengths), (scores,))} | fused
-        case = f"f+b [{batch}, {length}, {classes}]"
-        rows += harness.compare(case, harness.measure(calls, rounds), "cpp", bytes=8 * scores.numel())
-    return rows
+
+        def make(shape=(batch, length, classes)) -> tuple:
+            lengths = torch.randint(max(1, shape[1] // 4), shape[1] + 1, shape[:1])
+            return torch.randn(shape, dtype=dtype, requires_grad=True), lengths
+
+        size = batch * length * classes * dtype.itemsize
+        yield Bench(
+            f"[{batch}, {length}, {classes}]",
+            make,
+            {"loops": loops}
+            | harness.served("topk_mean", ops.topk_mean, make())
+            | harness.compiled(reference.topk_mean),
+            Work(size),
+            Work(2 * size),  # scores read, their gradient written
+        )
 
 
 if __name__ == "__main__":
-    harness.main("bench_topk_mean", run)
+    harness.main("bench_topk_mean", cases)

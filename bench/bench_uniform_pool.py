@@ -1,40 +1,51 @@
 """uniform_pool on one long video, against the loop over rows and against numpy's reduceat."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from avadclip_fast import ops
 from avadclip_fast.data.features import pool
 
 from . import harness
+from .harness import Bench, Work
 
 ROWS, DIM = 256, 512
 
 
-def loop(features: np.ndarray) -> np.ndarray:
+def loop(features: Tensor, lengths: Tensor) -> Tensor:
     """A row at a time, as official code does."""
-    out = np.zeros((ROWS, features.shape[1]), np.float32)
-    bounds = np.linspace(0, len(features), ROWS + 1, dtype=int)
+    array = features.numpy()
+    out = np.zeros((ROWS, array.shape[1]), np.float32)
+    bounds = np.linspace(0, len(array), ROWS + 1, dtype=int)
     for i in range(ROWS):
         empty = bounds[i] == bounds[i + 1]
-        out[i] = features[bounds[i]] if empty else features[bounds[i] : bounds[i + 1]].mean(0)
-    return out
+        out[i] = array[bounds[i]] if empty else array[bounds[i] : bounds[i + 1]].mean(0)
+    return torch.from_numpy(out)[None]
 
 
-def run(rounds: int) -> list[dict]:
-    rows = []
+def cases(dtype: torch.dtype) -> Iterator[Bench]:
+    on_host = {
+        "loop": loop,
+        "numpy": lambda x, n: torch.from_numpy(pool(x.numpy(), ROWS)[0])[None],
+    }
     for count in (300, 1000, 4000):
-        array = np.random.default_rng(0).standard_normal((count, DIM), dtype=np.float32)
-        features, lengths = torch.from_numpy(array), torch.tensor([count])
-        calls = {
-            "loop": lambda x=array: loop(x),
-            "numpy": lambda x=array: pool(x, ROWS),
-            "cpp": lambda x=features, n=lengths: ops.uniform_pool(x, n, ROWS, backend="cpp"),
-        }
-        moved = 4 * DIM * (count + ROWS)
-        rows += harness.compare(f"{count} -> {ROWS}", harness.measure(calls, rounds), "cpp", bytes=moved)
-    return rows
+
+        def make(count=count) -> tuple:
+            return torch.randn(count, DIM, dtype=dtype), torch.tensor([count])
+
+        features, lengths = make()
+        yield Bench(
+            f"{count} -> {ROWS}",
+            make,
+            (on_host if features.device.type == "cpu" else {})
+            | harness.served("uniform_pool", partial(ops.uniform_pool, rows=ROWS), (features, lengths)),
+            Work(dtype.itemsize * DIM * (count + ROWS)),
+        )
 
 
 if __name__ == "__main__":
-    harness.main("bench_uniform_pool", run)
+    harness.main("bench_uniform_pool", cases)

@@ -65,10 +65,11 @@ def graph_conv(s: Weights, name: str, x: Tensor, mix) -> Tensor:
 
 def temporal(s: Weights, visual: Tensor, lengths: Tensor, window: int) -> Tensor:
     rows = visual.shape[1]
-    positions = F.embedding(torch.arange(rows).expand(len(visual), -1), s["frame_position_embeddings.weight"])
+    at = torch.arange(rows, device=visual.device)
+    positions = F.embedding(at.expand(len(visual), -1), s["frame_position_embeddings.weight"])
     x = visual.permute(1, 0, 2) + positions.permute(1, 0, 2)
-    of = torch.arange(rows) // window
-    mask = torch.zeros(rows, rows).masked_fill(of[:, None] != of, -math.inf)
+    of = at // window
+    mask = torch.zeros(rows, rows, device=x.device).masked_fill(of[:, None] != of, -math.inf)
     for layer in range(layers(s, "temporal.resblocks.")):
         x = block(s, f"temporal.resblocks.{layer}", x, 1, mask)
     x = x.permute(1, 0, 2)
@@ -117,13 +118,16 @@ def text(s: Weights, tokens: list[list[int]]) -> Tensor:
     x = s["text_prompt_embeddings.weight"].repeat(len(tokens), 1, 1)
     at = []
     for c, name in enumerate(tokens):
-        words, eos = F.embedding(torch.tensor(name), s["clipmodel.token_embedding.weight"]), len(name) - 1
+        words, eos = (
+            F.embedding(torch.tensor(name, device=x.device), s["clipmodel.token_embedding.weight"]),
+            len(name) - 1,
+        )
         x[c, 0] = words[0]
         x[c, 11 : 10 + eos] = words[1:eos]
         x[c, 20 + eos] = words[eos]
         at.append(20 + eos)
     x = (x + s["clipmodel.positional_embedding"]).permute(1, 0, 2)
-    mask = torch.full((77, 77), -math.inf).triu(1)
+    mask = torch.full((77, 77), -math.inf, device=x.device).triu(1)
     for layer in range(layers(s, "clipmodel.transformer.resblocks.")):
         x = block(s, f"clipmodel.transformer.resblocks.{layer}", x, TEXT_HEADS, mask)
     x = norm(s, "clipmodel.ln_final", x.permute(1, 0, 2))
@@ -147,7 +151,7 @@ def heads(s: Weights, v: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 def losses(s: Weights, out: tuple[Tensor, Tensor], classes: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
     total = mil_losses(*out, labels, lengths, s["alpha"])
     normal = classes[0] / classes[0].norm()
-    apart = torch.zeros(1)
+    apart = torch.zeros(1, device=labels.device)
     for c in range(1, len(classes)):
         apart = apart + (normal @ (classes[c] / classes[c].norm())).abs()
     return total + 1e-4 * apart[0] / (len(classes) - 1)

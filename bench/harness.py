@@ -1,32 +1,187 @@
 """Timing of alternatives side by side, a table, and JSON with everything needed to judge it.
 
 The alternatives take turns, round by round, and ratios are taken within a round: a machine that is slow for a while is
-slow for all of them.
+slow for all of them. Nothing is timed before it has been found right. On a GPU a kernel's time is that of a replayed
+CUDA graph over several sets of inputs, more than its cache holds, and the roofs are measured in the same run.
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+from avadclip_fast.ops import _dispatch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+ROUNDS = 15
+SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
+Timer = Callable[[], float]  # seconds of one call
 
 
-def measure(alternatives: dict[str, Callable[[], object]], rounds: int = 15) -> dict[str, list[float]]:
-    """Seconds of each alternative in each round, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in alternatives}
-    for round_ in range(rounds + 1):
-        for name, call in alternatives.items():
-            start = time.perf_counter()
+class Work(NamedTuple):
+    """The least that must be done, by formula: bytes read and written once each, and FLOPs."""
+
+    bytes: float
+    flops: float = 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One case of an op, and who computes it. make() draws inputs: those that require gradients get them."""
+
+    case: str
+    make: Callable[[], tuple]
+    alternatives: dict[str, Callable[..., Tensor]]  # "reference" is among them
+    forward: Work
+    both: Work | None = None  # forward and backward; None: there is no backward pass to time
+    parts: dict[str, Callable[..., object]] = field(default_factory=dict)  # less than the op, for scale
+    waits: tuple[str, ...] = ("official", "loops")  # alternatives that wait for the GPU: no graph holds them
+
+
+def served(op: str, function: Callable, inputs: tuple) -> dict[str, Callable[..., Tensor]]:
+    """Every backend of `op` that can serve function(*inputs, backend=...), the reference first, the chosen one last."""
+    found = {}
+    for backend in reversed(_dispatch.ORDER):
+        try:
+            if backend in _dispatch.TABLE[op]:
+                function(*inputs, backend=backend)
+                found[backend] = partial(function, backend=backend)
+        except _dispatch.BackendError:
+            continue
+    return found
+
+
+def compiled(function: Callable) -> dict[str, Callable[..., Tensor]]:
+    """What torch.compile makes of a reference; on a GPU only, where there is something to beat."""
+    if torch.get_default_device().type != "cuda":
+        return {}
+    return {"torch.compile": torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)}
+
+
+def leaves(inputs: tuple) -> tuple[Tensor, ...]:
+    return tuple(x for x in inputs if isinstance(x, Tensor) and x.requires_grad)
+
+
+def first(out: Tensor | tuple) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def forward_backward(function: Callable, inputs: tuple, wanted: tuple[Tensor, ...]) -> Callable[[], tuple]:
+    """A call of `function` and of the backward pass of its (first) result's sum."""
+
+    def call() -> tuple:
+        out = first(function(*inputs))
+        return torch.autograd.grad(out, wanted, torch.ones_like(out), allow_unused=True)
+
+    return call
+
+
+def forward(function: Callable, inputs: tuple, wanted: tuple[Tensor, ...]) -> Callable[[], object]:
+    def call() -> object:
+        with torch.no_grad():
+            return function(*inputs)
+
+    return call
+
+
+# Right first
+
+
+def check(bench: Bench, inputs: tuple) -> None:
+    """Raises AssertionError where a result or gradient is further from the reference in float64 than the reference in
+    the same dtype allows: three times its error, in norm, and some roundings; 3e-5 for sums of thousands of rows in
+    another order."""
+
+    def results(function: Callable, inputs: tuple) -> list[Tensor]:
+        out = first(function(*inputs))
+        if bench.both is None:
+            return [out]
+        # weights that differ, so that no gradient cancels by symmetry
+        weight = torch.linspace(1, 2, out.numel(), dtype=torch.float64, device=out.device).view(out.shape)
+        return [out, *torch.autograd.grad(out, leaves(inputs), weight.to(out.dtype), allow_unused=True)]
+
+    def in_double(x: object) -> object:
+        change = isinstance(x, Tensor) and x.is_floating_point()
+        return x.detach().double().requires_grad_(x.requires_grad) if change else x
+
+    oracle = results(bench.alternatives["reference"], tuple(in_double(x) for x in inputs))
+
+    def errors(function: Callable) -> list[float]:
+        pairs = zip(results(function, inputs), oracle, strict=True)
+        return [0.0 if x is None and y is None else relative(x.detach(), y.detach()) for x, y in pairs]
+
+    eps = torch.finfo(next(x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point())).eps
+    allowed = [max(3 * error + 8 * eps, 3e-5) for error in errors(bench.alternatives["reference"])]
+    for name, function in bench.alternatives.items():
+        for what, (error, limit) in enumerate(zip(errors(function), allowed, strict=True)):
+            part = f"gradient {what}" if what else "result"
+            assert error <= limit, f"{bench.case}, {name}: {part} is {error:.1e} off in norm, allowed {limit:.1e}"
+
+
+def relative(got: Tensor, oracle: Tensor) -> float:
+    return float((got.double() - oracle).norm() / oracle.norm().clamp_min(1e-30))
+
+
+# Clocks
+
+
+def host_timer(call: Callable[[], object]) -> Timer:
+    """A plain call, until its work is done."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return timed
+
+
+def graph_timer(calls: list[Callable[[], object]], replays: int = 5) -> Timer:
+    """All calls in one CUDA graph, replayed: the mean of a call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and fills the allocator
+        for call in calls * 2:
             call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call() for call in calls]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def timed(_kept=kept) -> float:  # what the graph writes to lives as long as it
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3 / (replays * len(calls))
+
+    return timed
+
+
+def measure(timers: dict[str, Timer], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Seconds of each alternative in each round, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for round_ in range(rounds + 1):
+        for name, timer in timers.items():
+            seconds = timer()
             if round_:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return times
 
 
@@ -42,53 +197,139 @@ def compare(case: str, times: dict[str, list[float]], ours: str, **counts: float
     return rows
 
 
-def forward_backward(function: Callable, inputs: tuple, leaves: tuple[torch.Tensor, ...]) -> Callable[[], None]:
-    """A call of `function` and of the backward pass of its (first) result's sum."""
-
-    def call() -> None:
-        out = function(*inputs)
-        out = out[0] if isinstance(out, tuple) else out
-        torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-    return call
+# Cases
 
 
-def main(name: str, run: Callable[[int], list[dict]]) -> None:
-    """`python -m bench.NAME`: runs, prints a table, and with --json writes bench/results/NAME.json."""
+def run(cases: Callable[[torch.dtype], Iterable[Bench]], dtype: torch.dtype, device: str, rounds: int) -> list[dict]:
+    """The rows of all cases. On a CPU forward and backward together; on a GPU the forward pass by itself as well."""
+    on_gpu = device == "cuda"
+    with torch.device(device):  # for making inputs alone: it costs time in every call
+        benches = list(cases(dtype))
+        roofs = gpu_roofs() if on_gpu else None
+    rows = []
+    for bench in benches:
+        with torch.device(device):
+            sets = input_sets(bench) if on_gpu else [bench.make()]
+        check(bench, sets[0])
+        passes = [("f+b ", forward_backward, bench.both)] if bench.both else [("", forward, bench.forward)]
+        if on_gpu and bench.both:
+            passes.insert(0, ("f ", forward, bench.forward))
+        ours = list(bench.alternatives)[-1]
+        for prefix, way, work in passes:
+            case = prefix + bench.case
+            functions = bench.parts | bench.alternatives
+            calls = {name: [way(function, s, leaves(s)) for s in sets] for name, function in functions.items()}
+            if on_gpu:
+                timers = {n: host_timer(c[0]) if n in bench.waits else graph_timer(c) for n, c in calls.items()}
+            else:
+                timers = {name: host_timer(call) for name, (call,) in calls.items()}
+            rows += compare(case, measure(timers, rounds), ours, **work._asdict())
+            if on_gpu:
+                latency = measure({name: host_timer(c[0]) for name, c in calls.items()}, rounds)
+                with_floor(rows[-len(calls) :], latency, work, roofs)
+    return rows
+
+
+def input_sets(bench: Bench) -> list[tuple]:
+    """So many draws of a case's inputs that a round over them finds none in the GPU's cache."""
+    drawn = [bench.make()]
+    held = sum(x.nbytes for x in drawn[0] if isinstance(x, Tensor))
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return drawn + [bench.make() for _ in range(min(7, 2 * cache // max(held, 1)))]
+
+
+def with_floor(rows: list[dict], latency: dict[str, list[float]], work: Work, roofs: dict[str, float]) -> None:
+    """Adds the time of a plain call, and how near the kernel time comes to the roofs."""
+    floor = max(work.bytes / roofs["copy_bytes_per_s"], work.flops / roofs["matmul_flops_per_s"]) * 1e3
+    for row in rows:
+        row["call_ms"] = statistics.median(latency[row["alternative"]]) * 1e3
+        row |= {"floor_ms": floor, "of_floor": floor / row["median_ms"]}
+
+
+def gpu_roofs() -> dict[str, float]:
+    """What this GPU copies a second (read and written) and multiplies in bfloat16."""
+    source = torch.randn(2**28, dtype=torch.bfloat16)
+    target, side = torch.empty_like(source), 8192
+    a, b = torch.randn(2, side, side, dtype=torch.bfloat16)
+    timers = {"copy": graph_timer([lambda: target.copy_(source)]), "matmul": graph_timer([lambda: a @ b])}
+    seconds = {name: statistics.median(times) for name, times in measure(timers).items()}
+    return {
+        "copy_bytes_per_s": 2 * source.nbytes / seconds["copy"],
+        "matmul_flops_per_s": 2 * side**3 / seconds["matmul"],
+    }
+
+
+# Records
+
+
+def main(name: str, cases: Callable[[torch.dtype], Iterator[Bench]]) -> None:
+    """`python -m bench.NAME`: runs a file's cases, prints a table, and with --json writes results/NAME.json."""
+    command(name, lambda o: run(cases, getattr(torch, o.dtype), o.device, o.rounds))
+
+
+def command(name: str, rows_of: Callable[[argparse.Namespace], list[dict]]) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, help="default: torch's")
-    parser.add_argument("--json", action="store_true", help=f"also write bench/results/{name}.json")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU",
+                        choices=["float32", "float16", "bfloat16"])  # fmt: skip
+    parser.add_argument("--json", nargs="?", const=RESULTS, type=Path, metavar="FOLDER",
+                        help=f"also write FOLDER/{name}.json; default: bench/results")  # fmt: skip
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: a median with its spread wants 2 at least")
+    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     if options.threads:
         torch.set_num_threads(options.threads)
-    rows = run(options.rounds)
+    where = setting(options)  # before the results that it tells of are written
+    torch.manual_seed(0)
+    rows = rows_of(options)
     show(rows)
     if options.json:
-        RESULTS.mkdir(exist_ok=True)
-        record = {"bench": name, "setting": setting(), "rows": rows}
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+        options.json.mkdir(parents=True, exist_ok=True)
+        record = {"bench": name, "setting": where, "rows": rows}
+        (options.json / f"{name}.json").write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def show(rows: list[dict]) -> None:
-    print(f"{'case':<34} {'alternative':<22} {'median':>9} {'p20':>9} {'p80':>9} {'over ours':>9}")
+    print(f"{'case':<40} {'alternative':<22} {'median':>9} {'p20':>9} {'p80':>9} {'over ours':>9} {'of floor':>8}")
     for row in rows:
         ms = " ".join(f"{row[f'{key}_ms']:>9.3f}" for key in ("median", "p20", "p80"))
-        print(f"{row['case']:<34} {row['alternative']:<22} {ms} {row['over_ours']:>8.2f}x")
+        floor = f" {row['of_floor']:>8.0%}" if "of_floor" in row else ""
+        print(f"{row['case']:<40} {row['alternative']:<22} {ms} {row['over_ours']:>8.2f}x{floor}")
 
 
-def setting() -> dict:
-    """Commit, versions and processor."""
-    commit = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    return {
-        "commit": subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip(),
+def setting(options: argparse.Namespace) -> dict:
+    """Commit, versions, processor, and the hash of the sources that were measured."""
+    commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    told = subprocess.run(commit, capture_output=True, text=True)
+    facts = {
+        "commit": told.stdout.strip() or None,
+        "source": source_hash(options.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "dtype": options.dtype,
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": None,
     }
+    if options.device == "cuda":
+        import triton
+
+        facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "triton": triton.__version__}
+    return facts
+
+
+def source_hash(device: str) -> str:
+    """Changes with the kernels that a device runs, and with what they are compared to."""
+    patterns = ["avadclip_fast/reference/*.py"]
+    patterns += {"cpu": ["csrc/*_cpu.cpp", "csrc/stable.h"], "cuda": ["csrc/*.cu*", "csrc/*.h", "kernels/**/*"]}[device]
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.suffix in SOURCES):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def cpu_name() -> str:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import fightsurv
+from . import fightsurv, harness
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
@@ -60,8 +60,12 @@ def demo() -> str:
 
 
 def _where(record: dict) -> str:
+    """What it was measured on; and whether the kernels have changed since."""
     setting = record["setting"]
-    return f"\n\n{setting['cpu']}, {setting['threads']} threads, torch {setting['torch']}.\n"
+    device = "cuda" if setting["gpu"] else "cpu"
+    where = setting["gpu"] or f"{setting['cpu']}, {setting['threads']} threads"
+    old = "" if setting.get("source") == harness.source_hash(device) else " **Stale**: the kernels have changed since."
+    return f"\n\n{where}, torch {setting['torch']}.{old}\n"
 
 
 FIGURES: dict[str, Callable[[], str]] = {

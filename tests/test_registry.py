@@ -1,5 +1,6 @@
 """One stem per op, everywhere; and every public name says what it takes."""
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from avadclip_fast.ops import _dispatch
 ROOT = Path(__file__).resolve().parents[1]
 # Two ops in one file, each the other's companion.
 STEMS = {"mil_align_loss": "mil_loss", "unpack_rows": "pack_rows"}
+# One file of kernels for all that moves rows between packed and padded.
+NATIVE = STEMS | {"pack_rows": "uniform_pool", "unpack_rows": "uniform_pool"}
 # Steps of data handling: no module is made of them.
 NO_MODULE = {"uniform_pool", "pack_rows"}
 
@@ -27,8 +30,23 @@ def test_an_op_has_all_its_files(op):
     files = [f"avadclip_fast/{folder}/{stem}.py" for folder in ("reference", "ops", "modules")]
     if stem in NO_MODULE:
         files.pop()
-    files.append(f"tests/test_{stem}.py")
+    files += [f"tests/test_{stem}.py", f"bench/bench_{stem}.py"]
+    files += [f"kernels/{stem}.py"] if "triton" in _dispatch.TABLE[op] else []
+    files += [f"csrc/{NATIVE.get(op, op)}_cpu.cpp"] if "cpp" in _dispatch.TABLE[op] else []
+    files += [f"csrc/{NATIVE.get(op, op)}.cu"] if "cuda" in _dispatch.TABLE[op] else []
     assert [file for file in files if not (ROOT / file).exists()] == []
+
+
+@every_op
+def test_an_ops_kernels_are_compiled_ahead(op):
+    """bench/aot_report.json knows the registers of each."""
+    report = json.loads((ROOT / "bench/aot_report.json").read_text())
+    if "triton" in _dispatch.TABLE[op]:
+        source = (ROOT / f"kernels/{STEMS.get(op, op)}.py").read_text()
+        kernels = re.findall(r"@triton.jit\ndef (\w+_kernel)\(", source)
+        assert kernels and [k for k in kernels if k not in json.dumps(report["triton"])] == []
+    if "cuda" in _dispatch.TABLE[op]:
+        assert f"{NATIVE.get(op, op)}_kernel" in json.dumps(report["cuda"])
 
 
 @every_op

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bench import report
+from bench import harness, report
 
 
 @pytest.mark.parametrize("page", report.PAGES, ids=lambda page: page.name)
@@ -25,3 +25,22 @@ def test_a_changed_figure_is_noticed():
 def test_a_figure_without_json_fails():
     with pytest.raises(KeyError):
         report.rendered("<!-- figures: dreamt-up -->\n<!-- end -->")
+
+
+def test_a_figure_older_than_the_kernels_says_so(monkeypatch):
+    record = {"setting": {"gpu": None, "cpu": "A", "threads": 2, "torch": "2", "source": harness.source_hash("cpu")}}
+    assert report._where(record) == "\n\nA, 2 threads, torch 2.\n"
+    monkeypatch.setattr(harness, "source_hash", lambda device: "another")
+    assert "Stale" in report._where(record)
+
+
+def test_a_kernels_source_is_in_its_hash(tmp_path, monkeypatch):
+    for file in ("csrc/x_cpu.cpp", "csrc/x.cu", "kernels/x.py", "kernels/configs/x.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("1")
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    before = {device: harness.source_hash(device) for device in ("cpu", "cuda")}
+    (tmp_path / "kernels/configs/x.json").write_text("2")
+    assert harness.source_hash("cpu") == before["cpu"] and harness.source_hash("cuda") != before["cuda"]
+    (tmp_path / "csrc/x_cpu.cpp").write_text("2")
+    assert harness.source_hash("cpu") != before["cpu"]

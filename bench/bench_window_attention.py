@@ -1,0 +1,72 @@
+"""window_attention against attention over all T rows under a mask, SDPA over the windows, and FlexAttention."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from avadclip_fast import ops, reference
+
+from . import harness
+from .harness import Bench, Work
+
+BATCH, ROWS, DIM = 96, 256, 512
+
+
+def cases(dtype: torch.dtype) -> Iterator[Bench]:
+    def make() -> tuple:
+        return (torch.randn(BATCH, ROWS, 3 * DIM, dtype=dtype, requires_grad=True),)
+
+    for window in (4, 64):
+
+        def sdpa(qkv: Tensor, window=window) -> Tensor:
+            q, k, v = (x.reshape(BATCH * ROWS // window, 1, window, DIM) for x in qkv.chunk(3, dim=-1))
+            return F.scaled_dot_product_attention(q, k, v).reshape(BATCH, ROWS, DIM)
+
+        every = BATCH * ROWS * DIM * dtype.itemsize
+        products = 4 * BATCH * ROWS * window * DIM
+        yield Bench(
+            f"windows of {window}, [{BATCH}, {ROWS}, {DIM}]",
+            make,
+            {"official": masked(window), "SDPA": sdpa}
+            | flex(window)
+            | harness.compiled(partial(reference.window_attention, window=window))
+            | harness.served("window_attention", partial(ops.window_attention, window=window), make()),
+            Work(4 * every, products),
+            Work(11 * every, 3.5 * products),  # q, k, v and out; then they and the gradient read, three written
+            waits=(),
+        )
+
+
+def masked(window: int):
+    """All pairs of rows, those of different windows at minus infinity."""
+    of = torch.arange(ROWS) // window
+    mask = torch.zeros(ROWS, ROWS).masked_fill(of[:, None] != of, -math.inf)
+
+    def official(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.chunk(3, dim=-1)
+        return F.softmax(q @ k.transpose(1, 2) * DIM**-0.5 + mask.to(q.dtype), dim=-1) @ v
+
+    return official
+
+
+def flex(window: int) -> dict:
+    """FlexAttention with the windows as its block mask; on a GPU only, and its heads are at most 256 wide."""
+    if torch.get_default_device().type != "cuda" or DIM > 256:
+        return {}
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, i, j: i // window == j // window, None, None, ROWS, ROWS)
+    attend = torch.compile(flex_attention)
+
+    def call(qkv: Tensor) -> Tensor:
+        return attend(*(x[:, None] for x in qkv.chunk(3, dim=-1)), block_mask=mask)[:, 0]
+
+    return {"FlexAttention": call}
+
+
+if __name__ == "__main__":
+    harness.main("bench_window_attention", cases)

@@ -1,0 +1,82 @@
+"""The benchmarks' own machinery: nothing wrong is timed, ratios are of one round, a stage that fails does not hide."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from bench import gpu, harness
+from bench.harness import Bench, Work
+
+
+def bench(**alternatives) -> Bench:
+    def make() -> tuple:
+        return (torch.randn(3, 4, requires_grad=True),)
+
+    return Bench("[3, 4]", make, {"reference": lambda x: x.exp(), **alternatives}, Work(96), Work(144, 12))
+
+
+def test_a_row_an_alternative_and_ours_is_the_last():
+    cases = bench(ours=lambda x: torch.exp(x))
+    rows = harness.run(lambda dtype: [cases], torch.float32, "cpu", rounds=3)
+    assert [row["alternative"] for row in rows] == ["reference", "ours"]
+    assert rows[1]["over_ours"] == 1 and rows[0]["case"] == "f+b [3, 4]"
+    assert rows[0]["bytes"] == 144 and rows[0]["flops"] == 12
+    assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda x: x.exp() * 1.001, lambda x: x.exp() + (x - x.detach()), lambda x: x.exp() * float("nan")],
+    ids=["result", "gradient", "nan"],
+)
+def test_what_is_wrong_is_not_timed(wrong):
+    cases = bench(ours=wrong)
+    with pytest.raises(AssertionError, match=r"\[3, 4\], ours: (result|gradient 1)"):
+        harness.run(lambda dtype: [cases], torch.float32, "cpu", rounds=2)
+
+
+def test_ratios_are_taken_within_a_round():
+    slow = iter([9, 1.0, 10.0, 100.0])  # the first does not count
+    fast = iter([9, 0.5, 5.0, 50.0])
+    times = harness.measure({"a": lambda: next(slow), "b": lambda: next(fast)}, rounds=3)
+    rows = harness.compare("case", times, "b")
+    assert [row["over_ours"] for row in rows] == [2.0, 1.0] and rows[0]["median_ms"] == 10e3
+
+
+def test_stages_end_and_are_told(tmp_path):
+    python = sys.executable
+    record = gpu.run(
+        [
+            gpu.Stage("good", [python, "-c", "print('hello')"], 30),
+            gpu.Stage("bad", [python, "-c", "raise SystemExit(3)"], 30),
+            gpu.Stage("endless", [python, "-c", "import time; time.sleep(60)"], 0.5),
+            gpu.Stage("absent", None, 30, "no such tool"),
+            gpu.Stage("after", [python, "-c", ""], 30),
+        ],
+        tmp_path,
+    )
+    assert [outcome["result"].split(",")[0] for outcome in record.values()] == [
+        "ok",
+        "failed (3)",
+        "stopped after 0 s",
+        "left out: no such tool",
+        "ok",
+    ]
+    assert json.loads((tmp_path / "gpu.json").read_text()) == record
+    assert (tmp_path / "good.log").read_text() == "hello\n"
+
+
+def test_nothing_starts_when_the_time_is_up(tmp_path):
+    record = gpu.run([gpu.Stage("late", [sys.executable, "-c", ""], 30)], tmp_path, total=0)
+    assert record["late"]["result"] == "no time left"
+
+
+def test_every_stage_is_there(tmp_path):
+    stages = gpu.stages(tmp_path, tune=True)
+    for stage in stages:
+        if stage.name.startswith("bench_"):
+            assert (gpu.ROOT / f"bench/{stage.name}.py").exists()
+    names = {stage.name for stage in stages}
+    assert {path.stem for path in (gpu.ROOT / "bench").glob("bench_*.py")} <= names
