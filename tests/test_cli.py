@@ -12,6 +12,8 @@ import torch
 from avadclip_fast import cli
 from avadclip_fast.data import make_synthetic
 from avadclip_fast.engine import demo
+from avadclip_fast.engine.calibrate import Calibration
+from avadclip_fast.engine.train import HISTORY, ROBUST
 from avadclip_fast.models import AVadCLIP
 
 CLASSES = "A=normal,B1=fighting,B2=shooting,G=explosion"
@@ -71,10 +73,41 @@ def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
         list_ = videos / "test.csv"
         assert call("eval", list_, "--model", model, *truth, *written, *flags, "--classes", CLASSES, "-q") == 0
         out[name] = json.loads((tmp_path / f"{name}.json").read_text())
-        assert len(list((tmp_path / name).glob("*.png"))) == 5
+        assert len(list((tmp_path / name).glob("*.png"))) == 6  # five videos, and the reliability of the scores
     assert {"ap", "auc", "abnormal_ap"} <= out["teacher"]["align"].keys()
     assert out["teacher"]["align"] != out["silent"]["align"]
     assert "AP" in capsys.readouterr().out
+
+
+def test_the_robust_recipe_sets_defaults_and_yields_to_options(videos, tmp_path):
+    few = "--epochs", 1, "--batch-size", 4, "--held-out", 0.3
+    assert call("train", videos / "train.csv", "-o", tmp_path / "t", "--recipe", "robust", *few, *QUICK) == 0
+    recipe = json.loads((tmp_path / "t" / HISTORY).read_text())["run"]["recipe"]
+    assert recipe["temporal_lr"] == ROBUST["temporal_lr"] and recipe["noise"] == ROBUST["noise"]
+    assert (recipe["epochs"], recipe["batch_size"], recipe["lr"]) == (1, 4, ROBUST["lr"])
+    assert json.loads((tmp_path / "t/model/config.json").read_text())["standardize"] == ["audio"]
+    teacher = "--teacher", tmp_path / "t", "--noise", 0.25, "--classes", CLASSES, "-q"
+    assert call("distill", videos / "train.csv", "-o", tmp_path / "s", "--recipe", "robust", *teacher, *few) == 0
+    recipe = json.loads((tmp_path / "s" / HISTORY).read_text())["run"]["recipe"]
+    assert (recipe["noise"], recipe["distill_weight"]) == (0.25, ROBUST["distill_weight"])
+    assert json.loads((tmp_path / "s/model/config.json").read_text())["standardize"] == []
+
+
+def test_missing_sound(videos, trained, tmp_path, capsys):
+    student = tmp_path / "student"
+    options = "--classes", CLASSES, "-q"
+    start = "distill", videos / "train.csv", "--teacher", trained, "-o", student
+    assert call(*start, "--epochs", 1, "--held-out", 0.3, *options) == 0
+    assert Calibration.load(student).videos == 4
+    ask = "eval", videos / "test.csv", "--model", trained, "--gt", videos / "gt.npy", "--json", tmp_path / "out.json"
+    assert call(*ask, "--student", student, "--missing-sound", "0,50,100", *options) == 0
+    assert "automatic" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out.json").read_text())
+    heard, half, none = result["missing_sound"]
+    assert heard["teacher"]["align"] == heard["automatic"]["align"] == result["align"]["ap"]
+    assert none["automatic"] == none["student"] and half["missing"] == 50
+    assert "--student" in mistake(capsys, *ask, "--missing-sound", "50", *options)
+    assert "percents" in mistake(capsys, *ask, "--student", student, "--missing-sound", "half", *options)
 
 
 def test_demo(tmp_path, monkeypatch, capsys):

@@ -19,7 +19,19 @@ from avadclip_fast import data
 from avadclip_fast.data import FeatureSet
 from avadclip_fast.engine.state import StateError, frozen_digest
 from avadclip_fast.engine.stop import Stopped
-from avadclip_fast.engine.train import BEST, HISTORY, MODEL, STATE, Recipe, RecipeError, fit, teacher_features, trim
+from avadclip_fast.engine.train import (
+    BEST,
+    HISTORY,
+    MODEL,
+    STATE,
+    Recipe,
+    RecipeError,
+    fit,
+    noisy,
+    spread,
+    teacher_features,
+    trim,
+)
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 
 CLASSES = ["normal", "fighting", "explosion"]
@@ -80,8 +92,10 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("after", [1, 3, 4, 7])
-def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path, monkeypatch, after):
-    fit(teacher(), features(), RECIPE, tmp_path / "whole", progress=False)
+@pytest.mark.parametrize("settings", [{}, {"noise": 0.5, "temporal_lr": 0.1}], ids=["official", "robust"])
+def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path, monkeypatch, after, settings):
+    recipe = dataclasses.replace(RECIPE, **settings)
+    fit(teacher(), features(), recipe, tmp_path / "whole", progress=False)
 
     from avadclip_fast.engine import train
 
@@ -97,9 +111,9 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path, monkeypatch, after)
 
     monkeypatch.setattr(train, "save_state", interrupted)
     with pytest.raises(Killed):
-        fit(teacher(), features(), RECIPE, tmp_path / "cut", progress=False)
+        fit(teacher(), features(), recipe, tmp_path / "cut", progress=False)
     monkeypatch.setattr(train, "save_state", plain)
-    fit(teacher(seed=9), features(), RECIPE, tmp_path / "cut", resume=True, progress=False)
+    fit(teacher(seed=9), features(), recipe, tmp_path / "cut", resume=True, progress=False)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     histories = [json.loads((tmp_path / run / HISTORY).read_text()) for run in ("whole", "cut")]
     assert histories[0] == histories[1]
@@ -184,6 +198,32 @@ def test_bfloat16_follows_float32(tmp_path):
         assert all(x.dtype == torch.float32 for x in load_file(run / STATE).values())
     for full, half in zip(*curves.values(), strict=True):
         assert half["total"] == pytest.approx(full["total"], rel=0.02) and half["total"] != full["total"]
+
+
+def test_noise_is_of_the_training_rows_spread_and_spares_padding():
+    data = features(40)
+    scales = spread(data)
+    valid = torch.arange(16) < data.lengths[:, None]
+    for stream in ("visual", "audio"):
+        expected = getattr(data, stream)[valid].std(0, unbiased=False)
+        torch.testing.assert_close(scales[stream], expected, rtol=1e-5, atol=1e-6)
+    batch = data.batch(torch.arange(40))
+    torch.manual_seed(0)
+    drawn = noisy(batch, scales)
+    moved = (drawn.visual - batch.visual) / scales["visual"]
+    assert torch.equal(drawn.visual[~valid], batch.visual[~valid])
+    assert abs(moved[valid].mean()) < 0.05 and abs(moved[valid].std() - 1) < 0.05  # of some 10,000 numbers
+    blind = FeatureSet(data.visual, None, data.lengths, data.labels)
+    assert noisy(blind.batch(torch.arange(4)), spread(blind)).audio is None
+
+
+def test_the_temporal_encoder_has_a_rate_of_its_own(tmp_path):
+    model = teacher()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+    fit(model, features(), dataclasses.replace(RECIPE, epochs=1, temporal_lr=0.0), tmp_path, progress=False)
+    changed = {name for name, p in model.state_dict().items() if not torch.equal(p, before[name])}
+    assert not any(name.startswith("temporal.") for name in changed)
+    assert any(name.startswith("audio.") for name in changed) and "classifier.weight" in changed
 
 
 def test_a_precision_that_is_not_to_be_had(tmp_path):

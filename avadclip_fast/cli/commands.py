@@ -14,9 +14,12 @@ from .. import data
 from ..data import DataError
 from ..data.atomic import atomic_write
 from ..engine import report
-from ..engine.evaluate import evaluate, load_model, score_videos
+from ..engine.calibrate import Calibration
+from ..engine.evaluate import at_threshold, evaluate, load_model, score_videos
 from ..engine.metrics import format_table
-from ..engine.train import Recipe, fit
+from ..engine.missing import format_missing, missing_sound
+from ..engine.plots import reliability_plot
+from ..engine.train import RECIPES, Recipe, fit
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 
 app = typer.Typer(
@@ -56,12 +59,24 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class RecipeName(StrEnum):
+    official = "official"
+    robust = "robust"
+
+
 class Modality(StrEnum):
     visual = "visual"
     audio = "audio"
 
 
 PACKED = ".safetensors"
+_ROBUST = RECIPES["robust"]
+
+
+def _joined(numbers) -> str:
+    return ",".join(map(str, numbers))
+
+
 List_ = Annotated[
     Path,
     Argument(
@@ -74,10 +89,40 @@ Classes = Annotated[str | None, Option(help='Other classes, normal first: "A=nor
 FramesPer = Annotated[int | None, Option(min=1, help="Video frames a snippet stands for; the preset's by default.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
 Output = Annotated[Path, Option("--output", "-o", help="Folder of the run.", show_default=False)]
-Epochs = Annotated[int, Option(min=1)]
-Milestones = Annotated[str, Option(help="Epochs after which the learning rate falls tenfold.")]
-BatchSize = Annotated[int, Option(min=1)]
-Rate = Annotated[float, Option("--lr", min=0.0, help="AdamW's learning rate.")]
+RecipeOf = Annotated[
+    RecipeName,
+    Option("--recipe", help="Defaults of the options below: the paper's, or those for hundreds of videos of your own."),
+]
+Epochs = Annotated[int | None, Option(min=1, help=f"Official 10, robust {_ROBUST['epochs']}.", show_default=False)]
+Milestones = Annotated[
+    str | None,
+    Option(
+        help=f"Epochs after which the learning rate falls tenfold: 3,6; robust {_joined(_ROBUST['milestones'])}.",
+        show_default=False,
+    ),
+]
+BatchSize = Annotated[int | None, Option(min=1, help=f"96; robust {_ROBUST['batch_size']}.", show_default=False)]
+Rate = Annotated[
+    float | None,
+    Option("--lr", min=0.0, help=f"AdamW's learning rate: 1e-5; robust {_ROBUST['lr']:g}.", show_default=False),
+]
+TemporalRate = Annotated[
+    float | None,
+    Option(
+        "--temporal-lr",
+        min=0.0,
+        help=f"The temporal encoder's, as a share of --lr: 1; robust {_ROBUST['temporal_lr']:g}.",
+        show_default=False,
+    ),
+]
+Noise = Annotated[
+    float | None,
+    Option(
+        min=0.0,
+        help=f"Noise on the inputs, in standard deviations: 0; robust {_ROBUST['noise']:g}.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, Option()]
 Length = Annotated[int, Option(min=1, help="Snippets per training sample and test chunk.")]
 Window = Annotated[int | None, Option(min=1, help="Snippets that attend to one another: teacher 4, student 64.")]
@@ -85,7 +130,10 @@ PaddingMode = Annotated[Padding, Option(help="masked: padding changes nothing; o
 PromptMode = Annotated[Prompt, Option(help="Form of the audio-visual prompt.")]
 Standard = Annotated[
     list[Modality] | None,
-    Option(help="Streams to bring to mean 0, variance 1 first: for features whose mean outweighs what varies."),
+    Option(
+        help="Streams to bring to mean 0, variance 1 first: for features whose mean outweighs what varies. "
+        "None; robust: audio.",
+    ),
 ]
 TextWeights = Annotated[str, Option(help="openai (downloaded), random (tests, demonstrations), or CLIP's file.")]
 TextLayers = Annotated[int, Option(min=1, help="Depth of the text transformer; CLIP's is 12.")]
@@ -110,10 +158,13 @@ def train(
     preset: PresetName = "xd-violence",
     classes: Classes = None,
     root: Root = None,
-    epochs: Epochs = 10,
-    milestones: Milestones = "3,6",
-    batch_size: BatchSize = 96,
-    lr: Rate = 1e-5,
+    recipe: RecipeOf = RecipeName.official,
+    epochs: Epochs = None,
+    milestones: Milestones = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    temporal_lr: TemporalRate = None,
+    noise: Noise = None,
     seed: Seed = 234,
     length: Length = 256,
     window: Window = None,
@@ -137,7 +188,8 @@ def train(
     """Train the teacher (or, with --student, a student on its own)."""
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     _seed(seed, deterministic)
-    shape = {"length": length, "padding": padding, "prompt": prompt, "standardize": standardize or ()}
+    heard = not student or modality == Modality.audio
+    shape = {"length": length, "padding": padding, "prompt": prompt, "standardize": _scaled(standardize, recipe, heard)}
     if window is not None:
         shape["window"] = window
     text = {"text_weights": text_weights, "text_layers": text_layers}
@@ -145,18 +197,12 @@ def train(
         model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape, **text)
     else:
         model = AVadCLIP(list(codes.values()), fusion=fusion, **shape, **text)
-    recipe = Recipe(
-        epochs,
-        batch_size,
-        lr,
-        _epochs(milestones),
-        seed=seed,
-        select=select,
-        checkpoint_every=checkpoint_every,
-        precision=precision,
-    )
+    settings = _recipe(
+        recipe, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
+        noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
+    )  # fmt: skip
     test = (test_list, gt, frames, root)
-    _fit(model, None, recipe, list_, root, codes, held_out, test, output, device, resume, quiet)
+    _fit(model, None, settings, list_, root, codes, held_out, test, output, device, resume, quiet)
 
 
 @app.command()
@@ -169,10 +215,13 @@ def distill(
     preset: PresetName = "xd-violence",
     classes: Classes = None,
     root: Root = None,
-    epochs: Epochs = 10,
-    milestones: Milestones = "3,6",
-    batch_size: BatchSize = 96,
-    lr: Rate = 1e-5,
+    recipe: RecipeOf = RecipeName.official,
+    epochs: Epochs = None,
+    milestones: Milestones = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    temporal_lr: TemporalRate = None,
+    noise: Noise = None,
     seed: Seed = 234,
     window: Window = None,
     padding: PaddingMode = Padding.masked,
@@ -197,23 +246,20 @@ def distill(
         raise CheckpointError(f"{teacher} holds a student; --teacher wants an AVadCLIP teacher")
     _same_classes(known, codes, teacher)
     _seed(seed, deterministic)
-    shape = {"padding": padding, "prompt": prompt, "standardize": standardize or ()}
+    heard = modality == Modality.audio
+    shape = {"padding": padding, "prompt": prompt, "standardize": _scaled(standardize, recipe, heard)}
     if window is not None:
         shape["window"] = window
     model = AVadCLIPStudent.beside(known, modality=modality, **shape)
-    recipe = Recipe(
-        epochs,
-        batch_size,
-        lr,
-        _epochs(milestones),
-        seed=seed,
-        select=select,
-        checkpoint_every=checkpoint_every,
-        precision=precision,
-        distill_weight=weight if distill_weight is None else distill_weight,
-    )
+    if distill_weight is None and recipe == RecipeName.official:
+        distill_weight = weight
+    settings = _recipe(
+        recipe, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
+        noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
+        distill_weight=distill_weight,
+    )  # fmt: skip
     test = (test_list, gt, frames, root)
-    _fit(model, known, recipe, list_, root, codes, held_out, test, output, device, resume, quiet)
+    _fit(model, known, settings, list_, root, codes, held_out, test, output, device, resume, quiet)
 
 
 @app.command("eval")
@@ -224,6 +270,14 @@ def evaluate_(
     segments: Annotated[Path | None, Option(help="Spans, for detection mAP: .json, or the official .npy.")] = None,
     segment_labels: Annotated[Path | None, Option(help="Their labels, with the official .npy.")] = None,
     silent: Annotated[bool, Option("--silent", help="Withhold the sound from a teacher.")] = False,
+    student: Annotated[Path | None, Option(help="For --missing-sound: a student beside the teacher.")] = None,
+    missing: Annotated[
+        str | None,
+        Option(
+            "--missing-sound", help="Percents of the videos that lose their sound, such as 0,25,50,100: AP of each."
+        ),
+    ] = None,
+    seed: Annotated[int, Option(help="Of the draw of --missing-sound.")] = 0,
     preset: PresetName = "xd-violence",
     classes: Classes = None,
     root: Root = None,
@@ -235,7 +289,11 @@ def evaluate_(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Score the videos of a list, and print AP, AUC and detection mAP against the ground truth."""
+    """Score the videos of a list, and print AP, AUC and detection mAP against the ground truth.
+
+    Scores are over the temperatures that training fitted on held-out videos, where it did. With --missing-sound: frame
+    AP of the teacher --model, of --student, and of the student taking over where sound is missing.
+    """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     detector = load_model(model, list(codes.values()), window)
     _same_classes(detector, codes, model)
@@ -244,16 +302,40 @@ def evaluate_(
     hears = "audio" in detector.streams() and not silent
     rows = data.read_list(list_, root, audio=hears)
     width = detector.temporal.positions.embedding_dim
-    videos = data.test_videos(rows, detector.temporal.positions.num_embeddings, width=width, audio=hears)
-    scores = score_videos(detector, videos, _device(device), silent=silent, total=len(rows), progress=not quiet)
+
+    def scored(of, path: Path, silent: bool = silent):
+        videos = data.test_videos(rows, of.temporal.positions.num_embeddings, width=width, audio=hears)
+        calibration = Calibration.load(path)
+        return score_videos(
+            of, videos, _device(device), silent=silent, calibration=calibration, total=len(rows), progress=not quiet
+        )
+
+    scores = scored(detector, model)
     result = evaluate(scores, truth, detector.classes, frames, spans, codes)
     typer.echo(format_table(result))
+    calibration = Calibration.load(model)
+    result["threshold"] = at_threshold(scores, truth, frames, calibration)
+    if calibration.videos:
+        typer.echo(report.threshold_table(result["threshold"]))
+    if missing is not None:
+        if not hears or student is None:
+            raise DataError("--missing-sound compares a teacher that hears, --model, with a --student: give both")
+        other = load_model(student, list(codes.values()), window)
+        _same_classes(other, codes, student)
+        result["missing_sound"] = missing_sound(
+            scores, scored(detector, model, silent=True), scored(other, student), truth, detector.classes, frames,
+            _percents(missing), seed,
+        )  # fmt: skip
+        typer.echo("\n" + format_missing(result["missing_sound"]))
     if json_ is not None:
         with atomic_write(json_) as file:
             file.write(json.dumps(result, indent=1).encode())
     if plots is not None:
         for path in report.draw(scores, truth, frames, plots, plot):
             typer.echo(f"wrote {path}")
+        path = plots / "reliability.png"
+        reliability_plot(path, {name: found["bins"] for name, found in result["threshold"].items()})
+        typer.echo(f"wrote {path}")
 
 
 @app.command()
@@ -433,11 +515,32 @@ def _same_classes(model, codes: dict[str, str], path: Path) -> None:
         )
 
 
+def _recipe(name: RecipeName, milestones: str | None, **options) -> Recipe:
+    """A recipe by name; what the user gave goes before it."""
+    given = {key: value for key, value in options.items() if value is not None}
+    if milestones is not None:
+        given["milestones"] = _epochs(milestones)
+    return Recipe(**{**RECIPES[name], **given})
+
+
+def _scaled(standardize: list[Modality] | None, recipe: RecipeName, hears: bool) -> list[str]:
+    if standardize is not None:
+        return standardize
+    return ["audio"] if recipe == RecipeName.robust and hears else []
+
+
 def _epochs(milestones: str) -> tuple[int, ...]:
     try:
         return tuple(int(m) for m in milestones.split(",") if m.strip())
     except ValueError:
         raise DataError(f"--milestones wants epochs such as 3,6; got {milestones!r}") from None
+
+
+def _percents(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise DataError(f"--missing-sound wants percents such as 0,25,50,100; got {text!r}") from None
 
 
 def _device(name: str) -> torch.device:

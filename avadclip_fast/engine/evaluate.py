@@ -13,7 +13,8 @@ from ..data import DataError, TestVideo
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 from ..models.avadclip import Detector
 from ..models.checkpoints import CONFIG, read_official
-from .metrics import evaluate_scores
+from .calibrate import Calibration, reliability
+from .metrics import evaluate_scores, positive_frames
 
 PACKED_CHUNKS = 16  # of 256 rows: enough to fill a processor, and 50 MB of activations a layer
 
@@ -22,8 +23,8 @@ class VideoScores(NamedTuple):
     """What a model says of one video of n snippets."""
 
     name: str
-    anomaly: np.ndarray  # (n,) sigmoid of the anomaly logits
-    probabilities: np.ndarray  # (n, C) softmax of the class logits
+    anomaly: np.ndarray  # (n,) sigmoid of the anomaly logits, over their temperature
+    probabilities: np.ndarray  # (n, C) softmax of the class logits, over theirs
 
 
 def load_model(path: str | Path, classes: list[str] | None = None, window: int | None = None) -> Detector:
@@ -54,11 +55,12 @@ def score_videos(
     device: str | torch.device = "cpu",
     *,
     silent: bool = False,
+    calibration: Calibration | None = None,
     total: int | None = None,
     progress: bool = True,
 ) -> list[VideoScores]:
     """`stream_scores` of all videos, with a progress bar."""
-    scores = stream_scores(model, videos, device, silent=silent)
+    scores = stream_scores(model, videos, device, silent=silent, calibration=calibration)
     return list(tqdm(scores, total=total, desc="scoring", unit="video", disable=not progress))
 
 
@@ -69,16 +71,18 @@ def stream_scores(
     device: str | torch.device = "cpu",
     *,
     silent: bool = False,
+    calibration: Calibration | None = None,
     chunks: int = PACKED_CHUNKS,
 ) -> Iterator[VideoScores]:
     """Scores every snippet of every video, in order; each chunk is scored on its own, the text side once.
 
     Videos are packed until they have `chunks` chunks together, and computed in one pass: short videos fill a batch, and
-    memory stays bounded. silent: withholds the sound from a teacher.
+    memory stays bounded. silent: withholds the sound from a teacher. calibration: whose temperatures logits are divided
+    by.
     Raises DataError where a model hears and a video has no sound.
     """
     model.to(device).eval()
-    text = model.encode_text()
+    text, calibration = model.encode_text(), calibration or Calibration()
     hears = "audio" in model.streams() and not silent
     for pack in _packs(videos, chunks):
         if hears and (deaf := [video.name for video in pack if video.audio is None]):
@@ -95,8 +99,8 @@ def stream_scores(
         )
         out = model(*inputs, lengths, text_features=text)
         valid = torch.arange(out.anomaly_logits.shape[1], device=device) < lengths[:, None]
-        anomaly = out.anomaly_logits[valid].sigmoid().cpu().numpy()
-        probabilities = out.class_logits[valid].softmax(-1).cpu().numpy()
+        anomaly = (out.anomaly_logits[valid] / calibration.binary.temperature).sigmoid().cpu().numpy()
+        probabilities = (out.class_logits[valid] / calibration.align.temperature).softmax(-1).cpu().numpy()
         ends = np.cumsum([video.snippets for video in pack])[:-1]
         for video, *of in zip(pack, np.split(anomaly, ends), np.split(probabilities, ends), strict=True):
             yield VideoScores(video.name, *of)
@@ -138,6 +142,36 @@ def evaluate(
         )
     except ValueError as error:
         raise DataError(str(error)) from error
+
+
+def at_threshold(
+    scores: list[VideoScores], truth: np.ndarray, frames_per_snippet: int, calibration: Calibration
+) -> dict:
+    """By output, what its threshold finds of the frames, and how far its scores are probabilities of a frame.
+
+    Returns {"align" | "binary": {threshold, temperature, precision, recall, f1, ece, bins}}, see `reliability`;
+    precision is None where nothing is found, recall where there is nothing. Raises DataError where the truth does not
+    fit.
+    """
+    try:
+        share = positive_frames(truth, sum(len(s.anomaly) for s in scores), frames_per_snippet) / frames_per_snippet
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    outputs = {"align": [1 - s.probabilities[:, 0] for s in scores], "binary": [s.anomaly for s in scores]}
+    found = {}
+    for name, parts in outputs.items():
+        score, head = np.concatenate(parts), getattr(calibration, name)
+        alarm = score >= head.threshold
+        hits, alarms, positives = share[alarm].sum(), alarm.sum(), share.sum()
+        found[name] = {
+            "threshold": head.threshold,
+            "temperature": head.temperature,
+            "precision": float(hits / alarms) if alarms else None,
+            "recall": float(hits / positives) if positives else None,
+            "f1": float(2 * hits / (alarms + positives)) if alarms + positives else None,
+            **reliability(score, share),
+        }
+    return found
 
 
 def _class_spans(spans: list, classes: list[str], codes: dict[str, str]) -> list[list[tuple[int, int, int]]]:

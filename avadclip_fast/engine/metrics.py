@@ -38,7 +38,7 @@ def _frame_metric(metric, scores, truth, frames_per_snippet: int) -> float:
     scores = np.asarray(scores)
     if scores.ndim != 1:
         raise ValueError(f"scores must be one a snippet, [n], got shape {list(scores.shape)}")
-    positives = _positives(truth, len(scores), frames_per_snippet)  # [n]
+    positives = positive_frames(truth, len(scores), frames_per_snippet)  # [n]
     if not np.isfinite(scores).all():
         raise ValueError("scores must be finite")
     return _weighted_metric(metric, scores, positives, frames_per_snippet)
@@ -58,7 +58,7 @@ def _weighted_metric(metric, scores: np.ndarray, positives: np.ndarray, frames_p
     return float(metric(label[kept], np.tile(scores, 2)[kept], sample_weight=weight[kept]))
 
 
-def _positives(truth, snippets: int, frames_per_snippet: int) -> np.ndarray:
+def positive_frames(truth, snippets: int, frames_per_snippet: int) -> np.ndarray:
     """Positive frames in each snippet, [snippets] int64."""
     truth = np.asarray(truth)
     if frames_per_snippet < 1:
@@ -244,7 +244,7 @@ def evaluate_scores(
     if len(names) != classes or len(set(names)) != classes:
         raise ValueError(f"expected {classes} distinct class names, got {names}")
 
-    positives = _positives(truth, lengths.sum(), frames_per_snippet)  # [N]
+    positives = positive_frames(truth, lengths.sum(), frames_per_snippet)  # [N]
     first = np.concatenate([[0], np.cumsum(lengths)[:-1]])  # [B] each video's first snippet
     abnormal = np.add.reduceat(positives, first) > 0  # [B]
     in_abnormal = np.repeat(abnormal, lengths)  # [N]

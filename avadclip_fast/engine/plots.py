@@ -52,6 +52,62 @@ def score_grid(
     _write(path, items, frames_per_snippet, fps, columns=min(columns, len(items)), panel=(6.4, 2.2))
 
 
+def reliability_plot(path: str | Path, bins: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """Writes one PNG: how often what is scored s is positive, against s; on the diagonal scores are probabilities.
+
+    bins: label -> rows (mean score, share positive, share of all), as `calibrate.reliability` gives them; the third is
+    the area of a mark. Raises ValueError without bins.
+    """
+    if not bins or not all(len(rows) for rows in bins.values()):
+        raise ValueError(f"expected label -> bins, got {dict(bins)}")
+    figure, (ax,) = _figure((4.6, 4.4), 1)
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0)
+    for i, (label, rows) in enumerate(bins.items()):
+        score, share, mass = np.asarray(rows, np.float64).T
+        colour = COLOURS[i % len(COLOURS)]
+        ax.plot(score, share, color=colour, linestyle=DASHES[i % len(DASHES)], label=_plain(label))
+        ax.scatter(score, share, s=12 + 300 * mass, color=colour, alpha=0.5, linewidth=0)
+    ax.set(xlabel="score", ylabel="share positive", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    ax.legend(frameon=False)
+    _save(figure, path)
+
+
+def bar_groups(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]) -> None:
+    """Writes one PNG with a panel each: horizontal bars of (mean, spread) in groups.
+
+    panels: title -> group -> label -> (value, spread); a label has the same colour in every group.
+    """
+    labels = list(dict.fromkeys(label for groups in panels.values() for bars in groups.values() for label in bars))
+    rows = max(len(groups) for groups in panels.values())
+    figure, axes = _figure((5.4, 0.9 + 0.42 * rows), len(panels))
+    height = 0.8 / len(labels)
+    for ax, (title, groups) in zip(axes, panels.items(), strict=True):
+        for i, label in enumerate(labels):
+            at = [j + i * height for j, bars in enumerate(groups.values()) if label in bars]
+            values, spreads = zip(*(bars[label] for bars in groups.values() if label in bars), strict=True)
+            ax.barh(at, values, height, xerr=spreads, color=COLOURS[i], error_kw={"linewidth": 0.8}, label=label)
+        ax.set_yticks([j + 0.4 - height / 2 for j in range(len(groups))], list(groups))
+        ax.invert_yaxis()
+        ax.set_title(title, fontsize=10)
+    axes[-1].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _figure(panel: tuple[float, float], columns: int):
+    """A figure of one row of panels, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((panel[0] * columns, panel[1]), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def _save(figure, path: str | Path) -> None:
+    with atomic_write(path, mode="wb") as file:
+        figure.savefig(file, format="png")
+
+
 def _write(path, items, frames_per_snippet: int, fps: float | None, columns: int, panel: tuple[float, float]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

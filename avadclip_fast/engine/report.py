@@ -53,6 +53,15 @@ def draw(
     return paths
 
 
+def threshold_table(found: dict) -> str:
+    """What `at_threshold` found, in percent."""
+    lines = ["", f"{'at threshold':<16}" + "".join(f"{h:>10}" for h in ("value", "precision", "recall", "F1", "ECE"))]
+    for name, row in found.items():
+        shares = ("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1", "ece"))
+        lines.append(f"{name:<16}{row['threshold']:>10.3f}" + "".join(f"{share:>10}" for share in shares))
+    return "\n".join(lines)
+
+
 def environment() -> str:
     """Versions, devices, and per op which backend serves it and why the ones before it do not."""
     lines = [f"python {platform.python_version()}, {platform.platform()}"]

@@ -18,6 +18,7 @@ from ..data.atomic import atomic_write
 from ..data.packed import Field, open_packed, write_packed
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
+from .calibrate import calibrate, has_both_kinds
 from .state import StateError, frozen_digest, load_state, save_state, weights_digest
 from .stop import Stopped, listening
 
@@ -49,6 +50,9 @@ class Recipe:
     checkpoint_every: int = 100  # steps
     # Of the products: "tf32" (CUDA's, of float32), or "bf16" (autocast). Weights, moments and losses stay float32.
     precision: str = "fp32"
+    # Against learning the training videos' sights by heart (docs/training-that-hears.md):
+    temporal_lr: float = 1.0  # of the temporal encoder, through which sight alone passes, as a share of lr
+    noise: float = 0.0  # added to each input, in standard deviations of the training rows
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -57,6 +61,43 @@ class Recipe:
     def lr_at(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""
         return self.lr * 0.1 ** sum(epoch >= m for m in self.milestones)
+
+
+# What differs from the defaults where there are hundreds of videos, not thousands; measured on FightSurv, see
+# docs/training-that-hears.md. The teacher's sound is to be standardised besides.
+ROBUST = {
+    "epochs": 5,
+    "batch_size": 16,
+    "lr": 2e-4,
+    "milestones": (4,),
+    "temporal_lr": 0.05,
+    "noise": 1.0,
+    "distill_weight": 1.0,
+}
+RECIPES: dict[str, dict] = {"official": {}, "robust": ROBUST}
+
+
+def spread(data: FeatureSet) -> dict[str, Tensor]:
+    """The standard deviation of each dimension (D,) of each stream, over the valid rows of a set."""
+    rows, sums = 0, {}
+    for batch in data.batches():
+        rows += int(batch.lengths.sum())
+        for stream in ("visual", "audio"):
+            x = getattr(batch, stream)
+            if x is not None:
+                x = x.double()
+                sums[stream] = sums.get(stream, 0) + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
+    return {name: (s / rows - (f / rows) ** 2).clamp_min(0).sqrt().float() for name, (f, s) in sums.items()}
+
+
+def noisy(batch: Batch, scales: dict[str, Tensor]) -> Batch:
+    """With Gaussian noise of scales[stream] (D,) on every row; padded rows stay zero."""
+    valid = (torch.arange(batch.visual.shape[1], device=batch.lengths.device) < batch.lengths[:, None])[..., None]
+    drawn = {}
+    for stream, scale in scales.items():
+        x = getattr(batch, stream)
+        drawn[stream] = torch.where(valid, x + scale * torch.randn_like(x), x)
+    return batch._replace(**drawn)
 
 
 def inputs(model: AVadCLIP | AVadCLIPStudent, batch: Batch) -> tuple[Tensor, ...]:
@@ -108,7 +149,8 @@ def fit(
     """Trains `model` on `data` and leaves the selected weights in it and in `folder`/model.
 
     teacher: distils from it (the model is then a student); it is frozen and put in eval mode.
-    held_out: needed by select="val"; its loss is logged after each epoch. test_ap: needed by select="test".
+    held_out: needed by select="val"; its loss is logged after each epoch, and the selected model is calibrated by it,
+    into `folder`/model/calibration.json. test_ap: needed by select="test".
     resume: goes on from `folder`/state.safetensors if there is one; the result is bit for bit that of an unbroken run
     on the same device and thread count.
     Returns one record per epoch. Raises StateError where the folder's state does not fit, or would be overwritten;
@@ -119,9 +161,14 @@ def fit(
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
         raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
     model.to(device)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-    )
+    groups = [{"params": [], "share": share} for share in (1.0, recipe.temporal_lr)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith("temporal.")]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    scales = {}
+    if recipe.noise:
+        scales = {stream: recipe.noise * scale.to(device) for stream, scale in spread(data).items()}
     run = {"recipe": _plain(asdict(recipe)), "samples": len(data), "frozen": frozen_digest(model)}
     info = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
     state = folder / STATE
@@ -142,8 +189,10 @@ def fit(
         known = _teacher_source(teacher, data, folder, device, progress)
         for epoch in range(first, recipe.epochs):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.lr_at(epoch)
-            _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, board, device, progress, request)
+                group["lr"] = recipe.lr_at(epoch) * group["share"]
+            _train_epoch(
+                model, teacher, known, data, recipe, optimizer, scales, info, state, board, device, progress, request
+            )
             record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"]}
             if held_out is not None:
                 record["val"] = validation_loss(model, held_out, recipe.batch_size, device)
@@ -164,13 +213,17 @@ def fit(
     load_state(folder / BEST, model)
     model.eval()
     model.save_pretrained(folder / MODEL)
+    if held_out is not None and has_both_kinds(held_out):
+        calibrate(model, held_out, recipe.batch_size, device).save(folder / MODEL)
     with atomic_write(folder / HISTORY) as file:
         history = {"run": run, "selected_epoch": info["best"]["epoch"], "epochs": info["history"]}
         file.write(json.dumps(history, indent=1).encode())
     return info["history"]
 
 
-def _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, board, device, progress, request) -> None:
+def _train_epoch(
+    model, teacher, known, data, recipe, optimizer, scales, info, state, board, device, progress, request
+) -> None:
     """The rest of an epoch from step info["step"]; leaves its mean losses in info["last"]."""
     model.train()
     epoch, size = info["epoch"], recipe.batch_size
@@ -187,11 +240,12 @@ def _train_epoch(model, teacher, known, data, recipe, optimizer, info, state, bo
     sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in info["sums"].items()}
     shown = time.monotonic()
     for step in range(info["step"], len(chunks)):
-        # Dropout depends on the seed and the step alone, so that a resumed run draws what an unbroken one would.
+        # Dropout and noise depend on seed and step alone, so that a resumed run draws what an unbroken one would.
         torch.manual_seed(recipe.seed + 1_000_003 * (epoch * len(chunks) + step))
         index = chunks[step]
         batch = trim(data.batch(index), model, *([teacher] if teacher else [])).to(device)
         features = None if known is None else known(index, batch)
+        batch = noisy(batch, scales) if scales else batch  # what the teacher says stays of the clean one
         weights = recipe.distill_weight, recipe.text_weight
         with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             out = model(*inputs(model, batch), batch.lengths)

@@ -1,0 +1,153 @@
+"""Calibration: what a score is worth as a probability, and from where on it is an alarm, told by held-out videos.
+
+Held-out training videos carry a label each and no frame truth, so scores are calibrated as a whole video's: the mean of
+its top len // 16 + 1 snippets, as in training, against whether the video is abnormal.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..data import DataError, FeatureSet
+from ..data.atomic import atomic_write
+from ..models.avadclip import Detector
+
+CALIBRATION = "calibration.json"  # beside config.json
+TEMPERATURES = np.geomspace(0.25, 16, 121)  # bounded: beyond them scores near 0 and 1 would tie in float32
+BINS = 10
+HEADS = ("align", "binary")  # 1 - p(normal), sigmoid of the anomaly logit
+
+
+@dataclass(frozen=True)
+class Head:
+    """Of one output: score = sigmoid(logit / temperature), an alarm from `threshold` on."""
+
+    temperature: float = 1.0
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Of both outputs of a model; as it is made without a fit, it changes no score."""
+
+    align: Head = Head()
+    binary: Head = Head()
+    videos: int = 0  # held-out ones that it was fitted on
+
+    def save(self, folder: str | Path) -> None:
+        with atomic_write(Path(folder) / CALIBRATION) as file:
+            file.write(json.dumps(asdict(self), indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """That of a model's or a run's folder; the neutral one where there is none. Raises DataError."""
+        found = [p for p in (Path(path) / CALIBRATION, Path(path) / "model" / CALIBRATION) if p.is_file()]
+        if not found:
+            return cls()
+        try:
+            stored = json.loads(found[0].read_text())
+            heads = {name: Head(**stored[name]) for name in HEADS}
+            return cls(**heads, videos=stored["videos"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{found[0]} holds no calibration: {error!r}; remove it, or train again") from error
+
+
+def snippet_scores(head: str, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """How abnormal each snippet is, (n,) in 0..1: align from class logits (n, C), binary from anomaly logits (n,)."""
+    x = np.asarray(logits, np.float64) / temperature
+    if head == "align":
+        x = np.logaddexp.reduce(x[:, 1:], axis=1) - x[:, 0]
+    return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
+
+
+def video_scores(snippets: Sequence[np.ndarray]) -> np.ndarray:
+    """(videos,) the mean of each one's top n // 16 + 1 snippet scores, as L_mil has it."""
+    return np.array([np.sort(s)[-(len(s) // 16 + 1) :].mean() for s in snippets])
+
+
+def fit_calibration(logits: dict[str, Sequence[np.ndarray]], abnormal: np.ndarray) -> Calibration:
+    """Temperatures of the least log loss of whole videos, and at these the thresholds of the best F1.
+
+    logits: by head, one array a video, as for `snippet_scores`; abnormal: (videos,) bool, with some of both kinds.
+    Raises ValueError where one kind is missing.
+    """
+    abnormal = np.asarray(abnormal, bool)
+    if abnormal.all() or not abnormal.any():
+        raise ValueError("calibration needs normal and abnormal videos")
+    heads = {}
+    for name in HEADS:
+        tried = {t: video_scores([snippet_scores(name, x, t) for x in logits[name]]) for t in TEMPERATURES.tolist()}
+        best = min(tried, key=lambda t: log_loss(tried[t], abnormal))
+        heads[name] = Head(best, best_threshold(tried[best], abnormal))
+    return Calibration(**heads, videos=len(abnormal))
+
+
+def log_loss(scores: np.ndarray, abnormal: np.ndarray) -> float:
+    """Mean binary cross-entropy of (videos,) scores."""
+    right = np.where(abnormal, scores, 1 - scores)
+    return float(-np.log(np.maximum(right, 1e-12)).mean())
+
+
+def best_threshold(scores: np.ndarray, abnormal: np.ndarray) -> float:
+    """The threshold of the best F1, halfway between two scores; of several, the middle one.
+
+    The middle one: a set that is told apart without fault has many, and the outermost would be its last video's score.
+    """
+    levels = np.unique(scores)
+    cuts = np.concatenate([levels[:1], (levels[1:] + levels[:-1]) / 2])
+    alarms = scores >= cuts[:, None]  # [cuts, videos]
+    f1 = 2 * (alarms & abnormal).sum(1) / (alarms.sum(1) + abnormal.sum())
+    best = np.flatnonzero(f1 == f1.max())
+    return float(cuts[best[len(best) // 2]])
+
+
+def reliability(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None) -> dict:
+    """How often what is scored s is positive: by ten bins of equal width, and the expected calibration error.
+
+    scores (n,) in 0..1, positive (n,) in 0..1 (the share of it that is), weights (n,).
+    Returns {"ece": mean |score - share positive|, "bins": [[mean score, share positive, share of all weight]]}.
+    """
+    weights = np.ones(len(scores)) if weights is None else weights
+    at = np.minimum((scores * BINS).astype(int), BINS - 1)
+    mass = np.bincount(at, weights, BINS)
+    used = mass > 0
+    score = np.bincount(at, weights * scores, BINS)[used] / mass[used]
+    share = np.bincount(at, weights * positive, BINS)[used] / mass[used]
+    mass = mass[used] / mass.sum()
+    return {
+        "ece": float((mass * np.abs(score - share)).sum()),
+        "bins": np.stack([score, share, mass], 1).tolist(),
+    }
+
+
+@torch.no_grad()
+def held_out_logits(model: Detector, data: FeatureSet, batch_size: int, device) -> dict[str, list[np.ndarray]]:
+    """Both heads' logits of every video of a held-out set, in eval mode."""
+    model.eval()
+    text, logits = model.encode_text(), {name: [] for name in HEADS}
+    for index in torch.arange(len(data)).split(batch_size):
+        batch = data.batch(index).to(device)
+        out = model(*(getattr(batch, s) for s in model.streams()), batch.lengths, text_features=text)
+        for name, x in zip(HEADS, (out.class_logits, out.anomaly_logits), strict=True):
+            rows = x.float().cpu().numpy()
+            logits[name] += [row[:n] for row, n in zip(rows, batch.lengths.tolist(), strict=True)]
+    return logits
+
+
+def has_both_kinds(data: FeatureSet) -> bool:
+    """Whether there are normal and abnormal videos, without which nothing can be calibrated."""
+    return len(np.unique(_abnormal(data))) == 2
+
+
+def calibrate(model: Detector, held_out: FeatureSet, batch_size: int, device) -> Calibration:
+    """The calibration of a model by a held-out set. Raises ValueError where normal or abnormal videos are missing."""
+    return fit_calibration(held_out_logits(model, held_out, batch_size, device), _abnormal(held_out))
+
+
+def _abnormal(data: FeatureSet) -> np.ndarray:
+    rows = slice(None) if data.index is None else data.index
+    return (data.labels[rows, 0] == 0).cpu().numpy()

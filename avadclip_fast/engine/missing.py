@@ -1,0 +1,63 @@
+"""Missing sound: what teacher, student and the choice between them are worth when some videos are mute."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..data import DataError
+from .evaluate import VideoScores, evaluate
+
+CHOICES = ("teacher", "student", "automatic")
+BRANCHES = ("align", "binary")
+
+
+def mute(videos: int, percent: float, seed: int) -> np.ndarray:
+    """(videos,) bool, which ones lose their sound: `percent` of them, drawn by seed; a larger share holds a smaller."""
+    if not 0 <= percent <= 100:
+        raise DataError(f"a share of videos without sound is 0 to 100 percent, got {percent:g}")
+    chosen = np.random.default_rng(seed % 2**64).permutation(videos)[: round(videos * percent / 100)]
+    return np.isin(np.arange(videos), chosen)
+
+
+def missing_sound(
+    hearing: Sequence[VideoScores],
+    deaf: Sequence[VideoScores],
+    student: Sequence[VideoScores],
+    truth: np.ndarray,
+    classes: list[str],
+    frames_per_snippet: int,
+    percents: Sequence[float],
+    seed: int,
+) -> list[dict]:
+    """One record a share: {"missing": percent, "teacher" | "student" | "automatic" | "oracle": {branch: AP}}.
+
+    hearing, deaf: the teacher's scores of all videos with their sound and with none; student: the student's.
+    teacher hears the videos that have sound, and is deaf on the others; automatic takes the student there; oracle is
+    the best of the three, chosen by the truth. Raises DataError on shares or a truth that do not fit.
+    """
+    records = []
+    for percent in percents:
+        silent = mute(len(student), percent, seed)
+        parts = {
+            "teacher": [d if s else h for h, d, s in zip(hearing, deaf, silent, strict=True)],
+            "student": student,
+            "automatic": [o if s else h for h, o, s in zip(hearing, student, silent, strict=True)],
+        }
+        record = {"missing": percent}
+        for name, scores in parts.items():
+            result = evaluate(scores, truth, classes, frames_per_snippet)
+            record[name] = {branch: result[branch]["ap"] for branch in BRANCHES}
+        record["oracle"] = {branch: max(record[name][branch] for name in CHOICES) for branch in BRANCHES}
+        records.append(record)
+    return records
+
+
+def format_missing(records: Sequence[dict]) -> str:
+    """The records as a table of frame AP in percent."""
+    lines = [f"{'frame AP, %':<16}" + "".join(f"{name:>20}" for name in (*CHOICES, "oracle"))]
+    lines.append(f"{'without sound':<16}" + f"{'align':>12}{'binary':>8}" * 4)
+    for record in records:
+        cells = (record[name] for name in (*CHOICES, "oracle"))
+        shown = "".join(f"{100 * cell['align']:>12.2f}{100 * cell['binary']:>8.2f}" for cell in cells)
+        lines.append(f"{format(record['missing'], 'g') + ' %':<16}" + shown)
+    return "\n".join(lines)
