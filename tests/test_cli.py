@@ -93,6 +93,14 @@ def test_the_robust_recipe_sets_defaults_and_yields_to_options(videos, tmp_path)
     assert json.loads((tmp_path / "s/model/config.json").read_text())["standardize"] == []
 
 
+def test_a_held_out_list_takes_the_place_of_a_share(videos, tmp_path):
+    separate = "--held-out-list", videos / "test.csv", "--epochs", 1
+    assert call("train", videos / "train.csv", "-o", tmp_path / "run", *separate, *QUICK) == 0
+    history = json.loads((tmp_path / "run" / HISTORY).read_text())
+    assert history["run"]["samples"] == 12 and "val" in history["epochs"][0]
+    assert Calibration.load(tmp_path / "run").videos == 6
+
+
 def test_missing_sound(videos, trained, tmp_path, capsys):
     student = tmp_path / "student"
     options = "--classes", CLASSES, "-q"

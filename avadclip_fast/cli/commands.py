@@ -139,6 +139,14 @@ TextWeights = Annotated[str, Option(help="openai (downloaded), random (tests, de
 TextLayers = Annotated[int, Option(min=1, help="Depth of the text transformer; CLIP's is 12.")]
 SelectBy = Annotated[Select, Option(help="Epoch to keep: lowest held-out loss, the last, or best on the test list.")]
 HeldOut = Annotated[float, Option(min=0.0, max=0.9, help="Share of the training videos held out for --select val.")]
+HeldOutList = Annotated[
+    Path | None,
+    Option(
+        help="Videos held out in place of a share, of other sources than the list's: what comes back in both is learnt "
+        "by heart, and measures nothing.",
+        show_default=False,
+    ),
+]
 TestList = Annotated[Path | None, Option(help="For --select test.", show_default=False)]
 TestTruth = Annotated[Path | None, Option(help="Frame ground truth of the test list.", show_default=False)]
 Every = Annotated[int, Option(min=1, help="Steps between saved states; one is saved after each epoch in any case.")]
@@ -175,6 +183,7 @@ def train(
     text_layers: TextLayers = 12,
     select: SelectBy = Select.val,
     held_out: HeldOut = 0.1,
+    held_out_list: HeldOutList = None,
     test_list: TestList = None,
     gt: TestTruth = None,
     frames_per_snippet: FramesPer = None,
@@ -202,7 +211,7 @@ def train(
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
     )  # fmt: skip
     test = (test_list, gt, frames, root)
-    _fit(model, None, settings, list_, root, codes, held_out, test, output, device, resume, quiet)
+    _fit(model, None, settings, list_, root, codes, (held_out, held_out_list), test, output, device, resume, quiet)
 
 
 @app.command()
@@ -229,6 +238,7 @@ def distill(
     standardize: Standard = None,
     select: SelectBy = Select.val,
     held_out: HeldOut = 0.1,
+    held_out_list: HeldOutList = None,
     test_list: TestList = None,
     gt: TestTruth = None,
     frames_per_snippet: FramesPer = None,
@@ -259,7 +269,7 @@ def distill(
         distill_weight=distill_weight,
     )  # fmt: skip
     test = (test_list, gt, frames, root)
-    _fit(model, known, settings, list_, root, codes, held_out, test, output, device, resume, quiet)
+    _fit(model, known, settings, list_, root, codes, (held_out, held_out_list), test, output, device, resume, quiet)
 
 
 @app.command("eval")
@@ -442,11 +452,14 @@ def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, dev
     """Reads the lists before anything long begins, trains, and says where the model lies."""
     wants_audio = "audio" in model.streams() or teacher is not None
     features, rows = _training_set(list_, root, codes, model, wants_audio, quiet)
+    share, separate = held_out
     held = None
-    if recipe.select == "val":
-        kept, out = data.split(rows, held_out, recipe.seed)
+    if separate is not None:
+        held, _ = _training_set(separate, root, codes, model, wants_audio, quiet)
+    elif recipe.select == "val":
+        kept, out = data.split(rows, share, recipe.seed)
         if not kept or not out:
-            raise DataError(f"{list_}: too few videos to hold out {held_out:g} of them; use --select last")
+            raise DataError(f"{list_}: too few videos to hold out {share:g} of them; use --select last")
         at = {row: i for i, row in enumerate(rows)}
         held, features = (features.subset(torch.tensor([at[row] for row in part])) for part in (out, kept))
     test_ap = None
