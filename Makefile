@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-triton lint bench-cpu gpu clean
+.PHONY: demo test test-triton golden-triton lint bench-cpu gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
@@ -15,6 +15,10 @@ test: $(VENV)/installed
 test-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton tests/test_triton_*.py \
 		$(addprefix tests/test_,$(addsuffix .py,$(notdir $(basename $(filter-out %__init__.py,$(wildcard kernels/*.py)))))) $(ARGS)
+
+# The authors' numbers of both whole models by the Triton kernels, in the interpreter: ten minutes. Needs ../shared.
+golden-triton: $(VENV)/installed
+	TRITON_INTERPRET=1 AVADCLIP_FAST_BACKEND=triton $(BIN)/python -m pytest tests/test_models.py -k authors $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ def stages(out: Path, tune: bool) -> list[Stage]:
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "tests/touch_kernels.py"]
         found.append(Stage(tool, command if sanitizer else None, 60, "" if sanitizer else "no compute-sanitizer here"))
     if tune:
-        found.append(Stage("tune", [python, "-m", "bench.tune"], 300))
+        found.append(Stage("tune", [python, "-m", "avadclip_fast.cli", "tune"], 300))
     for name in BENCHES:
         found.append(
             Stage(f"bench_{name}", [python, "-m", f"bench.bench_{name}", "--device", "cuda", "--json", str(out)], 90)

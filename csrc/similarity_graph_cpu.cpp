@@ -80,7 +80,7 @@ CLONES void cosines_and_weights(Matrix<A> cosine, Matrix<A> weight, const A* nor
     A* w = weight.row(i);
     A sum = 0;
     for (int64_t j = 0; j < n; ++j) s[j] /= norm[i] * norm[j] + A(EPS);
-    for (int64_t j = 0; j < n; ++j) w[j] = s[j] > threshold ? exponential(s[j]) : A(1);
+    for (int64_t j = 0; j < n; ++j) w[j] = s[j] <= threshold ? A(1) : exponential(s[j]);  // NaN stays
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) sum += w[j];
     const A share = A(1) / std::max(sum, A(1));
@@ -97,7 +97,7 @@ CLONES void softmax_backward(Matrix<A> g, Matrix<A> weight, Matrix<A> cosine, A 
     A dot = 0;
 #pragma omp simd reduction(+ : dot)
     for (int64_t j = 0; j < n; ++j) dot += slope[j] * w[j];
-    for (int64_t j = 0; j < n; ++j) slope[j] = s[j] > threshold ? w[j] * (slope[j] - dot) : A(0);
+    for (int64_t j = 0; j < n; ++j) slope[j] = s[j] <= threshold ? A(0) : w[j] * (slope[j] - dot);
   }
 }
 

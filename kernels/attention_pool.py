@@ -47,7 +47,8 @@ def direction_kernel(pooled, out, width, COLS: tl.constexpr):
         d = first + tl.arange(0, COLS)
         part = tl.load(pooled + video * width + d, mask=d < width, other=0.0)
         squares += part * part
-    size = tl.maximum(tl.sqrt(tl.sum(squares, 0)), TINY)
+    size = tl.sqrt(tl.sum(squares, 0))
+    size = tl.where(size < TINY, TINY, size)  # not maximum: NaN stays
     for first in range(0, width, COLS):
         d = first + tl.arange(0, COLS)
         part = tl.load(pooled + video * width + d, mask=d < width, other=0.0)

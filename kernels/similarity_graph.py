@@ -169,6 +169,7 @@ def product_kernel(
         left = tl.load(a + at_a, mask=(m < valid)[:, None] & (k < depth)[None, :], other=0.0)  # [ROWS, DEPTH]
         right = tl.load(b + at_b, mask=(k < depth)[:, None] & (n < breadth)[None, :], other=0.0)  # [DEPTH, COLS]
         acc = tl.dot(left.to(right.dtype), right, acc, input_precision=PRECISION)
+    acc = tl.where((m < valid)[:, None], acc, 0.0)  # 0 · NaN is NaN
     at = (video * rows + m)[:, None] * columns + n[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
 

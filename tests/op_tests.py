@@ -251,6 +251,16 @@ class OpTests:
                 grad, other = grad[~padding], other[~padding]
             torch.testing.assert_close(other, grad, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"gradient of {n}: {m}")
 
+    def test_not_a_number_propagates(self, case: Case, backend: str, device: str):
+        """What a NaN in a valid row reaches is what it reaches in the reference."""
+        arguments = self.make(case, backend, device=device)
+        for changed, x in leaves(arguments):
+            poisoned = x.clone()
+            poisoned.view(-1)[0] = float("nan")
+            bad = convert(arguments, lambda n, x, c=changed, p=poisoned: p if n == c else x)
+            got, expected = self.call(bad, backend), self.call(bad, "reference")
+            assert torch.equal(got.isnan(), expected.isnan()), changed
+
     def test_empty_batch(self, case: Case, backend: str, device: str):
         """No video: an empty result of the right shape, no crash. (A mean over nothing is NaN.)"""
         arguments = self.make(case, backend, device=device)
@@ -368,6 +378,16 @@ class OpTests:
         for wrong, word in ((lengths.float(), "float32"), (arguments["lengths"][:-1], short)):
             with pytest.raises(ValueError, match=f"{self.op}: lengths must .*{word}"):
                 self.call({**arguments, "lengths": wrong}, None)
+
+    def test_refuses_numbers(self):
+        """Sizes must be whole and above zero, scales above zero: the same words from every backend."""
+        arguments = self.one_case()
+        for name in set(arguments) & {"window", "heads", "divisor", "rows", "dilation", "scale", "temperature"}:
+            for bad in (0, -1, None, "4", 2.5):
+                if bad == 2.5 and name in ("scale", "temperature"):
+                    continue
+                with pytest.raises(ValueError, match=rf"{self.op}: {name} must be a .*number above zero, got .*{bad}"):
+                    self.call({**arguments, name: bad}, None)
 
     def test_refuses_backends(self):
         arguments = self.one_case()

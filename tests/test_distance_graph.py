@@ -33,5 +33,5 @@ class TestDistanceGraph(OpTests):
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
 def test_refuses_a_scale_that_is_not_positive(scale):
-    with pytest.raises(ValueError, match=f"scale must be positive, got {scale}"):
+    with pytest.raises(ValueError, match=f"scale must be a number above zero, got {scale}"):
         ops.distance_graph(torch.zeros(1, 2, 1), scale)

@@ -88,11 +88,6 @@ def test_refuses_an_unknown_activation(x):
         ops.linear_act(x, torch.zeros(8, 8), activation="swish")
 
 
-def test_refuses_a_dilation_of_zero(x):
-    with pytest.raises(ValueError, match="dilation must be positive, got 0"):
-        ops.linear_act(x, torch.zeros(8, 8, 3), dilation=0)
-
-
 def test_refuses_a_convolution_of_rows(x):
     with pytest.raises(ValueError, match=r"convolution takes x of shape \[B, T, I\], got \[4, 8\]"):
         ops.linear_act(x[0], torch.zeros(8, 8, 3))

@@ -33,8 +33,3 @@ class TestUniformPool(OpTests):
 def test_refuses_lengths_of_another_sum():
     with pytest.raises(ValueError, match="lengths must sum to the number of rows, 5, got 4"):
         ops.uniform_pool(torch.zeros(5, 2), torch.tensor([1, 3]), 4)
-
-
-def test_refuses_no_rows():
-    with pytest.raises(ValueError, match="rows must be positive, got 0"):
-        ops.uniform_pool(torch.zeros(5, 2), torch.tensor([5]), 0)

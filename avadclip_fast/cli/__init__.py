@@ -13,6 +13,7 @@ def main() -> None:
     from ..engine.train import RecipeError
     from ..models import CheckpointError, TextWeightsError
     from ..ops import BackendError
+    from . import kernels  # noqa: F401  adds its commands
     from .commands import app
 
     logging.basicConfig(format="%(message)s")

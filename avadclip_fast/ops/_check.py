@@ -81,5 +81,12 @@ def check_lengths(op: str, lengths: Tensor | None, batch: int, rows: int, device
 def check_positive(op: str, **values: float) -> None:
     """Raises ValueError where a number is not above zero."""
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{op}: {name} must be positive, got {value}")
+        if not isinstance(value, float | int | torch.SymFloat | torch.SymInt) or not value > 0:
+            raise ValueError(f"{op}: {name} must be a number above zero, got {value!r}")
+
+
+def check_counts(op: str, **values: int) -> None:
+    """Raises ValueError where a number is not a whole one above zero."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
+            raise ValueError(f"{op}: {name} must be a whole number above zero, got {value!r}")

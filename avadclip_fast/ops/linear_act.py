@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _dispatch
-from ._check import check_are_tensors, check_lengths, check_positive, check_tensors
+from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
 from ._triton import triton_reason
 
 _dispatch.register("linear_act", "reference", reference.linear_act)
@@ -138,6 +138,8 @@ def linear_act(
     Precision: LayerNorm in float32. Deterministic. Backends: see `avadclip-fast env`.
     """
     check_are_tensors("linear_act", x=x, weight=weight)
+    if norm is not None and not (isinstance(norm, tuple) and len(norm) == 2):
+        raise ValueError(f"linear_act: norm must be (weight, bias) of the LayerNorm, or None, got {norm!r}")
     shape = "B T" if x.ndim == 3 else " ".join("BTSRQ"[: x.ndim - 1])
     sizes = check_tensors(
         "linear_act",
@@ -149,7 +151,7 @@ def linear_act(
         *(() if norm is None else (("norm weight", norm[0], "I"), ("norm bias", norm[1], "I"))),
         optional=("bias", "residual", "dot"),
     )
-    check_positive("linear_act", dilation=dilation)
+    check_counts("linear_act", dilation=dilation)
     if activation not in reference.ACTIVATIONS:
         known = ", ".join(reference.ACTIVATIONS)
         raise ValueError(f"linear_act: activation must be one of {known}; got {activation!r}")

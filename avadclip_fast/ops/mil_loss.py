@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _build, reference
 from . import _dispatch
-from ._check import check_are_tensors, check_lengths, check_positive, check_tensors
+from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
 
 
 def _compiled(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int) -> Tensor:
@@ -151,7 +151,7 @@ def _check(op: str, logits: Tensor, labels: Tensor, lengths: Tensor, divisor: in
         )
     if classes < 1:
         raise ValueError(f"{op}: labels must have a class, the first being normal, got {list(labels.shape)}")
-    check_positive(op, divisor=divisor)
+    check_counts(op, divisor=divisor)
     if lengths is None:
         raise ValueError(f"{op}: lengths must be an int tensor [B], got None")
     check_lengths(op, lengths, sizes["B"], sizes["T"], logits.device)

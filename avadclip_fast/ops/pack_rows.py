@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _build, reference
 from . import _dispatch
-from ._check import check_lengths, check_positive, check_tensors
+from ._check import check_counts, check_lengths, check_tensors
 from .uniform_pool import check_packed
 
 _dispatch.register("pack_rows", "reference", reference.pack_rows)
@@ -87,7 +87,7 @@ def unpack_rows(packed: Tensor, lengths: Tensor, rows: int, backend: str | None 
     Exact and deterministic. Backends: see `avadclip-fast env`.
     """
     check_tensors("unpack_rows", ("packed", packed, "N D"))
-    check_positive("unpack_rows", rows=rows)
+    check_counts("unpack_rows", rows=rows)
     check_packed("unpack_rows", lengths, packed.shape[0], packed.device)
     check_lengths("unpack_rows", lengths, lengths.shape[0], rows, packed.device)
     return _dispatch.run("unpack_rows", backend, packed, lengths, rows)

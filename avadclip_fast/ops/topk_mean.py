@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _build, reference
 from . import _dispatch
-from ._check import check_lengths, check_positive, check_tensors
+from ._check import check_counts, check_lengths, check_tensors
 
 
 def _compiled(scores: Tensor, lengths: Tensor, divisor: int) -> Tensor:
@@ -60,7 +60,7 @@ def topk_mean(scores: Tensor, lengths: Tensor, divisor: int = 16, backend: str |
     Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("topk_mean", ("scores", scores, "B T C"))
-    check_positive("topk_mean", divisor=divisor)
+    check_counts("topk_mean", divisor=divisor)
     if lengths is None:
         raise ValueError("topk_mean: lengths must be an int tensor [B], got None")
     check_lengths("topk_mean", lengths, sizes["B"], sizes["T"], scores.device)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _build, reference
 from . import _dispatch
-from ._check import check_are_tensors, check_lengths, check_positive, check_tensors
+from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
 
 
 def _compiled(features: Tensor, lengths: Tensor, rows: int) -> Tensor:
@@ -55,7 +55,7 @@ def uniform_pool(features: Tensor, lengths: Tensor, rows: int, backend: str | No
     Precision: sums in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     check_tensors("uniform_pool", ("features", features, "N D"))
-    check_positive("uniform_pool", rows=rows)
+    check_counts("uniform_pool", rows=rows)
     check_packed("uniform_pool", lengths, features.shape[0], features.device)
     return _dispatch.run("uniform_pool", backend, features, lengths, rows)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _dispatch
-from ._check import check_lengths, check_positive, check_tensors
+from ._check import check_counts, check_lengths, check_tensors
 from ._triton import triton_reason
 
 LONGEST = 128  # a program of Triton's holds the scores of whole windows
@@ -86,7 +86,7 @@ def window_attention(
     Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("window_attention", ("qkv", qkv, "B T 3D"))
-    check_positive("window_attention", window=window, heads=heads)
+    check_counts("window_attention", window=window, heads=heads)
     if sizes["D"] % heads:
         raise ValueError(f"window_attention: heads={heads} must divide the width {sizes['D']}")
     check_lengths("window_attention", lengths, sizes["B"], sizes["T"], qkv.device)

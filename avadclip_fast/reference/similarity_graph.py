@@ -21,10 +21,11 @@ def similarity_graph(
         x = at_least_float32(zero_padding(features, lengths))
         norm = torch.linalg.vector_norm(x, dim=-1)  # [B, T]
         cosine = x @ x.transpose(1, 2) / (norm[:, :, None] * norm[:, None] + EPS)  # [B, T, T]
-        edges = torch.where(cosine > threshold, cosine, 0)
+        edges = torch.where(cosine <= threshold, 0, cosine)  # this way round, NaN stays
         mask = valid_mask(lengths, x.shape[1])
         pairs = mask[:, :, None] & mask[:, None]
         # The cosines lie in [-1, 1], so that exp needs no running maximum.
-        unnormalised = torch.where(pairs, edges.exp(), 0)
-        weights = unnormalised / unnormalised.sum(-1, keepdim=True).clamp_min(1)  # a valid row sums to >= 1
-    return weights.to(values.dtype) @ zero_padding(values, lengths), weights
+        exponentials = edges.exp()
+        total = torch.where(pairs, exponentials, 0).sum(-1, keepdim=True).clamp_min(1)  # a valid row sums to >= 1
+        weights = torch.where(pairs, exponentials / total, 0)
+    return zero_padding(weights.to(values.dtype) @ zero_padding(values, lengths), lengths), weights

@@ -17,8 +17,9 @@ def uniform_pool(features: Tensor, lengths: Tensor, rows: int) -> Tensor:
     bounds[:, -1] = lengths
     first = lengths.cumsum(0) - lengths  # where each video starts
     begin, end = bounds[:, :-1], bounds[:, 1:]
-    begin, end = begin + first[:, None], torch.maximum(end, begin + 1) + first[:, None]  # [B, rows]
-    position = torch.arange(len(features), device=features.device)
-    member = (position >= begin[..., None]) & (position < end[..., None])  # [B, rows, N]
-    x = at_least_float32(features)
-    return (member.to(x.dtype) @ x / (end - begin)[..., None]).to(features.dtype)
+    count = (end - begin).clamp_min(1)  # [B, rows]
+    longest = len(features) // rows + 2  # no range has more rows, whatever the lengths
+    step = torch.arange(longest, device=features.device)
+    at = (first[:, None] + begin)[..., None] + step  # [B, rows, longest]
+    x = at_least_float32(features)[at.clamp_max(len(features) - 1)]  # [B, rows, longest, D]
+    return (torch.where((step < count[..., None])[..., None], x, 0).sum(2) / count[..., None]).to(features.dtype)

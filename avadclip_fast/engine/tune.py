@@ -1,13 +1,9 @@
-"""Finds the fastest tiles of the GEMM family on this GPU, and writes kernels/configs/linear_act.json.
-
-    python -m bench.tune                     every launch of one training step, bfloat16
-    python -m bench.tune --dtype float16 --only "mlp"
+"""Finds the fastest tiles of the GEMM family on this GPU, and writes them into its table, configs/linear_act.json.
 
 A launch keeps the default where nothing is faster by 2 %: less is noise. A configuration that spills registers is not
-taken. Run the tests and bench.aot_triton after it: both cover the committed table.
+taken. A developer runs the tests and bench.aot_triton after it: both cover the committed table.
 """
 
-import argparse
 import contextlib
 import json
 from collections.abc import Callable, Iterator
@@ -15,9 +11,12 @@ from unittest import mock
 
 import torch
 import triton
-from avadclip_fast.kernels import gated_fusion, linear_act
+from torch import Tensor
 
-from bench.triton_calls import gemms
+from ..data.atomic import atomic_write
+from ..kernels import gated_fusion, linear_act
+
+B, T, D, C = 96, 256, 512, 7  # the paper's training step
 
 LAUNCHERS = ((linear_act, "gemm"), (linear_act, "weight_grad"), (gated_fusion, "gates"), (gated_fusion, "gemm"))
 KERNELS = ((linear_act, "gemm_kernel"), (linear_act, "weight_grad_kernel"), (gated_fusion, "gates_kernel"))
@@ -31,6 +30,56 @@ TILES = {  # rows, cols, depth, warps
     "weight_grad": ((128, 128, 64, 8), (128, 128, 64, 4), (128, 256, 64, 8), (64, 128, 64, 4), (128, 128, 128, 8)),
     "gates": ((128, 64, 64, 8), (128, 128, 64, 8), (64, 64, 64, 4), (64, 128, 64, 8)),
 }  # fmt: skip
+
+
+def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, forward and backward pass) of each call; device "meta" makes tensors without memory."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def linear(
+        outputs: int, width: int = D, taps: int = 0, activation="none", norm=False, residual=False, dot=False,
+        dilation=1, causal=False, lengths=False, transposed=False, shape=(B, T),
+    ) -> Callable[[], None]:  # fmt: skip
+        def run() -> None:
+            x = draw(*shape, width)
+            weight = draw(width, outputs).T if transposed else draw(outputs, width, *((taps,) if taps else ()))
+            u = draw(outputs) if dot else None
+            r = draw(*shape, outputs) if residual else None
+            scale, shift = (draw(width), draw(width)) if norm else (None, None)
+            n = torch.full((B,), T, device=device) if lengths else None
+            keep = dot or activation == "quick_gelu" or (activation == "relu" and residual)
+            out, y, stats = linear_act.forward(
+                x, weight, draw(outputs), activation, r, scale, shift, dilation, causal, n, u, keep
+            )
+            needs = [True, True, True, norm, norm, dot]
+            y = y if keep else out
+            linear_act.backward(
+                torch.ones_like(out), x, weight, activation, scale, shift, dilation, causal, n, u, y, stats, needs
+            )
+
+        return run
+
+    def fusion() -> None:
+        weights = [draw(*shape) for shape in ((D, 2 * D), (D,), (D, 2 * D), (D,), (D, D), (D,))]
+        visual, audio = draw(B, T, D), draw(B, T, D)
+        out, *saved = gated_fusion.forward(visual, audio, *weights, True)
+        gated_fusion.backward(torch.ones_like(out), visual, audio, *weights[::2], *saved)
+
+    yield "qkv", linear(3 * D, norm=True)
+    yield "projection", linear(D, residual=True)
+    yield "mlp", linear(4 * D, activation="quick_gelu", norm=True)
+    yield "mlp projection", linear(D, 4 * D, residual=True)
+    yield "binary head", linear(4 * D, activation="quick_gelu", dot=True)
+    yield "prompt layer", linear(4 * D, activation="quick_gelu", shape=(B, C))
+    yield "graph weights", linear(D, transposed=True)
+    yield "graph convolution", linear(D, taps=5)
+    yield "graph convolution, lengths", linear(D, taps=5, lengths=True)
+    yield "uncertainty", linear(D, taps=3, activation="relu", residual=True)
+    yield "uncertainty, lengths", linear(D, taps=3, activation="relu", residual=True, lengths=True)
+    yield "audio", linear(D, taps=2, activation="relu", dilation=4, causal=True)
+    yield "fusion", fusion
 
 
 def candidates(kind: str, default: dict) -> Iterator[dict]:
@@ -106,16 +155,11 @@ def microseconds(launch: Callable[[], object], config: dict) -> float | None:
         return triton.testing.do_bench_cudagraph(launch, rep=10, return_mode="median") * 1e3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tune")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--only", default="", help="calls whose name has this in it (bench/triton_calls.py)")
-    options = parser.parse_args()
-    tune(getattr(torch, options.dtype), options.only)
+def tune(dtype: torch.dtype = torch.bfloat16, only: str = "", say: Callable[[str], None] = print) -> dict[str, dict]:
+    """Times every candidate for every launch, and adds what wins to the table of this chip; returns what it added.
 
-
-def tune(dtype: torch.dtype = torch.bfloat16, only: str = "") -> dict[str, dict]:
-    """Times every candidate for every launch, and adds what wins to the table of this chip; returns what it added."""
+    only: calls whose name has this in it; the names are in `gemms`. Needs a GPU that Triton serves.
+    """
     chip, _ = linear_act._chip(torch.device("cuda"))
     table = json.loads(linear_act.CONFIGS.read_text())
     measured = {}
@@ -127,13 +171,10 @@ def tune(dtype: torch.dtype = torch.bfloat16, only: str = "") -> dict[str, dict]
             took = microseconds(launch, config)
             if took is not None and took * GAIN < best:
                 best, chosen = took, config
-        print(f"{bucket}: default {base:.1f} us, best {best:.1f} us {chosen}", flush=True)
+        say(f"{bucket}: default {base:.1f} us, best {best:.1f} us {chosen}")
         measured[bucket] = {**chosen, "us": round(best, 2)}
         # after each one: a run that is cut short keeps what it found
         table[chip] = dict(sorted({**table.get(chip, {}), **measured}.items()))
-        linear_act.CONFIGS.write_text(json.dumps(table, indent=1) + "\n")
+        with atomic_write(linear_act.CONFIGS, "w") as file:
+            file.write(json.dumps(table, indent=1) + "\n")
     return measured
-
-
-if __name__ == "__main__":
-    main()
