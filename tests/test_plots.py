@@ -69,6 +69,20 @@ def test_grid_has_a_panel_a_video(tmp_path):
     assert imread(tmp_path / "one.png").shape[1] == 960
 
 
+def test_reliability_and_bars(tmp_path):
+    plots.reliability_plot(
+        tmp_path / "r.png", {"before": [[0.1, 0.2, 0.5], [0.9, 0.7, 0.5]], "after": [[0.5, 0.5, 1.0]]}
+    )
+    plots.bar_groups(tmp_path / "b.png", {"AP": {"a": {"x": (3, 1), "y": (2, 0.5)}, "b": {"x": (1, 0.1)}}})
+    for name in ("r", "b"):
+        image = imread(tmp_path / f"{name}.png")[..., :3]
+        for colour in plots.COLOURS[:2]:
+            wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+            assert (np.abs(image - wanted).max(-1) < 0.02).any(), "two labels, two colours"
+    with pytest.raises(ValueError, match="bins"):
+        plots.reliability_plot(tmp_path / "none.png", {})
+
+
 def test_errors_name_the_video(tmp_path):
     path = tmp_path / "a.png"
     with pytest.raises(ValueError, match="vid: truth of 100 frames, scores of 480"):
