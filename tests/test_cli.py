@@ -13,7 +13,7 @@ from avadclip_fast import cli
 from avadclip_fast.data import make_synthetic
 from avadclip_fast.engine import demo
 from avadclip_fast.engine.calibrate import Calibration
-from avadclip_fast.engine.train import HISTORY, ROBUST
+from avadclip_fast.engine.train import HISTORY, ROBUST, ROBUST_STUDENT
 from avadclip_fast.models import AVadCLIP
 
 CLASSES = "A=normal,B1=fighting,B2=shooting,G=explosion"
@@ -89,7 +89,8 @@ def test_the_robust_recipe_sets_defaults_and_yields_to_options(videos, tmp_path)
     teacher = "--teacher", tmp_path / "t", "--noise", 0.25, "--classes", CLASSES, "-q"
     assert call("distill", videos / "train.csv", "-o", tmp_path / "s", "--recipe", "robust", *teacher, *few) == 0
     recipe = json.loads((tmp_path / "s" / HISTORY).read_text())["run"]["recipe"]
-    assert (recipe["noise"], recipe["distill_weight"]) == (0.25, ROBUST["distill_weight"])
+    assert (recipe["noise"], recipe["distill_weight"]) == (0.25, ROBUST_STUDENT["distill_weight"])
+    assert recipe["temporal_lr"] == ROBUST_STUDENT["temporal_lr"] != ROBUST["temporal_lr"]
     assert json.loads((tmp_path / "s/model/config.json").read_text())["standardize"] == []
 
 
@@ -122,7 +123,8 @@ def test_demo(tmp_path, monkeypatch, capsys):
     """The demo on a tenth of its videos, for one epoch: its files, its table, and that it overwrites nothing."""
     few = functools.partial(make_synthetic, videos=12, test_videos=6, max_snippets=20)
     monkeypatch.setattr(demo.data, "make_synthetic", few)
-    monkeypatch.setattr(demo, "RECIPE", dataclasses.replace(demo.RECIPE, epochs=1))
+    for name in ("RECIPE", "STUDENT_RECIPE"):
+        monkeypatch.setattr(demo, name, dataclasses.replace(getattr(demo, name), epochs=1))
     assert call("demo", "--output", tmp_path / "demo") == 0
     shown = capsys.readouterr().out
     results = json.loads((tmp_path / "demo" / "results.json").read_text())["results"]

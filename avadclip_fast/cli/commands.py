@@ -19,7 +19,7 @@ from ..engine.evaluate import at_threshold, evaluate, load_model, score_videos
 from ..engine.metrics import format_table
 from ..engine.missing import format_missing, missing_sound
 from ..engine.plots import reliability_plot
-from ..engine.train import RECIPES, Recipe, fit
+from ..engine.train import ROBUST, ROBUST_STUDENT, Recipe, fit
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 
 app = typer.Typer(
@@ -70,7 +70,6 @@ class Modality(StrEnum):
 
 
 PACKED = ".safetensors"
-_ROBUST = RECIPES["robust"]
 
 
 def _joined(numbers) -> str:
@@ -93,25 +92,25 @@ RecipeOf = Annotated[
     RecipeName,
     Option("--recipe", help="Defaults of the options below: the paper's, or those for hundreds of videos of your own."),
 ]
-Epochs = Annotated[int | None, Option(min=1, help=f"Official 10, robust {_ROBUST['epochs']}.", show_default=False)]
+Epochs = Annotated[int | None, Option(min=1, help=f"Official 10, robust {ROBUST['epochs']}.", show_default=False)]
 Milestones = Annotated[
     str | None,
     Option(
-        help=f"Epochs after which the learning rate falls tenfold: 3,6; robust {_joined(_ROBUST['milestones'])}.",
+        help=f"Epochs after which the learning rate falls tenfold: 3,6; robust {_joined(ROBUST['milestones'])}.",
         show_default=False,
     ),
 ]
-BatchSize = Annotated[int | None, Option(min=1, help=f"96; robust {_ROBUST['batch_size']}.", show_default=False)]
+BatchSize = Annotated[int | None, Option(min=1, help=f"96; robust {ROBUST['batch_size']}.", show_default=False)]
 Rate = Annotated[
     float | None,
-    Option("--lr", min=0.0, help=f"AdamW's learning rate: 1e-5; robust {_ROBUST['lr']:g}.", show_default=False),
+    Option("--lr", min=0.0, help=f"AdamW's learning rate: 1e-5; robust {ROBUST['lr']:g}.", show_default=False),
 ]
 TemporalRate = Annotated[
     float | None,
     Option(
         "--temporal-lr",
         min=0.0,
-        help=f"The temporal encoder's, as a share of --lr: 1; robust {_ROBUST['temporal_lr']:g}.",
+        help=f"The temporal encoder's, as a share of --lr: 1; robust {ROBUST['temporal_lr']:g}, students 1.",
         show_default=False,
     ),
 ]
@@ -119,7 +118,7 @@ Noise = Annotated[
     float | None,
     Option(
         min=0.0,
-        help=f"Noise on the inputs, in standard deviations: 0; robust {_ROBUST['noise']:g}.",
+        help=f"Noise on sight, in standard deviations: 0; robust {ROBUST['noise']:g}.",
         show_default=False,
     ),
 ]
@@ -207,7 +206,7 @@ def train(
     else:
         model = AVadCLIP(list(codes.values()), fusion=fusion, **shape, **text)
     settings = _recipe(
-        recipe, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
+        recipe, student, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
     )  # fmt: skip
     test = (test_list, gt, frames, root)
@@ -264,7 +263,7 @@ def distill(
     if distill_weight is None and recipe == RecipeName.official:
         distill_weight = weight
     settings = _recipe(
-        recipe, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
+        recipe, True, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
         distill_weight=distill_weight,
     )  # fmt: skip
@@ -528,12 +527,13 @@ def _same_classes(model, codes: dict[str, str], path: Path) -> None:
         )
 
 
-def _recipe(name: RecipeName, milestones: str | None, **options) -> Recipe:
+def _recipe(name: RecipeName, student: bool, milestones: str | None, **options) -> Recipe:
     """A recipe by name; what the user gave goes before it."""
+    defaults = {} if name == RecipeName.official else ROBUST_STUDENT if student else ROBUST
     given = {key: value for key, value in options.items() if value is not None}
     if milestones is not None:
         given["milestones"] = _epochs(milestones)
-    return Recipe(**{**RECIPES[name], **given})
+    return Recipe(**{**defaults, **given})
 
 
 def _scaled(standardize: list[Modality] | None, recipe: RecipeName, hears: bool) -> list[str]:

@@ -13,14 +13,16 @@ from ..models import AVadCLIP, AVadCLIPStudent
 from .evaluate import evaluate, score_videos
 from .plots import score_grid
 from .state import StateError
-from .train import ROBUST, Recipe, fit
+from .train import ROBUST, ROBUST_STUDENT, Recipe, fit
 
 CODES = {code: data.XD_VIOLENCE[code] for code in ("A", "B1", "B2", "G")}
 FRAMES = 16
 SEED = 0
 # Random text weights and videos of 48 snippets at most: two layers of text and 48 rows are enough, and quick.
 LENGTH, TEXT_LAYERS = 48, 2
-RECIPE = Recipe(**{**ROBUST, "epochs": 6, "milestones": (5,), "distill_weight": 10.0, "seed": SEED})
+SETTINGS = {"epochs": 6, "milestones": (5,), "seed": SEED}
+RECIPE = Recipe(**{**ROBUST, **SETTINGS})
+STUDENT_RECIPE = Recipe(**{**ROBUST_STUDENT, **SETTINGS, "distill_weight": 10.0})
 
 INTRODUCTION = """# AVadCLIP on a made-up set
 
@@ -49,7 +51,7 @@ def run(folder: Path, device: torch.device) -> str:
     for name, guide in (("baseline", None), ("student", teacher)):
         torch.manual_seed(SEED)
         students[name] = AVadCLIPStudent.beside(teacher)
-        fit(students[name], features, RECIPE, folder / name, teacher=guide, device=device)
+        fit(students[name], features, STUDENT_RECIPE, folder / name, teacher=guide, device=device)
 
     test = data.read_list(folder / "data" / "test.csv")
     truth = data.read_frame_gt(folder / "data" / "gt.npy")

@@ -52,7 +52,7 @@ class Recipe:
     precision: str = "fp32"
     # Against learning the training videos' sights by heart (docs/training-that-hears.md):
     temporal_lr: float = 1.0  # of the temporal encoder, through which sight alone passes, as a share of lr
-    noise: float = 0.0  # added to each input, in standard deviations of the training rows
+    noise: float = 0.0  # added to sight, in standard deviations of the training rows
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -64,7 +64,7 @@ class Recipe:
 
 
 # What differs from the defaults where there are hundreds of videos, not thousands; measured on FightSurv, see
-# docs/training-that-hears.md. The teacher's sound is to be standardised besides.
+# docs/training-that-hears.md. The sound is to be standardised besides.
 ROBUST = {
     "epochs": 5,
     "batch_size": 16,
@@ -74,30 +74,24 @@ ROBUST = {
     "noise": 1.0,
     "distill_weight": 1.0,
 }
-RECIPES: dict[str, dict] = {"official": {}, "robust": ROBUST}
+ROBUST_STUDENT = {**ROBUST, "temporal_lr": 1.0}  # a student has nothing but what passes there
 
 
-def spread(data: FeatureSet) -> dict[str, Tensor]:
-    """The standard deviation of each dimension (D,) of each stream, over the valid rows of a set."""
-    rows, sums = 0, {}
+def spread(data: FeatureSet) -> Tensor:
+    """The standard deviation (D,) of each dimension of sight, over the valid rows of a set."""
+    rows, sums = 0, 0
     for batch in data.batches():
-        rows += int(batch.lengths.sum())
-        for stream in ("visual", "audio"):
-            x = getattr(batch, stream)
-            if x is not None:
-                x = x.double()
-                sums[stream] = sums.get(stream, 0) + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
-    return {name: (s / rows - (f / rows) ** 2).clamp_min(0).sqrt().float() for name, (f, s) in sums.items()}
+        x = batch.visual.double()
+        rows, sums = rows + int(batch.lengths.sum()), sums + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
+    mean, square = sums / rows
+    return (square - mean**2).clamp_min(0).sqrt().float()
 
 
-def noisy(batch: Batch, scales: dict[str, Tensor]) -> Batch:
-    """With Gaussian noise of scales[stream] (D,) on every row; padded rows stay zero."""
-    valid = (torch.arange(batch.visual.shape[1], device=batch.lengths.device) < batch.lengths[:, None])[..., None]
-    drawn = {}
-    for stream, scale in scales.items():
-        x = getattr(batch, stream)
-        drawn[stream] = torch.where(valid, x + scale * torch.randn_like(x), x)
-    return batch._replace(**drawn)
+def noisy(batch: Batch, scale: Tensor) -> Batch:
+    """With Gaussian noise of `scale` (D,) on every row of sight; padded rows stay as they are."""
+    valid = torch.arange(batch.visual.shape[1], device=batch.lengths.device) < batch.lengths[:, None]
+    drawn = batch.visual + scale * torch.randn_like(batch.visual)
+    return batch._replace(visual=torch.where(valid[..., None], drawn, batch.visual))
 
 
 def inputs(model: AVadCLIP | AVadCLIPStudent, batch: Batch) -> tuple[Tensor, ...]:
@@ -166,9 +160,7 @@ def fit(
         if parameter.requires_grad:
             groups[name.startswith("temporal.")]["params"].append(parameter)
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    scales = {}
-    if recipe.noise:
-        scales = {stream: recipe.noise * scale.to(device) for stream, scale in spread(data).items()}
+    noise = recipe.noise * spread(data).to(device) if recipe.noise else None
     run = {"recipe": _plain(asdict(recipe)), "samples": len(data), "frozen": frozen_digest(model)}
     info = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
     state = folder / STATE
@@ -191,7 +183,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch) * group["share"]
             _train_epoch(
-                model, teacher, known, data, recipe, optimizer, scales, info, state, board, device, progress, request
+                model, teacher, known, data, recipe, optimizer, noise, info, state, board, device, progress, request
             )
             record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"]}
             if held_out is not None:
@@ -222,7 +214,7 @@ def fit(
 
 
 def _train_epoch(
-    model, teacher, known, data, recipe, optimizer, scales, info, state, board, device, progress, request
+    model, teacher, known, data, recipe, optimizer, noise, info, state, board, device, progress, request
 ) -> None:
     """The rest of an epoch from step info["step"]; leaves its mean losses in info["last"]."""
     model.train()
@@ -245,7 +237,7 @@ def _train_epoch(
         index = chunks[step]
         batch = trim(data.batch(index), model, *([teacher] if teacher else [])).to(device)
         features = None if known is None else known(index, batch)
-        batch = noisy(batch, scales) if scales else batch  # what the teacher says stays of the clean one
+        batch = batch if noise is None else noisy(batch, noise)  # what the teacher says stays of the clean one
         weights = recipe.distill_weight, recipe.text_weight
         with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             out = model(*inputs(model, batch), batch.lengths)
