@@ -1,0 +1,242 @@
+"""Decoding with PyAV: one frame a snippet with its time, and the sound as 16 kHz mono on the same clock.
+
+Times are those of the frames and of the audio packets, in seconds from the first frame; what containers claim about
+duration or frame count is not used: it is often wrong.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import MediaError, import_av
+
+RATE = 16_000  # Hz
+SILENCE = 1e-3  # root mean square, -60 dB of full scale: below it a window holds nothing to hear
+GAP = 0.1  # seconds by which a packet's time may differ from the samples so far before silence is put between
+SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
+Progress = Callable[[int], None]  # is called with the number of frames decoded since
+
+
+class Frame(NamedTuple):
+    """The frame that stands for a snippet."""
+
+    time: float  # seconds from the first frame
+    image: np.ndarray  # (H, W, 3) uint8 RGB, upright
+
+
+@contextlib.contextmanager
+def opened(source: str | Path, live: bool = False) -> Iterator:
+    """The PyAV container of a file, or of a URL of SCHEMES where `live`. Raises MediaError."""
+    av = import_av()
+    scheme = str(source).partition("://")[0].lower() if "://" in str(source) else ""
+    with contextlib.ExitStack() as stack:
+        try:
+            if scheme:
+                if not live or scheme not in SCHEMES:
+                    known = ", ".join(SCHEMES) if live else "files only; `avadclip-fast stream` takes URLs"
+                    raise MediaError(f"{source}: {scheme}:// is not read ({known})")
+                target, options = str(source), {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}
+            else:
+                path = Path(source)
+                if not path.exists():
+                    raise MediaError(f"{path}: no such file")
+                if path.is_dir():
+                    raise MediaError(f"{path}: a folder, not a video")
+                if path.stat().st_size == 0:
+                    raise MediaError(f"{path}: the file is empty")
+                # As an open file, so that no name is taken for a protocol; and what a playlist names is not followed.
+                target, options = stack.enter_context(open(path, "rb")), {"protocol_whitelist": "none"}
+            container = stack.enter_context(av.open(target, options=options, timeout=30 if scheme else None))
+        except OSError as error:  # FFmpeg's errors are of this kind too
+            raise MediaError(f"{source}: not a readable video: {error.strerror or error}") from error
+        except (av.error.FFmpegError, ValueError) as error:
+            raise MediaError(f"{source}: not a readable video: {error}") from error
+        yield container
+
+
+def video_stream(container, source):
+    """The first video stream that is not a cover picture. Raises MediaError."""
+    for stream in container.streams.video:
+        if "attached_pic" not in str(stream.disposition).lower():
+            stream.thread_type = "AUTO"
+            return stream
+    raise MediaError(f"{source}: holds no video stream")
+
+
+def frames(source: str | Path, stream, container) -> Iterator:
+    """Decoded frames in order, each with its time in seconds from the first; times never run backwards."""
+    av = import_av()
+    start, last, seen = None, 0.0, 0
+    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    try:
+        for frame in container.decode(stream):
+            at = frame.time if frame.time is not None else seen / rate + (start or 0.0)
+            start = at if start is None else start
+            last = max(last, at - start)
+            yield last, frame
+            seen += 1
+    except (av.error.FFmpegError, OSError) as error:
+        raise MediaError(f"{source}: damaged or cut short after {seen} frames: {error.strerror}") from error
+    if seen == 0:
+        raise MediaError(f"{source}: holds no frame that can be decoded")
+    promised = stream.frames
+    if promised and seen < 0.9 * promised:
+        raise MediaError(f"{source}: cut short: {seen} frames of {promised} are there")
+
+
+def upright(frame, image: np.ndarray) -> np.ndarray:
+    """Turned as a player shows it."""
+    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90) % 4)) if frame.rotation else image
+
+
+def snippet_frames(
+    source: str | Path, every: int = 16, fps: float | None = None, progress: Progress | None = None
+) -> Iterator[Frame]:
+    """The first frame of each whole snippet of `every` frames (a shorter video is one snippet).
+
+    fps: snippets by time instead: the first frame at or after each multiple of 1 / fps.
+    Raises MediaError: no such file, no video, nothing decodable, cut short.
+    """
+    with opened(source) as container:
+        stream = video_stream(container, source)
+        held, count, due = None, 0, 0
+        for time, frame in frames(source, stream, container):
+            if progress is not None:
+                progress(1)
+            if fps is not None:
+                if time * fps >= due - 1e-6:
+                    yield Frame(time, upright(frame, frame.to_ndarray(format="rgb24")))
+                    due = int(time * fps + 1e-6) + 1
+                continue
+            if count % every == 0:
+                held = Frame(time, upright(frame, frame.to_ndarray(format="rgb24")))
+            count += 1
+            if count % every == 0:
+                yield held
+        if fps is None and count < every:
+            yield held
+
+
+@dataclass
+class Sound:
+    """The sound of a video: int16 samples (n,) at RATE in a temporary file, the first at time 0 of the video."""
+
+    samples: np.ndarray
+
+    def windows(self, times: np.ndarray, seconds: float) -> "Windows":
+        """One window of `seconds` from each time on."""
+        return Windows(self.samples, np.round(np.asarray(times) * RATE).astype(np.int64), round(seconds * RATE))
+
+
+@dataclass
+class Windows:
+    """Windows of sound, (N, size) float32 in [-1, 1] when sliced: windows[a:b]; zeros where there is no sound.
+
+    They are read when they are asked for, so that hours of sound need little memory.
+    """
+
+    samples: np.ndarray  # (n,) int16
+    starts: np.ndarray  # (N,) int64
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        starts = self.starts[part]
+        out = np.zeros((len(starts), self.size), np.float32)
+        for row, start in zip(out, starts, strict=True):
+            first, last = max(start, 0), min(start + self.size, len(self.samples))
+            if first < last:
+                row[first - start : last - start] = self.samples[first:last]
+        return out / 32768
+
+    def heard(self, chunk: int = 512) -> np.ndarray:
+        """(N,) bool: whether there is anything to hear in each window."""
+        loud = [np.zeros(0, bool)]
+        for start in range(0, len(self), chunk):
+            loud.append(np.sqrt((self[start : start + chunk] ** 2).mean(1)) > SILENCE)
+        return np.concatenate(loud)
+
+
+def read_sound(source: str | Path) -> Sound | None:
+    """The first audio stream of a file, channels averaged, at RATE; None where there is none. Raises MediaError."""
+    start = first_time(source)
+    with opened(source) as container:
+        if not container.streams.audio:
+            return None
+        file = tempfile.TemporaryFile()  # hours of sound are some GB: on disk, gone when it is closed
+        written = 0
+        for time, block in sound_blocks(container):
+            gap = round((time - start) * RATE) - written
+            if gap > (GAP * RATE if written else 0):
+                for missing in range(0, gap, RATE):
+                    file.write(bytes(2 * min(RATE, gap - missing)))
+                written += gap
+            elif gap < (-GAP * RATE if written else 0):
+                block = block[-gap:]  # from before the first frame, or there already
+            file.write((block * 32768).round().clip(-32768, 32767).astype(np.int16).tobytes())
+            written += len(block)
+        file.flush()
+        return Sound(np.memmap(file, np.int16, "r", shape=(written,)) if written else np.zeros(0, np.int16))
+
+
+def first_time(source: str | Path) -> float:
+    """The time of the first frame on the container's clock. Raises MediaError."""
+    with opened(source) as container:
+        av, stream = import_av(), video_stream(container, source)
+        try:
+            return next((frame.time or 0.0 for frame in container.decode(stream)), 0.0)
+        except (av.error.FFmpegError, OSError) as error:
+            raise MediaError(f"{source}: damaged: {error.strerror}") from error
+
+
+def sound_blocks(container) -> Iterator[tuple[float, np.ndarray]]:
+    """(time, samples (n,) float32 mono at RATE) of the first audio stream, in order; damaged packets are left out."""
+    av = import_av()
+    resampler = None
+    rate = time = sent = ends = 0  # of the run of sound at hand: its rate, start, samples given so far, and end
+
+    def resampled(frame) -> Iterator[tuple[float, np.ndarray]]:
+        nonlocal sent
+        for out in resampler.resample(frame):
+            block = out.to_ndarray().reshape(-1)
+            yield time + sent / RATE, block
+            sent += len(block)
+
+    for packet in container.demux(container.streams.audio[0]):
+        try:
+            decoded = packet.decode()
+        except av.error.FFmpegError:
+            continue
+        for frame in decoded:
+            mono = to_mono(frame)
+            at = frame.time if frame.time is not None else ends
+            if resampler is None or frame.sample_rate != rate or abs(at - ends) > GAP:
+                if resampler is not None:
+                    yield from resampled(None)  # what it still holds
+                resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
+                rate, time, sent, ends = frame.sample_rate, at, 0, at
+            ends += mono.size / rate
+            flat = av.AudioFrame.from_ndarray(mono[None], format="flt", layout="mono")
+            flat.sample_rate = rate
+            yield from resampled(flat)
+    if resampler is not None:
+        yield from resampled(None)
+
+
+def to_mono(frame) -> np.ndarray:
+    """(n,) float32 in [-1, 1], the mean of any number of channels: FFmpeg refuses layouts that it has no name for."""
+    array = frame.to_ndarray()
+    if not frame.format.is_planar:
+        array = array.reshape(-1, frame.layout.nb_channels).T  # [channels, n]
+    mono = array.astype(np.float32).mean(0)
+    if array.dtype.kind == "f":
+        return mono
+    half = np.float32(2.0 ** (8 * array.dtype.itemsize - 1))
+    return (mono - half) / half if array.dtype.kind == "u" else mono / half

@@ -1,0 +1,239 @@
+"""Features of many videos, to files that training and evaluation read; what is done is not done again.
+
+OUTPUT/visual/NAME__K.npy (a file a crop), OUTPUT/audio/NAME.npy, OUTPUT/done/NAME.json (written last: a video is there
+whole or not at all), OUTPUT/list.csv of all that is done, OUTPUT/extract.json with what failed, and why.
+"""
+
+import csv
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..data import DataError
+from ..data.atomic import atomic_write
+from ..data.lists import Row, write_list
+from .encoders import AudioEncoder, VisualEncoder
+from .errors import MediaError
+from .features import Sampling, VideoFeatures, video_features
+
+SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".flv", ".mpg", ".mpeg", ".ts", ".m4v", ".wmv", ".3gp")
+_LABEL = re.compile(r"_label_([A-Z]\d?(?:-[A-Z0-9]+)*)$")  # XD-Violence's file names end in theirs
+
+
+@dataclass(frozen=True)
+class Source:
+    """One video to extract: the file, its name in the output, and its label ("" where nobody says)."""
+
+    path: Path
+    name: str
+    label: str = ""
+
+
+def find_sources(
+    given: Sequence[str | Path], label: str = "", root: str | Path | None = None
+) -> tuple[list[Source], list[dict]]:
+    """The videos of files, folders (searched through) and lists (.csv with path and label, or .txt), sorted by name.
+
+    Returns (sources, failures): what cannot be read is told beside the rest. root: where a list's relative paths start,
+    and what they must not lead out of; the list's folder by default. Raises DataError where two videos have one name.
+    """
+    sources: list[Source] = []
+    failures: list[dict] = []
+    for item in map(Path, given):
+        if item.suffix.lower() in (".csv", ".txt") and item.is_file():
+            sources += _listed(item, label, Path(root) if root is not None else item.parent)
+        elif item.is_dir():
+            sources += _inside(item, label, failures)
+        else:
+            sources.append(_source(item, item.stem, label))
+    names: dict[str, Path] = {}
+    for source in sources:
+        other = names.setdefault(source.name, source.path)
+        if other != source.path:
+            raise DataError(f"{source.path} and {other} would both be called {source.name}; give their common folder")
+    return sorted(set(sources), key=lambda source: source.name), failures
+
+
+def _inside(folder: Path, label: str, failures: list[dict]) -> Iterable[Source]:
+    """Videos below a folder; links to folders are not followed, so that no loop is walked."""
+
+    def unreadable(error: OSError) -> None:
+        failures.append({"source": str(error.filename), "reason": f"{error.filename}: {error.strerror}"})
+
+    for parent, _, files in os.walk(folder, onerror=unreadable, followlinks=False):
+        for file in files:
+            path = Path(parent, file)
+            if path.suffix.lower() in SUFFIXES:
+                yield _source(path, str(path.relative_to(folder).with_suffix("")), label)
+
+
+def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as a list: {error}") from error
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(text.splitlines())
+        if "path" not in (reader.fieldnames or []):
+            raise DataError(f"{path}: no column path: the header must be path or path,label")
+        rows = [(row["path"] or "", row.get("label") or label) for row in reader]
+    else:
+        rows = [(line, label) for line in text.splitlines()]
+    for number, (name, label_) in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):
+        if not name.strip():
+            continue
+        inside = Path(os.path.normpath(root / name.strip()))
+        if not inside.is_relative_to(os.path.normpath(root)):
+            raise DataError(f"{path}, line {number}: {name} leads out of {root}; name a --root that holds it")
+        yield _source(inside, str(inside.relative_to(os.path.normpath(root)).with_suffix("")), label_)
+
+
+def _source(path: Path, name: str, label: str) -> Source:
+    found = _LABEL.search(path.stem)
+    return Source(path, name, label or (found[1] if found else ""))
+
+
+def extract(
+    sources: Sequence[Source],
+    output: str | Path,
+    sampling: Sampling,
+    visual: VisualEncoder,
+    audio: AudioEncoder | None,
+    settings: dict,
+    workers: int = 2,
+    half: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> dict:
+    """Extracts every source that is not done; one that fails does not stop the rest.
+
+    settings: what else the features depend on, such as the encoders' names: a video that was done with others is done
+    again. half: float16 files. progress: is called with the name of each video as it ends.
+    Returns {"done": names, "skipped": names, "failed": [{"source", "reason"}]}.
+    """
+    output = Path(output)
+    record = {"done": [], "skipped": [], "failed": []}
+    wanted = {**asdict(sampling), "half": half, **settings}
+    encoding = threading.Lock()  # decoding runs beside it; the encoders' own threads fill the processor
+
+    def locked(encoder):
+        return None if encoder is None else _Locked(encoder, encoding)
+
+    def one(source: Source) -> str:
+        if _is_done(output, source, wanted):
+            return "skipped"
+        found = video_features(source.path, sampling, locked(visual), locked(audio))
+        write_features(output, source, found, wanted, half)
+        return "done"
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        tasks = {pool.submit(one, source): source for source in sources}
+        try:
+            for task in as_completed(tasks):
+                source = tasks[task]
+                try:
+                    record[task.result()].append(source.name)
+                except (DataError, OSError, MemoryError, ValueError) as error:
+                    record["failed"].append({"source": str(source.path), "reason": str(error)})
+                if progress is not None:
+                    progress(source.name)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            raise
+    return {name: sorted(found, key=str) for name, found in record.items()}
+
+
+class _Locked:
+    """An encoder that one thread uses at a time."""
+
+    def __init__(self, encoder, lock: threading.Lock):
+        self._encoder, self._lock = encoder, lock
+
+    def __getattr__(self, name: str):
+        return getattr(self._encoder, name)
+
+    def __call__(self, given):
+        with self._lock:
+            return self._encoder(given)
+
+
+def _paths(output: Path, name: str, crops: int) -> tuple[list[Path], Path, Path]:
+    visual = [output / "visual" / f"{name}__{k}.npy" for k in range(crops)]
+    return visual, output / "audio" / f"{name}.npy", output / "done" / f"{name}.json"
+
+
+def _identity(path: Path) -> dict:
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise MediaError(f"{path}: {error.strerror}") from error
+    return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
+
+
+def _is_done(output: Path, source: Source, wanted: dict) -> bool:
+    *_, done = _paths(output, source.name, 1)
+    try:
+        record = json.loads(done.read_text())
+        return record["settings"] == wanted and record["file"] == _identity(source.path)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def write_features(output: Path, source: Source, found: VideoFeatures, wanted: dict, half: bool) -> None:
+    """A video's files, each atomically, and last of all the one that says that they are there."""
+    visual, audio, done = _paths(output, source.name, len(found.visual))
+    for path in (*visual, audio, done):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    dtype = np.float16 if half else np.float32
+    for path, rows in zip(visual, found.visual, strict=True):
+        _save(path, rows.astype(dtype))
+    if found.audio is not None:
+        _save(audio, found.audio.astype(dtype))
+    record = {
+        "source": str(source.path),
+        "file": _identity(source.path),
+        "label": source.label,
+        "settings": wanted,
+        "crops": len(visual),
+        "audio": found.audio is not None,
+        "snippets": len(found.times),
+        "seconds": found.seconds,
+        "times": np.round(found.times, 4).tolist(),
+        "heard": found.heard.astype(int).tolist(),
+    }
+    with atomic_write(done, "w") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with atomic_write(path) as file:
+        np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def write_lists(output: str | Path) -> list[Row]:
+    """OUTPUT/list.csv of everything that is done there, in order of name; returns its rows."""
+    output = Path(output)
+    rows = []
+    for path in sorted((output / "done").rglob("*.json")):
+        record = json.loads(path.read_text())
+        name = str(path.relative_to(output / "done").with_suffix(""))
+        visual, audio, _ = _paths(output, name, record["crops"])
+        rows += [Row(file, audio if record["audio"] else None, record["label"], 0) for file in visual]
+    if rows:
+        write_list(output / "list.csv", rows)
+    return rows
+
+
+def shard(sources: Sequence[Source], which: str) -> list[Source]:
+    """The i-th of n equal parts for "i/n", i from 1. Raises DataError."""
+    match = re.fullmatch(r"(\d+)/(\d+)", which)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise DataError(f"--shard {which}: expected i/n with i from 1 to n, such as 2/8")
+    return list(sources[int(match[1]) - 1 :: int(match[2])])

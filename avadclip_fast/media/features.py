@@ -1,0 +1,79 @@
+"""The features of one video: what `extract` writes, and what `detect` scores."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .crops import cut
+from .decode import Frame, Progress, read_sound, snippet_frames
+from .encoders import BATCH, AudioEncoder, VisualEncoder, encoded
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a video is cut into snippets, and what of a frame is seen."""
+
+    every: int = 16  # frames a snippet
+    fps: float | None = None  # snippets a second, in place of `every`
+    crops: int = 1
+    geometry: str = "crops"
+
+
+@dataclass
+class VideoFeatures:
+    """Of n snippets."""
+
+    visual: np.ndarray  # (crops, n, D) float32
+    audio: np.ndarray | None  # (n, D) float32; None: no audio stream
+    times: np.ndarray  # (n,) seconds from the first frame
+    seconds: float  # of one snippet
+    heard: np.ndarray  # (n,) bool: whether there is anything to hear
+
+
+def video_features(
+    source: str | Path,
+    sampling: Sampling,
+    visual: VisualEncoder,
+    audio: AudioEncoder | None,
+    progress: Progress | None = None,
+    look: Callable[[int, Frame], None] | None = None,
+) -> VideoFeatures:
+    """Decodes and encodes one file. Memory does not grow with its length but for the features.
+
+    A snippet's window of sound starts with its frame and is as long as a snippet. audio: None leaves the sound out.
+    look: is shown each snippet's frame. Raises MediaError.
+    """
+    rows, pending, times = [], [], []
+
+    def encode() -> None:
+        if pending:
+            images = torch.cat(pending)  # [n·crops, 3, S, S]
+            rows.append(encoded("visual", visual, images, len(images)).reshape(len(pending), sampling.crops, -1))
+            pending.clear()
+
+    for frame in snippet_frames(source, sampling.every, sampling.fps, progress):
+        if look is not None:
+            look(len(times), frame)
+        times.append(frame.time)
+        pending.append(cut(frame.image, sampling.crops, sampling.geometry, visual.size))
+        if len(pending) * sampling.crops >= BATCH:
+            encode()
+    encode()
+    times = np.array(times)
+    seconds = snippet_seconds(times, sampling)
+    seen = np.concatenate(rows).transpose(1, 0, 2)  # [crops, n, D]
+    sound = None if audio is None else read_sound(source)
+    if sound is None:
+        return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool))
+    windows = sound.windows(times, seconds)
+    return VideoFeatures(seen, encoded("audio", audio, windows, len(times)), times, seconds, windows.heard())
+
+
+def snippet_seconds(times: np.ndarray, sampling: Sampling) -> float:
+    """The usual distance of two snippets: their median, which a few odd time stamps do not move."""
+    if sampling.fps is not None:
+        return 1 / sampling.fps
+    return float(np.median(np.diff(times))) if len(times) > 1 else sampling.every / 25

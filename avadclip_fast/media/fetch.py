@@ -1,0 +1,51 @@
+"""Weights by path, or by an address with the hash that they must have."""
+
+import hashlib
+import os
+import re
+import urllib.request
+from pathlib import Path
+
+from ..data.atomic import atomic_write
+from .errors import MediaError
+
+_PINNED = re.compile(r"(https://\S+?/([\w.-]+))#sha256=([0-9a-f]{64})")
+
+
+def fetch(source: str | Path) -> Path:
+    """A file's path; "https://HOST/NAME#sha256=<64 hex digits>" is fetched once, and kept only if its hash is right.
+
+    Raises MediaError: no such file, an address without a hash, no network, another hash.
+    """
+    if "://" not in str(source):
+        path = Path(source)
+        if not path.is_file():
+            raise MediaError(f"{path}: no such file; give the path of the weights")
+        return path
+    match = _PINNED.fullmatch(str(source))
+    if match is None:
+        raise MediaError(
+            f"{source}: weights are fetched from https:// addresses that end in #sha256=<64 hex digits> only"
+        )
+    url, name, digest = match.groups()
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "avadclip_fast"
+    path = cache / f"{digest[:16]}-{name}"
+    if path.is_file() and _sha256(path) == digest:
+        return path
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, atomic_write(path) as file:
+            found = hashlib.sha256()
+            while block := response.read(2**20):
+                found.update(block)
+                file.write(block)
+            if found.hexdigest() != digest:
+                raise MediaError(f"{url}: its SHA-256 is {found.hexdigest()}, not {digest}; nothing was kept")
+    except OSError as error:
+        raise MediaError(f"{url}: cannot be fetched: {error}; download it elsewhere, and give its path") from error
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
