@@ -18,7 +18,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-PACKAGES = ["reference", "ops", "modules", "models", "data", "engine", "cli", "kernels"]
+PACKAGES = ["reference", "ops", "modules", "models", "data", "media", "engine", "cli", "kernels"]
 OPS = ["topk_mean", "mil_loss", "distance_graph", "uniform_pool"]
 CPU_SOURCES = [f"csrc/{op}_cpu.cpp" for op in [*OPS, "similarity_graph"]]
 CUDA_SOURCES = [source for op in OPS if Path(source := f"csrc/{op}.cu").exists()]

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..models.text import OPENAI, download_weights, read_weights
+from ..models.text import OPENAI, read_weights
 from .crops import SIDE
 from .errors import MediaError
 
@@ -28,7 +28,7 @@ class ClipImages:
             torch.manual_seed(0)
             self.tower = open_clip.create_model(OPENAI[0], pretrained=None, force_quick_gelu=True).visual
         if weights != "random":
-            path = download_weights() if weights == "openai" else Path(weights)
+            path = _download() if weights == "openai" else Path(weights)
             own, state = self.tower.state_dict(), read_weights(path)
             wrong = [n for n, p in own.items() if f"visual.{n}" not in state or state[f"visual.{n}"].shape != p.shape]
             if wrong:
@@ -45,3 +45,15 @@ class ClipImages:
         x = (images.to(self.device).float() / 255 - self.mean) / self.std
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return self.tower(x).float().cpu()
+
+
+def _download() -> Path:
+    from open_clip.pretrained import download_pretrained_from_url, get_pretrained_url
+
+    try:
+        return Path(download_pretrained_from_url(get_pretrained_url(*OPENAI)))
+    except Exception as error:  # the network, a proxy, a full disk: whatever it was, the remedy is the same
+        raise MediaError(
+            f"CLIP's ViT-B/16 weights could not be fetched ({type(error).__name__}: {error}). Give the path of "
+            "ViT-B-16.pt as --visual-weights; 'random' runs without them, for tests only"
+        ) from error

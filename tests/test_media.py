@@ -1,0 +1,231 @@
+"""Decoding, crops, sound, encoders: on videos made here, and on the real clips where they are at hand."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from videos import make_video
+
+from avadclip_fast.media import MediaError, crops, decode, encoders, fetch
+from avadclip_fast.media.wav2clip import Wav2Clip
+
+av = pytest.importorskip("av")
+
+
+def times_of(path, **options):
+    return [frame.time for frame in decode.snippet_frames(path, **options)]
+
+
+def test_one_frame_a_whole_snippet_with_its_time(tmp_path):
+    path = make_video(tmp_path / "a.mp4", frames=50, rate=25)
+    frames = list(decode.snippet_frames(path, every=16))
+    assert [round(f.time * 25) for f in frames] == [0, 16, 32]  # the two frames after 48 are no snippet
+    assert frames[0].image.shape == (48, 64, 3)
+    # frame i is a grey of 4 * i: the frames are the ones that they claim to be; 6: what compression takes
+    assert all(abs(f.image.mean() - 4 * n) < 6 for f, n in zip(frames, (0, 16, 32), strict=True))
+    assert [round(t, 3) for t in times_of(path, fps=5)] == [round(0.2 * i, 3) for i in range(10)]
+
+
+def test_a_shorter_video_is_one_snippet(tmp_path):
+    assert times_of(make_video(tmp_path / "one.mp4", frames=1)) == [0.0]
+    assert times_of(make_video(tmp_path / "odd.mp4", frames=5, width=34, height=50)) == [0.0]
+
+
+def test_a_cut_video_gives_the_same_frames_up_to_the_cut(tmp_path):
+    whole = list(decode.snippet_frames(make_video(tmp_path / "whole.mp4", frames=64, audio=1), every=4))
+    cut = list(decode.snippet_frames(make_video(tmp_path / "cut.mp4", frames=32, audio=1), every=4))
+    assert len(whole) == 16 and len(cut) == 8
+    assert all(a.time == b.time and abs(a.image.astype(int) - b.image).max() <= 6 for a, b in zip(cut, whole[:8]))
+
+
+@pytest.mark.parametrize("channels, rate", [(1, 44_100), (2, 48_000), (6, 48_000), (7, 48_000)])
+def test_sound_stands_where_it_was(tmp_path, channels, rate):
+    # silence, and a tone from 1 s to 1.5 s
+    path = make_video(tmp_path / "a.mkv", frames=75, rate=25, audio=channels, sample_rate=rate, tone=(1.0, 1.5))
+    sound = decode.read_sound(path)
+    assert len(sound.samples) / decode.RATE == pytest.approx(3.0, abs=0.04)  # 0.04: a frame
+    loud = np.flatnonzero(np.abs(sound.samples.astype(np.int32)) > 1000) / decode.RATE
+    assert loud[0] == pytest.approx(1.0, abs=0.04) and loud[-1] == pytest.approx(1.5, abs=0.04)
+    windows = sound.windows(np.arange(6) * 0.5, 0.5)
+    assert windows[:].shape == (6, 8000) and windows.heard().tolist() == [False, False, True, False, False, False]
+
+
+def test_windows_past_the_end_are_silent(tmp_path):
+    path = make_video(tmp_path / "a.mkv", frames=75, rate=25, audio=1, tone=(0.0, 1.0), sound_ends=1.0)
+    windows = decode.read_sound(path).windows(np.array([0.0, 0.9, 1.5, 40.0]), 0.5)
+    assert windows.heard().tolist() == [True, True, False, False] and not windows[2:].any()
+    assert decode.read_sound(make_video(tmp_path / "mute.mp4", frames=8)) is None
+
+
+def test_bad_files_say_what_they_are(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("not a video\n" * 100)
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/hostname\n")
+    whole = make_video(tmp_path / "whole.mp4", frames=60).read_bytes()
+    (tmp_path / "short.mp4").write_bytes(whole[: len(whole) // 2])
+    make_video(tmp_path / "sound.mkv", frames=0, audio=1, tone=(0, 1))
+    wrong = {
+        "empty.mp4": "the file is empty", "text.mp4": "not a readable video", "list.mp4": "not a readable video",
+        "short.mp4": "not a readable video", "sound.mkv": "no video stream", "none.mp4": "no such file",
+        ".": "a folder, not a video",
+    }  # fmt: skip
+    for name, reason in wrong.items():
+        with pytest.raises(MediaError, match=reason) as caught:
+            list(decode.snippet_frames(tmp_path / name))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(MediaError, match="http:// is not read"):
+        list(decode.snippet_frames("http://127.0.0.1/a.mp4"))
+    with pytest.raises(MediaError, match="ftp:// is not read"), decode.opened("ftp://127.0.0.1/a.mp4", live=True):
+        pass
+
+
+def test_cut_short_in_the_middle_of_the_frames(tmp_path):
+    path = make_video(tmp_path / "a.mkv", frames=200, noise=True)
+    short = tmp_path / "short.mp4"  # the index in front, the frames cut short
+    make_video(short, frames=200, noise=True, options={"movflags": "faststart"})
+    data = short.read_bytes()
+    short.write_bytes(data[: len(data) // 2])
+    with pytest.raises(MediaError, match="cut short|damaged"):
+        list(decode.snippet_frames(short))
+    assert len(times_of(path)) == 12
+
+
+def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(MediaError, match=r'pip install "avadclip_fast\[media\]"'):
+        list(decode.snippet_frames(tmp_path / "a.mp4"))
+
+
+def test_ten_crops():
+    # at 340 x 256 already, so that resizing changes nothing
+    image = np.random.default_rng(0).integers(0, 256, (256, 340, 3), np.uint8)
+    ten = crops.cut(image, 10).numpy().transpose(0, 2, 3, 1)
+    at = [(16, 58), (0, 0), (0, 116), (32, 0), (32, 116)]  # centre and corners: top, left
+    for i, (top, left) in enumerate(at):
+        part = image[top : top + 224, left : left + 224]
+        assert (ten[i] == part).all() and (ten[5 + i] == part[:, ::-1]).all()
+    assert torch.equal(crops.cut(image, 1), crops.cut(image, 10)[:1])
+    assert torch.equal(crops.cut(image, 5), crops.cut(image, 10)[:5])
+    assert crops.cut(image, 10, side=448).shape == (10, 3, 448, 448)
+    with pytest.raises(ValueError, match="clip"):
+        crops.cut(image, 5, "clip")
+
+
+def test_clip_preprocessing_is_open_clips():
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, image_transform
+    from PIL import Image
+
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8).repeat(3, 0).repeat(3, 1)
+    theirs = image_transform(224, is_train=False)(Image.fromarray(image))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
+    ours = (crops.cut(image, 1, "clip")[0] / 255 - mean) / std
+    # 2 of 255 levels, over the smallest std: PIL rounds between its two passes
+    assert (ours - theirs).abs().max() <= 2 / 255 / 0.26
+
+
+def test_wav2clip_agrees_with_the_release(shared):
+    sys.path.insert(0, str(shared / "parity"))
+    import recipe
+
+    golden = np.load(shared / "parity" / "golden_wav2clip.npz")
+    model = Wav2Clip("random")
+    state = model.state_dict()
+    for prefix, seed in (("encoder.", 3), ("transform.", 4)):
+        for name, tensor in state.items():
+            if name.startswith(prefix) and tensor.is_floating_point():
+                tensor.copy_(recipe.value(name.removeprefix(prefix), tensor.shape, seed))
+    expected = torch.from_numpy(golden["embedding"])
+    error = (model(golden["wave"]) - expected).abs().max() / expected.abs().max()
+    assert error < 1e-5  # float32 through 20 layers, in another order of sums
+    stored = {str(key).split(" ")[0] for key in golden["keys"]}
+    assert stored - {"encoder.spectrogram.window"} == set(state)  # the window is Hann's, not learnt
+
+
+def test_wav2clip_checkpoint(tmp_path):
+    model = Wav2Clip("random")
+    names = {"encoder.": "audio_encoder.", "transform.": "audio_transform."}
+    state = {
+        next(new + k.removeprefix(old) for old, new in names.items() if k.startswith(old)): v
+        for k, v in model.state_dict().items()
+    }
+    torch.save(state, tmp_path / "a.pt")
+    sound = np.random.default_rng(0).uniform(-1, 1, (3, 8000)).astype(np.float32)
+    assert torch.equal(Wav2Clip(tmp_path / "a.pt")(sound), model(sound))
+    torch.save({"encoder.conv1.weight": torch.zeros(1)}, tmp_path / "b.pt")
+    with pytest.raises(MediaError, match="not Wav2CLIP's weights"):
+        Wav2Clip(tmp_path / "b.pt")
+
+    class Evil:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit",))
+
+    torch.save({"x": Evil()}, tmp_path / "c.pt")
+    with pytest.raises(MediaError, match="without running code"):
+        Wav2Clip(tmp_path / "c.pt")
+    with pytest.raises(MediaError, match="--audio-weights"):
+        Wav2Clip()
+
+
+def test_fetched_weights_are_pinned(tmp_path, monkeypatch):
+    import hashlib
+    import io
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked = []
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or io.BytesIO(b"data"))
+    right, url = hashlib.sha256(b"data").hexdigest(), "https://example.org/w.pt"
+    for _ in range(2):
+        assert fetch.fetch(f"{url}#sha256={right}").read_bytes() == b"data"
+    assert asked == [url]  # once
+    with pytest.raises(MediaError, match="nothing was kept"):
+        fetch.fetch(f"{url}#sha256={'0' * 64}")
+    assert len(list((tmp_path / "avadclip_fast").iterdir())) == 1
+    for bad in (url, "http://example.org/w.pt#sha256=" + right, tmp_path / "none.pt"):
+        with pytest.raises(MediaError):
+            fetch.fetch(bad)
+
+
+class Mean:
+    """A stand-in encoder: the mean colour, repeated."""
+
+    side, width = 32, 512
+
+    def __init__(self, weights=None, device="cpu"):
+        self.weights = weights
+
+    def __call__(self, images):
+        return images.float().mean((1, 2, 3))[:, None].expand(-1, 512) / 255
+
+
+def test_encoders_by_name():
+    made = encoders.make_encoder("test_media:Mean", encoders.VisualEncoder, "w", "cpu")
+    assert made.weights == "w" and made(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 512)
+    for name in ("nothing", "no.such:thing", "test_media:none"):
+        with pytest.raises(MediaError, match=name.split(":")[0]):
+            encoders.make_encoder(name, encoders.VisualEncoder, None, "cpu")
+    with pytest.raises(MediaError, match="no VisualEncoder: it needs side"):
+        encoders.make_encoder("builtins:dict", encoders.VisualEncoder, None, "cpu")
+
+
+def test_clip_with_random_weights():
+    tower = encoders.make_encoder("clip", encoders.VisualEncoder, "random", "cpu")
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    rows = tower(images)
+    assert rows.shape == (2, 512) and rows.dtype == torch.float32 and rows.isfinite().all()
+    # alone or in a batch: float32, in another order of sums
+    torch.testing.assert_close(tower(images[1:]), rows[1:], atol=1e-4, rtol=1e-4)
+
+
+def test_real_clips_decode_and_align(shared):
+    clips = sorted((shared / "data" / "clips").glob("*.mp4"))
+    assert len(clips) == 16
+    for path in clips:
+        with av.open(str(path)) as container:
+            times = [frame.time for frame in container.decode(video=0)]
+        found = times_of(path)
+        assert found == pytest.approx([t - times[0] for t in times[::16]][: max(1, len(times) // 16)]), path.name
+        sound = decode.read_sound(path)
+        # the recordings' sound ends up to 0.2 s before their last frame
+        assert -0.2 < len(sound.samples) / decode.RATE - (times[-1] - times[0]) < 0.2, path.name
+        assert sound.windows(np.array(found), 16 / 24).heard().mean() > 0.5, path.name

@@ -1,0 +1,44 @@
+"""Small videos made by PyAV, for tests."""
+
+from pathlib import Path
+
+import numpy as np
+
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 7: "6.1"}
+
+
+def make_video(
+    path: Path, frames=32, rate=25, width=64, height=48, audio=0, sample_rate=16_000, tone=(0.0, 0.0), sound_ends=None,
+    noise=False, options=None, grey=None,
+) -> Path:  # fmt: skip
+    """Frame i is a grey of 4 * i (or grey(i)); the sound, of `audio` channels, is a tone from tone[0] to tone[1] s."""
+    import av
+
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w", options=options or {}) as out:
+        if frames:
+            video = out.add_stream("mpeg4", rate=rate)
+            video.width, video.height, video.pix_fmt, video.bit_rate = width, height, "yuv420p", 2_000_000
+        if audio:
+            sound = out.add_stream("flac" if path.suffix == ".mkv" else "aac", rate=sample_rate, layout=LAYOUTS[audio])
+        for i in range(frames):
+            level = 4 * i % 256 if grey is None else grey(i)
+            image = np.full((height, width, 3), level, np.uint8)
+            if noise:
+                image = rng.integers(0, 256, image.shape, np.uint8)
+            out.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        if frames:
+            out.mux(video.encode(None))
+        if audio:
+            seconds = sound_ends or max(frames / rate, tone[1])
+            t = np.arange(round(seconds * sample_rate)) / sample_rate
+            wave = 0.5 * np.sin(2 * np.pi * 440 * t) * ((t >= tone[0]) & (t < tone[1]))
+            samples = np.repeat((wave * 32767).astype(np.int16), audio)[None]  # packed: channels follow one another
+            size = 1024
+            for start in range(0, len(t), size):
+                block = np.ascontiguousarray(samples[:, start * audio : (start + size) * audio])
+                frame = av.AudioFrame.from_ndarray(block, format="s16", layout=LAYOUTS[audio])
+                frame.sample_rate, frame.pts = sample_rate, start
+                out.mux(sound.encode(frame))
+            out.mux(sound.encode(None))
+    return path
