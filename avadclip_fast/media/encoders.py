@@ -1,64 +1,120 @@
-"""Encoders by name, and what they must be.
+"""What turns frames and sound into vectors, and how to bring another encoder.
 
-`--visual-encoder package.module:factory` calls factory(weights=..., device=...), which gives a VisualEncoder, and
-`--audio-encoder` likewise an AudioEncoder; weights is what the user gave, or None.
+A visual encoder is anything with `size` (pixels a side) and `width` that takes uint8 (N, 3, size, size) and gives
+(N, width); an audio encoder anything with `rate` (it must be 16,000 Hz) and `width` that takes N windows of samples and
+gives (N, width). Windows are sliced like an array, windows[a:b] -> (b - a, samples) float32: they may be too many to
+hold at once. One video's windows come together. "module:factory" names a function (device) -> encoder.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .clip import ClipImages
+from .decode import RATE, Windows
 from .errors import MediaError
 from .wav2clip import Wav2Clip
 
-BUILT_IN = {"clip": ClipImages, "wav2clip": Wav2Clip}
+BATCH = 64  # images at once
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
-@runtime_checkable
 class VisualEncoder(Protocol):
-    """Images in, one row each out; it is called with parts of a video, so a row depends on its image alone."""
-
-    side: int  # pixels of the square images that it wants
-    width: int  # of its rows
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """images (N, 3, side, side) uint8 RGB -> (N, width) float32, on the CPU."""
-        ...
-
-
-@runtime_checkable
-class AudioEncoder(Protocol):
-    """Windows of sound in, one row each out; it is called once a video, with all of its windows."""
-
+    size: int
     width: int
 
-    def __call__(self, windows: Sequence) -> Tensor:
-        """windows: slices of it, windows[a:b], are (b - a, samples) float32 in [-1, 1], 16 kHz mono -> (N, width)."""
-        ...
+    def __call__(self, images: Tensor) -> Tensor: ...
 
 
-def make_encoder(name: str, kind: type, weights: str | None, device: str | torch.device):
-    """The encoder of a built-in name or of "module:factory". Raises MediaError where it is not one of `kind`."""
-    options = {} if weights is None and name in BUILT_IN else {"weights": weights}
-    encoder = find(name)(**options, device=device)
-    if not isinstance(encoder, kind):
-        wanted = ", ".join([*kind.__annotations__, "__call__"])
-        raise MediaError(f"{name} gave a {type(encoder).__name__}, which is no {kind.__name__}: it needs {wanted}")
+class AudioEncoder(Protocol):
+    rate: int
+    width: int
+
+    def __call__(self, windows: Windows) -> Tensor: ...
+
+
+class ClipVisual(nn.Module):
+    """CLIP ViT-B/16's image tower, with its projection, from open_clip: uint8 (N, 3, 224, 224) -> (N, 512) float32.
+
+    weights: "openai" (downloaded once, checked by SHA-256), "random", or the path of CLIP's weights. Computes in
+    bfloat16 on a GPU. Raises MediaError where the weights cannot be had.
+    """
+
+    size, width = 224, 512
+
+    def __init__(self, weights: str | Path = "openai", device: str | torch.device = "cpu"):
+        super().__init__()
+        try:
+            import open_clip
+        except ImportError as error:
+            raise MediaError(
+                "CLIP comes with open_clip, which is not installed: pip install open_clip_torch"
+            ) from error
+        pretrained = None if weights == "random" else str(weights)
+        if pretrained not in (None, "openai") and not Path(pretrained).is_file():
+            raise MediaError(f"{pretrained}: no such file; give openai, random or the path of CLIP's weights")
+        torch.manual_seed(0)  # what "random" draws
+        try:
+            model = open_clip.create_model("ViT-B-16-quickgelu", pretrained=pretrained, device="cpu")
+        except Exception as error:  # the network, a proxy, another file: whatever it was, the remedy is the same
+            raise MediaError(
+                f"CLIP's ViT-B/16 weights could not be had ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
+                "~/.cache/clip, or give its path as --visual-weights; 'random' runs without them, for tests only"
+            ) from error
+        self.tower = model.visual.float().eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
+        self.register_buffer("std", torch.tensor(STD)[:, None, None])
+        self.to(device)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        out = []
+        for part in images.split(BATCH):
+            x = (part.to(self.mean.device, torch.float32) / 255 - self.mean) / self.std
+            with torch.autocast("cuda", torch.bfloat16, enabled=x.is_cuda):
+                out.append(self.tower(x).float().cpu())
+        return torch.cat(out)
+
+
+def visual_encoder(name: str, weights: str, device: str) -> VisualEncoder:
+    """ "clip", or "module:factory". Raises MediaError."""
+    return ClipVisual(weights, device) if name == "clip" else _by_name(name, device, ("size", "width"))
+
+
+def audio_encoder(name: str, weights: str | None, device: str) -> AudioEncoder:
+    """ "wav2clip", or "module:factory". Raises MediaError."""
+    if name == "wav2clip":
+        if weights is None:
+            raise MediaError(
+                "Wav2CLIP's weights are wanted: --audio-weights with the path of Wav2CLIP.pt (its authors' release "
+                "v0.1.0-alpha), an https:// address that ends in #sha256=<digits>, or random, for tests only"
+            )
+        return Wav2Clip(weights, device)
+    encoder = _by_name(name, device, ("rate", "width"))
+    if encoder.rate != RATE:
+        raise MediaError(f"audio encoder {name}: it wants {encoder.rate} Hz; sound is given at {RATE}")
     return encoder
 
 
-def find(name: str) -> Callable:
-    """What a name of an encoder stands for. Raises MediaError."""
-    if name in BUILT_IN:
-        return BUILT_IN[name]
-    module, colon, factory = name.partition(":")
-    if not (module and colon and factory):
-        raise MediaError(f"no encoder {name!r}: give {' or '.join(BUILT_IN)}, or your own as package.module:factory")
+def _by_name(name: str, device: str, wanted: tuple[str, ...]):
+    module, _, factory = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError) as error:
-        raise MediaError(f"encoder {name}: {error}; its module must be importable from here") from error
+        encoder = getattr(importlib.import_module(module), factory)(device)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise MediaError(f"encoder {name!r}: expected module:factory, a function of a device ({error})") from error
+    if missing := [attribute for attribute in wanted if not hasattr(encoder, attribute)]:
+        raise MediaError(f"encoder {name!r}: what its factory made has no {' and no '.join(missing)}")
+    return encoder
+
+
+def encoded(name: str, encoder, given, rows: int) -> np.ndarray:
+    """encoder(given) as (rows, width) float32. Raises MediaError where an encoder does not keep to the protocol."""
+    out = torch.as_tensor(encoder(given)).detach().float().cpu().numpy()
+    if out.shape != (rows, encoder.width):
+        raise MediaError(f"the {name} encoder gave shape {out.shape}, expected {(rows, encoder.width)}")
+    if not np.isfinite(out).all():
+        raise MediaError(f"the {name} encoder gave NaN or infinity")
+    return out

@@ -18,7 +18,6 @@ from .errors import MediaError
 from .fetch import fetch
 
 FFT, HOP = 512, 353
-RELEASE = "https://github.com/descriptinc/lyrebird-wav2clip/releases/download/v0.1.0-alpha/Wav2CLIP.pt"
 CHUNK = 64  # windows at once
 PREFIXES = {"audio_encoder.": "encoder.", "audio_transform.": "transform."}
 
@@ -32,7 +31,7 @@ class Wav2Clip(nn.Module):
 
     rate, width = 16_000, 512
 
-    def __init__(self, weights: str | Path | None = None, device: str | torch.device = "cpu"):
+    def __init__(self, weights: str | Path, device: str | torch.device = "cpu"):
         super().__init__()
         from torchvision.models import resnet18
 
@@ -44,11 +43,6 @@ class Wav2Clip(nn.Module):
         layers = nn.Linear(512, 512), nn.ReLU(), nn.Identity(), nn.Linear(512, 512)  # the third was dropout in training
         self.transform = nn.Module()
         self.transform.sequential = nn.Sequential(*layers)
-        if weights is None:
-            raise MediaError(
-                f"Wav2CLIP needs its weights: --audio-weights with the path of Wav2CLIP.pt ({RELEASE}), or that address "
-                "followed by #sha256= and the hash that you trust; or leave the sound out by --no-audio"
-            )
         if weights == "random":
             self.randomize()
         else:
