@@ -13,7 +13,7 @@ def main() -> None:
     from ..engine.train import RecipeError
     from ..models import CheckpointError, TextWeightsError
     from ..ops import BackendError
-    from . import kernels  # noqa: F401  adds its commands
+    from . import kernels, media  # noqa: F401  add their commands
     from .commands import app
 
     logging.basicConfig(format="%(message)s")

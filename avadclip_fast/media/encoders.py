@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..models.text import TextWeightsError, read_weights
 from .decode import RATE, Windows
 from .errors import MediaError
 from .wav2clip import Wav2Clip
 
-BATCH = 64  # images at once
+BATCH = 64  # images at once: 64 x 197 rows of 768 fill a GPU, and fit a small machine's memory
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
@@ -53,21 +54,34 @@ class ClipVisual(nn.Module):
             raise MediaError(
                 "CLIP comes with open_clip, which is not installed: pip install open_clip_torch"
             ) from error
-        pretrained = None if weights == "random" else str(weights)
-        if pretrained not in (None, "openai") and not Path(pretrained).is_file():
-            raise MediaError(f"{pretrained}: no such file; give openai, random or the path of CLIP's weights")
-        torch.manual_seed(0)  # what "random" draws
         try:
-            model = open_clip.create_model("ViT-B-16-quickgelu", pretrained=pretrained, device="cpu")
-        except Exception as error:  # the network, a proxy, another file: whatever it was, the remedy is the same
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # what "random" draws
+                pretrained = "openai" if weights == "openai" else None
+                model = open_clip.create_model("ViT-B-16-quickgelu", pretrained=pretrained, device="cpu")
+        except Exception as error:  # the network, a proxy, a full disk: whatever it was, the remedy is the same
             raise MediaError(
                 f"CLIP's ViT-B/16 weights could not be had ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
                 "~/.cache/clip, or give its path as --visual-weights; 'random' runs without them, for tests only"
             ) from error
         self.tower = model.visual.float().eval().requires_grad_(False)
+        if weights not in ("openai", "random"):
+            self._load(Path(weights))
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(STD)[:, None, None])
         self.to(device)
+
+    def _load(self, path: Path) -> None:
+        try:
+            state = read_weights(path)
+        except TextWeightsError as error:  # what reads CLIP's file speaks of its other half
+            reason = "cannot be read as CLIP's weights" if path.is_file() else "no such file"
+            raise MediaError(f"{path}: {reason}; give openai, random or the path of ViT-B-16.pt") from error
+        own = self.tower.state_dict()
+        wrong = [n for n, x in own.items() if f"visual.{n}" not in state or state[f"visual.{n}"].shape != x.shape]
+        if wrong:
+            raise MediaError(f"{path}: not CLIP's ViT-B/16: visual.{wrong[0]} missing or of another shape")
+        self.tower.load_state_dict({name: state[f"visual.{name}"].float() for name in own})
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..data import DataError
 from ..data.atomic import atomic_write
+from ..data.features import write_features
 from ..data.lists import Row, write_list
 from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
@@ -57,7 +58,9 @@ def find_sources(
     for source in sources:
         other = names.setdefault(source.name, source.path)
         if other != source.path:
-            raise DataError(f"{source.path} and {other} would both be called {source.name}; give their common folder")
+            raise DataError(
+                f"{source.path} and {other} would both be called {source.name}: rename one, or give their common folder"
+            )
     return sorted(set(sources), key=lambda source: source.name), failures
 
 
@@ -89,10 +92,10 @@ def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
     for number, (name, label_) in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):
         if not name.strip():
             continue
-        inside = Path(os.path.normpath(root / name.strip()))
-        if not inside.is_relative_to(os.path.normpath(root)):
+        inside = Path(os.path.abspath(root / name.strip()))
+        if not inside.is_relative_to(os.path.abspath(root)):
             raise DataError(f"{path}, line {number}: {name} leads out of {root}; name a --root that holds it")
-        yield _source(inside, str(inside.relative_to(os.path.normpath(root)).with_suffix("")), label_)
+        yield _source(inside, str(inside.relative_to(os.path.abspath(root)).with_suffix("")), label_)
 
 
 def _source(path: Path, name: str, label: str) -> Source:
@@ -108,28 +111,26 @@ def extract(
     audio: AudioEncoder | None,
     settings: dict,
     workers: int = 2,
-    half: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> dict:
     """Extracts every source that is not done; one that fails does not stop the rest.
 
-    settings: what else the features depend on, such as the encoders' names: a video that was done with others is done
-    again. half: float16 files. progress: is called with the name of each video as it ends.
-    Returns {"done": names, "skipped": names, "failed": [{"source", "reason"}]}.
+    settings: of `settings_of`; a video that was done with others is done again. progress: is called with the name of
+    each video as it ends. Returns {"done": names, "skipped": names, "failed": [{"source", "reason"}]}.
     """
     output = Path(output)
     record = {"done": [], "skipped": [], "failed": []}
-    wanted = {**asdict(sampling), "half": half, **settings}
     encoding = threading.Lock()  # decoding runs beside it; the encoders' own threads fill the processor
 
     def locked(encoder):
         return None if encoder is None else _Locked(encoder, encoding)
 
     def one(source: Source) -> str:
-        if _is_done(output, source, wanted):
+        if _is_done(output, source, settings):
             return "skipped"
-        found = video_features(source.path, sampling, locked(visual), locked(audio))
-        write_features(output, source, found, wanted, half)
+        dtype = np.dtype(settings["dtype"])
+        found = video_features(source.path, sampling, locked(visual), locked(audio), dtype=dtype)
+        write_video(output, source, found, settings)
         return "done"
 
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -139,8 +140,13 @@ def extract(
                 source = tasks[task]
                 try:
                     record[task.result()].append(source.name)
-                except (DataError, OSError, MemoryError, ValueError) as error:
+                except DataError as error:
                     record["failed"].append({"source": str(source.path), "reason": str(error)})
+                except (
+                    Exception
+                ) as error:  # a decoder or an encoder may fail in any way: the others go on, and it is told
+                    reason = f"{source.path}: {type(error).__name__}: {' '.join(str(error).split())}"
+                    record["failed"].append({"source": str(source.path), "reason": reason})
                 if progress is not None:
                     progress(source.name)
         except BaseException:
@@ -177,30 +183,36 @@ def _identity(path: Path) -> dict:
     return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
 
 
-def _is_done(output: Path, source: Source, wanted: dict) -> bool:
-    *_, done = _paths(output, source.name, 1)
+def settings_of(sampling: Sampling, half: bool, encoders: dict) -> dict:
+    """All that features depend on. half: float16 files; encoders: their names and weights."""
+    return {**asdict(sampling), "dtype": "float16" if half else "float32", **encoders}
+
+
+def _is_done(output: Path, source: Source, settings: dict) -> bool:
+    visual, audio, done = _paths(output, source.name, settings["crops"])
+    identity = _identity(source.path)
     try:
         record = json.loads(done.read_text())
-        return record["settings"] == wanted and record["file"] == _identity(source.path)
+        files = [*visual, audio] if record["audio"] else visual
+        return record["settings"] == settings and record["file"] == identity and all(f.is_file() for f in files)
     except (OSError, ValueError, KeyError):
         return False
 
 
-def write_features(output: Path, source: Source, found: VideoFeatures, wanted: dict, half: bool) -> None:
+def write_video(output: Path, source: Source, found: VideoFeatures, settings: dict) -> None:
     """A video's files, each atomically, and last of all the one that says that they are there."""
     visual, audio, done = _paths(output, source.name, len(found.visual))
     for path in (*visual, audio, done):
         path.parent.mkdir(parents=True, exist_ok=True)
-    dtype = np.float16 if half else np.float32
     for path, rows in zip(visual, found.visual, strict=True):
-        _save(path, rows.astype(dtype))
+        write_features(path, rows)
     if found.audio is not None:
-        _save(audio, found.audio.astype(dtype))
+        write_features(audio, found.audio)
     record = {
         "source": str(source.path),
         "file": _identity(source.path),
         "label": source.label,
-        "settings": wanted,
+        "settings": settings,
         "crops": len(visual),
         "audio": found.audio is not None,
         "snippets": len(found.times),
@@ -212,17 +224,14 @@ def write_features(output: Path, source: Source, found: VideoFeatures, wanted: d
         file.write(json.dumps(record) + "\n")
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    with atomic_write(path) as file:
-        np.lib.format.write_array(file, array, allow_pickle=False)
-
-
-def write_lists(output: str | Path) -> list[Row]:
-    """OUTPUT/list.csv of everything that is done there, in order of name; returns its rows."""
+def write_lists(output: str | Path, settings: dict) -> list[Row]:
+    """OUTPUT/list.csv of everything that was done there with these settings, in order of name; returns its rows."""
     output = Path(output)
     rows = []
     for path in sorted((output / "done").rglob("*.json")):
         record = json.loads(path.read_text())
+        if record["settings"] != settings:
+            continue
         name = str(path.relative_to(output / "done").with_suffix(""))
         visual, audio, _ = _paths(output, name, record["crops"])
         rows += [Row(file, audio if record["audio"] else None, record["label"], 0) for file in visual]

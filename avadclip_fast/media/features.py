@@ -26,8 +26,8 @@ class Sampling:
 class VideoFeatures:
     """Of n snippets."""
 
-    visual: np.ndarray  # (crops, n, D) float32
-    audio: np.ndarray | None  # (n, D) float32; None: no audio stream
+    visual: np.ndarray  # (crops, n, D)
+    audio: np.ndarray | None  # (n, D); None: no audio stream
     times: np.ndarray  # (n,) seconds from the first frame
     seconds: float  # of one snippet
     heard: np.ndarray  # (n,) bool: whether there is anything to hear
@@ -40,18 +40,20 @@ def video_features(
     audio: AudioEncoder | None,
     progress: Progress | None = None,
     look: Callable[[int, Frame], None] | None = None,
+    dtype: type = np.float32,
 ) -> VideoFeatures:
     """Decodes and encodes one file. Memory does not grow with its length but for the features.
 
     A snippet's window of sound starts with its frame and is as long as a snippet. audio: None leaves the sound out.
-    look: is shown each snippet's frame. Raises MediaError.
+    look: is shown each snippet's frame. dtype: of both features. Raises MediaError.
     """
     rows, pending, times = [], [], []
 
     def encode() -> None:
         if pending:
             images = torch.cat(pending)  # [n·crops, 3, S, S]
-            rows.append(encoded("visual", visual, images, len(images)).reshape(len(pending), sampling.crops, -1))
+            found = encoded("visual", visual, images, len(images)).astype(dtype)
+            rows.append(found.reshape(len(pending), sampling.crops, -1))
             pending.clear()
 
     for frame in snippet_frames(source, sampling.every, sampling.fps, progress):
@@ -69,7 +71,8 @@ def video_features(
     if sound is None:
         return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool))
     windows = sound.windows(times, seconds)
-    return VideoFeatures(seen, encoded("audio", audio, windows, len(times)), times, seconds, windows.heard())
+    embedded = encoded("audio", audio, windows, len(times)).astype(dtype)
+    return VideoFeatures(seen, embedded, times, seconds, windows.heard())
 
 
 def snippet_seconds(times: np.ndarray, sampling: Sampling) -> float:

@@ -1,0 +1,112 @@
+"""Commands for videos: extract."""
+
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+from typer import Argument, Option
+
+from ..data import DataError, pack
+from ..data.atomic import atomic_write
+from .commands import PACKED, Classes, Device, PresetName, Quiet, _device, _preset, app
+
+
+class Geometry(StrEnum):
+    crops = "crops"
+    clip = "clip"
+
+
+Every = Annotated[int, Option("--every", min=1, help="Frames a snippet: 16 for XD-Violence, 4 for CCTV-Fights.")]
+Fps = Annotated[float | None, Option(min=0.01, help="Snippets a second, in place of --every.", show_default=False)]
+GeometryName = Annotated[Geometry, Option(help="crops: parts of 340x256; clip: CLIP's own resize and centre.")]
+Visual = Annotated[str, Option(help="clip, or module:factory.")]
+VisualWeights = Annotated[str, Option(help="openai (downloaded), random (tests), or a path.")]
+Audio = Annotated[str, Option(help="wav2clip, module:factory, or none to leave the sound out.")]
+AudioWeights = Annotated[
+    str | None, Option(help="Path of Wav2CLIP.pt, https://...#sha256=..., or random (tests).", show_default=False)
+]
+
+
+def encoders(visual: str, visual_weights: str, audio: str, audio_weights: str | None, device: str):
+    """Both encoders, the second None for "none"."""
+    from ..media.encoders import audio_encoder, visual_encoder
+
+    sys.path.insert(0, os.getcwd())  # so that module:factory finds what lies here
+    heard = None if audio == "none" else audio_encoder(audio, audio_weights, _device(device))
+    return visual_encoder(visual, visual_weights, _device(device)), heard
+
+
+@app.command()
+def extract(
+    videos: Annotated[list[Path], Argument(help="Videos, folders of them, or lists (.csv with path,label, or .txt).")],
+    output: Annotated[
+        Path, Option("--output", "-o", help="A folder; or NAME.safetensors, packed as well.", show_default=False)
+    ],
+    every: Every = 16,
+    fps: Fps = None,
+    crops: Annotated[int, Option(help="1 (the centre), 5 positions, or 10 with their mirror images.")] = 1,
+    geometry: GeometryName = Geometry.crops,
+    visual_encoder: Visual = "clip",
+    visual_weights: VisualWeights = "openai",
+    audio_encoder: Audio = "wav2clip",
+    audio_weights: AudioWeights = None,
+    label: Annotated[str, Option(help="Of videos whose name or list has none, such as A.", show_default=False)] = "",
+    root: Annotated[
+        Path | None, Option(help="Where a list's paths start, and stay; its folder by default.", show_default=False)
+    ] = None,
+    shard: Annotated[str | None, Option(help="i/n: the i-th of n equal parts.", show_default=False)] = None,
+    workers: Annotated[int, Option(min=1, help="Videos decoded at once.")] = 2,
+    full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
+    preset: PresetName = "xd-violence",
+    classes: Classes = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Turn videos into features: a visual file a crop, an audio file, and list.csv, as train and eval read them.
+
+    Goes on where a killed call was. A video that fails is told at the end and in extract.json, and the exit code is 1.
+    """
+    from ..media import extract as media
+    from ..media.crops import COUNTS
+    from ..media.errors import import_av
+    from ..media.features import Sampling
+
+    import_av()  # where it is absent that is told once, not once a video
+    if crops not in COUNTS or (geometry == Geometry.clip and crops != 1):
+        raise DataError(f"--crops {crops}: 1, 5 or 10; and 1 alone with --geometry clip")
+    packed, folder = (output, output.with_suffix("")) if output.suffix == PACKED else (None, output)
+    sources, failed = media.find_sources(videos, label, root)
+    if shard is not None:
+        sources = media.shard(sources, shard)
+    if not sources and not failed:
+        raise DataError(f"{videos[0]}: no videos there (known are {', '.join(media.SUFFIXES)})")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"{folder}: cannot be written to")
+    sampling = Sampling(every, fps, crops, geometry.value)
+    named = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
+    settings = media.settings_of(sampling, not full, named)
+    seen, heard = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
+    with tqdm(total=len(sources), desc="extracting", unit="video", disable=quiet) as bar:
+        record = media.extract(sources, folder, sampling, seen, heard, settings, workers, lambda _: bar.update())
+    record["failed"] = failed + record["failed"]
+    log = folder / ("extract.json" if shard is None else f"extract-{shard.replace('/', '-of-')}.json")
+    with atomic_write(log, "w") as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+    rows = media.write_lists(folder, settings)
+    typer.echo(f"{len(record['done'])} extracted, {len(record['skipped'])} were there, {len(record['failed'])} failed")
+    if rows:
+        typer.echo(f"wrote {folder / 'list.csv'}: {len(rows)} rows")
+    for failure in record["failed"]:
+        typer.echo(f"failed: {failure['reason']}", err=True)
+    if packed is not None and rows:
+        codes, _, _ = _preset(preset, classes, None)
+        pack(packed, rows, codes, 256, seen.width, audio=all(row.audio is not None for row in rows))
+        typer.echo(f"wrote {packed}")
+    if record["failed"]:
+        raise typer.Exit(1)

@@ -1,0 +1,173 @@
+"""`avadclip-fast extract`, as a user would call it, with small stand-in encoders."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from test_cli import call, mistake
+from videos import make_video
+
+from avadclip_fast.data import load_features, read_list
+
+pytest.importorskip("av")
+
+
+class Grey:
+    """The mean level of an image, and its number of channels."""
+
+    size, width = 32, 512
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, images):
+        return images.float().mean((1, 2, 3))[:, None].expand(-1, 512)
+
+
+class Loudness:
+    """The root mean square of a window."""
+
+    rate, width = 16_000, 512
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, windows):
+        return torch.from_numpy(np.sqrt((windows[:] ** 2).mean(1)))[:, None].expand(-1, 512)
+
+
+class Fragile(Grey):
+    def __call__(self, images):
+        if images.float().mean() > 200:
+            raise RuntimeError("too\nbright")
+        return super().__call__(images)
+
+
+QUICK = ["--visual-encoder", "test_extract:Grey", "--audio-encoder", "test_extract:Loudness", "-q"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    films = tmp_path / "films"
+    (films / "more").mkdir(parents=True)
+    make_video(films / "a_label_B1-0-0.mkv", frames=40, audio=2, tone=(0.64, 1.6))
+    make_video(films / "more" / "b.mp4", frames=70)
+    return films
+
+
+def test_folder_to_features(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("extract", folder, "-o", out, "--crops", "10", "--label", "A", "--float32", *QUICK) == 0
+    rows = read_list(out / "list.csv", audio=False)
+    assert [row.visual.relative_to(out / "visual").as_posix() for row in rows] == [
+        *(f"a_label_B1-0-0__{k}.npy" for k in range(10)),
+        *(f"more/b__{k}.npy" for k in range(10)),
+    ]
+    assert {row.audio for row in rows[:10]} == {out / "audio" / "a_label_B1-0-0.npy"} and rows[10].audio is None
+    assert [rows[0].label, rows[10].label] == ["A", "A"]  # --label goes before the file's own name
+    seen, heard = load_features(rows[0].visual, 512), load_features(rows[0].audio, 512)
+    # frames 0 and 16 are greys of 0 and 64; 8 frames are no snippet; 6: what compression takes
+    assert seen.shape == heard.shape == (2, 512)
+    np.testing.assert_allclose(seen[:, 0], [0, 64], atol=6)
+    # the tone begins with the second snippet: half of full scale, at 0.707 of its peak
+    np.testing.assert_allclose(heard[:, 0], [0, 0.5 * 0.707], atol=0.03)
+    record = json.loads((out / "done" / "more" / "b.json").read_text())
+    assert record["times"] == [0, 0.64, 1.28, 1.92] and record["audio"] is False
+
+
+def test_names_tell_labels(folder, tmp_path):
+    assert call("extract", folder / "a_label_B1-0-0.mkv", "-o", tmp_path / "out", *QUICK) == 0
+    assert [row.label for row in read_list(tmp_path / "out" / "list.csv")] == ["B1-0-0"]
+    features = load_features(tmp_path / "out" / "visual" / "a_label_B1-0-0__0.npy")
+    assert features.dtype == np.float32 and len(features) == 2
+
+
+def test_it_goes_on_where_it_was(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def told(*options):
+        assert call("extract", folder, "-o", out, *options, *QUICK) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    assert told() == "2 extracted, 0 were there, 0 failed"
+    assert told() == "0 extracted, 2 were there, 0 failed"
+    (out / "visual" / "more" / "b__0.npy").unlink()
+    assert told() == "1 extracted, 1 were there, 0 failed"
+    make_video(folder / "more" / "b.mp4", frames=20)
+    assert told() == "1 extracted, 1 were there, 0 failed"
+    assert told("--every", "4") == "2 extracted, 0 were there, 0 failed"
+
+
+def test_one_that_fails_does_not_stop_the_rest(folder, tmp_path, capsys):
+    (folder / "text.mp4").write_text("no video")
+    (folder / "empty.mp4").touch()
+    os.symlink(folder, folder / "more" / "loop")
+    make_video(folder / "bright.mp4", frames=20, grey=lambda i: 255)
+    out = tmp_path / "out"
+    fragile = [*QUICK[:1], "test_extract:Fragile", *QUICK[2:]]
+    assert call("extract", folder, "-o", out, *fragile) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("2 extracted, 0 were there, 3 failed")
+    failed = json.loads((out / "extract.json").read_text())["failed"]
+    reasons = {os.path.basename(f["source"]): f["reason"] for f in failed}
+    assert "the file is empty" in reasons["empty.mp4"] and "not a readable video" in reasons["text.mp4"]
+    assert "RuntimeError: too bright" in reasons["bright.mp4"]
+    assert all(f"failed: {reason}" in said.err.splitlines() for reason in reasons.values())
+    assert not list(out.rglob("*.tmp")) and not list(out.rglob("text*"))
+
+
+def test_shards_make_the_whole(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    for i in (1, 2):
+        assert call("extract", folder, "-o", out, "--shard", f"{i}/2", *QUICK) == 0
+        assert (out / f"extract-{i}-of-2.json").is_file()
+    assert len((out / "list.csv").read_text().splitlines()) == 3  # a header, and both videos
+    assert sorted(p.stem for p in (out / "done").rglob("*.json")) == ["a_label_B1-0-0", "b"]
+    assert "--shard 3/2" in mistake(capsys, "extract", folder, "-o", out, "--shard", "3/2", *QUICK)
+
+
+def test_lists_stay_in_their_folder(folder, tmp_path, capsys):
+    listed = folder / "films.csv"
+    listed.write_text("path,label\nmore/b.mp4,B2\n")
+    assert call("extract", listed, "-o", tmp_path / "out", *QUICK) == 0
+    row = read_list(tmp_path / "out" / "list.csv", audio=False)[0]
+    assert row.label == "B2" and row.visual.parent.name == "more"
+    for way_out in ("../films2/x.mp4", "/etc/passwd", "more/../../x.mp4"):
+        listed.write_text(f"path\n{way_out}\n")
+        assert "leads out of" in mistake(capsys, "extract", listed, "-o", tmp_path / "out", *QUICK)
+
+
+def test_mistakes(folder, tmp_path, capsys):
+    out = ["-o", tmp_path / "out"]
+    assert "--audio-weights" in mistake(capsys, "extract", folder, *out, *QUICK[:2], "-q")
+    (tmp_path / "bare").mkdir()
+    assert "no videos there" in mistake(capsys, "extract", tmp_path / "bare", *out, *QUICK)
+    assert "--crops 3" in mistake(capsys, "extract", folder, *out, "--crops", 3, *QUICK)
+    unknown = ["--visual-encoder", "test_extract:None_", "--audio-encoder", "none"]
+    assert "test_extract:None_" in mistake(capsys, "extract", folder, *out, *unknown)
+    (folder / "b.mp4").write_bytes(b"x")
+    assert "both be called b" in mistake(capsys, "extract", folder / "b.mp4", folder / "more" / "b.mp4", *out, *QUICK)
+
+
+def test_packed(folder, tmp_path):
+    packed = tmp_path / "out.safetensors"
+    assert call("extract", folder, "-o", packed, "--label", "A", *QUICK) == 0
+    assert call("check", packed, "-q") == 0
+
+
+def test_memory_does_not_grow_with_sound(tmp_path):
+    """A window is read when it is asked for: 20 minutes of sound cost no memory of their own."""
+    import tracemalloc
+
+    from avadclip_fast.media.decode import read_sound
+
+    path = make_video(tmp_path / "long.mkv", frames=4, rate=1, audio=1, tone=(0, 1200))
+    tracemalloc.start()
+    sound = read_sound(path)
+    heard = sound.windows(np.arange(1200.0), 1.0).heard(chunk=16)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert heard.all() and len(sound.samples) == pytest.approx(1200 * 16_000, rel=1e-3)
+    assert peak < 8e6  # the sound is 38 MB as int16
