@@ -72,17 +72,19 @@ def stream_scores(
     *,
     silent: bool = False,
     calibration: Calibration | None = None,
+    text: torch.Tensor | None = None,
     chunks: int = PACKED_CHUNKS,
 ) -> Iterator[VideoScores]:
     """Scores every snippet of every video, in order; each chunk is scored on its own, the text side once.
 
     Videos are packed until they have `chunks` chunks together, and computed in one pass: short videos fill a batch, and
     memory stays bounded. silent: withholds the sound from a teacher. calibration: whose temperatures logits are divided
-    by.
+    by. text: of `model.encode_text`, where it is known already.
     Raises DataError where a model hears and a video has no sound.
     """
     model.to(device).eval()
-    text, calibration = model.encode_text(), calibration or Calibration()
+    text = model.encode_text() if text is None else text.to(device)
+    calibration = calibration or Calibration()
     hears = "audio" in model.streams() and not silent
     for pack in _packs(videos, chunks):
         if hears and (deaf := [video.name for video in pack if video.audio is None]):
