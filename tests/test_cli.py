@@ -13,7 +13,8 @@ from avadclip_fast import cli
 from avadclip_fast.data import make_synthetic
 from avadclip_fast.engine import demo
 from avadclip_fast.engine.calibrate import Calibration
-from avadclip_fast.engine.train import HISTORY, ROBUST, ROBUST_STUDENT
+from avadclip_fast.engine.recipe import ROBUST, ROBUST_STUDENT
+from avadclip_fast.engine.train import HISTORY
 from avadclip_fast.models import AVadCLIP
 
 CLASSES = "A=normal,B1=fighting,B2=shooting,G=explosion"

@@ -17,21 +17,10 @@ from safetensors.torch import load_file
 
 from avadclip_fast import data
 from avadclip_fast.data import FeatureSet
+from avadclip_fast.engine.recipe import Recipe, RecipeError
 from avadclip_fast.engine.state import StateError, frozen_digest
 from avadclip_fast.engine.stop import Stopped
-from avadclip_fast.engine.train import (
-    BEST,
-    HISTORY,
-    MODEL,
-    STATE,
-    Recipe,
-    RecipeError,
-    fit,
-    noisy,
-    spread,
-    teacher_features,
-    trim,
-)
+from avadclip_fast.engine.train import BEST, HISTORY, MODEL, STATE, fit, noisy, spread, teacher_features, trim
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 
 CLASSES = ["normal", "fighting", "explosion"]

@@ -8,9 +8,9 @@ def main() -> None:
     import logging
 
     from ..data import DataError
+    from ..engine.recipe import RecipeError
     from ..engine.state import StateError
     from ..engine.stop import Stopped
-    from ..engine.train import RecipeError
     from ..models import CheckpointError, TextWeightsError
     from ..ops import BackendError
     from . import kernels, media  # noqa: F401  add their commands

@@ -19,7 +19,8 @@ from ..engine.evaluate import at_threshold, evaluate, load_model, score_videos
 from ..engine.metrics import format_table
 from ..engine.missing import format_missing, missing_sound
 from ..engine.plots import reliability_plot
-from ..engine.train import ROBUST, ROBUST_STUDENT, Recipe, fit
+from ..engine.recipe import ROBUST, ROBUST_STUDENT, Recipe
+from ..engine.train import fit
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 
 app = typer.Typer(

@@ -12,8 +12,9 @@ from ..data.atomic import atomic_write
 from ..models import AVadCLIP, AVadCLIPStudent
 from .evaluate import evaluate, score_videos
 from .plots import score_grid
+from .recipe import ROBUST, ROBUST_STUDENT, Recipe
 from .state import StateError
-from .train import ROBUST, ROBUST_STUDENT, Recipe, fit
+from .train import fit
 
 CODES = {code: data.XD_VIOLENCE[code] for code in ("A", "B1", "B2", "G")}
 FRAMES = 16

@@ -5,7 +5,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,62 +19,15 @@ from ..data.packed import Field, open_packed, write_packed
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
 from .calibrate import calibrate, has_both_kinds
+from .recipe import Recipe, RecipeError
 from .state import StateError, frozen_digest, load_state, save_state, weights_digest
 from .stop import Stopped, listening
 
 STATE, BEST, MODEL, HISTORY = "state.safetensors", "best.safetensors", "model", "history.json"
-PRECISIONS = ("fp32", "tf32", "bf16")
 TEACHER_FEATURES = "teacher_features.safetensors"
 CACHE_LIMIT = 4 << 30  # bytes of teacher features kept in memory; more go to a file
 
 _log = logging.getLogger("avadclip_fast")
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot be followed: a name that does not exist, or what the data or the device do not have."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train; the defaults are the paper's."""
-
-    epochs: int = 10
-    batch_size: int = 96
-    lr: float = 1e-5
-    milestones: tuple[int, ...] = (3, 6)  # epochs after which lr falls tenfold
-    weight_decay: float = 0.01
-    seed: int = 234
-    text_weight: float = 1e-4
-    distill_weight: float = 1e-8
-    select: str = "last"  # "last", "val" (lowest held-out loss) or "test" (highest frame AP, as the official code)
-    checkpoint_every: int = 100  # steps
-    # Of the products: "tf32" (CUDA's, of float32), or "bf16" (autocast). Weights, moments and losses stay float32.
-    precision: str = "fp32"
-    # Against learning the training videos' sights by heart (docs/training-that-hears.md):
-    temporal_lr: float = 1.0  # of the temporal encoder, through which sight alone passes, as a share of lr
-    noise: float = 0.0  # added to sight, in standard deviations of the training rows
-
-    def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise RecipeError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
-
-    def lr_at(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 0."""
-        return self.lr * 0.1 ** sum(epoch >= m for m in self.milestones)
-
-
-# What differs from the defaults where there are hundreds of videos, not thousands; measured on FightSurv, see
-# docs/training-that-hears.md. The sound is to be standardised besides.
-ROBUST = {
-    "epochs": 5,
-    "batch_size": 16,
-    "lr": 2e-4,
-    "milestones": (4,),
-    "temporal_lr": 0.05,
-    "noise": 1.0,
-    "distill_weight": 1.0,
-}
-ROBUST_STUDENT = {**ROBUST, "temporal_lr": 1.0}  # a student has nothing but what passes there
 
 
 def spread(data: FeatureSet) -> Tensor:
