@@ -1,161 +1,589 @@
-"""Teacher and student on a real, weakly labelled audio-visual set: frame AP over several seeds.
+"""Teacher and student on a real, weakly labelled audio-visual set, by the robust recipe: frame AP over three seeds.
 
-    python -m bench.fightsurv FOLDER            FOLDER: train.csv, test.csv, gt.npy, gt_segments.json
+    python -m bench.fightsurv FOLDER --ablate     each choice on held-out clips of the training videos
+    python -m bench.fightsurv FOLDER              the recipe on all training videos; the test videos are scored once
+    python -m bench.fightsurv FOLDER --plots docs the plots of both, from their JSON
 
-The learning rate and the distillation weight are chosen by the mean loss of all seeds on a fifth of the training
-videos, held out; the test set is scored once, by the models that all training videos then give. Text weights are
-random: the features are not CLIP's.
+FOLDER: train.csv, test.csv, gt.npy, gt_segments.json. Every choice is made on clips held out of the training videos
+(bench/fightsurv_folds.py), a fold a seed. Text weights are random: the features are not CLIP's.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import platform
 import statistics
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from torch.nn import functional as F
 
 from avadclip_fast import data
 from avadclip_fast.data import atomic_write
-from avadclip_fast.engine.evaluate import evaluate, score_videos
-from avadclip_fast.engine.train import HISTORY, Recipe, fit
-from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
+from avadclip_fast.engine.calibrate import (
+    HEADS,
+    Calibration,
+    Head,
+    fit_calibration,
+    held_out_logits,
+    reliability,
+    snippet_scores,
+    video_scores,
+)
+from avadclip_fast.engine.evaluate import at_threshold, evaluate, score_videos
+from avadclip_fast.engine.metrics import frame_ap
+from avadclip_fast.engine.missing import missing_sound
+from avadclip_fast.engine.plots import bar_groups, reliability_plot
+from avadclip_fast.engine.recipe import ROBUST, ROBUST_STUDENT, Recipe
+from avadclip_fast.engine.train import HISTORY, fit
+from avadclip_fast.models import AVadCLIP, AVadCLIPStudent, objective
+
+from . import fightsurv_folds as folds
 
 PRESET = data.PRESETS["cctv-fights"]
 CLASSES = list(PRESET.codes.values())
 LENGTH = 32  # the videos have 38 to 361 snippets of 4 frames: an eighth of the default, and of its time
 STUDENT_WINDOW = 8  # a quarter of the length, as 64 is of the default 256
-RATES = (1e-4, 2e-4)
-WEIGHTS = (PRESET.distill_weight, 1e-1, 1.0)
-EPOCHS, MILESTONES, BATCH = 5, (4,), 16
-SPLIT_SEED, SEEDS = 234, (0, 1, 2)
+SEEDS = (0, 1, 2)
+PERCENTS = (0, 25, 50, 100)
+RESULTS = Path(__file__).parent / "results"
+BRANCHES = {
+    "temporal encoder": ("temporal.",),
+    "audio TCN": ("audio.",),
+    "fusion": ("fusion.",),
+    "heads": ("mlp2.", "classifier.", "prompt.", "text.prompt.", "align_loss."),
+}
+
+
+class Row(NamedTuple):
+    """What one row of the ablation changes of the robust recipe."""
+
+    recipe: dict = {}
+    model: dict = {}
+    change: Callable[[AVadCLIP], None] = lambda model: None  # done to the weights that were drawn
+    student: bool = False
+
+
+def _louder(model: AVadCLIP) -> None:
+    """Weight norm's gains three times their start, which brings each convolution's output near its input's size."""
+    with torch.no_grad():
+        for name, parameter in model.audio.named_parameters():
+            if name.endswith("weight_g"):
+                parameter *= 3
+
+
+def _open_ended(model: AVadCLIP) -> None:
+    """Without the ReLU at the end of each level, of which the first drops what is below the mean."""
+
+    def forward(level, x):
+        h = F.dropout(level.conv1(x, "relu"), level.dropout, level.training)
+        return x + F.dropout(level.conv2(h, "relu"), level.dropout, level.training)
+
+    for level in model.audio.network:
+        level.forward = functools.partial(forward, level)
+
+
+PLAIN = {"temporal_lr": 1.0, "noise": 0.0, "lr": 1e-4}
+AS_IT_IS = {"standardize": []}
+TEACHERS = {
+    "robust": Row(),
+    "temporal encoder at the full rate": Row({"temporal_lr": 1.0}),
+    "without noise": Row({"noise": 0.0}),
+    "neither": Row({"temporal_lr": 1.0, "noise": 0.0}),
+    "sound not standardised": Row(model=AS_IT_IS),
+    "sight standardised too": Row(model={"standardize": ["audio", "visual"]}),
+    "8 epochs": Row({"epochs": 8, "milestones": (7,)}),
+}
+WHY = {
+    "official, lr 1e-4": Row(PLAIN, AS_IT_IS),
+    "+ sound standardised": Row(PLAIN),
+    "+ and weight norm louder": Row(PLAIN, change=_louder),
+    "+ and no ReLU at the TCN's levels' ends": Row(PLAIN, change=_open_ended),
+    "+ and temporal encoder frozen": Row({**PLAIN, "temporal_lr": 0.0}),
+}
+SLOW = {"temporal_lr": ROBUST["temporal_lr"]}
+STUDENTS = {
+    "alone": Row({"distill_weight": 0.0}, student=True),
+    "distilled, weight 0.1": Row({"distill_weight": 0.1}, student=True),
+    "distilled, weight 1": Row({"distill_weight": 1.0}, student=True),
+    "distilled, weight 10": Row({"distill_weight": 10.0}, student=True),
+    "alone, without noise": Row({"distill_weight": 0.0, "noise": 0.0}, student=True),
+    "alone, slow temporal encoder": Row({"distill_weight": 0.0, **SLOW}, student=True),
+    "distilled, weight 1, slow temporal encoder": Row({"distill_weight": 1.0, **SLOW}, student=True),
+    "hears instead, alone": Row({"distill_weight": 0.0}, {"modality": "audio"}, student=True),
+}
+GROUPS = {"teacher": TEACHERS, "student": STUDENTS, "why": WHY}
+CHOSEN_STUDENT = "distilled, weight 1"
 NAMES = ("teacher", "student, distilled", "student alone", "teacher, sound withheld")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--ablate", action="store_true")
+    parser.add_argument("--plots", type=Path, metavar="DIR")
     parser.add_argument("--output", "-o", type=Path, default=Path("runs/fightsurv"))
-    parser.add_argument("--json", type=Path, default=Path("bench/results/fightsurv.json"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    if options.plots:
+        plot(options.plots)
+    elif options.ablate:
+        ablate(options.folder, options.output / "ablation", options.device)
+    else:
+        final(options.folder, options.output / "final", options.device)
 
-    rows = data.read_list(options.folder / "train.csv")
-    kept, held_out = (_load(part) for part in data.split(rows, 0.2, SPLIT_SEED))
-    run = _Runs(options.output, options.device)
-    guides, rates, weights = {}, {}, {}
-    for lr in RATES:
-        losses = []
-        for seed in SEEDS:
-            guides[lr, seed] = run.train(("rate", lr, seed), _teacher, seed, kept, None, held_out, lr=lr, select="val")
-            losses.append(run.held_out_loss("rate", lr, seed))
-        rates[lr] = statistics.mean(losses)
-    lr = min(rates, key=rates.get)
-    for weight in WEIGHTS:
-        losses = []
-        for seed in SEEDS:
-            guide = guides[lr, seed]
-            settings = {"lr": lr, "distill_weight": weight, "select": "val"}
-            run.train(("weight", weight, seed), _student(guide), seed, kept, guide, held_out, **settings)
-            losses.append(run.held_out_loss("weight", weight, seed))
-        weights[weight] = statistics.mean(losses)
-    weight = min(weights, key=weights.get)
-    print(f"held-out loss by lr: {rates}; by distillation weight: {weights}")
 
-    everything = _load(rows)
-    results = {name: [] for name in NAMES}
+# --- every choice, on clips held out of the training videos ---
+
+
+def ablate(folder: Path, output: Path, device: str) -> None:
+    """Trains every row on every fold; writes fightsurv_ablation.json after each row. A call that was cut goes on."""
+    videos = folds.load(folder)
+    clips = folds.find_clips(videos)
+    parts = {seed: folds.by_clips(videos, clips, seed) for seed in SEEDS}
+    report = {"command": "python -m bench.fightsurv FOLDER --ablate", **_setting()}
+    report["repeats"] = _repeats(videos, clips)
+    report["linear"] = _cached(output / "linear.json", lambda: _linear(videos, clips))
+    report["rows"] = []
+    for group, rows in GROUPS.items():
+        for name, row in rows.items():
+            runs = [_row(name, row, group, seed, *parts[seed], output, device) for seed in SEEDS]
+            report["rows"].append({"group": group, "name": name, "seeds": runs})
+            _say(f"{group}, {name}", runs)
+            _write("fightsurv_ablation", report)
+    report["calibration"] = {kind: _pooled_calibration(kind, parts, output, device) for kind in ("teacher", "student")}
+    _write("fightsurv_ablation", report)
+
+
+def _row(name: str, row: Row, group: str, seed: int, kept, held, output: Path, device: str) -> dict:
+    """Trains and scores one row on one fold."""
+    folder = output / f"{group}-{name.replace(' ', '_').replace(chr(39), '')}-{seed}"
+
+    def run() -> dict:
+        features = folds.feature_set(kept, LENGTH)
+        guide = None
+        if row.student:
+            guide = AVadCLIP.from_pretrained(output / f"teacher-robust-{seed}" / "model")
+        model = _made(row, seed, features, guide)
+        before = {} if row.student else _measures(model, features)
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        recipe = _recipe(seed, row)
+        history = _fit(model, features, recipe, folder, guide, folds.feature_set(held, LENGTH), device)
+        result = {"epochs": [{key: round(e[key], 4) for key in ("mil", "align", "val")} for e in history]}
+        result["ap"] = _score(model, held, device)
+        if not row.student:
+            result["ap_without_sound"] = _score(model, held, device, silent=True)
+            result["before"], result["after"] = before, _measures(model, features)
+            result["moved"] = {
+                branch: _norm([p.detach() - start[n] for n, p in own]) / _norm([start[n] for n, _ in own])
+                for branch, own in _branches(model).items()
+            }
+        return result
+
+    return _cached(folder / "result.json", run)
+
+
+def _made(row: Row, seed: int, features, guide: AVadCLIP | None):
+    torch.manual_seed(seed)
+    if row.student:
+        model = AVadCLIPStudent.beside(guide, **{"window": STUDENT_WINDOW, **row.model, **_heard(row.model)})
+    else:
+        model = AVadCLIP(CLASSES, length=LENGTH, text_weights="random", **{"standardize": ["audio"], **row.model})
+        row.change(model)
+    model.fit_inputs(features.batches())
+    return model
+
+
+def _heard(settings: dict) -> dict:
+    return {"standardize": ["audio"]} if settings.get("modality") == "audio" else {}
+
+
+def _recipe(seed: int, row: Row) -> Recipe:
+    return Recipe(**{**(ROBUST_STUDENT if row.student else ROBUST), "seed": seed, "select": "last", **row.recipe})
+
+
+def _fit(model, features, recipe: Recipe, folder: Path, guide, held, device) -> list[dict]:
+    """Without a distillation loss where its weight is 0. A call that was cut short goes on."""
+    guide = guide if recipe.distill_weight else None
+    fit(model, features, recipe, folder, teacher=guide, held_out=held, device=device, resume=True, progress=False)
+    return json.loads((folder / HISTORY).read_text())["epochs"]
+
+
+def _score(model, held, device: str, silent: bool = False) -> dict:
+    """Frame AP of both outputs, of fights that follow from the labels."""
+    scores = score_videos(model, folds.test_videos(held, LENGTH), device, silent=silent, progress=False)
+    truth = np.concatenate([v.fights for v in held])
+    align = np.concatenate([1 - s.probabilities[:, 0] for s in scores])
+    return {"align": frame_ap(align, truth), "binary": frame_ap(np.concatenate([s.anomaly for s in scores]), truth)}
+
+
+def _measures(model: AVadCLIP, features) -> dict:
+    """Of 48 training videos: how much of what the streams say varies, and the gradients' norms, weights' being 1."""
+    batch = features.batch(torch.arange(0, len(features), len(features) // 48)[:48])
+    model.eval()
+    with torch.no_grad():
+        seen = model.temporal(model._input("visual", batch.visual, batch.lengths), batch.lengths)
+        heard = model.audio(model._input("audio", batch.audio, batch.lengths))
+        fused = model.fusion(seen, heard, batch.lengths)
+        deaf = model.fuse(batch.visual, None, batch.lengths)
+        gate = model.fusion.gate_proj(torch.cat([seen, heard], -1))
+    model.zero_grad()
+    losses = objective(model, model(batch.visual, batch.audio, batch.lengths), batch.labels, batch.lengths)
+    losses["total"].backward()
+    spread = {
+        "temporal encoder": seen,
+        "audio TCN": heard,
+        "added by fusion": fused - seen,
+        "due to sound": fused - deaf,
+    }
+    result = {
+        "spread": {name: (x - x.mean((0, 1))).square().mean().sqrt().item() for name, x in spread.items()},
+        "gate": gate.mean().item(),
+        "gradient": {
+            branch: _norm([p.grad for _, p in own if p.grad is not None]) / _norm([p for _, p in own])
+            for branch, own in _branches(model).items()
+        },
+    }
+    model.zero_grad()
+    return result
+
+
+def _branches(model) -> dict:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {branch: [(n, p) for n, p in trained if n.startswith(prefixes)] for branch, prefixes in BRANCHES.items()}
+
+
+def _norm(tensors) -> float:
+    return torch.stack([x.detach().norm() for x in tensors]).norm().item()
+
+
+def _repeats(videos, clips: folds.Clips) -> dict:
+    """How many rows there are, how many different ones, and how many are found in another video too."""
+    counts = {"videos": len(videos), "clips": len(clips.fight), "fight_clips": int(clips.fight.sum())}
+    for stream in ("visual", "audio"):
+        rows = [getattr(v, stream) for v in videos]
+        where: dict[bytes, set] = {}
+        for i, video in enumerate(rows):
+            for row in video:
+                where.setdefault(row.tobytes(), set()).add(i)
+        total = sum(map(len, rows))
+        shared = sum(len(where[row.tobytes()]) > 1 for video in rows for row in video)
+        counts[stream] = {"rows": total, "different": len(where), "in_another_video": shared / total}
+    return counts
+
+
+def _linear(videos, clips: folds.Clips) -> list[dict]:
+    """Logistic regression of the bag label on standardised snippets: frame AP, held out by videos and by clips."""
+    records = []
+    for way, split in (("videos", folds.by_videos), ("clips", folds.by_clips)):
+        for name, streams in (("sight", [0]), ("sound", [1]), ("both", [0, 1])):
+            found = []
+            for seed in SEEDS:
+                kept, held = split(videos, clips, seed)
+                x = _side_by_side(kept, streams)
+                mean, std = x.mean(0), x.std(0) + 1e-6
+                labels = np.concatenate([np.full(len(v.visual), v.abnormal) for v in kept])
+                model = LogisticRegression(C=1e-3, max_iter=60).fit((x - mean) / std, labels)
+                score = model.decision_function((_side_by_side(held, streams) - mean) / std)
+                found.append(frame_ap(score, np.concatenate([v.fights for v in held])))
+            records.append({"held_out": way, "streams": name, "ap": found})
+    return records
+
+
+def _side_by_side(videos, streams: list[int]) -> np.ndarray:
+    return np.concatenate([np.concatenate([v[s] for s in streams], 1) for v in videos])
+
+
+def _pooled_calibration(kind: str, parts: dict, output: Path, device: str) -> dict:
+    """Of the robust teachers, or the chosen students, each on the fold that it has not seen; and how reliable they are.
+
+    Half of a fold's videos fit it and half judge it would leave too few: the error after the fit is of the same videos.
+    """
+    logits: dict = {head: [] for head in HEADS}
+    abnormal = []
+    for seed, (_, held) in parts.items():
+        name = "teacher-robust" if kind == "teacher" else f"student-{CHOSEN_STUDENT.replace(' ', '_')}"
+        of = AVadCLIP if kind == "teacher" else AVadCLIPStudent
+        model = of.from_pretrained(output / f"{name}-{seed}" / "model").to(device)
+        found = held_out_logits(model, folds.feature_set(held, LENGTH), 32, device)
+        for head in HEADS:
+            logits[head] += found[head]
+        abnormal += [v.abnormal for v in held]
+    abnormal = np.array(abnormal)
+    fitted = fit_calibration(logits, abnormal)
+    result = {"calibration": dataclasses.asdict(fitted)}
+    for head in HEADS:
+        for when, t in (("before", 1.0), ("after", getattr(fitted, head).temperature)):
+            scores = video_scores([snippet_scores(head, x, t) for x in logits[head]])
+            result.setdefault(head, {})[when] = reliability(scores, abnormal)
+    return result
+
+
+# --- the recipe, on all training videos; the test videos once ---
+
+
+def final(folder: Path, output: Path, device: str) -> None:
+    """Trains on all training videos, scores the test videos, and writes fightsurv.json."""
+    ablation = read("fightsurv_ablation")
+    features = folds.feature_set(folds.load(folder), LENGTH)
+    test = data.read_list(folder / "test.csv")
+    truth = data.read_frame_gt(folder / "gt.npy")
+    spans = data.read_spans(folder / "gt_segments.json")
+    calibrations = {kind: _calibration(ablation["calibration"][kind]) for kind in ("teacher", "student")}
+    robust = next(row["seeds"] for row in ablation["rows"] if (row["group"], row["name"]) == ("teacher", "robust"))
+    head = max(HEADS, key=lambda head: statistics.mean(run["ap"][head] for run in robust))
+    results, missing, thresholds = {name: [] for name in NAMES}, [], {"teacher": [], "student": []}
     for seed in SEEDS:
-        settings = {"lr": lr, "select": "last"}
-        teacher = run.train(("teacher", seed), _teacher, seed, everything, **settings)
-        alone = run.train(("alone", seed), _student(teacher), seed, everything, **settings)
-        taught = run.train(
-            ("distilled", seed), _student(teacher), seed, everything, teacher, distill_weight=weight, **settings
-        )
-        for name, model in zip(NAMES, (teacher, taught, alone, teacher), strict=True):
-            results[name].append(_test(model, options.folder, options.device, silent=name.endswith("withheld")))
-        print(f"seed {seed}: " + ", ".join(f"{name} {100 * results[name][-1]['ap']:.1f}" for name in NAMES))
+        teacher = _made(Row(), seed, features, None)
+        _fit(teacher, features, _recipe(seed, Row()), output / f"teacher-{seed}", None, None, device)
+        students = {}
+        for name in (CHOSEN_STUDENT, "alone"):
+            row = STUDENTS[name]
+            students[name] = _made(row, seed, features, teacher)
+            recipe = _recipe(seed, row)
+            _fit(students[name], features, recipe, output / f"student-{name}-{seed}", teacher, None, device)
+        models = (teacher, students[CHOSEN_STUDENT], students["alone"], teacher)
+        scored = {}
+        for name, model in zip(NAMES, models, strict=True):
+            kind = "teacher" if model is teacher else "student"
+            scored[name] = score_videos(
+                model, data.test_videos(test, LENGTH), device, silent=name.endswith("withheld"),
+                calibration=calibrations[kind], progress=False,
+            )  # fmt: skip
+            result = evaluate(scored[name], truth, CLASSES, PRESET.frames_per_snippet, spans, PRESET.codes)
+            results[name].append({head: result[head] for head in HEADS} | {"detection": result["detection"]["average"]})
+        hearing, student, _, deaf = (scored[name] for name in NAMES)
+        settings = truth, CLASSES, PRESET.frames_per_snippet, PERCENTS, seed
+        missing.append(missing_sound(hearing, deaf, student, *settings))
+        for kind, name in (("teacher", NAMES[0]), ("student", NAMES[1])):
+            thresholds[kind].append(at_threshold(scored[name], truth, PRESET.frames_per_snippet, calibrations[kind]))
+        print(f"seed {seed}: " + ", ".join(f"{name} {100 * results[name][-1][head]['ap']:.1f}" for name in NAMES))
+    report = {"command": "python -m bench.fightsurv FOLDER", **_setting(), "student": CHOSEN_STUDENT, "head": head}
+    report |= {"positive_rate": float(truth.mean()), "results": results, "missing": missing, "threshold": thresholds}
+    _write("fightsurv", report)
+    print(table(report))
+    print(missing_table(report))
 
-    truth = data.read_frame_gt(options.folder / "gt.npy")
-    report = {
-        "command": "python -m bench.fightsurv FOLDER",
+
+def _calibration(stored: dict) -> Calibration:
+    fitted = stored["calibration"]
+    return Calibration(*(Head(**fitted[head]) for head in HEADS), videos=fitted["videos"])
+
+
+def _setting() -> dict:
+    settings = {
+        "length": LENGTH,
+        "student_window": STUDENT_WINDOW,
+        "recipe": ROBUST,
+        "student": ROBUST_STUDENT,
+        "seeds": SEEDS,
+    }
+    return {
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
-        "settings": {"length": LENGTH, "epochs": EPOCHS, "milestones": MILESTONES, "batch": BATCH, "seeds": SEEDS},
-        "held_out_loss": {"lr": rates, "distill_weight": weights},
-        "chosen": {"lr": lr, "distill_weight": weight},
-        "positive_rate": float(truth.mean()),
-        "results": results,
+        "settings": settings,
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(options.json, "w") as file:
+
+
+# --- files, tables, plots ---
+
+
+def read(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _write(name: str, report: dict) -> None:
+    with atomic_write(RESULTS / f"{name}.json", "w") as file:
         json.dump(report, file, indent=1)
-    print(table(report))
+        file.write("\n")
+
+
+def _cached(path: Path, make: Callable):
+    """What `make` gives, kept in a file, so that a call which was cut short goes on."""
+    if not path.exists():
+        found = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "w") as file:
+            json.dump(found, file)
+    return json.loads(path.read_text())
+
+
+def _say(name: str, runs: list[dict]) -> None:
+    deaf = (
+        f", without sound {_spread([100 * r['ap_without_sound']['align'] for r in runs])}"
+        if "before" in runs[0]
+        else ""
+    )
+    print(f"{name}: AP {_spread([100 * r['ap']['align'] for r in runs])}{deaf}", flush=True)
 
 
 def table(report: dict) -> str:
-    """The report's table: mean and standard deviation over the seeds, in percent."""
+    """The test table: mean and standard deviation over the seeds, in percent."""
     lines = ["| | frame AP | frame AUC | AP on abnormal videos |", "|---|---|---|---|"]
     for name, runs in report["results"].items():
-        cells = (_spread([100 * run[key] for run in runs]) for key in ("ap", "auc", "abnormal_ap"))
+        cells = (_spread([100 * run[report["head"]][key] for run in runs]) for key in ("ap", "auc", "abnormal_ap"))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append(f"| chance (positive rate) | {100 * report['positive_rate']:.1f} | 50.0 | |")
     return "\n".join(lines)
 
 
-class _Runs:
-    """Trains into one folder a run; a call that was cut short goes on where it was."""
-
-    def __init__(self, folder: Path, device: str):
-        self.folder, self.device = folder, device
-
-    def train(self, name, make, seed, features, teacher=None, held_out=None, **settings):
-        folder = self.folder / "-".join(map(str, name))
-        torch.manual_seed(seed)
-        model = make()
-        model.fit_inputs(features.batches())
-        recipe = Recipe(epochs=EPOCHS, milestones=MILESTONES, batch_size=BATCH, seed=seed, **settings)
-        fit(
-            model,
-            features,
-            recipe,
-            folder,
-            teacher=teacher,
-            held_out=held_out,
-            device=self.device,
-            resume=True,
-            progress=False,
-        )
-        return model
-
-    def held_out_loss(self, *name) -> float:
-        """The lowest one of a run."""
-        history = json.loads((self.folder / "-".join(map(str, name)) / HISTORY).read_text())
-        return min(epoch["val"] for epoch in history["epochs"])
+def heads_table(report: dict) -> str:
+    """Frame AP on the test videos by both outputs, and detection mAP."""
+    lines = ["| | align | binary | detection mAP |", "|---|---|---|---|"]
+    for name, runs in report["results"].items():
+        cells = [_spread([100 * run[head]["ap"] for run in runs]) for head in HEADS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_spread([run['detection'] for run in runs])} |")
+    return "\n".join(lines)
 
 
-def _teacher() -> AVadCLIP:
-    return AVadCLIP(CLASSES, length=LENGTH, text_weights="random", standardize=["audio"])
+def missing_table(report: dict) -> str:
+    """Frame AP on the test videos by how many have no sound."""
+    names = ("teacher", "student", "automatic", "oracle")
+    lines = [f"| without sound | {' | '.join(names)} |", "|---|---|---|---|---|"]
+    for i, percent in enumerate(PERCENTS):
+        cells = (_spread([100 * run[i][name][report["head"]] for run in report["missing"]]) for name in names)
+        lines.append(f"| {percent} % of the videos | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def _student(teacher: AVadCLIP):
-    return lambda: AVadCLIPStudent.beside(teacher, window=STUDENT_WINDOW)
+def repeats_table(report: dict) -> str:
+    """The training videos' rows, and what a linear model makes of each stream."""
+    repeats = report["repeats"]
+    lines = ["| rows of the training videos | all | different | found in another video too |", "|---|---|---|---|"]
+    for stream in ("visual", "audio"):
+        row = repeats[stream]
+        lines.append(f"| {stream} | {row['rows']:,} | {row['different']:,} | {100 * row['in_another_video']:.1f} % |")
+    return "\n".join(lines)
 
 
-def _load(rows) -> data.FeatureSet:
-    return data.FeatureSet.load(rows, PRESET.codes, LENGTH)
+def linear_table(report: dict) -> str:
+    names = ("sight", "sound", "both")
+    lines = [f"| held out | {' | '.join(names)} |", "|---|---|---|---|"]
+    for way in ("videos", "clips"):
+        found = {row["streams"]: row["ap"] for row in report["linear"] if row["held_out"] == way}
+        lines.append(f"| {way} | {' | '.join(_spread([100 * ap for ap in found[name]]) for name in names)} |")
+    return "\n".join(lines)
 
 
-def _test(model, folder: Path, device: str, silent: bool) -> dict:
-    videos = data.test_videos(data.read_list(folder / "test.csv"), LENGTH)
-    scores = score_videos(model, videos, device, silent=silent, progress=False)
-    spans = data.read_spans(folder / "gt_segments.json")
-    truth = data.read_frame_gt(folder / "gt.npy")
-    result = evaluate(scores, truth, CLASSES, PRESET.frames_per_snippet, spans, PRESET.codes)
-    return result["align"] | {"detection": result["detection"]["average"]}
+def ablation_table(report: dict, group: str) -> str:
+    """Frame AP on held-out clips: mean and standard deviation over the folds, in percent."""
+    lines = ["| | align | binary | sound withheld: align | binary | training loss |", "|---|---|---|---|---|---|"]
+    for row in (row for row in report["rows"] if row["group"] == group):
+        runs = row["seeds"]
+        cells = [_spread([100 * run["ap"][head] for run in runs]) for head in HEADS]
+        deaf = [run["ap_without_sound"] for run in runs if "ap_without_sound" in run]
+        cells += [_spread([100 * ap[head] for ap in deaf]) if deaf else "" for head in HEADS]
+        loss = statistics.mean(run["epochs"][-1]["mil"] + run["epochs"][-1]["align"] for run in runs)
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {loss:.2f} |")
+    return "\n".join(lines)
+
+
+def measures_table(report: dict) -> str:
+    """What varies in the teacher, and what moves: means over the folds, of the drawn and of the trained weights."""
+    names = ("official, lr 1e-4", "+ sound standardised", "robust")
+    lines = ["| | " + " | ".join(f"{name}: drawn | trained" for name in names) + " |", "|---" * 7 + "|"]
+    runs = {row["name"]: row["seeds"] for row in report["rows"] if row["name"] in names and row["group"] != "student"}
+
+    def line(title: str, values: Callable) -> str:
+        return f"| {title} | " + " | ".join(v for name in names for v in values(runs[name])) + " |"
+
+    def both(*path: str):
+        def values(own):
+            for when in ("before", "after"):
+                found = []
+                for run in own:
+                    value = run[when]
+                    for key in path:
+                        value = value[key]
+                    found.append(value)
+                yield f"{statistics.mean(found):.2g}"
+
+        return values
+
+    for part in ("temporal encoder", "audio TCN", "added by fusion", "due to sound"):
+        lines.append(line(f"spread: {part}", both("spread", part)))
+    lines.append(line("mean gate", both("gate")))
+    for branch in BRANCHES:
+        lines.append(line(f"gradient / weight: {branch}", both("gradient", branch)))
+    for branch in BRANCHES:
+        moved = {n: statistics.mean(run["moved"][branch] for run in own) for n, own in runs.items()}
+        lines.append(f"| moved by training: {branch} | " + " | ".join(f" | {moved[n]:.2g}" for n in names) + " |")
+    return "\n".join(lines)
+
+
+def calibration_table(ablation: dict, report: dict) -> str:
+    """Temperatures and thresholds of the scored output, and the expected calibration errors."""
+    scored = report["head"]
+    lines = [
+        "| | temperature | threshold | error on held-out videos, before and after | "
+        "test frames at the threshold: precision | recall | F1 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind, found in ablation["calibration"].items():
+        head, errors = found["calibration"][scored], found[scored]
+        runs = [run[scored] for run in report["threshold"][kind]]
+        cells = [f"{head['temperature']:.2f}", f"{head['threshold']:.2f}"]
+        cells += [f"{100 * errors['before']['ece']:.1f}, {100 * errors['after']['ece']:.1f}"]
+        cells += [_spread([100 * run[key] for run in runs]) for key in ("precision", "recall", "f1")]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(folder: Path) -> None:
+    """The plots of docs/training-that-hears.md, from the committed JSON."""
+    ablation, report = read("fightsurv_ablation"), read("fightsurv")
+    head = report["head"]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def bars(group: str) -> dict:
+        shown = {}
+        for row in (row for row in ablation["rows"] if row["group"] == group):
+            keys = {"ap": "as it is", "ap_without_sound": "sound withheld"}
+            shown[row["name"]] = {
+                label: _mean_spread([100 * run[key][head] for run in row["seeds"]])
+                for key, label in keys.items()
+                if key in row["seeds"][0]
+            }
+        return shown
+
+    linear = {
+        f"held-out {way}": {
+            row["streams"]: _mean_spread([100 * ap for ap in row["ap"]])
+            for row in ablation["linear"]
+            if row["held_out"] == way
+        }
+        for way in ("videos", "clips")
+    }
+    title = "frame AP on held-out clips, %"
+    bar_groups(folder / "fightsurv-linear.png", {"linear model: frame AP, %": linear})
+    bar_groups(folder / "fightsurv-why.png", {f"why: {title}": bars("why")})
+    bar_groups(folder / "fightsurv-ablation.png", {f"teacher: {title}": bars("teacher"), "student": bars("student")})
+    for kind in ("teacher", "student"):
+        bins = {
+            f"held-out videos, {when}": found["bins"] for when, found in ablation["calibration"][kind][head].items()
+        }
+        reliability_plot(folder / f"fightsurv-reliability-{kind}.png", bins)
+    missing = {
+        f"{percent} % mute": {
+            name: _mean_spread([100 * run[i][name][report["head"]] for run in report["missing"]])
+            for name in ("teacher", "student", "automatic", "oracle")
+        }
+        for i, percent in enumerate(PERCENTS)
+    }
+    bar_groups(folder / "fightsurv-missing.png", {"test: frame AP, %": missing})
+
+
+def _mean_spread(values: list[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values)
 
 
 def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+    return "{:.1f} ± {:.1f}".format(*_mean_spread(values))
 
 
 if __name__ == "__main__":

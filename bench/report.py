@@ -73,6 +73,15 @@ FIGURES: dict[str, Callable[[], str]] = {
     "steps": steps,
     "demo": demo,
     "fightsurv": lambda: fightsurv.table(read("fightsurv")) + "\n",
+    "fightsurv-heads": lambda: fightsurv.heads_table(read("fightsurv")) + "\n",
+    "fightsurv-missing": lambda: fightsurv.missing_table(read("fightsurv")) + "\n",
+    "fightsurv-repeats": lambda: fightsurv.repeats_table(read("fightsurv_ablation")) + "\n",
+    "fightsurv-linear": lambda: fightsurv.linear_table(read("fightsurv_ablation")) + "\n",
+    "fightsurv-teacher": lambda: fightsurv.ablation_table(read("fightsurv_ablation"), "teacher") + "\n",
+    "fightsurv-student": lambda: fightsurv.ablation_table(read("fightsurv_ablation"), "student") + "\n",
+    "fightsurv-why": lambda: fightsurv.ablation_table(read("fightsurv_ablation"), "why") + "\n",
+    "fightsurv-measures": lambda: fightsurv.measures_table(read("fightsurv_ablation")) + "\n",
+    "fightsurv-calibration": lambda: fightsurv.calibration_table(read("fightsurv_ablation"), read("fightsurv")) + "\n",
 }
 
 

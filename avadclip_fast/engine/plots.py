@@ -83,8 +83,8 @@ def bar_groups(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, 
     height = 0.8 / len(labels)
     for ax, (title, groups) in zip(axes, panels.items(), strict=True):
         for i, label in enumerate(labels):
-            at = [j + i * height for j, bars in enumerate(groups.values()) if label in bars]
-            values, spreads = zip(*(bars[label] for bars in groups.values() if label in bars), strict=True)
+            drawn = [(j + i * height, *bars[label]) for j, bars in enumerate(groups.values()) if label in bars]
+            at, values, spreads = np.array(drawn).reshape(-1, 3).T
             ax.barh(at, values, height, xerr=spreads, color=COLOURS[i], error_kw={"linewidth": 0.8}, label=label)
         ax.set_yticks([j + 0.4 - height / 2 for j in range(len(groups))], list(groups))
         ax.invert_yaxis()
