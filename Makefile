@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-triton golden-triton lint bench-cpu gpu clean
+.PHONY: demo test test-triton golden-triton lint docs bench-cpu gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
@@ -23,6 +23,10 @@ golden-triton: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site, into build/docs; a warning is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Paired ratios against loops and plain PyTorch, into bench/results/*.json.
 bench-cpu: $(VENV)/installed
