@@ -198,8 +198,8 @@ def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):
 def test_bad_features_stop_before_training(videos, tmp_path, capsys):
     rows = (videos / "train.csv").read_text().splitlines()
     np.save(tmp_path / "short.npy", np.zeros((2, 512), dtype=np.float32))
-    visual, audio, label = rows[1].split(",")
-    (tmp_path / "list.csv").write_text("\n".join([rows[0], f"{videos / visual},short.npy,{label}"]))
+    np.save(tmp_path / "whole.npy", np.zeros((3, 512), dtype=np.float32))
+    (tmp_path / "list.csv").write_text("\n".join([rows[0], "whole.npy,short.npy,A"]))
     message = mistake(capsys, "train", tmp_path / "list.csv", "-o", tmp_path / "run", "--select", "last", *QUICK)
     assert "short.npy" in message and "line 2" in message
     assert not (tmp_path / "run").exists()

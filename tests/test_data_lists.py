@@ -42,10 +42,16 @@ def test_read(tmp_path, text):
     ]
 
 
-def test_paths_start_from_the_root_unless_absolute(tmp_path):
-    path = write(tmp_path, "path,audio_path,label\na.npy,/abs/b.npy,A\n")
-    (row,) = read_list(path, root="/data/xd")
-    assert (str(row.visual), str(row.audio)) == ("/data/xd/a.npy", "/abs/b.npy")
+def test_paths_start_from_the_root_and_stay_there(tmp_path):
+    path = write(tmp_path, "path,audio_path,label\na.npy,/data/sound/b.npy,A\n")
+    (row,) = read_list(path, root="/data")
+    assert (str(row.visual), str(row.audio)) == ("/data/a.npy", "/data/sound/b.npy")
+    for root, outside in ((None, "/data/sound/b.npy"), ("/data/sound/..x", "/data/sound/b.npy")):
+        with pytest.raises(DataError, match=f"line 2: {outside} leads out of .*; name a --root that holds it"):
+            read_list(path, root)
+    write(tmp_path, "path,audio_path,label\n../a.npy,b.npy,A\n")
+    with pytest.raises(DataError, match=r"line 2: \.\./a.npy leads out of"):
+        read_list(path)
 
 
 def test_blank_lines_keep_the_numbering(tmp_path):
@@ -141,7 +147,7 @@ def test_split_at_the_edges():
 
 def test_write_and_read_again(tmp_path):
     rows = [
-        Row(tmp_path / "v/a, b.npy", data.lists.Path("/elsewhere/a.npy"), "A", 2),
+        Row(tmp_path / "v/a, b.npy", tmp_path / "elsewhere" / "a.npy", "A", 2),
         Row(tmp_path / "v/ü.npy", tmp_path / "s/c.npy", "B1-0-0", 3),
     ]
     write_list(tmp_path / "l.csv", rows)

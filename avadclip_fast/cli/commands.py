@@ -83,7 +83,9 @@ List_ = Annotated[
         metavar="LIST", help=f"CSV: path,audio_path,label; to train on, also a {PACKED} of `pack`.", show_default=False
     ),
 ]
-Root = Annotated[Path | None, Option(help="Folder that relative paths start from; the list's own by default.")]
+Root = Annotated[
+    Path | None, Option(help="Where a list's paths start, and stay; its folder by default.", show_default=False)
+]
 PresetName = Annotated[str, Option("--preset", help=f"Class codes and settings: {', '.join(data.PRESETS)}.")]
 Classes = Annotated[str | None, Option(help='Other classes, normal first: "A=normal,B1=fighting".', show_default=False)]
 FramesPer = Annotated[int | None, Option(min=1, help="Video frames a snippet stands for; the preset's by default.")]

@@ -1,4 +1,4 @@
-"""Commands for videos: extract."""
+"""Commands for videos: extract, detect."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from ..data import DataError, pack
 from ..data.atomic import atomic_write
-from .commands import PACKED, Classes, Device, PresetName, Quiet, _device, _preset, app
+from .commands import PACKED, Classes, Device, PresetName, Quiet, Root, _device, _preset, app
 
 
 class Geometry(StrEnum):
@@ -56,9 +56,7 @@ def extract(
     audio_encoder: Audio = "wav2clip",
     audio_weights: AudioWeights = None,
     label: Annotated[str, Option(help="Of videos whose name or list has none, such as A.", show_default=False)] = "",
-    root: Annotated[
-        Path | None, Option(help="Where a list's paths start, and stay; its folder by default.", show_default=False)
-    ] = None,
+    root: Root = None,
     shard: Annotated[str | None, Option(help="i/n: the i-th of n equal parts.", show_default=False)] = None,
     workers: Annotated[int, Option(min=1, help="Videos decoded at once.")] = 2,
     full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
@@ -109,4 +107,102 @@ def extract(
         pack(packed, rows, codes, 256, seen.width, audio=all(row.audio is not None for row in rows))
         typer.echo(f"wrote {packed}")
     if record["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def detect(
+    videos: Annotated[
+        list[Path], Argument(help="Videos, folders of them, or lists (.csv with a path column, or .txt).")
+    ],
+    model: Annotated[
+        Path, Option("--model", "-m", help="A run, a model folder, or a folder of teacher/ and student/.")
+    ],
+    student: Annotated[
+        Path | None, Option(help="A student beside a teacher, for where there is no sound.", show_default=False)
+    ] = None,
+    output: Annotated[Path, Option("--output", "-o", help="Folder of the results.")] = Path("detections"),
+    classes: Annotated[
+        str | None,
+        Option(
+            help='Names to look for in place of the model\'s own, normal first: "normal,brawl".', show_default=False
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        Option(
+            min=0.0,
+            max=1.0,
+            help="Score of an event; the model's own, of its held-out videos, by default.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Every = 16,
+    fps: Fps = None,
+    geometry: GeometryName = Geometry.crops,
+    visual_encoder: Visual = "clip",
+    visual_weights: VisualWeights = "openai",
+    audio_encoder: Audio = "wav2clip",
+    audio_weights: AudioWeights = None,
+    plot: Annotated[bool, Option(help="Draw curve, events and key frames of each video.")] = True,
+    copy: Annotated[bool, Option("--annotate", help="Write NAME.mkv: the video with curve and events in it.")] = False,
+    per_frame: Annotated[bool, Option("--per-frame", help="Write NAME.frames.csv: scores of every frame.")] = False,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Find events in videos: OUTPUT/NAME.json, OUTPUT/NAME.png and OUTPUT/events.csv, with time codes.
+
+    The teacher scores what has sound; the student, where there is one, what has none, and that is told. A video that
+    fails is told at the end, and the exit code is 1. The snippets must be those that the model was trained on: --every.
+    """
+    from ..engine.detect import best_snippets, load_scorers, summary, write_detection, write_events, write_frame_scores
+    from ..engine.detect import detect as detect_in
+    from ..engine.timeline import timeline
+    from ..media.annotate import annotate
+    from ..media.errors import import_av
+    from ..media.extract import failure, find_sources
+    from ..media.features import Sampling, key_frames, video_features
+
+    import_av()
+    if per_frame and fps is not None:
+        raise DataError("--per-frame goes with --every: with --fps, snippets do not count frames")
+    scorers = load_scorers(model, student, [] if classes is None else classes.split(","))
+    sources, failed = find_sources(videos)
+    if not sources and not failed:
+        raise DataError(f"{videos[0]}: no videos there")
+    hears = "audio" in scorers[0].model.streams()
+    seen, heard = encoders(visual_encoder, visual_weights, audio_encoder if hears else "none", audio_weights, device)
+    sampling, detections = Sampling(every, fps, 1, geometry.value), []
+    for source in tqdm(sources, desc="detecting", unit="video", disable=quiet):
+        try:
+            frames = 0
+
+            def count(decoded: int) -> None:
+                nonlocal frames
+                frames += decoded
+
+            found = video_features(source.path, sampling, seen, heard, count)
+            detection = detect_in(source.name, found, scorers, _device(device), threshold)
+            target = output / source.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_detection(target.with_name(f"{target.name}.json"), detection, source.path)
+            if per_frame:
+                write_frame_scores(target.with_name(f"{target.name}.frames.csv"), detection, frames, every)
+            if plot:
+                images = key_frames(source.path, sampling, best_snippets(detection))
+                timeline(target.with_name(f"{target.name}.png"), detection, images)
+            if copy:
+                curve = detection.edges, detection.scores, detection.thresholds, detection.names()
+                annotate(source.path, target.with_name(f"{target.name}.mkv"), *curve)
+        except Exception as error:  # whatever one video did, the others go on, and it is told
+            failed.append(failure(source.path, error))
+            continue
+        detections.append(detection)
+        tqdm.write(summary(detection))
+    if detections:
+        write_events(output / "events.csv", detections)
+        typer.echo(f"wrote {output / 'events.csv'}")
+    for one in failed:
+        typer.echo(f"failed: {one['reason']}", err=True)
+    if failed:
         raise typer.Exit(1)

@@ -28,9 +28,10 @@ class Row:
 def read_list(path: str | Path, root: str | Path | None = None, audio: bool = True) -> list[Row]:
     """The rows of a list, in order; the feature files are not opened.
 
-    root: where relative paths start; the list's own folder by default.
+    root: where relative paths start, and what no path may lead out of; the list's own folder by default.
     audio: whether each row must name its sound. Without, a list may lack the column, or cells of it.
-    Raises DataError: no such file, not UTF-8 CSV, missing columns, no rows, an empty cell, a video listed twice.
+    Raises DataError: no such file, not UTF-8 CSV, missing columns, no rows, an empty cell, a video listed twice,
+    a path that leads out of the root.
     """
     rows, problems = scan_list(path, root, audio)
     if problems:
@@ -52,6 +53,8 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
         empty = [name for name in wanted if not cells[name]]
         if empty:
             problems.append(f"{path}, line {line}: {' and '.join(empty)} empty; fill in, or remove the line")
+        elif outside := [cells[name] for name in ("path", "audio_path") if not is_inside(root, cells[name])]:
+            problems.append(f"{path}, line {line}: {outside[0]} leads out of {root}; name a --root that holds it")
         elif row.visual in seen:
             problems.append(f"{path}, line {line}: {cells['path']} is on line {seen[row.visual]} already; remove one")
         else:
@@ -60,6 +63,11 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
     if not rows and not problems:
         raise DataError(f"{path}: the list is empty: nothing follows its header")
     return rows, problems
+
+
+def is_inside(root: str | Path, name: str) -> bool:
+    """Whether a path of a list stays below its root. It is judged as written: links below the root are its owner's."""
+    return Path(os.path.abspath(Path(root, name))).is_relative_to(os.path.abspath(root))
 
 
 def _cells(path: Path, audio: bool) -> list[tuple[int, dict[str, str]]]:

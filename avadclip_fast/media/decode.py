@@ -17,6 +17,7 @@ from .errors import MediaError, import_av
 
 RATE = 16_000  # Hz
 SILENCE = 1e-3  # root mean square, -60 dB of full scale: below it a window holds nothing to hear
+WAIT = 10.0  # seconds that a live stream may say nothing
 GAP = 0.1  # seconds by which a packet's time may differ from the samples so far before silence is put between
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
 Progress = Callable[[int], None]  # is called with the number of frames decoded since
@@ -33,7 +34,8 @@ class Frame(NamedTuple):
 def opened(source: str | Path, live: bool = False) -> Iterator:
     """The PyAV container of a file, or of a URL of SCHEMES where `live`. Raises MediaError."""
     av = import_av()
-    scheme = str(source).partition("://")[0].lower() if "://" in str(source) else ""
+    scheme, form = str(source).partition("://")[0].lower() if "://" in str(source) else "", None
+    wait = WAIT if scheme else None
     with contextlib.ExitStack() as stack:
         try:
             if scheme:
@@ -47,16 +49,24 @@ def opened(source: str | Path, live: bool = False) -> Iterator:
                     raise MediaError(f"{path}: no such file")
                 if path.is_dir():
                     raise MediaError(f"{path}: a folder, not a video")
-                if path.stat().st_size == 0:
+                if is_device(path):
+                    target, options, form = str(path), {}, "v4l2"
+                elif path.stat().st_size == 0:
                     raise MediaError(f"{path}: the file is empty")
-                # As an open file, so that no name is taken for a protocol; and what a playlist names is not followed.
-                target, options = stack.enter_context(open(path, "rb")), {"protocol_whitelist": "none"}
-            container = stack.enter_context(av.open(target, options=options, timeout=30 if scheme else None))
+                else:
+                    # An open file, so that no name is taken for a protocol; what a playlist names is not followed.
+                    target, options = stack.enter_context(open(path, "rb")), {"protocol_whitelist": "none"}
+            container = stack.enter_context(av.open(target, format=form, options=options, timeout=wait))
         except OSError as error:  # FFmpeg's errors are of this kind too
             raise MediaError(f"{source}: not a readable video: {error.strerror or error}") from error
         except (av.error.FFmpegError, ValueError) as error:
             raise MediaError(f"{source}: not a readable video: {error}") from error
         yield container
+
+
+def is_device(source: str | Path) -> bool:
+    """Whether it is a camera, such as /dev/video0."""
+    return Path(source).is_char_device()
 
 
 def video_stream(container, source):
@@ -198,36 +208,52 @@ def first_time(source: str | Path) -> float:
 
 def sound_blocks(container) -> Iterator[tuple[float, np.ndarray]]:
     """(time, samples (n,) float32 mono at RATE) of the first audio stream, in order; damaged packets are left out."""
-    av = import_av()
-    resampler = None
-    rate = time = sent = ends = 0  # of the run of sound at hand: its rate, start, samples given so far, and end
-
-    def resampled(frame) -> Iterator[tuple[float, np.ndarray]]:
-        nonlocal sent
-        for out in resampler.resample(frame):
-            block = out.to_ndarray().reshape(-1)
-            yield time + sent / RATE, block
-            sent += len(block)
-
+    mono = Mono()
     for packet in container.demux(container.streams.audio[0]):
-        try:
-            decoded = packet.decode()
-        except av.error.FFmpegError:
-            continue
-        for frame in decoded:
-            mono = to_mono(frame)
-            at = frame.time if frame.time is not None else ends
-            if resampler is None or frame.sample_rate != rate or abs(at - ends) > GAP:
-                if resampler is not None:
-                    yield from resampled(None)  # what it still holds
-                resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
-                rate, time, sent, ends = frame.sample_rate, at, 0, at
-            ends += mono.size / rate
-            flat = av.AudioFrame.from_ndarray(mono[None], format="flt", layout="mono")
-            flat.sample_rate = rate
-            yield from resampled(flat)
-    if resampler is not None:
-        yield from resampled(None)
+        for frame in decoded(packet):
+            yield from mono(frame)
+    yield from mono.rest()
+
+
+def decoded(packet) -> list:
+    """The frames of a packet; none of a damaged one."""
+    try:
+        return packet.decode()
+    except import_av().error.FFmpegError:
+        return []
+
+
+class Mono:
+    """Frames of sound into (time, samples (n,) float32 mono at RATE), whatever rate and channels each of them has."""
+
+    def __init__(self):
+        self.resampler = None
+        self.rate = self.time = self.sent = self.ends = 0  # of the run of sound at hand; sent: samples given so far
+
+    def __call__(self, frame) -> Iterator[tuple[float, np.ndarray]]:
+        av = import_av()
+        mono = to_mono(frame)
+        at = frame.time if frame.time is not None else self.ends
+        if self.resampler is None or frame.sample_rate != self.rate or abs(at - self.ends) > GAP:
+            yield from self.rest()
+            self.resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
+            self.rate, self.time, self.sent, self.ends = frame.sample_rate, at, 0, at
+        self.ends += mono.size / self.rate
+        flat = av.AudioFrame.from_ndarray(mono[None], format="flt", layout="mono")
+        flat.sample_rate = self.rate
+        yield from self._resampled(flat)
+
+    def rest(self) -> Iterator[tuple[float, np.ndarray]]:
+        """What the resampler still holds."""
+        if self.resampler is not None:
+            yield from self._resampled(None)
+            self.resampler = None
+
+    def _resampled(self, frame) -> Iterator[tuple[float, np.ndarray]]:
+        for out in self.resampler.resample(frame):
+            block = out.to_ndarray().reshape(-1)
+            yield self.time + self.sent / RATE, block
+            self.sent += len(block)
 
 
 def to_mono(frame) -> np.ndarray:

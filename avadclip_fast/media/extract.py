@@ -19,7 +19,7 @@ import numpy as np
 from ..data import DataError
 from ..data.atomic import atomic_write
 from ..data.features import write_features
-from ..data.lists import Row, write_list
+from ..data.lists import Row, is_inside, write_list
 from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
 from .features import Sampling, VideoFeatures, video_features
@@ -92,10 +92,10 @@ def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
     for number, (name, label_) in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):
         if not name.strip():
             continue
-        inside = Path(os.path.abspath(root / name.strip()))
-        if not inside.is_relative_to(os.path.abspath(root)):
+        if not is_inside(root, name.strip()):
             raise DataError(f"{path}, line {number}: {name} leads out of {root}; name a --root that holds it")
-        yield _source(inside, str(inside.relative_to(os.path.abspath(root)).with_suffix("")), label_)
+        file = Path(os.path.abspath(root / name.strip()))
+        yield _source(file, str(file.relative_to(os.path.abspath(root)).with_suffix("")), label_)
 
 
 def _source(path: Path, name: str, label: str) -> Source:
@@ -140,13 +140,10 @@ def extract(
                 source = tasks[task]
                 try:
                     record[task.result()].append(source.name)
-                except DataError as error:
-                    record["failed"].append({"source": str(source.path), "reason": str(error)})
                 except (
                     Exception
                 ) as error:  # a decoder or an encoder may fail in any way: the others go on, and it is told
-                    reason = f"{source.path}: {type(error).__name__}: {' '.join(str(error).split())}"
-                    record["failed"].append({"source": str(source.path), "reason": reason})
+                    record["failed"].append(failure(source.path, error))
                 if progress is not None:
                     progress(source.name)
         except BaseException:
@@ -154,6 +151,13 @@ def extract(
                 task.cancel()
             raise
     return {name: sorted(found, key=str) for name, found in record.items()}
+
+
+def failure(path: Path, error: Exception) -> dict:
+    """{"source", "reason"}: a line that names the file, whatever went wrong."""
+    if isinstance(error, DataError):
+        return {"source": str(path), "reason": str(error)}
+    return {"source": str(path), "reason": f"{path}: {type(error).__name__}: {' '.join(str(error).split())}"}
 
 
 class _Locked:

@@ -1,6 +1,6 @@
 """The features of one video: what `extract` writes, and what `detect` scores."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +73,17 @@ def video_features(
     windows = sound.windows(times, seconds)
     embedded = encoded("audio", audio, windows, len(times)).astype(dtype)
     return VideoFeatures(seen, embedded, times, seconds, windows.heard())
+
+
+def key_frames(source: str | Path, sampling: Sampling, snippets: Collection[int]) -> dict[int, np.ndarray]:
+    """Snippet -> image (H, W, 3) uint8 of some snippets of a video. Raises MediaError."""
+    images = {}
+    for i, frame in enumerate(snippet_frames(source, sampling.every, sampling.fps)):
+        if i in snippets:
+            images[i] = frame.image
+        if len(images) == len(snippets):
+            break
+    return images
 
 
 def snippet_seconds(times: np.ndarray, sampling: Sampling) -> float:

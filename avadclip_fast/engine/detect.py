@@ -1,0 +1,311 @@
+"""Detection in video files: the teacher where there is sound, the student where there is none, and their events."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..data import DataError, TestVideo, chunk
+from ..data.atomic import atomic_write
+from ..media.features import VideoFeatures
+from ..models.avadclip import Detector
+from ..models.text import tokenize
+from .calibrate import Calibration
+from .evaluate import VideoScores, load_model, stream_scores
+
+PAUSE = 5.0  # seconds: a shorter silence is a pause in the sound, not the lack of it
+
+
+class Scorer(NamedTuple):
+    """A model, and what its scores are worth."""
+
+    model: Detector
+    calibration: Calibration
+    text: torch.Tensor  # of its classes
+
+
+class Part(NamedTuple):
+    """Snippets start to end of a video, and who scored them."""
+
+    start: int
+    end: int
+    by: str  # "teacher", "student", or "teacher without sound"
+    why: str  # what was found out about the sound
+
+
+class Event(NamedTuple):
+    """A stretch of a video at or above its threshold."""
+
+    start: float  # seconds
+    end: float
+    name: str  # the likeliest class but normal
+    score: float  # the highest there, 1 - p(normal)
+    probability: float  # of the class, on average
+
+
+@dataclass
+class Detection:
+    """Of one video of n snippets."""
+
+    name: str
+    classes: list[str]
+    times: np.ndarray  # (n,) seconds, where each snippet starts
+    seconds: float  # of one snippet
+    anomaly: np.ndarray  # (n,) sigmoid of the anomaly logits
+    probabilities: np.ndarray  # (n, C)
+    thresholds: np.ndarray  # (n,): teacher and student may have their own
+    parts: list[Part]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """(n,) 1 - p(normal)."""
+        return 1 - self.probabilities[:, 0]
+
+    @property
+    def alarm(self) -> np.ndarray:
+        """(n,) bool."""
+        return self.scores >= self.thresholds
+
+    @property
+    def edges(self) -> np.ndarray:
+        """(n + 1,) seconds: snippet i lasts from i to i + 1."""
+        return np.append(self.times, self.times[-1] + self.seconds)
+
+    def events(self) -> list[Event]:
+        """Stretches of snippets at or above the threshold, in order."""
+        return [
+            event_of(*self.edges[[start, end]].tolist(), self.classes, self.probabilities[start:end])
+            for start, end in runs(self.alarm)
+        ]
+
+    def names(self) -> list[str]:
+        """Of each snippet, the event that it is part of, or ""."""
+        found = [""] * len(self.times)
+        for (start, end), event in zip(runs(self.alarm), self.events(), strict=True):
+            found[start:end] = [event.name] * (end - start)
+        return found
+
+
+def event_of(start: float, end: float, classes: Sequence[str], probabilities: np.ndarray) -> Event:
+    """The event of a stretch of snippets, from their class probabilities (n, C)."""
+    mean = probabilities.mean(0)
+    c = 1 + int(mean[1:].argmax())
+    return Event(start, end, classes[c], float(1 - probabilities[:, 0].min()), float(mean[c]))
+
+
+def load_scorers(path: str | Path, student: str | Path | None = None, classes: Sequence[str] = ()) -> list[Scorer]:
+    """The teacher and the student, or the one there is, for `detect`.
+
+    path: a model of either kind, or a folder that holds teacher/ and student/. classes: other names than those that the
+    models were trained with, normal first: they are put before the text side, and need no training.
+    Raises CheckpointError, DataError.
+    """
+    path = Path(path)
+    if student is None and (path / "teacher").is_dir() and (path / "student").is_dir():
+        path, student = path / "teacher", path / "student"
+    paths = [p for p in (path, student) if p is not None]
+    models = [load_model(p).eval() for p in paths]
+    if student is not None and ("audio" not in models[0].streams() or "audio" in models[1].streams()):
+        raise DataError(f"{path} must be a model that hears, and {student} one that does not")
+    for model in models:
+        if classes:
+            set_classes(model, classes)
+    if len({tuple(model.classes) for model in models}) > 1:
+        raise DataError(f"{path} and {student} know other classes; --classes names those to look for")
+    with torch.no_grad():
+        return [Scorer(model, Calibration.load(p), model.encode_text()) for model, p in zip(models, paths, strict=True)]
+
+
+def set_classes(model: Detector, classes: Sequence[str]) -> None:
+    """Gives a model other class names, normal first. Raises DataError on names that do not fit."""
+    classes = [name.strip() for name in classes]
+    if len(classes) < 2 or len(set(classes)) < len(classes) or not all(classes):
+        raise DataError(f"classes must be at least two different names, normal first; got {', '.join(classes)}")
+    try:
+        model.text.set_tokens(tokenize(classes))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    model.classes = classes
+
+
+def detect(
+    name: str,
+    found: VideoFeatures,
+    scorers: Sequence[Scorer],
+    device: str | torch.device = "cpu",
+    threshold: float | None = None,
+) -> Detection:
+    """Scores one video.
+
+    A teacher scores the parts that can be heard, each on its own, so that nothing of a silence enters; a student, if
+    there is one, the others, with the whole video in sight. threshold: in place of the models' own.
+    Raises DataError where the features do not fit the model.
+    """
+    visual = found.visual[0].astype(np.float32)
+    first, last = scorers[0], scorers[-1]
+    width = first.model.temporal.positions.embedding_dim
+    if visual.shape[1] != width or (found.audio is not None and found.audio.shape[1] != width):
+        raise DataError(f"the encoders give {visual.shape[1]} numbers a snippet, the model takes {width}")
+    n = len(visual)
+    if first.model.streams() == ("audio",):
+        raise DataError("detect looks at videos: a student of the sound alone cannot")
+    if "audio" not in first.model.streams():
+        parts = [Part(0, n, "student", "the model needs no sound")]
+    else:
+        other = "student" if len(scorers) > 1 else "teacher without sound"
+        parts = [
+            Part(start, end, "teacher" if heard else other, why)
+            for start, end, heard, why in sound_parts(found.heard, found.audio is not None, found.seconds)
+        ]
+    anomaly = np.zeros(n, np.float32)
+    probabilities = np.zeros((n, len(first.model.classes)), np.float32)
+    thresholds = np.zeros(n)
+    unheard = None
+    for part in parts:
+        here = slice(part.start, part.end)
+        if part.by == "teacher":
+            scored, scorer = score(first, visual[here], found.audio[here].astype(np.float32), device), first
+            anomaly[here], probabilities[here] = scored.anomaly, scored.probabilities
+        else:
+            scorer = last
+            unheard = unheard or score(scorer, visual, None, device)
+            anomaly[here], probabilities[here] = unheard.anomaly[here], unheard.probabilities[here]
+        thresholds[here] = scorer.calibration.align.threshold if threshold is None else threshold
+    return Detection(name, first.model.classes, found.times, found.seconds, anomaly, probabilities, thresholds, parts)
+
+
+def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: str | torch.device) -> VideoScores:
+    """One video's scores; no audio is silence to a teacher."""
+    length = scorer.model.temporal.positions.num_embeddings
+    chunks, lengths = chunk(visual, length)
+    heard = None if audio is None else chunk(audio, length)[0]
+    video = TestVideo("", "", chunks, heard, lengths, len(visual))
+    model, calibration, text = scorer
+    (scores,) = stream_scores(model, [video], device, silent=audio is None, calibration=calibration, text=text)
+    return scores
+
+
+def sound_parts(heard: np.ndarray, stream: bool, seconds: float) -> Iterator[tuple[int, int, bool, str]]:
+    """(start, end, whether there is sound, why) of each part of a video, in order.
+
+    heard (n,) bool, of each snippet; stream: whether there is sound at all; seconds: of a snippet. Silences shorter
+    than PAUSE belong to the sound around them.
+    """
+    n = len(heard)
+    if not stream:
+        yield 0, n, False, "no sound track"
+        return
+    sound = heard.copy()
+    for start, end in runs(~heard):
+        if heard.any() and (end - start) * seconds < PAUSE:
+            sound[start:end] = True
+    cuts = [0, *(np.flatnonzero(np.diff(sound)) + 1).tolist(), n]
+    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+        if sound[start]:
+            why = "sound"
+        elif (start, end) == (0, n):
+            why = "the sound track is silent"
+        elif end == n:
+            why = "the sound ends"
+        else:
+            why = "silent"
+        yield start, end, bool(sound[start]), why
+
+
+def runs(mask: np.ndarray) -> list[tuple[int, int]]:
+    """(start, end) of each run of True."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def time_code(seconds: float) -> str:
+    """HH:MM:SS.mmm."""
+    milliseconds = round(seconds * 1000)
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}.{rest % 1000:03}"
+
+
+def as_record(detection: Detection, source: str | Path) -> dict:
+    """All that was found, for JSON."""
+    edges = detection.edges
+    return {
+        "video": str(source),
+        "classes": detection.classes,
+        "seconds_per_snippet": detection.seconds,
+        "parts": [
+            {"start": round(float(edges[p.start]), 3), "end": round(float(edges[p.end]), 3), "by": p.by, "why": p.why}
+            for p in detection.parts
+        ],
+        "events": [
+            {
+                "start": round(e.start, 3),
+                "end": round(e.end, 3),
+                "start_code": time_code(e.start),
+                "end_code": time_code(e.end),
+                "class": e.name,
+                "score": round(e.score, 6),
+                "probability": round(e.probability, 6),
+            }
+            for e in detection.events()
+        ],
+        "snippets": {
+            "time": np.round(detection.times, 3).tolist(),
+            "score": np.round(detection.scores.astype(float), 6).tolist(),
+            "anomaly": np.round(detection.anomaly.astype(float), 6).tolist(),
+            "threshold": np.round(detection.thresholds, 6).tolist(),
+            "probabilities": np.round(detection.probabilities.astype(float), 6).tolist(),
+        },
+    }
+
+
+def write_detection(path: Path, detection: Detection, source: str | Path) -> None:
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(as_record(detection, source)) + "\n")
+
+
+def write_events(path: Path, detections: Sequence[Detection]) -> None:
+    """A CSV line an event: video, start, end (time codes), start_seconds, end_seconds, class, score."""
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["video", "start", "end", "start_seconds", "end_seconds", "class", "score"])
+        for detection in detections:
+            for e in detection.events():
+                codes = time_code(e.start), time_code(e.end), f"{e.start:.3f}", f"{e.end:.3f}"
+                writer.writerow([detection.name, *codes, e.name, f"{e.score:.4f}"])
+
+
+def write_frame_scores(path: Path, detection: Detection, frames: int, every: int) -> None:
+    """A CSV line a frame: frame, score, class probabilities; frames after the last whole snippet have its scores."""
+    snippet = np.minimum(np.arange(frames) // every, len(detection.times) - 1)
+    rows = np.concatenate([detection.scores[:, None], detection.probabilities], 1)[snippet]
+    with atomic_write(path, "w") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["frame", "score", *detection.classes])
+        writer.writerows([i, *(f"{x:.4f}" for x in row)] for i, row in enumerate(rows))
+
+
+def best_snippets(detection: Detection, most: int = 5) -> list[int]:
+    """The snippets worth a look, in order: the highest of each event, of the highest events; of none, the highest."""
+    tops = [start + int(detection.scores[start:end].argmax()) for start, end in runs(detection.alarm)]
+    tops = sorted(tops, key=lambda i: -detection.scores[i])[:most] or [int(detection.scores.argmax())]
+    return sorted(tops)
+
+
+def summary(detection: Detection) -> str:
+    """A few lines for the terminal: who scored what where that was not the teacher, and the events."""
+    lines = []
+    for part in detection.parts:
+        if part.by != "teacher" and part.why != "the model needs no sound":
+            span = " - ".join(time_code(detection.edges[i]) for i in (part.start, part.end))
+            lines.append(f"{detection.name}: {span} scored by the {part.by}: {part.why}")
+    for e in detection.events():
+        span = f"{time_code(e.start)} - {time_code(e.end)}"
+        lines.append(f"{detection.name}: {span} {e.name}, score {e.score:.2f}")
+    if not detection.alarm.any():
+        lines.append(f"{detection.name}: nothing found")
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""A copy of a video with what was found drawn into it: the score curve, and the name of an event while it lasts."""
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..data.atomic import atomic_write
+from .decode import Progress, first_time, frames, opened, upright, video_stream
+from .errors import import_av
+
+TICKS = 1000  # a second: times to the millisecond, whatever the rate was
+BLUE, RED, GREY = (86, 180, 233), (213, 94, 0), (160, 160, 160)
+
+
+def annotate(
+    source: str | Path,
+    target: str | Path,
+    edges: np.ndarray,
+    scores: np.ndarray,
+    thresholds: np.ndarray,
+    names: list[str],
+    progress: Progress | None = None,
+) -> None:
+    """Writes a Matroska copy of a video: its pictures drawn upon and encoded anew, its sound as it is.
+
+    edges (n + 1,) seconds: where the snippets begin and end; scores, thresholds (n,) in 0..1; names: of the event at
+    each snippet, "" where there is none. Raises MediaError.
+    """
+    av = import_av()
+    with (
+        opened(source) as given, opened(source) as again,
+        atomic_write(Path(target)) as file, av.open(file, "w", format="matroska") as made,
+    ):  # fmt: skip
+        seen = video_stream(given, source)
+        heard = again.streams.audio[0] if again.streams.audio else None
+        copied = made.add_stream_from_template(heard) if heard is not None else None
+        packets = iter(()) if heard is None else _packets(again, heard, copied, first_time(source))
+        waiting = next(packets, None)
+        out, strip, last = None, None, -1
+        for time, frame in frames(source, seen, given):
+            image = upright(frame, frame.to_ndarray(format="rgb24"))
+            image = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]  # what encoders take
+            if out is None:
+                height, width = image.shape[:2]
+                codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+                out = made.add_stream(codec, rate=seen.average_rate or 25)
+                out.width, out.height, out.pix_fmt = width, height, "yuv420p"
+                out.codec_context.time_base = Fraction(1, TICKS)
+                strip = _strip(width, max(16, height // 8), edges, scores, thresholds)
+            if image.shape != (height, width, 3):  # a stream may change its size on the way
+                image = np.asarray(Image.fromarray(image).resize((width, height)))
+            snippet = int(np.clip(np.searchsorted(edges, time, "right") - 1, 0, len(scores) - 1))
+            shown = _drawn(image, strip, edges, time, scores[snippet], names[snippet])
+            encoded = av.VideoFrame.from_ndarray(shown, format="rgb24")
+            last = max(last + 1, round(time * TICKS))
+            encoded.pts, encoded.time_base = last, Fraction(1, TICKS)
+            made.mux(out.encode(encoded))
+            while waiting is not None and waiting.pts * waiting.time_base <= time:  # side by side, as players read
+                made.mux(waiting)
+                waiting = next(packets, None)
+            if progress is not None:
+                progress(1)
+        made.mux(out.encode(None))
+        while waiting is not None:
+            made.mux(waiting)
+            waiting = next(packets, None)
+
+
+def _packets(container, heard, copied, start: float) -> Iterator:
+    """Packets of sound, from the first picture on, for the stream `copied`."""
+    for packet in container.demux(heard):
+        if packet.pts is None or packet.pts * packet.time_base < start:
+            continue  # the end, or from before the first picture
+        shift = round(start / packet.time_base)
+        packet.pts -= shift
+        packet.dts = packet.pts if packet.dts is None else packet.dts - shift
+        packet.stream = copied
+        yield packet
+
+
+def _strip(width: int, height: int, edges: np.ndarray, scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """The curve over the whole video, (height, width, 3) uint8: it is drawn once."""
+    strip = Image.new("RGB", (width, height), (24, 24, 24))
+    draw = ImageDraw.Draw(strip)
+    x = (edges - edges[0]) / (edges[-1] - edges[0]) * (width - 1)
+    for values, colour, thick in ((thresholds, GREY, 1), (scores, BLUE, 2)):
+        y = (1 - values) * (height - 3) + 1
+        points = [point for i in range(len(values)) for point in ((x[i], y[i]), (x[i + 1], y[i]))]
+        draw.line(points, fill=colour, width=thick)
+    return np.asarray(strip)
+
+
+def _drawn(image: np.ndarray, strip: np.ndarray, edges: np.ndarray, time: float, score: float, name: str) -> np.ndarray:
+    height, width = image.shape[:2]
+    image = image.copy()
+    bottom = image[height - len(strip) :]
+    bottom[:] = strip
+    at = int((time - edges[0]) / (edges[-1] - edges[0]) * (width - 1))
+    bottom[:, np.clip([at, at + 1], 0, width - 1)] = 255
+    if not name:
+        return image
+    thick = max(2, height // 120)
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((0, 0, width - 1, height - 1 - len(strip)), outline=RED, width=thick)
+    font = ImageFont.load_default(max(10, height // 18))
+    draw.text((3 * thick, 2 * thick), f"{name} {score:.2f}", RED, font, stroke_width=1, stroke_fill="black")
+    return np.asarray(picture)

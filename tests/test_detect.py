@@ -1,0 +1,208 @@
+"""`avadclip-fast detect`: models trained on a stand-in encoder find what stands at known places in videos."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_cli import call, mistake
+from videos import make_video
+
+from avadclip_fast import AVadCLIP, AVadCLIPStudent, data
+from avadclip_fast.engine import detect
+from avadclip_fast.engine.calibrate import Calibration, Head
+from avadclip_fast.engine.recipe import ROBUST, ROBUST_STUDENT, Recipe
+from avadclip_fast.engine.train import fit
+from avadclip_fast.media import decode
+from avadclip_fast.media.features import VideoFeatures
+
+pytest.importorskip("av")
+
+AXES = torch.from_numpy(np.linalg.qr(np.random.default_rng(1).standard_normal((512, 3)))[0].T.astype(np.float32))
+CODES = {"A": "normal", "B1": "fighting", "G": "explosion"}
+
+
+def seen(level):
+    """Dark, grey and bright as three directions, as long as CLIP's features are; (N,) in 0..255 -> (N, 512)."""
+    level = torch.as_tensor(level, dtype=torch.float32)
+    near = torch.stack([1 - (level - at).abs() / 60 for at in (30, 120, 220)], 1).clamp_min(0)  # [N, 3]
+    return 10 * near @ AXES
+
+
+class Sight:
+    size, width = 32, 512
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, images):
+        return seen(images.float().mean((1, 2, 3)))
+
+
+class Hearing:
+    rate, width = 16_000, 512
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, windows):
+        loud = torch.from_numpy(np.sqrt((windows[:] ** 2).mean(1)))
+        return loud[:, None] * AXES[2]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A folder of teacher/ and student/, trained to know grey as fighting and bright as explosion."""
+    folder = tmp_path_factory.mktemp("pair")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(60):
+        code = list(CODES)[i % 3] if i % 2 else "A"
+        n = int(rng.integers(20, 32))
+        level = rng.uniform(15, 45, n)
+        if code != "A":
+            start = int(rng.integers(0, n - 3))
+            level[start : start + 3] = rng.uniform(-15, 15, 3) + {"B1": 120, "G": 220}[code]
+        sound = torch.from_numpy(rng.uniform(0, 0.4, n).astype(np.float32))[:, None] * AXES[2]
+        paths = folder / f"{i}.npy", folder / f"{i}_sound.npy"
+        for path, x, scale in zip(paths, (seen(level), sound), (0.1, 0.01), strict=True):
+            np.save(path, x.numpy() + rng.normal(0, scale, x.shape).astype(np.float32))
+        rows.append(data.Row(*paths, code, i))
+    features = data.FeatureSet.load(rows, CODES, 32)
+    torch.manual_seed(0)
+    teacher = AVadCLIP(list(CODES.values()), length=32, text_weights="random", text_layers=1)
+    quick = {"epochs": 6, "milestones": (5,), "batch_size": 12, "temporal_lr": ROBUST["temporal_lr"]}
+    fit(teacher, features, Recipe(**{**ROBUST, **quick}), folder / "teacher", progress=False)
+    student = AVadCLIPStudent.beside(teacher, window=4)
+    recipe = Recipe(**{**ROBUST_STUDENT, **quick})
+    fit(student, features, recipe, folder / "student", teacher=teacher, progress=False)
+    return folder
+
+
+QUICK = ["--visual-encoder", "test_detect:Sight", "--audio-encoder", "test_detect:Hearing", "--every", "5", "-q"]
+
+
+def film(path, spans, frames=150, **options):
+    """30 snippets of 5 frames at 25 a second: dark, but for (start, end, level) in snippets."""
+    level = np.full(frames, 30)
+    for start, end, of in spans:
+        level[5 * start : 5 * end] = of
+    return make_video(path, frames=frames, rate=25, grey=lambda i: level[i], **options)
+
+
+def test_known_spans_are_found(pair, tmp_path, capsys):
+    film(tmp_path / "a.mkv", [(4, 10, 120), (20, 26, 220)], audio=1, tone=(0, 6))
+    film(tmp_path / "b.mkv", [(10, 16, 220)])
+    film(tmp_path / "c.mkv", [], audio=1, tone=(0, 6))
+    out = tmp_path / "out"
+    assert call("detect", *(tmp_path / f"{x}.mkv" for x in "abc"), "-m", pair, "-o", out, *QUICK, "--per-frame") == 0
+    said = capsys.readouterr().out
+    records = {x: json.loads((out / f"{x}.json").read_text()) for x in "abc"}
+    found = {x: [(e["class"], e["start"], e["end"]) for e in r["events"]] for x, r in records.items()}
+    truth = {"a": [("fighting", 0.8, 2.0), ("explosion", 4.0, 5.2)], "b": [("explosion", 2.0, 3.2)]}
+    for x, spans in truth.items():
+        assert [name for name, *_ in found[x]] == [name for name, *_ in spans]
+        for (_, start, end), (_, first, last) in zip(found[x], spans, strict=True):
+            # the temporal encoder spreads what it sees over its neighbours
+            assert (min(end, last) - max(start, first)) / (max(end, last) - min(start, first)) >= 0.5, found[x]
+    assert found["c"] == [] and "c: nothing found" in said
+    assert [p["by"] for p in records["a"]["parts"]] == ["teacher"]
+    assert records["b"]["parts"] == [{"start": 0, "end": 6, "by": "student", "why": "no sound track"}]
+    assert "b: 00:00:00.000 - 00:00:06.000 scored by the student: no sound track" in said
+    lines = list(csv.DictReader((out / "events.csv").read_text().splitlines()))
+    assert [line["video"] for line in lines] == ["a", "a", "b"]
+    assert lines[0]["start"] == detect.time_code(found["a"][0][1])
+    frames = (out / "a.frames.csv").read_text().splitlines()
+    assert frames[0] == "frame,score,normal,fighting,explosion" and len(frames) == 151
+    assert all((out / f"{x}.png").read_bytes().startswith(b"\x89PNG") for x in "abc")
+
+
+def test_annotated_copy(pair, tmp_path):
+    """As many frames at the same times, the same sound, and red around what is part of an event."""
+    film(tmp_path / "a.mkv", [(18, 24, 220)], audio=2, tone=(0, 6), width=160, height=121)
+    out = tmp_path / "out"
+    assert call("detect", tmp_path / "a.mkv", "-m", pair, "-o", out, *QUICK, "--no-plot", "--annotate") == 0
+    (event,) = json.loads((out / "a.json").read_text())["events"]
+    pictures = {}
+    for name, path in {"given": tmp_path / "a.mkv", "made": out / "a.mkv"}.items():
+        with decode.opened(path) as container:
+            stream = decode.video_stream(container, path)
+            pictures[name] = [(t, f.to_ndarray(format="rgb24")) for t, f in decode.frames(path, stream, container)]
+    np.testing.assert_allclose([t for t, _ in pictures["made"]], [t for t, _ in pictures["given"]], atol=2e-3)
+    for time, image in pictures["made"]:
+        assert image.shape == (120, 160, 3)
+        red = image[60, 0].astype(int)
+        assert (red[0] - red[2] > 60) == (event["start"] <= time < event["end"] - 1e-6), time
+    sounds = [decode.read_sound(path).samples for path in (tmp_path / "a.mkv", out / "a.mkv")]
+    np.testing.assert_array_equal(*sounds)
+
+
+def test_threshold_and_classes(pair, tmp_path, capsys):
+    film(tmp_path / "a.mkv", [(4, 9, 120)])
+    out = tmp_path / "out"
+    alone = ["-m", pair / "student", "-o", out, *QUICK, "--no-plot"]
+    assert call("detect", tmp_path / "a.mkv", *alone, "--threshold", "0") == 0
+    events = json.loads((out / "a.json").read_text())["events"]
+    assert [(e["start"], e["end"]) for e in events] == [(0, 6)]
+    assert call("detect", tmp_path / "a.mkv", *alone, "--classes", "normal, people brawling, fire") == 0
+    assert json.loads((out / "a.json").read_text())["classes"] == ["normal", "people brawling", "fire"]
+    assert not list(out.glob("*.png"))
+    for classes, wrong in (("normal", "at least two"), ("a,a", "different"), ("normal," + "very " * 70, "tokens")):
+        assert wrong in mistake(capsys, "detect", tmp_path / "a.mkv", *alone, "--classes", classes)
+
+
+def test_a_failure_is_told_at_the_end(pair, tmp_path, capsys):
+    film(tmp_path / "a.mkv", [])
+    (tmp_path / "b.mp4").write_text("no video")
+    out = tmp_path / "out"
+    assert call("detect", tmp_path, "-m", pair, "-o", out, *QUICK, "--no-plot") == 1
+    said = capsys.readouterr()
+    assert "b.mp4: not a readable video" in said.err and (out / "a.json").is_file() and not (out / "b.json").exists()
+    wrong = ["-m", pair / "student", "--student", pair / "student", "-o", out, *QUICK]
+    assert "must be a model that hears" in mistake(capsys, "detect", tmp_path, *wrong)
+    assert "no model at" in mistake(capsys, "detect", tmp_path, "-m", tmp_path / "none", "-o", out, *QUICK)
+
+
+@pytest.mark.parametrize(
+    "heard, expected",
+    [
+        ("1111", [(0, 4, True, "sound")]),
+        ("0000", [(0, 4, False, "the sound track is silent")]),
+        ("1101", [(0, 4, True, "sound")]),  # a pause
+        ("11" + "0" * 6, [(0, 2, True, "sound"), (2, 8, False, "the sound ends")]),
+        ("0" * 5 + "1" + "0" * 4, [(0, 5, False, "silent"), (5, 10, True, "sound")]),
+    ],
+)
+def test_parts_of_sound(heard, expected):
+    mask = np.array([x == "1" for x in heard])
+    assert list(detect.sound_parts(mask, True, 1.0)) == expected
+    assert list(detect.sound_parts(mask, False, 1.0)) == [(0, len(mask), False, "no sound track")]
+
+
+def test_sound_that_ends_is_taken_over_by_the_student(pair):
+    """Each part is scored by its own model, and with its own threshold; the silence changes no score before it."""
+    rng = np.random.default_rng(0)
+    x = (seen(rng.uniform(15, 220, 20)).numpy(), rng.uniform(0.1, 0.4, (20, 1)).astype(np.float32) * AXES[2].numpy())
+    heard = np.arange(20) < 12
+    times = np.arange(20.0)
+    scorers = [
+        s._replace(calibration=Calibration(align=Head(1.0, t)))
+        for s, t in zip(detect.load_scorers(pair), (0.3, 0.7), strict=True)
+    ]
+    found = detect.detect("x", VideoFeatures(x[0][None], x[1], times, 1.0, heard), scorers)
+    assert [(p.start, p.end, p.by) for p in found.parts] == [(0, 12, "teacher"), (12, 20, "student")]
+    cut = detect.detect("x", VideoFeatures(x[0][None, :12], x[1][:12], times[:12], 1.0, heard[:12]), scorers)
+    np.testing.assert_array_equal(found.scores[:12], cut.scores)
+    whole = detect.detect("x", VideoFeatures(x[0][None], None, times, 1.0, np.zeros(20, bool)), scorers[1:])
+    np.testing.assert_array_equal(found.scores[12:], whole.scores[12:])
+    assert found.thresholds.tolist() == [0.3] * 12 + [0.7] * 8
+    teacher, only = scorers[0], scorers[:1]
+    deaf = detect.detect("x", VideoFeatures(x[0][None], x[1], times, 1.0, heard), only)
+    assert deaf.parts[1].by == "teacher without sound"
+    np.testing.assert_array_equal(deaf.scores[12:], 1 - detect.score(teacher, x[0], None, "cpu").probabilities[12:, 0])
+
+
+def test_time_codes():
+    assert detect.time_code(0) == "00:00:00.000" and detect.time_code(3661.9996) == "01:01:02.000"
+    assert detect.time_code(36_000) == "10:00:00.000"
