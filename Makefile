@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-triton golden-triton sanitize lint docs bench-cpu gpu clean
+.PHONY: demo test test-triton golden-triton sanitize lint types docs bench-cpu gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
@@ -41,6 +41,9 @@ sanitize: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/mypy
 
 # The site, into build/docs; a warning is an error.
 docs: $(VENV)/installed

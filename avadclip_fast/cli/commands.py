@@ -2,9 +2,10 @@
 
 import json
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -200,14 +201,16 @@ def train(
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     _seed(seed, deterministic)
     heard = not student or modality == Modality.audio
-    shape = {"length": length, "padding": padding, "prompt": prompt, "standardize": _scaled(standardize, recipe, heard)}
+    scaled = _scaled(standardize, recipe, heard)
+    shape: dict[str, Any] = {"length": length, "padding": padding, "prompt": prompt, "standardize": scaled}
     if window is not None:
         shape["window"] = window
-    text = {"text_weights": text_weights, "text_layers": text_layers}
+    shape |= {"text_weights": text_weights, "text_layers": text_layers}
+    model: AVadCLIP | AVadCLIPStudent
     if student:
-        model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape, **text)
+        model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape)
     else:
-        model = AVadCLIP(list(codes.values()), fusion=fusion, **shape, **text)
+        model = AVadCLIP(list(codes.values()), fusion=fusion, **shape)
     settings = _recipe(
         recipe, student, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
@@ -259,7 +262,7 @@ def distill(
     _same_classes(known, codes, teacher)
     _seed(seed, deterministic)
     heard = modality == Modality.audio
-    shape = {"padding": padding, "prompt": prompt, "standardize": _scaled(standardize, recipe, heard)}
+    shape: dict[str, Any] = {"padding": padding, "prompt": prompt, "standardize": _scaled(standardize, recipe, heard)}
     if window is not None:
         shape["window"] = window
     model = AVadCLIPStudent.beside(known, modality=modality, **shape)
@@ -466,7 +469,8 @@ def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, dev
         held, features = (features.subset(torch.tensor([at[row] for row in part])) for part in (out, kept))
     test_ap = None
     if recipe.select == "test":
-        test_ap = _test_ap(*test, wants_audio=wants_audio, device=_device(device))
+        test_list, gt, frames, test_root = test
+        test_ap = _test_ap(test_list, gt, frames, test_root, wants_audio, _device(device))
     model.fit_inputs(features.batches())
     fit(
         model,
@@ -539,7 +543,7 @@ def _recipe(name: RecipeName, student: bool, milestones: str | None, **options) 
     return Recipe(**{**defaults, **given})
 
 
-def _scaled(standardize: list[Modality] | None, recipe: RecipeName, hears: bool) -> list[str]:
+def _scaled(standardize: list[Modality] | None, recipe: RecipeName, hears: bool) -> Sequence[str]:
     if standardize is not None:
         return standardize
     return ["audio"] if recipe == RecipeName.robust and hears else []

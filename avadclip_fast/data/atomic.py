@@ -17,9 +17,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     path = Path(path)
     # Not named after `path`, whose name may already be as long as the file system allows; "x" honours the umask.
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
-    with open(
-        temporary, mode.replace("w", "x"), **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})
-    ) as file:
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
+    with open(temporary, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
         try:
             yield file
             file.flush()

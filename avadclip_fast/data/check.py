@@ -33,7 +33,7 @@ def check_list(
     except DataError as error:
         return [str(error)]
     whole = not problems  # only then do the counts add up to the ground truth's
-    counts = []
+    counts: list[int | None] = []
     for row in progress(rows) if progress else rows:
         found, count = _check_row(row, codes, audio, width, full)
         problems += [f"{path}, line {row.line}: {problem}" for problem in found]
@@ -43,26 +43,29 @@ def check_list(
             truth = read_frame_gt(frame_gt)
         except DataError as error:
             return [*problems, str(error)]
-        if whole and None not in counts:
-            problems += _check_truth(path, rows, counts, truth, frame_gt, frames_per_snippet, next(iter(codes)))
+        known = [count for count in counts if count is not None]
+        if whole and len(known) == len(counts):
+            problems += _check_truth(path, rows, known, truth, frame_gt, frames_per_snippet, next(iter(codes)))
     return problems
 
 
 def _check_row(row: Row, codes: dict[str, str], audio: bool, width: int, full: bool) -> tuple[list[str], int | None]:
     """Problems of a row, and its snippets if they could be counted."""
-    problems, counts = [], []
+    problems: list[str] = []
+    counts: list[int | None] = []
     try:
         encode(row.label, codes)
     except LabelError as error:
         problems.append(str(error))
-    for file in (row.visual, row.audio) if audio else (row.visual,):
+    for file in [file for file in (row.visual, row.audio if audio else None) if file is not None]:
         try:
             counts.append(len(load_features(file, width)) if full else snippet_count(file, width))
         except DataError as error:
             problems.append(str(error))
             counts.append(None)
-    if None not in counts and len(set(counts)) > 1:
-        problems.append(unequal(row, *counts))
+    known = [count for count in counts if count is not None]
+    if len(known) == len(counts) and len(set(known)) > 1:
+        problems.append(unequal(row, *known))
     return problems, counts[0]
 
 

@@ -29,7 +29,9 @@ class Batch(NamedTuple):
     labels: Tensor  # (B, C) float32, multi-hot
 
     def to(self, device: str | torch.device) -> "Batch":
-        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))
+        audio = None if self.audio is None else self.audio.to(device, non_blocking=True)
+        visual, lengths, labels = (x.to(device, non_blocking=True) for x in (self.visual, self.lengths, self.labels))
+        return Batch(visual, audio, lengths, labels)
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,8 @@ class FeatureSet:
 
     def to(self, device: str | torch.device) -> "FeatureSet":
         """The whole set on a device, where batches are then gathered."""
-        tensors = (self.visual, self.audio, self.lengths, self.labels, self.index)
-        return FeatureSet(*(None if x is None else x.to(device) for x in tensors))
+        audio, index = (None if x is None else x.to(device) for x in (self.audio, self.index))
+        return FeatureSet(self.visual.to(device), audio, self.lengths.to(device), self.labels.to(device), index)
 
 
 def pack(
@@ -209,7 +211,7 @@ def test_videos(rows: Iterable[Row], length: int, width: int = 512, audio: bool 
 
 
 # By their names, pytest would collect both where a test module imports them.
-test_videos.__test__ = TestVideo.__test__ = False
+test_videos.__test__ = TestVideo.__test__ = False  # type: ignore[attr-defined]
 
 
 def load_row(row: Row, width: int, audio: bool) -> tuple[np.ndarray, np.ndarray | None]:

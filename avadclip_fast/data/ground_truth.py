@@ -113,14 +113,14 @@ class _Array:
     """In place of numpy.ndarray: keeps what a pickled array sets, and can only be turned into lists."""
 
     def __init__(self, *_: Any):
-        self.state = None
+        self.state: tuple = ()
 
     def __setstate__(self, state: tuple) -> None:
         self.state = state
 
     def tolist(self) -> list:
         _, shape, _, _, items = self.state
-        array = np.empty(len(items), object)
+        array: np.ndarray = np.empty(len(items), dtype=object)
         for i, item in enumerate(items):  # a whole assignment would look into the lists
             array[i] = _plain(item)
         return array.reshape(shape).tolist()  # pickled objects are in C order, whatever the flag between says

@@ -44,7 +44,8 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
     """The good rows of a list, and a line for each bad one. Raises DataError where there is no list to speak of."""
     path = Path(path)
     root = path.parent if root is None else Path(root)
-    rows, problems, seen = [], [], {}
+    rows, problems = [], []
+    seen: dict[Path, int] = {}  # feature file -> line
     for line, cells in _cells(path, audio):
         row = Row(
             root / cells["path"], root / cells["audio_path"] if cells["audio_path"] else None, cells["label"], line

@@ -125,7 +125,7 @@ def _write_rows(file: int, at: int, fields: dict[str, Field], rows: int, start: 
         array = np.ascontiguousarray(arrays[name], dtype=field.dtype)
         if array.shape != (stop - start, *field.shape):
             raise ValueError(f"{name}: rows {start} to {stop} have shape {array.shape}, a row is {field.shape}")
-        left, offset = memoryview(array).cast("B"), at + start * field.row_bytes
+        left, offset = array.data.cast("B"), at + start * field.row_bytes
         while left:
             written = os.pwrite(file, left, offset)
             left, offset = left[written:], offset + written

@@ -73,7 +73,8 @@ def make_synthetic(
     sound = _Stream(width, anomalies, {"visible": 0.0}, np.random.default_rng([seed, 1]))
     jobs = [("train", i) for i in range(videos)] + [("test", i) for i in range(test_videos)]
     rows: dict[str, list[Row]] = {"train": [], "test": []}
-    truth, spans, shown = [np.zeros(0, np.float32)], {"segments": [], "labels": []}, []
+    truth, shown = [np.zeros(0, np.float32)], []
+    spans: dict[str, list] = {"segments": [], "labels": []}
     for part in rows:
         (folder / part).mkdir(parents=True, exist_ok=True)
     for part, i in progress(jobs) if progress else jobs:
@@ -84,11 +85,12 @@ def make_synthetic(
         found = [code for code in codes if code in {event.code for event in planted}]
         label = "-".join((found + [FILLER, FILLER])[:3]) if found else codes[0]
         name = f"{part}_{i:05d}_label_{label}"
-        row = Row(folder / part / f"{name}__v.npy", folder / part / f"{name}__a.npy", label, i + 2)
+        seen, heard = (folder / part / f"{name}__{stream}.npy" for stream in "va")
+        row = Row(seen, heard, label, i + 2)
         # Written in place, unlike features that took hours: syncing thousands of small files to disk takes minutes,
         # and a set cut short is made again.
-        np.save(row.visual, sight.draw(snippets, events, rng))
-        np.save(row.audio, sound.draw(snippets, events, rng))
+        np.save(seen, sight.draw(snippets, events, rng))
+        np.save(heard, sound.draw(snippets, events, rng))
         rows[part].append(row)
         if part == "test":
             frames = np.zeros(snippets * frames_per_snippet, np.float32)

@@ -5,7 +5,7 @@ its top len // 16 + 1 snippets, as in training, against whether the video is abn
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def video_scores(snippets: Sequence[np.ndarray]) -> np.ndarray:
     return np.array([np.sort(s)[-(len(s) // 16 + 1) :].mean() for s in snippets])
 
 
-def fit_calibration(logits: dict[str, Sequence[np.ndarray]], abnormal: np.ndarray) -> Calibration:
+def fit_calibration(logits: Mapping[str, Sequence[np.ndarray]], abnormal: np.ndarray) -> Calibration:
     """Temperatures of the least log loss of whole videos, and at these the thresholds of the best F1.
 
     logits: by head, one array a video, as for `snippet_scores`; abnormal: (videos,) bool, with some of both kinds.
@@ -128,7 +128,8 @@ def reliability(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | 
 def held_out_logits(model: Detector, data: FeatureSet, batch_size: int, device) -> dict[str, list[np.ndarray]]:
     """Both heads' logits of every video of a held-out set, in eval mode."""
     model.eval()
-    text, logits = model.encode_text(), {name: [] for name in HEADS}
+    text = model.encode_text()
+    logits: dict[str, list[np.ndarray]] = {name: [] for name in HEADS}
     for index in torch.arange(len(data)).split(batch_size):
         batch = data.batch(index).to(device)
         out = model(*(getattr(batch, s) for s in model.streams()), batch.lengths, text_features=text)

@@ -3,6 +3,7 @@
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ FRAMES = 16
 SEED = 0
 # Random text weights and videos of 48 snippets at most: two layers of text and 48 rows are enough, and quick.
 LENGTH, TEXT_LAYERS = 48, 2
-SETTINGS = {"epochs": 6, "milestones": (5,), "seed": SEED}
+SETTINGS: dict[str, Any] = {"epochs": 6, "milestones": (5,), "seed": SEED}
 RECIPE = Recipe(**{**ROBUST, **SETTINGS})
 STUDENT_RECIPE = Recipe(**{**ROBUST_STUDENT, **SETTINGS, "distill_weight": 10.0})
 
@@ -91,7 +92,7 @@ def _plot(path: Path, curves: dict, spans: list, count: int = 6) -> None:
     first, *others = curves.values()
     anomalous = [i for i, video in enumerate(spans) if any(code != "A" for _, _, code in video)]
     gap = {i: max(np.abs(first[i].probabilities - o[i].probabilities)[:, 0].max() for o in others) for i in anomalous}
-    chosen = sorted(sorted(gap, key=gap.get)[-count:])
+    chosen = sorted(sorted(gap, key=lambda i: gap[i])[-count:])
     items = [
         (
             first[i].name,

@@ -1,7 +1,7 @@
 """Evaluation: scores of whole videos, chunk by chunk, and what they are worth."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from ..models.checkpoints import CONFIG, read_official
 from .calibrate import Calibration, reliability
 from .metrics import evaluate_scores, positive_frames
 
+KINDS: dict[str, type[Detector]] = {"AVadCLIP": AVadCLIP, "AVadCLIPStudent": AVadCLIPStudent}
 PACKED_CHUNKS = 16  # of 256 rows: enough to fill a processor, and 50 MB of activations a layer
 
 
@@ -39,14 +40,14 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
             raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor model/{CONFIG} is there")
         try:
             kind = json.loads((folder / CONFIG).read_text())["model"]
-            return {"AVadCLIP": AVadCLIP, "AVadCLIPStudent": AVadCLIPStudent}[kind].from_pretrained(folder)
+            return KINDS[kind].from_pretrained(folder)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / CONFIG} does not describe a model of this library: {error!r}") from error
     if not path.exists():
         raise CheckpointError(f"no model at {path}")
     state = read_official(path)
-    kind = AVadCLIPStudent if any(name.startswith("uncertainty.") for name in state) else AVadCLIP
-    return kind.from_official(path, classes, **({} if window is None else {"window": window}))
+    official = KINDS["AVadCLIPStudent" if any(name.startswith("uncertainty.") for name in state) else "AVadCLIP"]
+    return official.from_official(path, classes, **({} if window is None else {"window": window}))
 
 
 def score_videos(
@@ -92,15 +93,16 @@ def stream_scores(
         lengths = np.concatenate([video.lengths for video in pack])
         # in masked mode the rows past the longest chunk change nothing
         rows = int(lengths.max()) if model.padding == "masked" else None
-        streams = {"visual": [video.visual[:, :rows] for video in pack], "audio": None}
+        streams = {"visual": [video.visual[:, :rows] for video in pack], "audio": []}
         if hears:
-            streams["audio"] = [video.audio[:, :rows] for video in pack]
-        lengths, *inputs = (
-            None if x is None else torch.as_tensor(x, device=device)
-            for x in (lengths, *(streams[name] and np.concatenate(streams[name]) for name in model.streams()))
-        )
-        out = model(*inputs, lengths, text_features=text)
-        valid = torch.arange(out.anomaly_logits.shape[1], device=device) < lengths[:, None]
+            streams["audio"] = [video.audio[:, :rows] for video in pack if video.audio is not None]
+        inputs = [
+            torch.as_tensor(np.concatenate(parts), device=device) if parts else None
+            for parts in (streams[name] for name in model.streams())
+        ]
+        until = torch.as_tensor(lengths, device=device)
+        out = model(*inputs, until, text_features=text)
+        valid = torch.arange(out.anomaly_logits.shape[1], device=device) < until[:, None]
         anomaly = (out.anomaly_logits[valid] / calibration.binary.temperature).sigmoid().cpu().numpy()
         probabilities = (out.class_logits[valid] / calibration.align.temperature).softmax(-1).cpu().numpy()
         ends = np.cumsum([video.snippets for video in pack])[:-1]
@@ -120,7 +122,7 @@ def _packs(videos: Iterable[TestVideo], chunks: int) -> Iterator[list[TestVideo]
 
 
 def evaluate(
-    scores: list[VideoScores],
+    scores: Sequence[VideoScores],
     truth: np.ndarray,
     classes: list[str],
     frames_per_snippet: int,
@@ -132,7 +134,7 @@ def evaluate(
     Raises DataError where the ground truth does not fit the videos.
     """
     if spans is not None:
-        spans = _class_spans(spans, classes, codes)
+        spans = _class_spans(spans, classes, codes or {})
     try:
         return evaluate_scores(
             [s.anomaly for s in scores],

@@ -7,6 +7,7 @@ frames enter as weights (AP, AUC, top means) and as a factor on positions (propo
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -253,7 +254,7 @@ def evaluate_scores(
     if not np.isfinite(branches["binary"]).all():
         raise ValueError("anomaly scores must be finite")
 
-    result = {
+    result: dict[str, Any] = {
         "videos": len(lengths),
         "abnormal_videos": int(abnormal.sum()),
         "snippets": int(lengths.sum()),

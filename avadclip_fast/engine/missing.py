@@ -43,7 +43,7 @@ def missing_sound(
             "student": student,
             "automatic": [o if s else h for h, o, s in zip(hearing, student, silent, strict=True)],
         }
-        record = {"missing": percent}
+        record: dict = {"missing": percent}
         for name, scores in parts.items():
             result = evaluate(scores, truth, classes, frames_per_snippet)
             record[name] = {branch: result[branch]["ap"] for branch in BRANCHES}

@@ -111,6 +111,7 @@ def _save(figure, path: str | Path) -> None:
 def _write(path, items, frames_per_snippet: int, fps: float | None, columns: int, panel: tuple[float, float]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
 
     if frames_per_snippet < 1 or (fps is not None and not fps > 0):
@@ -123,11 +124,11 @@ def _write(path, items, frames_per_snippet: int, fps: float | None, columns: int
     labels = list(dict.fromkeys(label for _, curves, _ in panels for label in curves))
 
     rows = -(-len(panels) // columns)
-    figure = Figure((panel[0] * columns, panel[1] * rows + 0.4), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)  # inches
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)  # inches
+    figure = Figure((panel[0] * columns, panel[1] * rows + 0.4), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()  # [rows * columns]
-    lines = {}
+    lines: dict = {}  # label -> line, for the legend
     shaded = False
     for ax, (name, curves, spans) in zip(axes, panels, strict=False):
         lines |= _panel(ax, curves, spans, labels, frames_per_snippet, fps)

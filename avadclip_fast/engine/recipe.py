@@ -1,6 +1,7 @@
 """How to train: the paper's recipe, and one for hundreds of videos."""
 
 from dataclasses import dataclass
+from typing import Any
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 
@@ -40,7 +41,7 @@ class Recipe:
 
 # What differs from the defaults where there are hundreds of videos, not thousands; measured on FightSurv, see
 # docs/training-that-hears.md. The sound is to be standardised besides.
-ROBUST = {
+ROBUST: dict[str, Any] = {
     "epochs": 5,
     "batch_size": 16,
     "lr": 2e-4,

@@ -32,7 +32,7 @@ _log = logging.getLogger("avadclip_fast")
 
 def spread(data: FeatureSet) -> Tensor:
     """The standard deviation (D,) of each dimension of sight, over the valid rows of a set."""
-    rows, sums = 0, 0
+    rows, sums = 0, torch.zeros(())
     for batch in data.batches():
         x = batch.visual.double()
         rows, sums = rows + int(batch.lengths.sum()), sums + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
@@ -108,14 +108,14 @@ def fit(
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
         raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
     model.to(device)
-    groups = [{"params": [], "share": share} for share in (1.0, recipe.temporal_lr)]
+    groups: list[dict] = [{"params": [], "share": share} for share in (1.0, recipe.temporal_lr)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[name.startswith("temporal.")]["params"].append(parameter)
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     noise = recipe.noise * spread(data).to(device) if recipe.noise else None
-    run = {"recipe": _plain(asdict(recipe)), "samples": len(data), "frozen": frozen_digest(model)}
-    info = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
+    run: dict = {"recipe": _plain(asdict(recipe)), "samples": len(data), "frozen": frozen_digest(model)}
+    info: dict = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
     state = folder / STATE
     if state.exists():
         if not resume:
@@ -141,7 +141,7 @@ def fit(
             record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"]}
             if held_out is not None:
                 record["val"] = validation_loss(model, held_out, recipe.batch_size, device)
-            if recipe.select == "test":
+            if test_ap is not None and recipe.select == "test":
                 record["test_ap"] = test_ap(model)
             for name in ("val", "test_ap"):
                 if name in record:

@@ -164,7 +164,9 @@ def tune(dtype: torch.dtype = torch.bfloat16, only: str = "", say: Callable[[str
     table = json.loads(linear_act.CONFIGS.read_text())
     measured = {}
     for bucket, (kind, default, launch) in launches(dtype, only).items():
-        base = best = microseconds(launch, default)
+        base = microseconds(launch, default)
+        assert base is not None, f"{bucket}: the default spills, or does not fit this chip"
+        best = base
         chosen = default
         for config in [*candidates(kind, default), None]:
             config = config or {**chosen, "tma": False}  # last of all, what is best without descriptors

@@ -1,7 +1,7 @@
 """AVadCLIP: the audio-visual teacher and the student that needs one stream (arXiv 2504.04495)."""
 
-from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,14 @@ class Output(NamedTuple):
     log_variance: Tensor | None = None  # (B, T, D), the student's θ
 
 
-class Detector(nn.Module, Checkpointed):
+class Detector(Checkpointed):
     """What teacher and student share: temporal encoder, binary classifier, prompt and text side."""
+
+    distill_loss: UncertaintyDistillationLoss  # of a student
 
     def __init__(
         self,
-        classes: list[str],
+        classes: Sequence[str],
         window: int,
         layers: int,
         length: int,
@@ -91,14 +93,15 @@ class Detector(nn.Module, Checkpointed):
         """
         if not self.standardize:
             return
-        rows, sums = 0, dict.fromkeys(self.standardize, 0)
+        rows, sums = 0, {stream: torch.zeros(()) for stream in self.standardize}
         for batch in batches:
             rows += int(batch.lengths.sum())
             for stream in self.standardize:
                 x = getattr(batch, stream).double()
                 sums[stream] = sums[stream] + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
         for stream, scale in self.standardize.items():
-            scale.fit(*sums[stream], rows)
+            total, squares = sums[stream]
+            cast(Standardize, scale).fit(total, squares, rows)
 
     def _input(self, stream: str, x: Tensor, lengths: Tensor | None) -> Tensor:
         return self.standardize[stream](x, lengths) if stream in self.standardize else x
@@ -224,9 +227,10 @@ class AVadCLIPStudent(Detector):
         """A new student of a teacher's classes and sizes, with its frozen text weights; settings as for the class."""
         positions, text = teacher.temporal.positions, teacher.text
         text_width = text.positional_embedding.shape[1]
+        sizes = {"length": positions.num_embeddings, "width": positions.embedding_dim, "text_width": text_width}
         student = cls(
             teacher.classes,
-            **{"length": positions.num_embeddings, "width": positions.embedding_dim, "text_width": text_width},
+            **cast(dict[str, Any], sizes),
             text_layers=len(text.transformer.resblocks),
             text_weights=None,
             class_tokens=text.tokens,

@@ -3,10 +3,11 @@
 import json
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.atomic import atomic_write
 
@@ -47,21 +48,21 @@ def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
     source: a .pth file (read with weights_only=True: no code in it is run), or a state dict. The training form with
     `model_state_dict` inside is taken too. Raises CheckpointError on a file that cannot be read or a foreign name.
     """
-    where = "the state dict"
+    where, held = "the state dict", cast(object, source)
     if not isinstance(source, dict):
         where = str(source)
         try:
-            source = torch.load(source, map_location="cpu", weights_only=True)
+            held = torch.load(source, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise CheckpointError(f"no checkpoint {where}") from error
         except Exception as error:  # truncated, not a checkpoint, or it would run code
             raise CheckpointError(f"{where} cannot be read as weights: {str(error).splitlines()[0]}") from error
-    if isinstance(source, dict):
-        source = source.get("model_state_dict", source)
-    if not isinstance(source, dict):
-        raise CheckpointError(f"{where} holds a {type(source).__name__}, not a state dict")
+    if isinstance(held, dict):
+        held = held.get("model_state_dict", held)
+    if not isinstance(held, dict):
+        raise CheckpointError(f"{where} holds a {type(held).__name__}, not a state dict")
     state, foreign = {}, []
-    for name, tensor in source.items():
+    for name, tensor in held.items():
         name = str(name).removeprefix("module.")  # DataParallel
         if name.startswith(IMAGE_TOWER):
             continue
@@ -101,7 +102,7 @@ def _longer(name: str, prefix: str) -> bool:
     return any(len(o) > len(prefix) and name.startswith(o) for o in NAMES.values())
 
 
-def load_strict(model: torch.nn.Module, state: dict[str, Tensor], where: str) -> None:
+def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Loads every tensor, or raises CheckpointError with a list of the missing, unknown and misshapen ones."""
     own = model.state_dict()
     problems = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in state]
@@ -136,13 +137,16 @@ def infer_sizes(state: dict[str, Tensor]) -> dict[str, int]:
         raise CheckpointError(f"not an AVadCLIP checkpoint: {error.args[0]} is missing") from error
 
 
-class Checkpointed(ModelHubMixin, library_name="avadclip_fast", license="apache-2.0"):
+class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", license="apache-2.0"):
     """save_pretrained / from_pretrained / push_to_hub, and the official format."""
+
+    standardize: nn.ModuleDict
 
     def remember(self, **settings) -> None:
         """Adds to what config.json will hold besides the constructor's arguments."""
         # Weights travel with the folder: a saved model must not fetch or draw text weights again.
-        self._hub_mixin_config = {**(self._hub_mixin_config or {}), "text_weights": None, **settings}
+        known = cast(dict[str, Any], self._hub_mixin_config or {})
+        self._hub_mixin_config = {**known, "text_weights": None, **settings}
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save
@@ -150,7 +154,7 @@ class Checkpointed(ModelHubMixin, library_name="avadclip_fast", license="apache-
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(save_directory / WEIGHTS) as file:
             file.write(save(state, metadata={"format": "pt", "model": type(self).__name__}))
-        config = {**self._hub_mixin_config, "model": type(self).__name__}
+        config = {**cast(dict[str, Any], self._hub_mixin_config), "model": type(self).__name__}
         with atomic_write(save_directory / CONFIG) as file:
             file.write(json.dumps(config, indent=1, sort_keys=True).encode())
 
@@ -186,7 +190,7 @@ class Checkpointed(ModelHubMixin, library_name="avadclip_fast", license="apache-
         if classes is None:
             from ..data import XD_VIOLENCE
 
-            classes = XD_VIOLENCE.values()
+            classes = list(XD_VIOLENCE.values())
         classes = list(classes)
         count = sizes.pop("classes")
         if count != len(classes):

@@ -29,6 +29,9 @@ class Standardize(nn.Module):
     forward: x (B, T, D), lengths (B,) or None -> (B, T, D). The statistics are buffers, saved with the model.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))

@@ -7,7 +7,9 @@ are computed once, as a prefix that all classes attend to.
 
 import logging
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +60,7 @@ class TextBlock(nn.Module):
         own = self._heads(qkv[PREFIX:].unflatten(0, (classes, -1)))  # 3 x [C, H, S, W/H]
         keys, values = (torch.cat([first[i].expand(classes, -1, -1, -1), own[i]], dim=2) for i in (1, 2))
         parts = (
-            F.scaled_dot_product_attention(*first, is_causal=True),
+            F.scaled_dot_product_attention(first[0], first[1], first[2], is_causal=True),
             F.scaled_dot_product_attention(own[0], keys, values, attn_mask=mask),
         )
         mixed = torch.cat([part.transpose(1, 2).flatten(0, 1).flatten(1) for part in parts])  # [11 + C·S, W]
@@ -67,6 +69,17 @@ class TextBlock(nn.Module):
 
     def _heads(self, qkv: Tensor) -> list[Tensor]:
         return [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1)]
+
+
+class Transformer(nn.Module):
+    """Holds the blocks under CLIP's names."""
+
+    def __init__(self, blocks: Iterable[TextBlock]):
+        super().__init__()
+        self.resblocks = nn.ModuleList(blocks)
+
+    def blocks(self) -> Iterator[TextBlock]:
+        return cast(Iterator[TextBlock], iter(self.resblocks))
 
 
 class TextEncoder(nn.Module):
@@ -78,6 +91,11 @@ class TextEncoder(nn.Module):
     Weights are CLIP's, under CLIP's names, and frozen; `prompt` (77, W) alone is trained, row p at position p.
     tokens: one list per class, [SOS] name [EOS]; a name may be up to 55 tokens long, or ValueError.
     """
+
+    codes: Tensor  # (C, S) int64
+    fixed: Tensor  # (C, S, 1) bool
+    mask: Tensor  # (S, 11 + S) bool
+    eos: Tensor  # (C,) int64
 
     def __init__(
         self,
@@ -91,10 +109,7 @@ class TextEncoder(nn.Module):
         self.backend = backend
         self.token_embedding = nn.Embedding(VOCABULARY, width)
         self.positional_embedding = nn.Parameter(torch.zeros(CONTEXT, width))
-        self.transformer = nn.Module()
-        self.transformer.resblocks = nn.ModuleList(
-            TextBlock(width, max(1, width // 64), backend) for _ in range(layers)
-        )
+        self.transformer = Transformer(TextBlock(width, max(1, width // 64), backend) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, dim))
         # Not used here: CLIP's own temperature, kept so that official checkpoints come back as they went in.
@@ -141,7 +156,7 @@ class TextEncoder(nn.Module):
         after = slice(PREFIX, PREFIX + rows)
         suffix = torch.where(self.fixed, self.token_embedding(self.codes), learned[after]) + positions[after]
         x = torch.cat([prefix, suffix.flatten(0, 1)])  # [11 + C·S, W]
-        for block in self.transformer.resblocks:
+        for block in self.transformer.blocks():
             x = block(x, classes, self.mask)
         last = x[PREFIX:].unflatten(0, (classes, rows))[torch.arange(classes, device=x.device), self.eos]  # [C, W]
         norm = (self.ln_final.weight, self.ln_final.bias)
@@ -159,7 +174,7 @@ class TextEncoder(nn.Module):
         draw(self.token_embedding.weight, 0.02)
         draw(self.positional_embedding, 0.01)
         draw(self.text_projection, width**-0.5)
-        for block in self.transformer.resblocks:
+        for block in self.transformer.blocks():
             draw(block.attn.in_proj_weight, width**-0.5)
             draw(block.attn.out_proj.weight, (2 * layers * width) ** -0.5)
             draw(block.mlp.c_fc.weight, (2 * width) ** -0.5)

@@ -1,5 +1,7 @@
 """AVFusion: audio-visual fusion."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +46,8 @@ class AVFusion(nn.Module):
     def forward(self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
         """(B, T, D), (B, T, D) -> (B, T, D). `lengths` (B,) hides padded audio from cross attention alone."""
         if self.mode == "gated":
-            gate, hidden, residual = self.gate_proj[0], self.residual_proj[0], self.residual_proj[2]
+            layers = self.gate_proj[0], self.residual_proj[0], self.residual_proj[2]
+            gate, hidden, residual = (cast(nn.Linear, layer) for layer in layers)
             return ops.gated_fusion(
                 visual,
                 audio,

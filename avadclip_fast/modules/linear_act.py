@@ -42,6 +42,8 @@ def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear) -> Tensor:
 class TemporalConv(nn.Conv1d):
     """A Conv1d over time that takes and gives (B, T, D); zero padding keeps T. Parameters as in nn.Conv1d."""
 
+    bias: nn.Parameter  # there always is one
+
     def __init__(self, inputs: int, outputs: int, taps: int, backend: str | None = None):
         super().__init__(inputs, outputs, taps, padding=taps // 2)
         self.backend = backend

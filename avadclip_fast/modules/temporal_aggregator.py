@@ -65,6 +65,7 @@ class TemporalAggregator(nn.Module):
         valid = lengths if self.padding == "masked" else None
         first, third = self.gc1, self.gc3  # both read x: one product with both weights side by side, one convolution
         projected = ops.linear_act(x, torch.cat([first.weight, third.weight], dim=1).T, backend=self.backend)
+        assert first.residual is not None and third.residual is not None  # their widths differ
         skipped = ops.linear_act(
             x,
             torch.cat([first.residual.weight, third.residual.weight]),

@@ -1,5 +1,8 @@
 """UncertaintyHead: the student's feature and how sure it is of it."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -36,9 +39,9 @@ class UncertaintyHead(nn.Module):
 
     def forward(self, v: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         mu = v
-        for layer in self.conv:
+        for layer in cast(Iterable[_Named], self.conv):
             mu = layer.conv[0](mu, "relu", residual=mu, lengths=lengths)
-        first, _, middle, last = self.theta.theta
+        first, _, middle, last = cast(Iterable[TemporalConv], self.theta.theta)
         h = first(v, "relu")
         # The product of the weights costs 3·D³, the product it saves rows·D². An exported graph has no rows to go by.
         if torch.compiler.is_exporting() or v.shape[0] * v.shape[1] <= 3 * v.shape[2]:
@@ -47,7 +50,7 @@ class UncertaintyHead(nn.Module):
         return mu, -ops.linear_act(h, weight, bias, "relu", residual=v, lengths=lengths, backend=self.backend)
 
 
-def fold(conv: nn.Conv1d, after: nn.Conv1d) -> tuple[Tensor, Tensor]:
+def fold(conv: TemporalConv, after: TemporalConv) -> tuple[Tensor, Tensor]:
     """Weight (O, I, K) and bias (O,) of the one convolution that equals `after`, of one tap, behind `conv`."""
     matrix = after.weight[:, :, 0]  # [O, M]
     weight = (matrix @ conv.weight.flatten(1)).unflatten(1, conv.weight.shape[1:])  # [O, M] @ [M, I·K]
@@ -56,6 +59,9 @@ def fold(conv: nn.Conv1d, after: nn.Conv1d) -> tuple[Tensor, Tensor]:
 
 class _Named(nn.Module):
     """Holds children under given names, for the sake of the official parameter names."""
+
+    conv: nn.Sequential
+    theta: nn.Sequential
 
     def __init__(self, **children: nn.Module):
         super().__init__()
