@@ -83,14 +83,15 @@ void run(const Tensor& x, Tensor& out, Lengths lengths, double scale, cudaStream
 }
 
 Tensor distance_graph(const Tensor& values, double scale, const std::optional<Tensor>& lengths) {
-  STD_TORCH_CHECK(values.dim() == 3 && scale > 0, "values must have shape [B, T, E] and scale be positive");
+  check_dims("values", values, "[B, T, E]", 3);
+  STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
   const int64_t B = values.size(0), T = values.size(1), E = values.size(2);
   const Tensor x = dense(values);
   const std::optional<Tensor> l = lengths ? std::optional(dense(*lengths)) : std::nullopt;
+  const Lengths valid = l ? device_lengths(*l, B, T, values) : Lengths{nullptr, false, T};
   Tensor out = torch::stable::empty_like(x);
   if (out.numel() == 0) return out;
   const Launch launch(values);
-  const Lengths valid = l ? device_lengths(*l, B, T) : Lengths{nullptr, false, T};
   by_cuda_dtype(values.scalar_type(), [&](auto type) {
     using S = decltype(type);
     constexpr int WIDTH = 16 / sizeof(S);

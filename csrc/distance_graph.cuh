@@ -6,7 +6,7 @@
 // thread scans again from what came in. Tiles of a long video are joined in the same way, through global memory.
 #pragma once
 
-#include "team.cuh"
+#include "vector.cuh"
 
 namespace avadclip {
 
@@ -19,11 +19,6 @@ constexpr int TILE_THREADS = LANES * SEGMENTS;
 // a, a^SEGMENT and a^TILE_ROWS, each rounded once: joins then do not add up the rounding of `a`.
 struct Decay {
   float step, segment, tile;
-};
-
-template <class T, int WIDTH>
-struct alignas(sizeof(T) * WIDTH) Vector {
-  T at[WIDTH];
 };
 
 // What a thread holds: its rows, and the sums that leave its segment forwards and backwards.

@@ -52,7 +52,8 @@ CLONES void scan_channels(const T* v, T* out, S* carry, int64_t rows, int64_t st
 }
 
 Tensor distance_graph(const Tensor& values, double scale, const std::optional<Tensor>& lengths) {
-  STD_TORCH_CHECK(values.dim() == 3 && scale > 0, "values must have shape [B, T, E] and scale be positive");
+  check_dims("values", values, "[B, T, E]", 3);
+  STD_TORCH_CHECK(scale > 0, "scale must be positive, got ", scale);
   const int64_t B = values.size(0), T = values.size(1), E = values.size(2);
   const auto valid = lengths ? read_lengths(*lengths, B, T) : std::vector<int64_t>(B, T);
   const Tensor x = dense(values);

@@ -9,8 +9,9 @@ namespace {
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 
+// A block a processor is enough: batches are smaller than chips, and fewer registers would spill.
 template <class T>
-__global__ void __launch_bounds__(THREADS) mil_loss_kernel(
+__global__ void __launch_bounds__(THREADS, 1) mil_loss_kernel(
     const T* logits, const float* labels, Lengths lengths, int64_t C, int divisor, bool stored, float* losses,
     float* slope) {
   extern __shared__ float room[];
@@ -40,9 +41,9 @@ __global__ void __launch_bounds__(THREADS, 1) mil_align_loss_kernel(
   const auto key_of_class = [&](int c) {
     return Keys<T>{logits + b * rows * C + c, C, stored ? keys + int64_t(c) * n : nullptr};
   };
+  if (stored) store_columns(Block{partial}, logits + b * rows * C, n, C, keys);
   for (int c = warp; c < C; c += WARPS) {
     const Keys<T> key = key_of_class(c);
-    key.store(Warp{}, n);
     const auto top = key.select(Warp{}, n, k);
     const float mean = mean_of_selected(Warp{}, key, top, n, k);
     if (threadIdx.x % 32 == 0) {
@@ -54,9 +55,9 @@ __global__ void __launch_bounds__(THREADS, 1) mil_align_loss_kernel(
   __syncthreads();
   const float loss = align_loss(Block{partial}, pooled, label, alpha, C, pooled_slope, alpha_slopes + b * C);
   if (threadIdx.x == 0) losses[b] = loss;
-  for (int c = warp; c < C; c += WARPS)
-    align_column_backward(Warp{}, key_of_class(c), selected[c], n, int(rows),
-                          pooled_slope[c] / float(k) / float(B), slope + b * rows * C + c);
+  for (int c = threadIdx.x; c < C; c += THREADS) pooled_slope[c] = pooled_slope[c] / float(k) / float(B);
+  __syncthreads();
+  align_slopes(Block{partial}, key_of_class, selected, pooled_slope, n, rows, C, slope + b * rows * C);
 }
 
 // Means over the batch: block 0 of the losses, block 1 + c of alpha's slopes.
@@ -73,20 +74,30 @@ __global__ void __launch_bounds__(THREADS) mean_over_batch_kernel(
   if (threadIdx.x == 0) *(c < 0 ? loss : alpha_slope + c) = total / float(B);
 }
 
+template <int WIDTH>
 __global__ void __launch_bounds__(THREADS) scale_kernel(
     const float* slope, const float* grad, int64_t count, float* out) {
+  using V = Vector<float, WIDTH>;
   const float factor = *grad;
-  for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < count; i += int64_t(gridDim.x) * THREADS)
-    out[i] = factor * slope[i];
+  for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < count / WIDTH; i += int64_t(gridDim.x) * THREADS) {
+    V part = reinterpret_cast<const V*>(slope)[i];
+#pragma unroll
+    for (float& x : part.at) x *= factor;
+    reinterpret_cast<V*>(out)[i] = part;
+  }
 }
 
 std::tuple<Tensor, Tensor> mil_loss(
     const Tensor& logits, const Tensor& labels, const Tensor& lengths, int64_t divisor) {
-  STD_TORCH_CHECK(logits.dim() == 2 && labels.dim() == 2 && divisor >= 1, "logits must be [B, T], labels [B, C]");
+  check_dims("logits", logits, "[B, T]", 2);
+  check_dims("labels", labels, "[B, C]", 2);
+  check_divisor(divisor);
   const int64_t B = logits.size(0), T = logits.size(1), C = labels.size(1);
-  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Float && labels.size(0) == B && T < 1 << 30,
-                  "labels must be [B, C] float32, T below 2^30");
+  check("labels", labels, {B, C}, ScalarType::Float, logits);
+  STD_TORCH_CHECK(C > 0, "labels must have a class, the first being normal");
+  STD_TORCH_CHECK(T < 1 << 30, "T must be below 2^30, got ", T);
   const Tensor x = dense(logits), y = dense(labels), l = dense(lengths);
+  const Lengths valid = device_lengths(l, B, T, logits);
   Tensor loss = empty(logits, {}, ScalarType::Float), slope = empty(logits, {B, T}, ScalarType::Float);
   const Launch launch(logits);
   Tensor losses = empty(logits, {B}, ScalarType::Float);
@@ -95,7 +106,7 @@ std::tuple<Tensor, Tensor> mil_loss(
     by_cuda_dtype(logits.scalar_type(), [&](auto type) {
       using S = decltype(type);
       mil_loss_kernel<S><<<blocks(B), THREADS, stored ? T * 4 : 0, launch.stream>>>(
-          data<S>(x), data<float>(y), device_lengths(l, B, T), C, int(std::min<int64_t>(divisor, 1 << 30)), stored,
+          data<S>(x), data<float>(y), valid, C, int(std::min<int64_t>(divisor, 1 << 30)), stored,
           mutable_data<float>(losses), mutable_data<float>(slope));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
     });
@@ -107,17 +118,16 @@ std::tuple<Tensor, Tensor> mil_loss(
 
 std::tuple<Tensor, Tensor, Tensor> mil_align_loss(
     const Tensor& logits, const Tensor& labels, const Tensor& lengths, const Tensor& alpha, int64_t divisor) {
-  STD_TORCH_CHECK(logits.dim() == 3 && divisor >= 1, "logits must be [B, T, C]");
+  check_dims("logits", logits, "[B, T, C]", 3);
+  check_divisor(divisor);
   const int64_t B = logits.size(0), T = logits.size(1), C = logits.size(2);
-  STD_TORCH_CHECK(labels.dim() == 2 && labels.size(0) == B && labels.size(1) == C && T < 1 << 30 &&
-                      labels.scalar_type() == ScalarType::Float,
-                  "labels must be [B, C] float32, T below 2^30");
-  STD_TORCH_CHECK(alpha.is_cuda() && alpha.dim() == 1 && alpha.size(0) == C &&
-                      alpha.scalar_type() == ScalarType::Float,
-                  "alpha must be [C] float32");
+  check("labels", labels, {B, C}, ScalarType::Float, logits);
+  check("alpha", alpha, {C}, ScalarType::Float, logits);
+  STD_TORCH_CHECK(T < 1 << 30, "T must be below 2^30, got ", T);
   const int64_t table = TABLE * C + 8;
   STD_TORCH_CHECK(C > 0 && table <= SHARED_BYTES, "C must lie in 1..", SHARED_BYTES / TABLE - 1, ", got ", C);
   const Tensor x = dense(logits), y = dense(labels), a = dense(alpha), l = dense(lengths);
+  const Lengths valid = device_lengths(l, B, T, logits);
   Tensor slope = empty(logits, {B, T, C}, ScalarType::Float);
   Tensor loss = empty(logits, {}, ScalarType::Float), alpha_slope = empty(logits, {C}, ScalarType::Float);
   Tensor losses = empty(logits, {B}, ScalarType::Float), alpha_slopes = empty(logits, {B, C}, ScalarType::Float);
@@ -127,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> mil_align_loss(
     by_cuda_dtype(logits.scalar_type(), [&](auto type) {
       using S = decltype(type);
       mil_align_loss_kernel<S><<<blocks(B), THREADS, table + (stored ? T * C * 4 : 0), launch.stream>>>(
-          data<S>(x), data<float>(y), data<float>(a), device_lengths(l, B, T), int(C),
+          data<S>(x), data<float>(y), data<float>(a), valid, int(C),
           int(std::min<int64_t>(divisor, 1 << 30)), stored, mutable_data<float>(losses),
           mutable_data<float>(slope), mutable_data<float>(alpha_slopes));
       STD_CUDA_KERNEL_LAUNCH_CHECK();
@@ -141,14 +151,16 @@ std::tuple<Tensor, Tensor, Tensor> mil_align_loss(
 
 // Slopes were made in the forward pass; what is left is the chain rule's last factor.
 Tensor scaled(const Tensor& slope, const Tensor& grad) {
-  STD_TORCH_CHECK(grad.is_cuda() && grad.numel() == 1 && grad.scalar_type() == ScalarType::Float,
-                  "grad must be a float32 scalar on the device");
+  check("grad", grad, {}, ScalarType::Float, slope);
+  STD_TORCH_CHECK(slope.scalar_type() == ScalarType::Float, "slope must be of dtype Float, got ", slope.scalar_type());
   const Tensor x = dense(slope);
   Tensor out = torch::stable::empty_like(x);
   if (x.numel() == 0) return out;
   const Launch launch(slope);
   const int64_t count = x.numel();
-  scale_kernel<<<blocks(std::min<int64_t>((count + THREADS - 1) / THREADS, 4096)), THREADS, 0, launch.stream>>>(
+  const bool vectors = count % 4 == 0 && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  const auto kernel = vectors ? scale_kernel<4> : scale_kernel<1>;
+  kernel<<<blocks(std::min<int64_t>((count + THREADS - 1) / THREADS, 4096)), THREADS, 0, launch.stream>>>(
       data<float>(x), data<float>(grad), count, mutable_data<float>(out));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;

@@ -63,9 +63,7 @@ HD A align_loss(const Team& team, const A* s, const A* labels, const A* alpha, i
 template <class Team, class T>
 HD float mil_video(const Team& team, const T* logits, int n, int k, int rows, float target, float scale,
                    float* probability, float* slope) {
-  team.each([&](int rank) {
-    for (int t = rank; t < n; t += team.size()) probability[t] = sigmoid(widen(logits[t]));
-  });
+  read_aligned(team, logits, n, [&](int64_t t, T x) { probability[t] = sigmoid(widen(x)); });
   const Keys<float> key{probability, 1, nullptr};
   const auto top = key.select(team, n, k);
   const float p = team.sum([&](int rank) {
@@ -75,22 +73,29 @@ HD float mil_video(const Team& team, const T* logits, int n, int k, int rows, fl
   }) / float(k);
   const auto bce = binary_cross_entropy(p, target);
   const float share = bce.slope * scale / float(k);
-  team.each([&](int rank) {
-    for (int t = rank; t < rows; t += team.size()) {
-      const bool chosen = t < n && top.has(key(t), t);
-      slope[t] = chosen ? share * probability[t] * (1.f - probability[t]) : 0.f;
-    }
+  write_aligned(team, slope, rows, [&](int64_t t) {
+    const bool chosen = t < n && top.has(key(int(t)), int(t));
+    return chosen ? share * probability[t] * (1.f - probability[t]) : 0.f;
   });
   return bce.loss;
 }
 
-// One column of mil_align_loss's gradient: share at what was selected, zero elsewhere.
+// The keys of one video's logits (n, C), a column after the other: stored[c * n + t].
 template <class Team, class T>
-HD void align_column_backward(const Team& team, const Keys<T>& key, Selection<key_t_of<T>> top, int n, int rows,
-                              float share, float* slope) {
-  team.each([&](int rank) {
-    for (int t = rank; t < rows; t += team.size())
-      slope[t * key.stride] = t < n && top.has(key(t), t) ? share : 0.f;
+HD void store_columns(const Team& team, const T* logits, int n, int C, uint32_t* stored) {
+  read_aligned(team, logits, int64_t(n) * C, [&](int64_t i, T x) {
+    stored[int(i) % C * n + int(i) / C] = key_of(widen(x));  // what fits in shared memory is fewer than 2^31
+  });
+}
+
+// mil_align_loss's gradient of one video's logits (rows, C): share_c at what was selected of column c, zero elsewhere.
+template <class Team, class KeysOf>
+HD void align_slopes(const Team& team, KeysOf keys_of, const Selection<uint32_t>* selected, const float* share, int n,
+                     int64_t rows, int C, float* slope) {
+  write_aligned(team, slope, rows * C, [&](int64_t i) {
+    const int64_t t = i / C;
+    const int c = int(i - t * C);
+    return t < n && selected[c].has(keys_of(c)(int(t)), int(t)) ? share[c] : 0.f;
   });
 }
 

@@ -1,5 +1,6 @@
 // mil_loss and mil_align_loss on the CPU: one pass makes a video's loss and its gradients.
 #include <algorithm>
+#include <limits>
 
 #include "mil_loss.cuh"
 #include "stable.h"
@@ -25,11 +26,15 @@ CLONES double video_mil(
 
 std::tuple<Tensor, Tensor> mil_loss(
     const Tensor& logits, const Tensor& labels, const Tensor& lengths, int64_t divisor) {
-  STD_TORCH_CHECK(logits.dim() == 2 && labels.dim() == 2 && divisor >= 1, "logits must be [B, T], labels [B, C]");
+  check_dims("logits", logits, "[B, T]", 2);
+  check_dims("labels", labels, "[B, C]", 2);
+  check_divisor(divisor);
   const int64_t B = logits.size(0), T = logits.size(1), C = labels.size(1);
-  const auto valid = read_lengths(lengths, B, T);
   const ScalarType kept = accumulator(logits.scalar_type());
-  STD_TORCH_CHECK(labels.scalar_type() == kept && labels.size(0) == B, "labels must be [B, C] in the loss's dtype");
+  check("labels", labels, {B, C}, kept, logits);
+  STD_TORCH_CHECK(C > 0, "labels must have a class, the first being normal");
+  STD_TORCH_CHECK(T < std::numeric_limits<int32_t>::max(), "T must be below 2^31, got ", T);
+  const auto valid = read_lengths(lengths, B, T);
   const Tensor x = dense(logits), y = dense(labels);
   Tensor loss = empty(logits, {}, kept), slope = empty(logits, {B, T}, kept);
   by_dtype(logits.scalar_type(), [&](auto type) {
@@ -70,14 +75,15 @@ CLONES void column_slope(const Key* keys, Selection<Key> top, int n, A share, in
 
 std::tuple<Tensor, Tensor, Tensor> mil_align_loss(
     const Tensor& logits, const Tensor& labels, const Tensor& lengths, const Tensor& alpha, int64_t divisor) {
-  STD_TORCH_CHECK(logits.dim() == 3 && divisor >= 1, "logits must be [B, T, C]");
+  check_dims("logits", logits, "[B, T, C]", 3);
+  check_divisor(divisor);
   const int64_t B = logits.size(0), T = logits.size(1), C = logits.size(2);
-  const auto valid = read_lengths(lengths, B, T);
   const ScalarType kept = accumulator(logits.scalar_type());
-  STD_TORCH_CHECK(labels.dim() == 2 && labels.size(0) == B && labels.size(1) == C && labels.scalar_type() == kept,
-                  "labels must be [B, C] in the loss's dtype");
-  STD_TORCH_CHECK(alpha.dim() == 1 && alpha.size(0) == C && alpha.scalar_type() == kept,
-                  "alpha must be [C] in the loss's dtype");
+  check("labels", labels, {B, C}, kept, logits);
+  check("alpha", alpha, {C}, kept, logits);
+  STD_TORCH_CHECK(C > 0, "logits must have a class");
+  STD_TORCH_CHECK(T < std::numeric_limits<int32_t>::max(), "T must be below 2^31, got ", T);
+  const auto valid = read_lengths(lengths, B, T);
   const Tensor x = dense(logits), y = dense(labels), a = dense(alpha);
   Tensor loss = empty(logits, {}, kept), slope = empty(logits, {B, T, C}, kept), alpha_slope = empty(alpha, {C}, kept);
   by_dtype(logits.scalar_type(), [&](auto type) {
@@ -116,8 +122,7 @@ std::tuple<Tensor, Tensor, Tensor> mil_align_loss(
 
 // Slopes were made in the forward pass; what is left is the chain rule's last factor.
 Tensor scaled(const Tensor& slope, const Tensor& grad) {
-  STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == slope.scalar_type(),
-                  "grad must be a scalar like the loss");
+  check("grad", grad, {}, slope.scalar_type(), slope);
   const Tensor x = dense(slope);
   Tensor out = torch::stable::empty_like(x);
   by_dtype(slope.scalar_type(), [&](auto type) {

@@ -154,13 +154,25 @@ void product_rows(const Tensor& a, const Tensor& b, int64_t n, int64_t rows, int
 struct Sizes {
   int64_t B, T, D, E;
 };
+Sizes sizes_of(const Tensor& features, const Tensor& values) {
+  check_dims("features", features, "[B, T, D]", 3);
+  check_dims("values", values, "[B, T, E]", 3);
+  const Sizes z{features.size(0), features.size(1), features.size(2), values.size(2)};
+  check("values", values, {z.B, z.T, z.E}, features.scalar_type(), features);
+  return z;
+}
+
+// weights (B, T, T) as similarity_graph returns them beside values of such a dtype.
+void check_mix(const Tensor& weights, const Tensor& values) {
+  check_dims("values", values, "[B, T, E]", 3);
+  const int64_t B = values.size(0), T = values.size(1);
+  check("weights", weights, {B, T, T}, accumulator(values.scalar_type()), values);
+}
 
 // features (B, T, D), values (B, T, E) -> out (B, T, E), weights A (B, T, T), cosines (B, T, T)
 std::tuple<Tensor, Tensor, Tensor> similarity_graph(
     const Tensor& features, const Tensor& values, const Tensor& lengths, double threshold) {
-  STD_TORCH_CHECK(features.dim() == 3 && values.dim() == 3, "features must be [B, T, D], values [B, T, E]");
-  STD_TORCH_CHECK(features.scalar_type() == values.scalar_type(), "features and values must have one dtype");
-  const Sizes z{features.size(0), features.size(1), features.size(2), values.size(2)};
+  const Sizes z = sizes_of(features, values);
   const auto valid = read_lengths(lengths, z.B, z.T);
   const ScalarType kept = accumulator(features.scalar_type());
   const Tensor x = dense(features), v = dense(values);
@@ -194,7 +206,11 @@ std::tuple<Tensor, Tensor, Tensor> similarity_graph(
 std::tuple<Tensor, Tensor> similarity_graph_backward(
     const Tensor& grad_out, const std::optional<Tensor>& grad_weights, const Tensor& features, const Tensor& values,
     const Tensor& weights, const Tensor& cosines, const Tensor& lengths, double threshold) {
-  const Sizes z{features.size(0), features.size(1), features.size(2), values.size(2)};
+  const Sizes z = sizes_of(features, values);
+  check("grad", grad_out, {z.B, z.T, z.E}, values.scalar_type(), values);
+  const ScalarType kept = accumulator(features.scalar_type());
+  for (const Tensor& x : {grad_weights.value_or(weights), weights, cosines})
+    check("weights and cosines", x, {z.B, z.T, z.T}, kept, features);
   const auto valid = read_lengths(lengths, z.B, z.T);
   const Tensor x = dense(features), v = dense(values), g = dense(grad_out), w = dense(weights), s = dense(cosines);
   const std::optional<Tensor> more = grad_weights ? std::optional(dense(*grad_weights)) : std::nullopt;
@@ -236,10 +252,9 @@ std::tuple<Tensor, Tensor> similarity_graph_backward(
 
 // out = weights values, once more by the same graph.
 Tensor similarity_mix(const Tensor& weights, const Tensor& values, const Tensor& lengths) {
+  check_mix(weights, values);
   const int64_t B = values.size(0), T = values.size(1), E = values.size(2);
   const auto valid = read_lengths(lengths, B, T);
-  STD_TORCH_CHECK(weights.scalar_type() == accumulator(values.scalar_type()),
-                  "weights must be float32, or float64 with values of float64");
   const Tensor w = dense(weights), v = dense(values);
   Tensor out = torch::stable::empty_like(v);
   by_dtype(values.scalar_type(), [&](auto type) {
@@ -260,6 +275,8 @@ Tensor similarity_mix(const Tensor& weights, const Tensor& values, const Tensor&
 
 std::tuple<Tensor, Tensor> similarity_mix_backward(
     const Tensor& grad_out, const Tensor& weights, const Tensor& values, const Tensor& lengths) {
+  check_mix(weights, values);
+  check("grad", grad_out, {values.size(0), values.size(1), values.size(2)}, values.scalar_type(), values);
   const int64_t B = values.size(0), T = values.size(1), E = values.size(2);
   const auto valid = read_lengths(lengths, B, T);
   const Tensor w = dense(weights), v = dense(values), g = dense(grad_out);

@@ -7,7 +7,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -50,9 +52,40 @@ inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, Sc
   return torch::stable::new_empty(like, shape, dtype);
 }
 
-// lengths (B) int32 or int64 on the CPU -> their values, each in 1..rows.
+template <class Sizes>
+std::string shape_of(const Sizes& sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
+// Operators can be called past the checks in Python: an argument that would lead out of bounds raises here.
+inline void check(const char* name, const Tensor& x, const std::vector<int64_t>& sizes, ScalarType dtype,
+                  const Tensor& first) {
+  const auto got = x.sizes();
+  STD_TORCH_CHECK(std::equal(got.begin(), got.end(), sizes.begin(), sizes.end()), name, " must have shape ",
+                  shape_of(sizes), ", got ", shape_of(got));
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, " must be of dtype ", dtype, ", got ", x.scalar_type());
+  STD_TORCH_CHECK(x.device() == first.device(), name, " must be on the device of the first argument");
+}
+inline void check_dims(const char* name, const Tensor& x, const char* shape, int64_t dims) {
+  STD_TORCH_CHECK(x.dim() == dims, name, " must have shape ", shape, ", got ", shape_of(x.sizes()));
+}
+inline void check_divisor(int64_t divisor) { STD_TORCH_CHECK(divisor >= 1, "divisor must be positive, got ", divisor); }
+
+// lengths (B), or (batch) if it is known, int32 or int64 -> B
+inline int64_t check_lengths(const Tensor& lengths, std::optional<int64_t> batch = {}) {
+  check_dims("lengths", lengths, "[B]", 1);
+  const int64_t B = lengths.size(0);
+  STD_TORCH_CHECK(!batch || B == *batch, "lengths must have shape [", *batch, "], got [", B, "]");
+  STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Int || lengths.scalar_type() == ScalarType::Long,
+                  "lengths must be int32 or int64, got ", lengths.scalar_type());
+  return B;
+}
+
+// lengths (B) on the CPU -> their values, each in 1..rows.
 inline std::vector<int64_t> read_lengths(const Tensor& lengths, int64_t batch, int64_t rows) {
-  STD_TORCH_CHECK(lengths.dim() == 1 && lengths.size(0) == batch, "lengths must have shape [", batch, "]");
+  check_lengths(lengths, batch);
   const Tensor values = dense(lengths);
   std::vector<int64_t> out(batch);
   for (int64_t b = 0; b < batch; ++b) {

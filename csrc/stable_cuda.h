@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "lengths.cuh"
 #include "stable.h"
 
 namespace avadclip {
@@ -15,7 +16,12 @@ struct Launch {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
 
-  explicit Launch(const Tensor& x) : guard(x.get_device_index()) {
+  // A call with tensors on several devices comes here if any of them is a GPU.
+  static const Tensor& on_cuda(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cuda(), "all tensors must be on one GPU, the first is not on any");
+    return x;
+  }
+  explicit Launch(const Tensor& x) : guard(on_cuda(x).get_device_index()) {
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
@@ -33,34 +39,12 @@ auto by_cuda_dtype(ScalarType dtype, F f) {
   return f(float{});
 }
 
-// lengths (B) int32 or int64 on the device, read by kernels, held to 1..rows so that no value can lead out of bounds.
-struct Lengths {
-  const void* data;
-  bool wide;
-  int64_t rows;
-
-  __device__ int64_t operator[](int64_t b) const {
-    if (data == nullptr) return rows;
-    const int64_t n = wide ? static_cast<const int64_t*>(data)[b] : static_cast<const int32_t*>(data)[b];
-    return n < 1 ? 1 : n > rows ? rows : n;
-  }
-  // The sum of those before b: where video b starts in packed rows.
-  template <class Team>
-  __device__ int64_t before(const Team& team, int64_t b) const {
-    return team.sum([&](int rank) {
-      int64_t sum = 0;
-      for (int64_t i = rank; i < b; i += team.size()) sum += (*this)[i];
-      return sum;
-    });
-  }
-};
-
-inline Lengths device_lengths(const Tensor& lengths, int64_t batch, int64_t rows) {
-  STD_TORCH_CHECK(lengths.is_cuda() && lengths.dim() == 1 && lengths.size(0) == batch && lengths.is_contiguous(),
-                  "lengths must be a contiguous tensor [", batch, "] on the device");
-  const bool wide = lengths.scalar_type() == ScalarType::Long;
-  STD_TORCH_CHECK(wide || lengths.scalar_type() == ScalarType::Int, "lengths must be int32 or int64");
-  return {lengths.const_data_ptr(), wide, rows};
+// `lengths` is contiguous, and its values stay unread: kernels hold them to 1..rows.
+inline Lengths device_lengths(const Tensor& lengths, int64_t batch, int64_t rows, const Tensor& first) {
+  check_lengths(lengths, batch);
+  check("lengths", lengths, {batch}, lengths.scalar_type(), first);
+  STD_TORCH_CHECK(batch == 0 || rows >= 1, "lengths must lie in 1..", rows);
+  return {lengths.const_data_ptr(), lengths.scalar_type() == ScalarType::Long, rows};
 }
 
 inline unsigned blocks(int64_t count) {

@@ -1,7 +1,7 @@
 // Exact selection of the k largest of a row, ties to the lowest index. Torch-free; host and device.
 #pragma once
 
-#include "team.cuh"
+#include "vector.cuh"
 
 namespace avadclip {
 
@@ -58,7 +58,9 @@ struct Keys {
   HD key_t_of<T> made(int t) const { return key_of(widen(column[t * stride])); }
   template <class Team>
   HD void store(const Team& team, int n) const {
-    if (stored) team.each([&](int rank) {
+    if (stored == nullptr) return;
+    if (stride == 1) return read_aligned(team, column, n, [&](int64_t t, T x) { stored[t] = key_of(widen(x)); });
+    team.each([&](int rank) {
       for (int t = rank; t < n; t += team.size()) stored[t] = made(t);
     });
   }
@@ -105,18 +107,21 @@ HD void topk_column(const Team& team, Keys<T> key, int n, int k, int slots, T* m
   });
 }
 
-// The gradient of one column, which is zero before: grad / k at each of its k indices.
+// The gradient of one column of `rows`, which is zero before: grad / k at each of its k indices, those within 0..rows.
 template <class Team, class T>
-HD void topk_column_backward(const Team& team, const int32_t* index, int slots, T grad, T* slope, int64_t stride) {
+HD void topk_column_backward(
+    const Team& team, const int32_t* index, int slots, T grad, int64_t rows, T* slope, int64_t stride) {
+  const auto chosen = [&](int i) { return index[i] >= 0 && index[i] < rows; };
   const int k = team.sum([&](int rank) {
     int count = 0;
-    for (int i = rank; i < slots; i += team.size()) count += index[i] >= 0;
+    for (int i = rank; i < slots; i += team.size()) count += chosen(i);
     return count;
   });
   T share;
   narrow(widen(grad) / acc_t<T>(k), share);
   team.each([&](int rank) {
-    for (int i = rank; i < k; i += team.size()) slope[index[i] * stride] = share;
+    for (int i = rank; i < slots; i += team.size())
+      if (chosen(i)) slope[index[i] * stride] = share;
   });
 }
 

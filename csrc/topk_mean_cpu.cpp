@@ -1,4 +1,5 @@
 // topk_mean on the CPU: a column's keys lie in scratch, where counting vectorises.
+#include <algorithm>
 #include <limits>
 
 #include "stable.h"
@@ -22,9 +23,10 @@ CLONES acc_t<T> column_top(const T* column, int64_t stride, int n, int k, key_t_
 }
 
 std::tuple<Tensor, Tensor> topk_mean(const Tensor& scores, const Tensor& lengths, int64_t divisor) {
-  STD_TORCH_CHECK(scores.dim() == 3 && divisor >= 1, "scores must have shape [B, T, C] and divisor be positive");
+  check_dims("scores", scores, "[B, T, C]", 3);
+  check_divisor(divisor);
   const int64_t B = scores.size(0), T = scores.size(1), C = scores.size(2);
-  STD_TORCH_CHECK(T < std::numeric_limits<int32_t>::max(), "T must be below 2^31");
+  STD_TORCH_CHECK(T < std::numeric_limits<int32_t>::max(), "T must be below 2^31, got ", T);
   const auto valid = read_lengths(lengths, B, T);
   const Tensor x = dense(scores);
   const int64_t K = T ? top_count(T, divisor) : 0;
@@ -46,8 +48,13 @@ std::tuple<Tensor, Tensor> topk_mean(const Tensor& scores, const Tensor& lengths
 }
 
 Tensor topk_mean_backward(const Tensor& grad, const Tensor& index, int64_t rows) {
+  check_dims("index", index, "[B, C, K]", 3);
   const int64_t B = index.size(0), C = index.size(1), K = index.size(2);
+  check("index", index, {B, C, K}, ScalarType::Int, grad);
+  check("grad", grad, {B, C}, grad.scalar_type(), grad);
   const Tensor g = dense(grad), chosen = dense(index);
+  const auto* all = data<int32_t>(chosen);
+  STD_TORCH_CHECK(std::all_of(all, all + B * C * K, [=](int32_t t) { return t < rows; }), "index must be below ", rows);
   Tensor out = empty(grad, {B, rows, C}, grad.scalar_type());
   torch::stable::zero_(out);
   by_dtype(grad.scalar_type(), [&](auto type) {

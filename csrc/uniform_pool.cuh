@@ -1,7 +1,7 @@
 // Which rows of a video a pooled row is the mean of. Torch-free; host and device.
 #pragma once
 
-#include "team.cuh"
+#include "vector.cuh"
 
 namespace avadclip {
 
@@ -25,15 +25,10 @@ HD int64_t first_pool_row(int64_t t, int64_t n, int64_t rows) {
   return row < 0 ? 0 : row;
 }
 
-template <class T, int WIDTH>
-struct alignas(sizeof(T) * WIDTH) PoolVector {
-  T at[WIDTH];
-};
-
 // out (D) = the mean of the range's rows of video (n, D). D = WIDTH * vectors.
 template <class T, int WIDTH, class Team>
 HD void pool_row(const Team& team, const T* video, Range range, int64_t D, T* out) {
-  using V = PoolVector<T, WIDTH>;
+  using V = Vector<T, WIDTH>;
   team.each([&](int rank) {
     for (int64_t d = rank * WIDTH; d < D; d += team.size() * WIDTH) {
       float sum[WIDTH] = {};
@@ -53,7 +48,7 @@ HD void pool_row(const Team& team, const T* video, Range range, int64_t D, T* ou
 // slope (D) = what row t of n gets from the pooled rows' gradient (rows, D): its share of every range it is in.
 template <class T, int WIDTH, class Team>
 HD void pool_row_backward(const Team& team, const T* grad, int64_t t, int64_t n, int64_t rows, int64_t D, T* slope) {
-  using V = PoolVector<T, WIDTH>;
+  using V = Vector<T, WIDTH>;
   team.each([&](int rank) {
     for (int64_t d = rank * WIDTH; d < D; d += team.size() * WIDTH) {
       float sum[WIDTH] = {};

@@ -1,6 +1,5 @@
 // uniform_pool on the CPU, and packing of valid rows. Videos lie one after the other in (N, D).
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <type_traits>
 
@@ -47,8 +46,9 @@ CLONES void narrow_row(const acc_t<T>* sum, int64_t width, T* out) {
 }
 
 Tensor uniform_pool(const Tensor& features, const Tensor& lengths, int64_t rows) {
-  STD_TORCH_CHECK(features.dim() == 2 && rows >= 1, "features must have shape [N, D] and rows be positive");
-  const int64_t N = features.size(0), D = features.size(1), B = lengths.size(0);
+  check_dims("features", features, "[N, D]", 2);
+  STD_TORCH_CHECK(rows >= 1, "rows must be positive, got ", rows);
+  const int64_t N = features.size(0), D = features.size(1), B = check_lengths(lengths);
   const auto first = starts(read_lengths(lengths, B, N));
   STD_TORCH_CHECK(first[B] == N, "lengths must sum to the ", N, " rows of features, got ", first[B]);
   const Tensor x = dense(features);
@@ -68,7 +68,7 @@ Tensor uniform_pool(const Tensor& features, const Tensor& lengths, int64_t rows)
 }
 
 Tensor uniform_pool_backward(const Tensor& grad, const Tensor& lengths, int64_t total) {
-  STD_TORCH_CHECK(grad.dim() == 3, "grad must have shape [B, rows, D]");
+  check_dims("grad", grad, "[B, rows, D]", 3);
   const int64_t B = grad.size(0), rows = grad.size(1), D = grad.size(2);
   const auto first = starts(read_lengths(lengths, B, total));
   STD_TORCH_CHECK(first[B] == total, "lengths must sum to ", total, ", got ", first[B]);
@@ -96,7 +96,7 @@ Tensor uniform_pool_backward(const Tensor& grad, const Tensor& lengths, int64_t 
 
 // (B, T, D) -> (N, D), the rows t < lengths[b] one after the other; and back, with zeros in the other rows.
 Tensor pack_rows(const Tensor& padded, const Tensor& lengths, int64_t total) {
-  STD_TORCH_CHECK(padded.dim() == 3, "padded must have shape [B, T, D]");
+  check_dims("padded", padded, "[B, T, D]", 3);
   const int64_t B = padded.size(0), T = padded.size(1), D = padded.size(2), bytes = D * padded.element_size();
   const auto first = starts(read_lengths(lengths, B, T));
   STD_TORCH_CHECK(first[B] == total, "lengths must sum to ", total, ", got ", first[B]);
@@ -106,14 +106,14 @@ Tensor pack_rows(const Tensor& padded, const Tensor& lengths, int64_t total) {
   char* to = mutable_data<char>(out);
   torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
-      std::memcpy(to + first[b] * bytes, from + b * T * bytes, (first[b + 1] - first[b]) * bytes);
+      std::copy_n(from + b * T * bytes, (first[b + 1] - first[b]) * bytes, to + first[b] * bytes);
   });
   return out;
 }
 
 Tensor unpack_rows(const Tensor& packed, const Tensor& lengths, int64_t rows) {
-  STD_TORCH_CHECK(packed.dim() == 2, "packed must have shape [N, D]");
-  const int64_t N = packed.size(0), D = packed.size(1), B = lengths.size(0), bytes = D * packed.element_size();
+  check_dims("packed", packed, "[N, D]", 2);
+  const int64_t N = packed.size(0), D = packed.size(1), B = check_lengths(lengths), bytes = D * packed.element_size();
   const auto first = starts(read_lengths(lengths, B, rows));
   STD_TORCH_CHECK(first[B] == N, "lengths must sum to the ", N, " rows of packed, got ", first[B]);
   const Tensor x = dense(packed);
@@ -123,8 +123,8 @@ Tensor unpack_rows(const Tensor& packed, const Tensor& lengths, int64_t rows) {
   torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t n = first[b + 1] - first[b];
-      std::memcpy(to + b * rows * bytes, from + first[b] * bytes, n * bytes);
-      std::memset(to + (b * rows + n) * bytes, 0, (rows - n) * bytes);
+      std::copy_n(from + first[b] * bytes, n * bytes, to + b * rows * bytes);
+      std::fill_n(to + (b * rows + n) * bytes, (rows - n) * bytes, 0);
     }
   });
   return out;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "distance_graph.cuh"
+#include "lengths.cuh"
 #include "mil_loss.cuh"
 #include "topk_mean.cuh"
 #include "uniform_pool.cuh"
@@ -79,7 +80,7 @@ static void test_topk() {
       CHECK((std::isnan(mean) && std::isnan(got)) || got == mean || std::abs(got - mean) <= eps * (1 + std::abs(mean)),
             "mean %g, expected %g", got, mean);
       std::vector<T> slope(n * stride, stored<T>(0));
-      topk_column_backward(team, index.data(), slots, stored<T>(k), slope.data(), stride);
+      topk_column_backward(team, index.data(), slots, stored<T>(k), n, slope.data(), stride);
       for (int t = 0; t < n; ++t) {
         const bool chosen = std::binary_search(expected.begin(), expected.end(), t);
         CHECK(widen(slope[t * stride]) == (chosen ? 1 : 0), "slope at %d of %d", t, n);
@@ -195,7 +196,7 @@ static void test_distance(int rows, int n, int E, double scale) {
 
 template <class T, int WIDTH>
 static void test_pool(int n, int rows, int D) {
-  std::vector<PoolVector<T, WIDTH>> video(n * D / WIDTH), pooled(rows * D / WIDTH), slope(n * D / WIDTH);
+  std::vector<Vector<T, WIDTH>> video(n * D / WIDTH), pooled(rows * D / WIDTH), slope(n * D / WIDTH);
   T *x = video.data()->at, *y = pooled.data()->at, *g = slope.data()->at;
   for (int i = 0; i < n * D; ++i) x[i] = stored<T>(normal());
   const Emulated team{64};
@@ -217,6 +218,73 @@ static void test_pool(int n, int rows, int D) {
   for (int t = 0; t < n; ++t) pool_row_backward<T, WIDTH>(team, y, t, n, rows, D, g + t * D);
   for (int i = 0; i < n * D; ++i)
     CHECK(std::abs(widen(g[i]) - right[i]) <= (sizeof(T) == 4 ? 1e-5 : 2e-2) * (1 + right[i]), "gradient, n %d", n);
+}
+
+// Arrays that start anywhere: every element is visited once, and nothing else is written.
+template <class T>
+static void test_vectors() {
+  for (int start = 0; start < 16 / int(sizeof(T)); ++start)
+    for (int n : {0, 1, 3, 7, 8, 9, 31, 64, 100}) {
+      std::vector<Vector16<T>> room(16 + n / 2), result(room);
+      T *x = room.data()->at + start, *out = result.data()->at;
+      for (int i = 0; i < n; ++i) x[i] = stored<T>(i + 1);
+      std::fill_n(out, start + n + 8, stored<T>(-1));
+      for (int threads : {1, 32}) {
+        std::vector<int> visits(n);
+        read_aligned(Emulated{threads}, x, n, [&](int64_t i, T value) { visits[i] += int(widen(value)); });
+        for (int i = 0; i < n; ++i) CHECK(visits[i] == i + 1, "start %d n %d at %d: %d", start, n, i, visits[i]);
+        write_aligned(Emulated{threads}, out + start, n, [&](int64_t i) { return x[i]; });
+        for (int i = -start; i < n + 8; ++i)
+          CHECK(widen(out[start + i]) == (i < 0 || i >= n ? -1 : i + 1), "start %d n %d at %d", start, n, i);
+      }
+    }
+}
+
+// A video's logits in columns, and the gradient back in rows.
+template <class T>
+static void test_columns() {
+  for (int C : {1, 2, 7, 16})
+    for (int n : {1, 5, 33}) {
+      const int rows = n + 3;
+      std::vector<T> logits(rows * C);
+      for (auto& x : logits) x = stored<T>(normal());
+      std::vector<uint32_t> keys(n * C);
+      std::vector<Selection<uint32_t>> selected(C);
+      std::vector<float> share(C), slope(rows * C, 9);
+      store_columns(Emulated{64}, logits.data(), n, C, keys.data());
+      for (bool keep : {false, true}) {
+        const auto keys_of = [&](int c) {
+          return Keys<T>{logits.data() + c, C, keep ? keys.data() + int64_t(c) * n : nullptr};
+        };
+        for (int c = 0; c < C; ++c) selected[c] = keys_of(c).select(Emulated{32}, n, top_count(n, 16)), share[c] = c + 1;
+        align_slopes(Emulated{64}, keys_of, selected.data(), share.data(), n, rows, C, slope.data());
+        for (int c = 0; c < C; ++c) {
+          std::vector<double> x(n);
+          for (int t = 0; t < n; ++t) x[t] = widen(logits[t * C + c]);
+          const auto top = expected_top(x, top_count(n, 16));
+          for (int t = 0; t < rows; ++t)
+            CHECK(slope[t * C + c] == (std::binary_search(top.begin(), top.end(), t) ? c + 1 : 0), "C %d n %d", C, n);
+        }
+      }
+    }
+}
+
+// Whatever lengths and indices a caller hands over, device code stays inside of its memory.
+static void test_hostile_numbers() {
+  const int64_t rows = 5, extremes[] = {INT64_MIN, -1, 0, 3, 6, INT64_MAX};
+  const int32_t narrow_extremes[] = {INT32_MIN, -1, 0, 3, 6, INT32_MAX}, held[] = {1, 1, 1, 3, 5, 5};
+  for (const Lengths& lengths : {Lengths{extremes, true, rows}, Lengths{narrow_extremes, false, rows}})
+    for (int b = 0; b < 6; ++b) {
+      CHECK(lengths[b] == held[b], "length %d", int(lengths[b]));
+      CHECK(lengths.before(Emulated{4}, b) == std::accumulate(held, held + b, 0), "before %d", b);
+      const Video video = packed_video(Emulated{4}, lengths, b);
+      CHECK(video.first >= 0 && video.n >= 1 && video.first + video.n <= rows, "video %d", b);
+      CHECK(b > 3 || (video.n == std::min(held[b], 5 - b) && video.first == b), "video %d", b);
+    }
+  const int32_t index[] = {-1, 5, 2, INT32_MAX, INT32_MIN, 0};
+  std::vector<float> slope(rows);
+  topk_column_backward(Emulated{32}, index, 6, 1.f, rows, slope.data(), 1);
+  CHECK((slope == std::vector<float>{0.5, 0, 0.5, 0, 0}), "of six indices two are rows");
 }
 
 int main() {
@@ -241,6 +309,12 @@ int main() {
       test_pool<float, 1>(n, rows, 3);
       test_pool<bf16, 8>(n, rows, 8);
     }
+  test_hostile_numbers();
+  test_vectors<float>();
+  test_vectors<bf16>();
+  test_columns<float>();
+  test_columns<bf16>();
+  test_columns<f16>();
   std::printf(failures ? "%d failures\n" : "all hold\n", failures);
   return failures != 0;
 }
