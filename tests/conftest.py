@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from standins import pair  # noqa: F401  a fixture
 
 
 @pytest.fixture(scope="session")

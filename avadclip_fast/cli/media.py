@@ -1,4 +1,4 @@
-"""Commands for videos: extract, detect."""
+"""Commands for videos: extract, detect, stream."""
 
 import json
 import os
@@ -29,6 +29,27 @@ VisualWeights = Annotated[str, Option(help="openai (downloaded), random (tests),
 Audio = Annotated[str, Option(help="wav2clip, module:factory, or none to leave the sound out.")]
 AudioWeights = Annotated[
     str | None, Option(help="Path of Wav2CLIP.pt, https://...#sha256=..., or random (tests).", show_default=False)
+]
+Model = Annotated[Path, Option("--model", "-m", help="A run, a model folder, or a folder of teacher/ and student/.")]
+Student = Annotated[
+    Path | None, Option(help="A student beside a teacher, for where there is no sound.", show_default=False)
+]
+Names = Annotated[
+    str | None,
+    Option(
+        "--classes",
+        help='Names to look for in place of the model\'s own, normal first: "normal,brawl".',
+        show_default=False,
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    Option(
+        min=0.0,
+        max=1.0,
+        help="Score of an event; the model's own, of its held-out videos, by default.",
+        show_default=False,
+    ),
 ]
 
 
@@ -115,28 +136,11 @@ def detect(
     videos: Annotated[
         list[Path], Argument(help="Videos, folders of them, or lists (.csv with a path column, or .txt).")
     ],
-    model: Annotated[
-        Path, Option("--model", "-m", help="A run, a model folder, or a folder of teacher/ and student/.")
-    ],
-    student: Annotated[
-        Path | None, Option(help="A student beside a teacher, for where there is no sound.", show_default=False)
-    ] = None,
+    model: Model,
+    student: Student = None,
     output: Annotated[Path, Option("--output", "-o", help="Folder of the results.")] = Path("detections"),
-    classes: Annotated[
-        str | None,
-        Option(
-            help='Names to look for in place of the model\'s own, normal first: "normal,brawl".', show_default=False
-        ),
-    ] = None,
-    threshold: Annotated[
-        float | None,
-        Option(
-            min=0.0,
-            max=1.0,
-            help="Score of an event; the model's own, of its held-out videos, by default.",
-            show_default=False,
-        ),
-    ] = None,
+    classes: Names = None,
+    threshold: Threshold = None,
     every: Every = 16,
     fps: Fps = None,
     geometry: GeometryName = Geometry.crops,
@@ -206,3 +210,74 @@ def detect(
         typer.echo(f"failed: {one['reason']}", err=True)
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def stream(
+    source: Annotated[str, Argument(help="A file, a device (/dev/video0), or an rtsp, http, udp or srt address.")],
+    model: Model,
+    student: Student = None,
+    classes: Names = None,
+    threshold: Threshold = None,
+    every: Every = 16,
+    fps: Fps = None,
+    window: Annotated[
+        int | None, Option(min=1, help="Snippets in sight; as many as the model takes by default.", show_default=False)
+    ] = None,
+    delay: Annotated[int, Option(min=0, help="Snippets that a score waits for what follows.")] = 0,
+    longest: Annotated[float, Option(min=0.1, help="Seconds after which an event is told though it lasts.")] = 10.0,
+    retries: Annotated[int, Option(min=0, help="Times in a row to connect again before giving up.")] = 8,
+    geometry: GeometryName = Geometry.crops,
+    visual_encoder: Visual = "clip",
+    visual_weights: VisualWeights = "openai",
+    audio_encoder: Audio = "wav2clip",
+    audio_weights: AudioWeights = None,
+    device: Device = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Watch a stream: one line of JSON for each event on standard output, as it ends.
+
+    What cannot be scored in time is dropped, and counted. A lost connection is made again. Ctrl-C ends it, and the
+    event at hand is told.
+    """
+    from datetime import UTC, datetime, timedelta
+
+    from ..engine.detect import event_record, load_scorers
+    from ..engine.online import OnlineDetector
+    from ..engine.stop import listening
+    from ..media.errors import import_av
+    from ..media.live import LiveSource
+
+    import_av()
+    scorers = load_scorers(model, student, [] if classes is None else classes.split(","))
+    hears = "audio" in scorers[0].model.streams()
+    seen, heard = encoders(visual_encoder, visual_weights, audio_encoder if hears else "none", audio_weights, device)
+    detector, by, began = None, "", None
+
+    def tell(events) -> None:
+        for event in events:
+            clock = (began + timedelta(seconds=event.start)).isoformat(timespec="milliseconds")
+            typer.echo(json.dumps({"source": source, "clock": clock, **event_record(event)}))
+            sys.stdout.flush()
+
+    with listening() as request, tqdm(unit="snippet", disable=quiet) as bar:
+        live = LiveSource(source, every, fps, retries, until=lambda: request.number is not None)
+        try:
+            for snippet in live:
+                if detector is None:
+                    began = datetime.now(UTC) - timedelta(seconds=snippet.time)
+                    detector = OnlineDetector(
+                        scorers, seen, heard, seconds=live.seconds, window=window, delay=delay, longest=longest,
+                        threshold=threshold, geometry=geometry.value, device=_device(device),
+                    )  # fmt: skip
+                tell(detector.push(snippet.image, snippet.sound, snippet.time))
+                if detector.by != by and not quiet:
+                    by = detector.by
+                    tqdm.write(f"{snippet.time:.1f} s: scored by the {by}", file=sys.stderr)
+                bar.update()
+                bar.set_postfix(score=f"{detector.score:.2f}", dropped=live.dropped, reconnects=live.reconnects)
+        finally:
+            if detector is not None:
+                tell(detector.flush())
+                counts = f"{live.frames} frames, {live.dropped} dropped; connected again {live.reconnects} times"
+                typer.echo(counts, err=True)

@@ -148,18 +148,13 @@ def detect(
     """
     visual = found.visual[0].astype(np.float32)
     first, last = scorers[0], scorers[-1]
-    width = first.model.temporal.positions.embedding_dim
-    if visual.shape[1] != width or (found.audio is not None and found.audio.shape[1] != width):
-        raise DataError(f"the encoders give {visual.shape[1]} numbers a snippet, the model takes {width}")
+    check_widths(first.model, visual.shape[1], None if found.audio is None else found.audio.shape[1])
     n = len(visual)
-    if first.model.streams() == ("audio",):
-        raise DataError("detect looks at videos: a student of the sound alone cannot")
     if "audio" not in first.model.streams():
         parts = [Part(0, n, "student", "the model needs no sound")]
     else:
-        other = "student" if len(scorers) > 1 else "teacher without sound"
         parts = [
-            Part(start, end, "teacher" if heard else other, why)
+            Part(start, end, "teacher" if heard else deaf_name(scorers), why)
             for start, end, heard, why in sound_parts(found.heard, found.audio is not None, found.seconds)
         ]
     anomaly = np.zeros(n, np.float32)
@@ -177,6 +172,20 @@ def detect(
             anomaly[here], probabilities[here] = unheard.anomaly[here], unheard.probabilities[here]
         thresholds[here] = scorer.calibration.align.threshold if threshold is None else threshold
     return Detection(name, first.model.classes, found.times, found.seconds, anomaly, probabilities, thresholds, parts)
+
+
+def check_widths(model: Detector, visual: int, audio: int | None) -> None:
+    """Raises DataError where a model cannot take what encoders of these widths give."""
+    if model.streams() == ("audio",):
+        raise DataError("a student of the sound alone cannot look at videos: give a teacher, or a student of sight")
+    width = model.temporal.positions.embedding_dim
+    if wrong := [given for given in (visual, audio) if given not in (width, None)]:
+        raise DataError(f"the encoders give {wrong[0]} numbers a snippet, the model takes {width}")
+
+
+def deaf_name(scorers: Sequence[Scorer]) -> str:
+    """Who scores where there is no sound: the last of `load_scorers`."""
+    return "teacher without sound" if "audio" in scorers[-1].model.streams() else "student"
 
 
 def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: str | torch.device) -> VideoScores:
@@ -230,6 +239,19 @@ def time_code(seconds: float) -> str:
     return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}.{rest % 1000:03}"
 
 
+def event_record(event: Event) -> dict:
+    """For JSON: seconds, time codes, class, the highest score, and the mean probability of the class."""
+    return {
+        "start": round(event.start, 3),
+        "end": round(event.end, 3),
+        "start_code": time_code(event.start),
+        "end_code": time_code(event.end),
+        "class": event.name,
+        "score": round(event.score, 6),
+        "probability": round(event.probability, 6),
+    }
+
+
 def as_record(detection: Detection, source: str | Path) -> dict:
     """All that was found, for JSON."""
     edges = detection.edges
@@ -241,18 +263,7 @@ def as_record(detection: Detection, source: str | Path) -> dict:
             {"start": round(float(edges[p.start]), 3), "end": round(float(edges[p.end]), 3), "by": p.by, "why": p.why}
             for p in detection.parts
         ],
-        "events": [
-            {
-                "start": round(e.start, 3),
-                "end": round(e.end, 3),
-                "start_code": time_code(e.start),
-                "end_code": time_code(e.end),
-                "class": e.name,
-                "score": round(e.score, 6),
-                "probability": round(e.probability, 6),
-            }
-            for e in detection.events()
-        ],
+        "events": [event_record(e) for e in detection.events()],
         "snippets": {
             "time": np.round(detection.times, 3).tolist(),
             "score": np.round(detection.scores.astype(float), 6).tolist(),

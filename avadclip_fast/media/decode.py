@@ -57,6 +57,8 @@ def opened(source: str | Path, live: bool = False) -> Iterator:
                     # An open file, so that no name is taken for a protocol; what a playlist names is not followed.
                     target, options = stack.enter_context(open(path, "rb")), {"protocol_whitelist": "none"}
             container = stack.enter_context(av.open(target, format=form, options=options, timeout=wait))
+        except MediaError:
+            raise
         except OSError as error:  # FFmpeg's errors are of this kind too
             raise MediaError(f"{source}: not a readable video: {error.strerror or error}") from error
         except (av.error.FFmpegError, ValueError) as error:

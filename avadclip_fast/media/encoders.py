@@ -3,7 +3,9 @@
 A visual encoder is anything with `size` (pixels a side) and `width` that takes uint8 (N, 3, size, size) and gives
 (N, width); an audio encoder anything with `rate` (it must be 16,000 Hz) and `width` that takes N windows of samples and
 gives (N, width). Windows are sliced like an array, windows[a:b] -> (b - a, samples) float32: they may be too many to
-hold at once. One video's windows come together. "module:factory" names a function (device) -> encoder.
+hold at once. One video's windows come together; in a stream they come one by one, and an encoder which standardises
+by all of them has statistics(windows) -> (mean, std) besides, and takes them as `statistics`, as Wav2CLIP's does.
+"module:factory" names a function (device) -> encoder.
 """
 
 import importlib
@@ -124,9 +126,9 @@ def _by_name(name: str, device: str, wanted: tuple[str, ...]):
     return encoder
 
 
-def encoded(name: str, encoder, given, rows: int) -> np.ndarray:
+def encoded(name: str, encoder, given, rows: int, **options) -> np.ndarray:
     """encoder(given) as (rows, width) float32. Raises MediaError where an encoder does not keep to the protocol."""
-    out = torch.as_tensor(encoder(given)).detach().float().cpu().numpy()
+    out = torch.as_tensor(encoder(given, **options)).detach().float().cpu().numpy()
     if out.shape != (rows, encoder.width):
         raise MediaError(f"the {name} encoder gave shape {out.shape}, expected {(rows, encoder.width)}")
     if not np.isfinite(out).all():

@@ -1,0 +1,150 @@
+"""Detection in a stream: a snippet at a time, with a bounded memory of what was, and events as they end."""
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..media.crops import cut
+from ..media.decode import RATE, SILENCE
+from ..media.encoders import AudioEncoder, VisualEncoder, encoded
+from .detect import PAUSE, Event, Scorer, check_widths, deaf_name, event_of, score
+
+
+class OnlineDetector:
+    """Takes the snippets of a stream as they come, and gives its events.
+
+        detector = OnlineDetector(load_scorers("model"), ClipVisual(), Wav2Clip("Wav2CLIP.pt"), seconds=16 / 25)
+        for frame, audio in camera:                  # (H, W, 3) uint8 RGB; (n,) float32 mono at 16 kHz, or None
+            for event in detector.push(frame, audio):
+                print(event)
+
+    A snippet is scored in sight of the `window` snippets up to it (by default as many as the model takes) and of
+    `delay` snippets after it: by the teacher while there is sound, by the student, if there is one, when there has
+    been none for PAUSE seconds. An event is given when it ends, or has lasted `longest` seconds: the next then begins
+    where it ended. A gap of more than PAUSE seconds in time ends everything: what follows is scored afresh.
+
+    seconds: of a snippet, which should be as long as those that the model was trained on. threshold: in place of the
+    models' own. by: who scored last; score: the last score, 1 - p(normal).
+    Raises DataError where the encoders do not fit the model.
+    """
+
+    def __init__(
+        self,
+        scorers: Sequence[Scorer],
+        visual: VisualEncoder,
+        audio: AudioEncoder | None = None,
+        *,
+        seconds: float,
+        window: int | None = None,
+        delay: int = 0,
+        longest: float = 10.0,
+        threshold: float | None = None,
+        geometry: str = "crops",
+        device: str | torch.device = "cpu",
+    ):
+        first = scorers[0].model
+        check_widths(first, visual.width, None if audio is None else audio.width)
+        self.scorers, self.visual, self.device, self.geometry = list(scorers), visual, device, geometry
+        self.audio = audio if "audio" in first.streams() else None
+        self.seconds, self.delay, self.longest, self.threshold = seconds, delay, longest, threshold
+        self.window = min(window or (1 << 30), first.temporal.positions.num_embeddings)
+        if not 0 <= delay < self.window:
+            raise ValueError(f"delay must be from 0 to less than the window of {self.window} snippets; got {delay}")
+        self.by, self.score = "", 0.0
+        self._time: float | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen: deque = deque(maxlen=self.window)  # features (D,) of each snippet
+        self._heard: deque = deque(maxlen=self.window)
+        self._loudness: deque = deque(maxlen=self.window)  # mean and mean square of each spectrogram
+        self._sounding = 0  # snippets since there is sound, pauses included
+        self._silent = 0.0  # seconds since there was any
+        self._open: list[np.ndarray] = []  # probabilities (C,) of the snippets of the event at hand
+        self._from = self._last = 0.0  # where its first and its last snippet begin
+        self._later: list[tuple[float, np.ndarray, float]] = []  # time, probabilities, threshold: not told yet
+
+    def push(self, frame: np.ndarray, audio: np.ndarray | None = None, time: float | None = None) -> list[Event]:
+        """One snippet. Returns the events that ended.
+
+        frame: (H, W, 3) uint8 RGB; audio: (n,) float32 mono at 16 kHz, None where there is no sound; time: seconds,
+        rising; without, it follows on the last.
+        """
+        events = []
+        if time is None:
+            time = 0.0 if self._time is None else self._time + self.seconds
+        if self._time is not None and time - self._time > PAUSE + self.seconds:
+            events = self.flush()
+        self._time = time
+        images = cut(frame, 1, self.geometry, self.visual.size)
+        self._seen.append(encoded("visual", self.visual, images, 1)[0])
+        self._listen(audio)
+        hears = self._sounding > 0
+        scorer = self.scorers[0 if hears else -1]
+        rows = min(self._sounding, len(self._seen)) if hears else len(self._seen)
+        visual = np.stack(list(self._seen)[-rows:])
+        heard = np.stack(list(self._heard)[-rows:]) if hears else None
+        probabilities = score(scorer, visual, heard, self.device).probabilities
+        self.by = "teacher" if hears else deaf_name(self.scorers)
+        self.score = float(1 - probabilities[-1, 0])
+        threshold = scorer.calibration.align.threshold if self.threshold is None else self.threshold
+        self._later.append((time, probabilities[-1], threshold))
+        # what was scored before is scored again in sight of what came since, by whoever scores now
+        for i in range(2, min(len(self._later), rows) + 1):
+            self._later[-i] = self._later[-i][0], probabilities[-i], threshold
+        while len(self._later) > self.delay:
+            events += self._judge(*self._later.pop(0))
+        return events
+
+    def flush(self) -> list[Event]:
+        """The events that are still open; what follows is scored afresh."""
+        events = [event for one in self._later for event in self._judge(*one)]
+        if self._open:
+            events.append(self._close(self._last + self.seconds))
+        self._forget()
+        return events
+
+    def _listen(self, audio: np.ndarray | None) -> None:
+        loud = False
+        if self.audio is not None and audio is not None:
+            samples = np.zeros(round(self.seconds * RATE), np.float32)
+            samples[: len(audio)] = audio[: len(samples)]
+            loud = bool(np.sqrt(np.mean(samples**2)) > SILENCE)
+            self._heard.append(self._embedded(samples[None]))
+        else:
+            self._heard.append(np.zeros(self.scorers[0].model.temporal.positions.embedding_dim, np.float32))
+        self._silent = 0.0 if loud else self._silent + self.seconds
+        if loud or (self._sounding and self._silent < PAUSE):
+            self._sounding += 1
+        else:
+            self._sounding = 0
+
+    def _embedded(self, samples: np.ndarray) -> np.ndarray:
+        """(1, n) -> (D,), standardised by the window's statistics where the encoder takes them."""
+        if not hasattr(self.audio, "statistics"):
+            return encoded("audio", self.audio, samples, 1)[0]
+        mean, std = self.audio.statistics(samples)
+        self._loudness.append((mean, std**2 + mean**2))
+        mean, square = np.mean(self._loudness, axis=0)  # all windows are of one size
+        statistics = float(mean), float(max(square - mean**2, 0.0)) ** 0.5
+        return encoded("audio", self.audio, samples, 1, statistics=statistics)[0]
+
+    def _judge(self, time: float, probabilities: np.ndarray, threshold: float) -> list[Event]:
+        events = []
+        if 1 - probabilities[0] >= threshold:
+            if not self._open:
+                self._from = time
+            self._open.append(probabilities)
+            self._last = time
+            if time + self.seconds - self._from >= self.longest - 1e-6:
+                events.append(self._close(time + self.seconds))
+        elif self._open:
+            events.append(self._close(time))
+        return events
+
+    def _close(self, end: float) -> Event:
+        event = event_of(self._from, end, self.scorers[0].model.classes, np.stack(self._open))
+        self._open = []
+        return event

@@ -1,0 +1,193 @@
+"""Snippets of a stream that is still being made: a camera, an RTSP or HTTP address; or of a file, as if it were one.
+
+A thread reads and decodes; what is not fetched in time is dropped, so that memory and delay stay bounded.
+"""
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .decode import GAP, RATE, Mono, decoded, opened, upright, video_stream
+from .errors import MediaError, import_av
+
+WAITING = 4  # snippets between the reader and who fetches them
+LAG = 1.0  # seconds that a snippet waits for its sound, which may come after its picture
+LONGEST_PAUSE = 30.0  # seconds between two tries to connect again
+
+
+class Snippet(NamedTuple):
+    """One moment of a stream."""
+
+    time: float  # seconds from the start of the stream
+    image: np.ndarray  # (H, W, 3) uint8 RGB, upright: its first frame
+    sound: np.ndarray | None  # (n,) float32 mono at RATE, zeros where nothing came; None: no audio stream
+    frames: int  # that it stands for
+
+
+class LiveSource:
+    """Iterates over the snippets of a file, a device such as /dev/video0, or an rtsp, http, udp or srt address.
+
+    every: frames a snippet, or fps: snippets a second. A stream without a known end is *live*: snippets that wait too
+    long are dropped, oldest first, and a lost connection is made again, up to `retries` times in a row. A file is read
+    as fast as it is fetched. until: is asked twice a second whether to end.
+    Raises MediaError: not there, not a video, lost for good.
+
+    seconds: of a snippet, once the first has come. frames, dropped, reconnects: counts so far.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        every: int = 16,
+        fps: float | None = None,
+        retries: int = 8,
+        until: Callable[[], bool] = lambda: False,
+    ):
+        self.source, self.every, self.fps, self.retries, self.until = source, every, fps, retries, until
+        self.seconds = 1 / fps if fps is not None else 0.0
+        self.frames = self.dropped = self.reconnects = 0
+        self.live = False
+        self._queue: queue.Queue = queue.Queue(WAITING)
+        self._closed = threading.Event()
+
+    def __iter__(self) -> Iterator[Snippet]:
+        thread = threading.Thread(target=self._read, name=f"reading {self.source}", daemon=True)
+        thread.start()
+        try:
+            while not self.until():
+                try:
+                    item = self._queue.get(timeout=0.5)
+                except queue.Empty:
+                    continue
+                if item is None:
+                    return
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            self._closed.set()
+
+    def _read(self) -> None:
+        begun, last, tries = None, 0.0, 0  # begun: when time 0 was
+        try:
+            while not self._closed.is_set():
+                lost = MediaError(f"{self.source}: the stream ended")
+                try:
+                    # a server may send faster than it was filmed: time still does not run backwards
+                    now = 0.0 if begun is None else max(time.monotonic() - begun, last + self.seconds)
+                    for snippet in self._snippets(now):
+                        begun, last, tries = begun or time.monotonic() - snippet.time, snippet.time, 0
+                        self._put(snippet)
+                except MediaError as error:
+                    if begun is None or not self.live:
+                        raise
+                    lost = error
+                if not self.live:
+                    break
+                if tries == self.retries:
+                    raise MediaError(f"{lost}; not back after {tries} tries")
+                tries += 1
+                self.reconnects += 1
+                self._closed.wait(min(0.25 * 2**tries, LONGEST_PAUSE))
+            self._put(None)
+        except Exception as error:  # it is raised where the snippets are fetched
+            self._put(error)
+
+    def _put(self, item) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=0 if self.live and isinstance(item, Snippet) else 0.5)
+            except queue.Full:
+                if self.live and isinstance(item, Snippet):
+                    try:
+                        self.dropped += self._queue.get_nowait().frames
+                    except queue.Empty:
+                        pass  # it was fetched just now
+
+    def _snippets(self, offset: float) -> Iterator[Snippet]:
+        """The snippets of one connection; its first frame is at `offset` seconds."""
+        av = import_av()
+        with opened(self.source, live=True) as container:
+            video = video_stream(container, self.source)
+            audio = container.streams.audio[0] if container.streams.audio else None
+            self.live = container.duration is None
+            rate = float(video.average_rate or video.guessed_rate or 25)
+            self.seconds = self.seconds or self.every / rate
+            waiting: deque[tuple[float, np.ndarray, int]] = deque()  # time, image, frames so far
+            mono, sound = Mono(), Ring(self.seconds + 2 * LAG + WAITING * self.seconds)
+            start, now, seen, due = None, 0.0, 0, 0
+            try:
+                for packet in container.demux(*(stream for stream in (video, audio) if stream is not None)):
+                    if self._closed.is_set():
+                        return
+                    if packet.stream is audio:
+                        for block in (block for frame in decoded(packet) for block in mono(frame)):
+                            sound.add(*block)
+                        continue
+                    for frame in decoded(packet):
+                        at = frame.time if frame.time is not None else seen / rate + (start or 0.0)
+                        start = at if start is None else start
+                        now = max(now, at - start)
+                        if now / self.seconds >= due - 1e-6:
+                            image = upright(frame, frame.to_ndarray(format="rgb24"))
+                            waiting.append((now, image, seen))
+                            due = int(now / self.seconds + 1e-6) + 1
+                        seen += 1
+                        self.frames += 1
+                    while waiting and self._complete(waiting[0][0], now, start, audio, sound):
+                        yield self._made(waiting, seen, start, offset, audio, sound)
+            except (av.error.FFmpegError, OSError) as error:
+                self.dropped += seen - waiting[0][2] if waiting else 0
+                raise MediaError(f"{self.source}: lost after {seen} frames: {error.strerror or error}") from error
+            for block in mono.rest():
+                sound.add(*block)
+            while waiting:
+                yield self._made(waiting, seen, start, offset, audio, sound)
+            if seen == 0:
+                raise MediaError(f"{self.source}: holds no frame that can be decoded")
+
+    def _complete(self, at: float, now: float, start: float, audio, sound: "Ring") -> bool:
+        """Whether all of the snippet at `at` has come, or has been waited for long enough."""
+        end = at + self.seconds
+        return now >= end and (audio is None or sound.end - start >= end or now >= end + LAG)
+
+    def _made(self, waiting: deque, seen: int, start: float, offset: float, audio, sound: "Ring") -> Snippet:
+        at, image, first = waiting.popleft()
+        frames = (waiting[0][2] if waiting else seen) - first
+        heard = None if audio is None else sound.take(start + at, round(self.seconds * RATE))
+        return Snippet(offset + at, image, heard, frames)
+
+
+class Ring:
+    """The last seconds of a stream's sound, (n,) float32 at RATE."""
+
+    def __init__(self, seconds: float):
+        self.size = round(seconds * RATE)
+        self.samples = np.zeros(0, np.float32)
+        self.end = 0.0  # seconds, of the last sample
+
+    def add(self, at: float, block: np.ndarray) -> None:
+        """Samples from `at` on: a gap becomes silence, what is there already is left out."""
+        gap = at - self.end
+        if len(self.samples) == 0 or gap > self.size / RATE:
+            self.samples, self.end, gap = np.zeros(0, np.float32), at, 0.0
+        if gap > GAP:
+            block = np.concatenate([np.zeros(round(gap * RATE), np.float32), block])
+        elif gap < -GAP:
+            block = block[round(-gap * RATE) :]
+        self.samples = np.concatenate([self.samples, block])[-self.size :]
+        self.end += len(block) / RATE
+
+    def take(self, at: float, samples: int) -> np.ndarray:
+        """(samples,) from `at` on, zeros where there is nothing."""
+        out = np.zeros(samples, np.float32)
+        first = round((at - self.end) * RATE) + len(self.samples)  # of self.samples, maybe before its start
+        here = self.samples[max(first, 0) : max(first + samples, 0)]
+        out[max(-first, 0) : max(-first, 0) + len(here)] = here
+        return out

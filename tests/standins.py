@@ -1,0 +1,72 @@
+"""Encoders that stand in for CLIP and Wav2CLIP, and a teacher and a student that were trained on what they give."""
+
+import numpy as np
+import pytest
+import torch
+
+from avadclip_fast import AVadCLIP, AVadCLIPStudent, data
+from avadclip_fast.engine.recipe import ROBUST, ROBUST_STUDENT, Recipe
+from avadclip_fast.engine.train import fit
+
+AXES = torch.from_numpy(np.linalg.qr(np.random.default_rng(1).standard_normal((512, 3)))[0].T.astype(np.float32))
+CODES = {"A": "normal", "B1": "fighting", "G": "explosion"}
+
+
+def seen(level):
+    """Dark, grey and bright as three directions, as long as CLIP's features are; (N,) in 0..255 -> (N, 512)."""
+    level = torch.as_tensor(level, dtype=torch.float32)
+    near = torch.stack([1 - (level - at).abs() / 60 for at in (30, 120, 220)], 1).clamp_min(0)  # [N, 3]
+    return 10 * near @ AXES
+
+
+class Sight:
+    size, width = 32, 512
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, images):
+        return seen(images.float().mean((1, 2, 3)))
+
+
+class Hearing:
+    rate, width = 16_000, 512
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, windows):
+        loud = torch.from_numpy(np.sqrt((windows[:] ** 2).mean(1)))
+        return loud[:, None] * AXES[2]
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """A folder of teacher/ and student/, trained to know grey as fighting and bright as explosion."""
+    folder = tmp_path_factory.mktemp("pair")
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(60):
+        code = list(CODES)[i % 3] if i % 2 else "A"
+        n = int(rng.integers(20, 32))
+        level = rng.uniform(15, 45, n)
+        if code != "A":
+            start = int(rng.integers(0, n - 3))
+            level[start : start + 3] = rng.uniform(-15, 15, 3) + {"B1": 120, "G": 220}[code]
+        sound = torch.from_numpy(rng.uniform(0, 0.4, n).astype(np.float32))[:, None] * AXES[2]
+        paths = folder / f"{i}.npy", folder / f"{i}_sound.npy"
+        for path, x, scale in zip(paths, (seen(level), sound), (0.1, 0.01), strict=True):
+            np.save(path, x.numpy() + rng.normal(0, scale, x.shape).astype(np.float32))
+        rows.append(data.Row(*paths, code, i))
+    features = data.FeatureSet.load(rows, CODES, 32)
+    torch.manual_seed(0)
+    teacher = AVadCLIP(list(CODES.values()), length=32, text_weights="random", text_layers=1)
+    quick = {"epochs": 6, "milestones": (5,), "batch_size": 12, "temporal_lr": ROBUST["temporal_lr"]}
+    fit(teacher, features, Recipe(**{**ROBUST, **quick}), folder / "teacher", progress=False)
+    student = AVadCLIPStudent.beside(teacher, window=4)
+    recipe = Recipe(**{**ROBUST_STUDENT, **quick})
+    fit(student, features, recipe, folder / "student", teacher=teacher, progress=False)
+    return folder
+
+
+NAMED = ["--visual-encoder", "standins:Sight", "--audio-encoder", "standins:Hearing"]

@@ -1,0 +1,245 @@
+"""Streams: sources that never end, snippets of them, and events told as they come."""
+
+import http.server
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from standins import NAMED, Hearing, Sight
+from test_cli import call, mistake
+from test_detect import film
+from videos import make_video
+
+from avadclip_fast.data import DataError
+from avadclip_fast.engine import detect
+from avadclip_fast.engine.online import OnlineDetector
+from avadclip_fast.media import MediaError
+from avadclip_fast.media.live import WAITING, LiveSource, Ring
+from avadclip_fast.media.wav2clip import Wav2Clip
+
+pytest.importorskip("av")
+
+SECONDS = 0.2  # of a snippet
+LOUD = 0.3 * np.sin(np.arange(round(SECONDS * 16_000)) / 6).astype(np.float32)
+
+
+def grey(level):
+    return np.full((48, 64, 3), level, np.uint8)
+
+
+def online(pair, teacher=True, **options):
+    scorers = detect.load_scorers(pair if teacher else pair / "student")
+    return OnlineDetector(scorers, Sight("cpu"), Hearing("cpu"), seconds=SECONDS, **options)
+
+
+def pushed(detector, levels, audio=None):
+    """(number of the snippet, event) of every event that was told."""
+    return [(i, event) for i, level in enumerate(levels) for event in detector.push(grey(level), audio)]
+
+
+def overlap(event, start, end):
+    return (min(event.end, end) - max(event.start, start)) / (max(event.end, end) - min(event.start, start))
+
+
+def test_events_are_told_as_they_end(pair):
+    levels = np.full(40, 30)
+    levels[12:20] = 220
+    detector = online(pair, teacher=False)
+    ((at, event),) = pushed(detector, levels)
+    assert event.name == "explosion" and overlap(event, 12 * SECONDS, 20 * SECONDS) >= 0.5
+    assert at == round(event.end / SECONDS)  # told by the first snippet that is no part of it
+    assert detector.by == "student" and detector.flush() == []
+    ((later, same),) = pushed(online(pair, teacher=False, delay=3), levels)
+    assert later == round(same.end / SECONDS) + 3 and overlap(same, 12 * SECONDS, 20 * SECONDS) >= 0.5
+
+
+def test_a_long_event_is_told_in_parts_and_the_last_by_flush(pair):
+    detector = online(pair, teacher=False, longest=1.0)
+    events = [event for _, event in pushed(detector, np.full(23, 220))] + detector.flush()
+    assert len(events) >= 4 and all(a.end == pytest.approx(b.start) for a, b in zip(events, events[1:], strict=False))
+    assert all(e.end - e.start == pytest.approx(1.0) for e in events[:-1]) and events[-1].end == pytest.approx(23 * 0.2)
+    assert detector.flush() == []
+
+
+def test_the_student_takes_over_after_a_pause(pair):
+    detector = online(pair)
+    by = []
+    for i in range(70):
+        detector.push(grey(30), LOUD if i < 10 or i >= 60 else np.zeros_like(LOUD))
+        by.append(detector.by)
+    pause = round(detect.PAUSE / SECONDS)
+    assert set(by[: 10 + pause - 1]) == {"teacher"} and set(by[10 + pause : 60]) == {"student"}
+    assert set(by[60:]) == {"teacher"}
+    detector.push(grey(30), None)  # no sound any more is silence too
+    assert detector.by == "teacher"
+
+
+def test_the_teacher_scores_what_sounds_as_detect_does(pair):
+    """The newest score is the last one of a video that ends there."""
+    detector = online(pair)
+    levels = np.random.default_rng(0).integers(20, 220, 15)
+    for level in levels:
+        detector.push(grey(level), LOUD)
+    seen = Sight("cpu")(torch.stack([torch.full((3, 32, 32), int(x), dtype=torch.uint8) for x in levels])).numpy()
+    heard = np.stack([Hearing("cpu")(LOUD[None])[0].numpy()] * 15)
+    scores = detect.score(detector.scorers[0], seen, heard, "cpu").probabilities
+    assert detector.score == pytest.approx(1 - scores[-1, 0], abs=1e-5)
+
+
+def test_a_gap_begins_afresh_and_memory_is_bounded(pair):
+    detector = online(pair, window=8)
+    for i in range(40):
+        detector.push(grey(220), LOUD, i * SECONDS)
+    assert len(detector._seen) == len(detector._heard) == 8 and len(detector._open) <= 10 / SECONDS
+    told = detector.push(grey(30), LOUD, 100.0)
+    assert [round(e.end, 3) for e in told] == [8.0] and len(detector._seen) == 1
+
+
+def test_what_does_not_fit_is_refused(pair):
+    scorers = detect.load_scorers(pair)
+    wide = Sight("cpu")
+    wide.width = 768
+    with pytest.raises(DataError, match="768 numbers a snippet, the model takes 512"):
+        OnlineDetector(scorers, wide, seconds=SECONDS)
+    with pytest.raises(ValueError, match="less than the window"):
+        online(pair, window=4, delay=4)
+
+
+def test_wav2clip_is_standardised_by_the_window(pair):
+    """Given the same snippets, the last is embedded as it is within the whole."""
+    encoder = Wav2Clip("random")
+    detector = OnlineDetector(detect.load_scorers(pair), Sight("cpu"), encoder, seconds=SECONDS)
+    windows = np.random.default_rng(0).normal(0, 0.1, (5, len(LOUD))).astype(np.float32)
+    windows *= np.array([1, 3, 0.2, 2, 1], np.float32)[:, None]
+    for samples in windows:
+        detector.push(grey(30), samples)
+    # 1e-3: its statistics weigh by n, the whole's by n - 1
+    torch.testing.assert_close(torch.from_numpy(detector._heard[-1]), encoder(windows)[-1], rtol=1e-3, atol=1e-3)
+
+
+# --- sources ---
+
+
+@pytest.fixture
+def server():
+    """serve(bodies) -> address: each connection is given the next body, slowly if told; then it is refused."""
+    running = []
+
+    def serve(bodies, rate=None):
+        left = list(bodies)
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                if not left:
+                    return self.send_error(404)
+                self.send_response(200)
+                self.end_headers()  # no length: FFmpeg cannot know where it ends
+                body = left.pop(0)
+                try:
+                    for start in range(0, len(body), 1880):
+                        self.wfile.write(body[start : start + 1880])
+                        if rate:
+                            time.sleep(1880 / rate)
+                except OSError:
+                    pass  # the reader has gone
+
+            def log_message(self, *_):
+                pass
+
+        one = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        one.daemon_threads = True
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        running.append(one)
+        return f"http://127.0.0.1:{one.server_port}/live.ts"
+
+    yield serve
+    for one in running:
+        one.shutdown()
+
+
+def test_a_file_is_read_whole_however_slowly_it_is_fetched(tmp_path):
+    path = make_video(tmp_path / "a.mkv", frames=100, audio=2, tone=(0.64, 1.28))
+    live = LiveSource(path)
+    snippets = []
+    for snippet in live:
+        time.sleep(0.02)
+        snippets.append(snippet)
+    assert [round(s.time / 0.64) for s in snippets] == list(range(7)) and live.seconds == pytest.approx(0.64)
+    assert [round(float(s.image.mean())) // 8 for s in snippets[:3]] == [0, 8, 16]  # frame i is a grey of 4 * i
+    assert [bool(np.abs(s.sound).max() > 0.1) for s in snippets[:4]] == [False, True, False, False]
+    assert (live.frames, live.dropped, live.reconnects) == (100, 0, 0) and not live.live
+
+
+def test_a_slow_fetcher_of_a_live_stream_loses_snippets_not_time(tmp_path, server):
+    body = make_video(tmp_path / "a.ts", frames=400, audio=1).read_bytes()
+    live = LiveSource(server([body]), every=4, retries=0)
+    fetched, most = [], 0
+    with pytest.raises(MediaError, match="not back after 0 tries"):
+        for snippet in live:
+            most = max(most, live._queue.qsize())
+            time.sleep(0.05)
+            fetched.append(snippet)
+    assert live.live and live.dropped > 0 and most <= WAITING
+    assert live.frames == live.dropped + sum(snippet.frames for snippet in fetched) >= 390  # a few die with the line
+    assert fetched[-1].time >= 96 * 0.16  # the newest are never what is dropped
+
+
+def test_a_lost_connection_is_made_again(tmp_path, server):
+    body = make_video(tmp_path / "a.ts", frames=64, audio=1).read_bytes()
+    live = LiveSource(server([body, body], rate=2e6), every=16, retries=1)
+    times = []
+    with pytest.raises(MediaError, match="not back after 1 tries"):
+        for snippet in live:
+            times.append(snippet.time)
+    # of a line that breaks, the last snippet is not whole
+    assert 6 <= len(times) <= 8 and live.reconnects == 2 and 120 <= live.frames <= 128
+    assert (np.diff(times) > 0.5).all()  # they go on, and never run backwards
+
+
+def test_sources_that_are_none(tmp_path, server):
+    for source, wrong in (
+        (server([]), "not a readable video"),
+        (tmp_path / "none.mp4", "no such file"),
+        ("file:///etc/passwd", "file:// is not read"),
+        ("ftp://x/y.mp4", "ftp:// is not read"),
+        ("concat:a.mp4|b.mp4", "no such file"),
+    ):
+        with pytest.raises(MediaError, match=wrong):
+            next(iter(LiveSource(source)))
+
+
+def test_it_ends_when_asked(tmp_path, server):
+    body = make_video(tmp_path / "a.ts", frames=250).read_bytes()
+    asked = threading.Event()
+    live = LiveSource(server([body], rate=2e4), until=asked.is_set)
+    seen = 0
+    for _ in live:
+        seen += 1
+        asked.set()
+    assert seen == 1
+
+
+def test_ring_keeps_the_last_seconds():
+    ring = Ring(1.0)
+    ring.add(5.0, np.full(8000, 1, np.float32))
+    ring.add(5.75, np.full(8000, 2, np.float32))  # a quarter of a second is missing
+    assert ring.end == pytest.approx(6.25) and len(ring.samples) == 16_000
+    assert ring.take(5.4, 8000)[[0, 1599, 1601, 5599, 5601, 7999]].tolist() == [1, 1, 0, 0, 2, 2]
+    assert not ring.take(0.0, 100).any() and not ring.take(9.0, 100).any()
+    ring.add(5.75, np.full(16_000, 3, np.float32))  # half of it is there already
+    assert ring.end == pytest.approx(6.75) and ring.take(6.25, 8000).tolist() == [3] * 8000
+
+
+def test_stream_command(pair, tmp_path, capsys):
+    film(tmp_path / "a.mkv", [(12, 20, 220)], audio=1, tone=(0, 6))
+    assert call("stream", tmp_path / "a.mkv", "-m", pair, "--every", "5", *NAMED) == 0
+    said = capsys.readouterr()
+    (line,) = map(json.loads, said.out.splitlines())  # nothing else on standard output
+    assert line["class"] == "explosion" and line["source"].endswith("a.mkv") and line["clock"].endswith("+00:00")
+    assert (min(line["end"], 4) - max(line["start"], 2.4)) / (max(line["end"], 4) - min(line["start"], 2.4)) >= 0.5
+    assert "scored by the teacher" in said.err and "150 frames, 0 dropped; connected again 0 times" in said.err
+    assert "no such file" in mistake(capsys, "stream", tmp_path / "none.mkv", "-m", pair, "-q", *NAMED)
+    assert "gopher:// is not read" in mistake(capsys, "stream", "gopher://x", "-m", pair, "-q", *NAMED)
