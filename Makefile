@@ -36,7 +36,7 @@ sanitize: $(VENV)/installed
 	export LD_PRELOAD="$(foreach name,$(RUNTIMES),$$(c++ -print-file-name=$(name)))" ASAN_OPTIONS=detect_leaks=0; \
 	$(BIN)/python -c 'from avadclip_fast import _build; assert "sanitize" in _build.__file__ and not _build.CPP_MISSING' && \
 	$(BIN)/python -m pytest --capture=sys -k 'cpp or Operators' tests/test_csrc.py \
-		$(addprefix tests/test_,$(addsuffix .py,topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows)) $(ARGS)
+		$(addprefix tests/test_,$(addsuffix .py,operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows)) $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -50,7 +50,7 @@ HD void join_segments(const Team& team, Own& own, Joins<WIDTH>& joins, const T* 
     for (int i = 0; i < SEGMENT; ++i) {
       const int64_t t = first + segment * SEGMENT + i;
       rows[i] = {};
-      if (lane < lanes && t < n) rows[i] = *reinterpret_cast<const Vector<T, WIDTH>*>(v + t * stride + lane * WIDTH);
+      if (lane < lanes && t < n) rows[i] = load<WIDTH>(v + t * stride + lane * WIDTH);
     }
 #pragma unroll
     for (int i = 0; i < SEGMENT; ++i)
@@ -117,7 +117,7 @@ HD void write_tile(const Team& team, Own& own, const Joins<WIDTH>& joins, T* out
       }
       const int64_t t = first + segment * SEGMENT + i;
       if (t >= n) row = {};
-      if (t < rows) *reinterpret_cast<Vector<T, WIDTH>*>(out + t * stride + lane * WIDTH) = row;
+      if (t < rows) store(row, out + t * stride + lane * WIDTH);
     }
   });
 }

@@ -77,13 +77,12 @@ __global__ void __launch_bounds__(THREADS) mean_over_batch_kernel(
 template <int WIDTH>
 __global__ void __launch_bounds__(THREADS) scale_kernel(
     const float* slope, const float* grad, int64_t count, float* out) {
-  using V = Vector<float, WIDTH>;
   const float factor = *grad;
   for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < count / WIDTH; i += int64_t(gridDim.x) * THREADS) {
-    V part = reinterpret_cast<const V*>(slope)[i];
+    auto part = load<WIDTH>(slope + i * WIDTH);
 #pragma unroll
     for (float& x : part.at) x *= factor;
-    reinterpret_cast<V*>(out)[i] = part;
+    store(part, out + i * WIDTH);
   }
 }
 

@@ -47,11 +47,12 @@ HD A align_loss(const Team& team, const A* s, const A* labels, const A* alpha, i
   const A weight = over_classes([&](int c) { return y(c) * alpha[c]; });
   const A whole = over_classes([&](int c) { return y(c); });
   const A miss = A(1) - q;
+  const A nought = ce - ce;  // NaN where the loss is infinite: it has no slope then
   team.each([&](int rank) {
     for (int c = rank; c < C; c += team.size()) {
       const A p = exp(log_p(c));
       const A ce_slope = whole * p - y(c), q_slope = p * (y(c) - q);
-      slope[c] = (ce_slope * (A(1) + weight * miss * miss) - A(2) * weight * miss * ce * q_slope) / A(2);
+      slope[c] = (ce_slope * (A(1) + weight * miss * miss) - A(2) * weight * miss * ce * q_slope) / A(2) + nought;
       alpha_slope[c] = y(c) * miss * miss * ce / A(2);
     }
   });
@@ -74,8 +75,9 @@ HD float mil_video(const Team& team, const T* logits, int n, int k, int rows, fl
   const auto bce = binary_cross_entropy(p, target);
   const float share = bce.slope * scale / float(k);
   write_aligned(team, slope, rows, [&](int64_t t) {
-    const bool chosen = t < n && top.has(key(int(t)), int(t));
-    return chosen ? share * probability[t] * (1.f - probability[t]) : 0.f;
+    if (t >= n) return 0.f;
+    const float p = probability[t];
+    return (top.has(key(int(t)), int(t)) ? share : 0.f) * p * (1.f - p);  // a NaN shows, chosen or not
   });
   return bce.loss;
 }

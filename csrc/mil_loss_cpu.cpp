@@ -20,7 +20,7 @@ CLONES double video_mil(
   for (int t = 0; t < n; ++t) sum += top.has(keys[t], t) ? double(slope[t]) : 0.;
   const auto bce = binary_cross_entropy<A>(A(sum / k), A(target));
   const A share = A(bce.slope * scale / k);
-  for (int t = 0; t < n; ++t) slope[t] = top.has(keys[t], t) ? share * slope[t] * (A(1) - slope[t]) : A(0);
+  for (int t = 0; t < n; ++t) slope[t] = (top.has(keys[t], t) ? share : A(0)) * slope[t] * (A(1) - slope[t]);
   return bce.loss;
 }
 

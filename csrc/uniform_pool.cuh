@@ -33,14 +33,14 @@ HD void pool_row(const Team& team, const T* video, Range range, int64_t D, T* ou
     for (int64_t d = rank * WIDTH; d < D; d += team.size() * WIDTH) {
       float sum[WIDTH] = {};
       for (int64_t t = range.begin; t < range.end(); ++t) {
-        const V row = *reinterpret_cast<const V*>(video + t * D + d);
+        const V row = load<WIDTH>(video + t * D + d);
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) sum[e] += widen(row.at[e]);
       }
       V mean;
 #pragma unroll
       for (int e = 0; e < WIDTH; ++e) narrow(sum[e] / float(range.count), mean.at[e]);
-      *reinterpret_cast<V*>(out + d) = mean;
+      store(mean, out + d);
     }
   });
 }
@@ -56,14 +56,14 @@ HD void pool_row_backward(const Team& team, const T* grad, int64_t t, int64_t n,
         const Range range = pool_range(r, n, rows);
         if (range.begin > t) break;
         if (range.end() <= t) continue;
-        const V row = *reinterpret_cast<const V*>(grad + r * D + d);
+        const V row = load<WIDTH>(grad + r * D + d);
 #pragma unroll
         for (int e = 0; e < WIDTH; ++e) sum[e] += widen(row.at[e]) / float(range.count);
       }
       V out;
 #pragma unroll
       for (int e = 0; e < WIDTH; ++e) narrow(sum[e], out.at[e]);
-      *reinterpret_cast<V*>(slope + d) = out;
+      store(out, slope + d);
     }
   });
 }

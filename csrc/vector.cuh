@@ -13,14 +13,20 @@ struct alignas(sizeof(T) * WIDTH) Vector {
 template <class T>
 using Vector16 = Vector<T, 16 / sizeof(T)>;
 
-// In one instruction: what makes the elements may branch, and a store of each would then go into the branches.
-template <class T>
-HD void store16(T* out, Vector16<T> part) {
+// In one instruction, as it need not be where elements are narrow or come out of branches.
+template <int WIDTH, class T>
+HD Vector<T, WIDTH> load(const T* x) {
 #ifdef __CUDA_ARCH__
-  __stwb(reinterpret_cast<uint4*>(out), bits_as<uint4>(part));
-#else
-  *reinterpret_cast<Vector16<T>*>(out) = part;
+  if constexpr (sizeof(T) * WIDTH == 16) return bits_as<Vector<T, WIDTH>>(*reinterpret_cast<const uint4*>(x));
 #endif
+  return *reinterpret_cast<const Vector<T, WIDTH>*>(x);
+}
+template <class T, int WIDTH>
+HD void store(Vector<T, WIDTH> part, T* out) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) * WIDTH == 16) return __stwb(reinterpret_cast<uint4*>(out), bits_as<uint4>(part));
+#endif
+  *reinterpret_cast<Vector<T, WIDTH>*>(out) = part;
 }
 
 // Splits x[0..n) between the threads: whole(i) for the WIDTH elements from i on, which fill 16 aligned bytes, and
@@ -43,7 +49,7 @@ HD void read_aligned(const Team& team, const T* x, int64_t n, Visit visit) {
   each_aligned(
       team, x, n,
       [&](int64_t i) {
-        const auto part = *reinterpret_cast<const Vector16<T>*>(x + i);
+        const auto part = load<16 / sizeof(T)>(x + i);
 #pragma unroll
         for (int e = 0; e < 16 / int(sizeof(T)); ++e) visit(i + e, part.at[e]);
       },
@@ -59,7 +65,7 @@ HD void write_aligned(const Team& team, T* out, int64_t n, Value value) {
         Vector16<T> part;
 #pragma unroll
         for (int e = 0; e < 16 / int(sizeof(T)); ++e) part.at[e] = value(i + e);
-        store16(out + i, part);
+        store(part, out + i);
       },
       [&](int64_t i) { out[i] = value(i); });
 }

@@ -1,6 +1,7 @@
 """The compiled extension: device code run on the CPU, what nvcc made of it, loading, and corners of its operators."""
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -43,6 +44,30 @@ class TestAheadOfTime:
 
     def test_no_stack_and_no_spills(self):
         assert aot_cuda.worse({}, self.report["kernels"]) == []
+
+    @pytest.mark.skipif(_build.CUDA_MISSING is not None, reason=str(_build.CUDA_MISSING))
+    def test_memory_is_touched_16_bytes_at_a_time(self):
+        """Where the layout allows, read from the machine code of the installed extension."""
+        cuobjdump = pytest.importorskip("triton").knobs.nvidia.cuobjdump.path
+        library = Path(_build.__file__).with_name("_C_cuda.so")
+        sass = subprocess.run([cuobjdump, "-sass", library], capture_output=True, text=True, check=True).stdout
+        functions = [(body.split("\n")[0], body) for body in sass.split("Function : ")[1:]]
+        read_and_write = "scale_kernelILi4E", "mil_loss_kernel", "mil_align_loss_kernel", "pack_kernelI5uint4"
+        vectors = (
+            r"distance_graph_kernelI\w+Li[48]E",
+            r"uniform_pool_kernelI\w+Li[48]E",
+            r"pool_backward_kernelI\w+Li[48]E",
+        )
+        expected = {name: ("LDG", "STG") for name in (*read_and_write, *vectors)}
+        for pattern, instructions in {
+            **expected,
+            "topk_mean_kernel": ("LDG",),
+            r"totals_kernelI\w+Li[48]E": ("LDG",),
+        }.items():
+            matched = [(name, body) for name, body in functions if re.search(pattern, name)]
+            assert matched
+            for name, body in matched:
+                assert all(re.search(rf"\b{one}\.[\w.]*128", body) for one in instructions), name
 
 
 class TestLoading:

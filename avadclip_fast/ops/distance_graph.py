@@ -47,6 +47,8 @@ def distance_graph(
     values: (B, T, E) floating point; scale: > 0, in snippets
     lengths: (B,) int; i and j then run over t < lengths[b] (other rows of out are 0), else over all T
     Returns (B, T, E) in the values' dtype. Raises ValueError on shapes, dtypes, lengths or a scale that do not fit.
+    What is not finite reaches every row of its video: as itself through the scans of the compiled backends, as NaN in
+    the reference where a weight has underflowed to 0.
     The matrix is symmetric, so the backward pass is the op itself. Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("distance_graph", ("values", values, "B T E"))
