@@ -20,17 +20,17 @@ test-triton: $(VENV)/installed
 golden-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 AVADCLIP_FAST_BACKEND=triton $(BIN)/python -m pytest tests/test_models.py -k authors $(ARGS)
 
-# Address and undefined-behaviour sanitizers over the C++ part: device code emulated on the host, then the operators,
-# built apart, under their tests. One target a function: instrumented, the clones for newer processors are alike.
+# Address and undefined-behaviour sanitizers over the C++ operators, built apart, under their tests. (Over the device
+# code, emulated on the host, they are in `make test`.) One target a function: instrumented, all clones are alike.
 # Python itself is not instrumented, so that the runtimes go first; it leaks at exit, which is no concern here. What a
 # sanitizer finds, it says on stderr before it ends the process: pytest must not hold that back.
 SANITIZED := -g -DAVADCLIP_ONE_TARGET -fsanitize=address,undefined -fno-sanitize-recover=all
 RUNTIMES := libasan.so libubsan.so libstdc++.so
 sanitize: export PYTHONPATH = build/sanitize/lib:.
 sanitize: export PYTHONSAFEPATH = 1
+sanitize: export OMP_WAIT_POLICY = PASSIVE
 sanitize: $(VENV)/installed
 	rm -rf build/sanitize
-	$(BIN)/python -m pytest tests/test_csrc.py -k sanitized
 	CXX="c++ $(SANITIZED)" CUDA_HOME=none $(BIN)/python setup.py --quiet build \
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	export LD_PRELOAD="$(foreach name,$(RUNTIMES),$$(c++ -print-file-name=$(name)))" ASAN_OPTIONS=detect_leaks=0; \
