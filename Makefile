@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-triton golden-triton sanitize lint types docs bench-cpu gpu clean
+.PHONY: demo test test-triton golden-triton sanitize wheel-test abi-check lint types docs bench-cpu gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
@@ -37,6 +37,31 @@ sanitize: $(VENV)/installed
 	$(BIN)/python -c 'from avadclip_fast import _build; assert "sanitize" in _build.__file__ and not _build.CPP_MISSING' && \
 	$(BIN)/python -m pytest --capture=sys -k 'cpp or Operators' tests/test_csrc.py \
 		$(addprefix tests/test_,$(addsuffix .py,operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows)) $(ARGS)
+
+# The source distribution, a wheel built from it alone, and tests on the wheel where there is no source. Only what it
+# depends on comes from here: a path in a .pth file brings packages, not the editable install that lies beside them.
+AWAY_TESTS := operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows modules checkpoints
+wheel-test: export PYTHONSAFEPATH = 1
+wheel-test: $(VENV)/installed
+	rm -rf dist && mkdir -p build
+	$(BIN)/python -m build --no-isolation
+	tar -tzf dist/*.tar.gz | cut -d/ -f2- | sort > build/contents
+	git ls-files csrc kernels | sort | comm -23 - build/contents > build/missing
+	@if [ -s build/missing ]; then echo "not in the source distribution:"; cat build/missing; exit 1; fi
+	set -e; away=$$(mktemp -d); trap 'rm -rf $$away' EXIT; python=$$away/venv/bin/python; \
+	$(BIN)/python -m venv --without-pip $$away/venv; \
+	$(BIN)/python -m pip --python $$python install --quiet --no-deps dist/*.whl; \
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		$$(echo $$away/venv/lib/python3*/site-packages)/dependencies.pth; \
+	cp -r tests pyproject.toml $$away; cd $$away; \
+	venv/bin/avadclip-fast env; \
+	$$python -c 'import sys; from avadclip_fast import _build, kernels; print(_build.__file__); \
+		sys.exit(_build.CPP_MISSING or not all(m.__file__.startswith(sys.prefix) for m in (_build, kernels)))'; \
+	$$python -m pytest $(AWAY_TESTS:%=tests/test_%.py) $(ARGS)
+
+# The promise of setup.py's TORCH_TARGET: sources and objects against the oldest torch, which it downloads (0.5 GB).
+abi-check: $(VENV)/installed
+	$(BIN)/python tests/abi_check.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -96,6 +96,7 @@ def refuses(name: str, arguments: dict, words: str = "must") -> None:
         call(name, arguments)
 
 
+@pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not here")
 def test_every_operator_is_here():
     sources = "".join(path.read_text() for path in CSRC.glob("*_cpu.cpp"))
     assert NAMES == sorted(re.findall(r'm\.impl\("(\w+)"', sources))
