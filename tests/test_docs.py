@@ -43,8 +43,6 @@ def examples(page: Path) -> list[tuple[int, str, bool]]:
 def run_examples(blocks: list[tuple[int, str, bool]], page: str) -> None:
     """The blocks of a page one after the other, in one namespace; tracebacks tell the line of the page."""
     namespace: dict = {"__name__": "example"}
-    if page == "README.md":
-        namespace["AVadCLIPStudent"] = AVadCLIPStudent  # which README uses, and does not import yet
     for line, code, runs in blocks:
         compiled = compile("\n" * (line - 1) + code, page, "exec")
         if runs:
@@ -88,7 +86,7 @@ def commands():
     """The program's commands, as the program itself has them."""
     from typer.main import get_command
 
-    from avadclip_fast.cli import kernels, media  # noqa: F401  add their commands
+    from avadclip_fast.cli import export, kernels, media  # noqa: F401  add their commands
     from avadclip_fast.cli.commands import app
 
     return get_command(app)

@@ -8,12 +8,13 @@ def main() -> None:
     import logging
 
     from ..data import DataError
+    from ..engine.export import ExportError
     from ..engine.recipe import RecipeError
     from ..engine.state import StateError
     from ..engine.stop import Stopped
     from ..models import CheckpointError, TextWeightsError
     from ..ops import BackendError
-    from . import kernels, media  # noqa: F401  add their commands
+    from . import export, kernels, media  # noqa: F401  add their commands
     from .commands import app
 
     logging.basicConfig(format="%(message)s")
@@ -26,6 +27,7 @@ def main() -> None:
         CheckpointError,
         TextWeightsError,
         BackendError,
+        ExportError,
         FloatingPointError,
     ) as error:
         sys.exit(_fail(error, 2))

@@ -1,0 +1,56 @@
+"""The command that writes a model for other runtimes."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from ..engine.calibrate import Calibration
+from ..engine.evaluate import load_model
+from .commands import Classes, PresetName, _preset, app
+
+
+class Format(StrEnum):
+    onnx = "onnx"
+    torch = "torch"
+    aoti = "aoti"
+
+
+@app.command()
+def export(
+    model: Annotated[Path, Argument(help="A run, a model folder, or an official .pth.", show_default=False)],
+    output: Annotated[Path, Option("--output", "-o", help="NAME.onnx or NAME.pt2.", show_default=False)],
+    format_: Annotated[
+        Format | None,
+        Option(
+            "--format",
+            help="onnx; torch, a torch.export archive; aoti, an AOTInductor package, compiled for processors such as "
+            "this one. By default .onnx is onnx, .pt2 torch.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[
+        int | None, Option(min=1, help="Frames a snippet, told in the file's metadata.", show_default=False)
+    ] = None,
+    preset: PresetName = "xd-violence",
+    classes: Classes = None,
+    window: Annotated[int | None, Option(help="Attention window of an official .pth (teacher 4, student 64).")] = None,
+) -> None:
+    """Write a model from features to scores as one file, which runs without this library.
+
+    Inputs: visual and audio (teacher) or the student's stream, each [B, T, D], and lengths [B]; outputs: anomaly [B, T]
+    and probabilities [B, T, C], calibrated, 0 past lengths. The file is run, and written only if its scores are the
+    model's.
+    """
+    from ..engine.export import TOLERANCE, export_model
+
+    codes, _, _ = _preset(preset, classes, None)
+    loaded = load_model(model, list(codes.values()), window)
+    chosen = None if format_ is None else format_.value
+    difference = export_model(loaded, output, chosen, Calibration.load(model), every)
+    typer.echo(
+        f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB: on random features its scores are the model's to "
+        f"{difference:.1e} ({TOLERANCE:g} is allowed)"
+    )

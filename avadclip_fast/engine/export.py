@@ -1,0 +1,300 @@
+"""Export: from features to scores in one file that runs without this library, checked by running it."""
+
+import copy
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn import functional as F
+
+from .. import __version__
+from ..data import TestVideo
+from ..data.atomic import atomic_write
+from ..models.avadclip import Detector
+from .calibrate import Calibration
+from .evaluate import VideoScores, stream_scores
+
+FORMATS = {"onnx": ".onnx", "torch": ".pt2", "aoti": ".pt2"}
+OUTPUTS = ("anomaly", "probabilities")
+METADATA = "metadata.json"  # the extra file of a torch.export archive
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+# Of scores in 0..1: float32 summed in another order over some thirty layers. Measured on drawn weights: 1e-6, all
+# formats, 512 x 256; trained ones, whose logits are larger, may have some ten times that. A single weight matrix that
+# is 1 % off: 5e-3.
+TOLERANCE = 1e-4
+DRAWS = 8  # of a random video, to choose from
+
+Run = Callable[..., Sequence[Any]]  # features and lengths as tensors -> anomaly, probabilities as arrays
+
+
+class ExportError(RuntimeError):
+    """A model cannot be exported here, or what was written does not compute what the model does."""
+
+
+class Scores(nn.Module):
+    """From features to scores, as evaluation has them, in plain PyTorch operators.
+
+        anomaly = sigmoid(anomaly_logits / temperature),   probabilities = softmax(class_logits / temperature)
+
+    The temperatures are the calibration's, and the text side is a constant. The model is copied, and left as it is.
+
+    forward: the model's streams, visual, audio, or both in this order, each (B, T, D) float32 with T <= length;
+    lengths (B,) int64 in 1..T -> anomaly (B, T), probabilities (B, T, C), float32, both 0 for t >= lengths[b].
+    What the streams hold there is not read. Any T is computed as the model's whole length, zero past lengths: so too
+    where padding is "official", and scores depend on it, they are those of evaluation.
+    """
+
+    text: Tensor
+
+    def __init__(self, model: Detector, calibration: Calibration | None = None):
+        super().__init__()
+        calibration = calibration or Calibration()
+        self.length = model.temporal.positions.num_embeddings
+        self.temperatures = calibration.binary.temperature, calibration.align.temperature
+        with torch.no_grad():
+            self.register_buffer("text", model.encode_text())
+        self.model = copy.deepcopy(model)
+        del self.model.text  # a constant now; four fifths of the weights
+        self.requires_grad_(False)
+        for part in self.model.modules():
+            if "backend" in vars(part):  # operators of the others are known where this library is, and only there
+                vars(part)["backend"] = "reference"
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        *streams, lengths = inputs
+        rows = torch.arange(streams[0].shape[1], device=lengths.device)
+        valid = torch.arange(self.length, device=lengths.device) < lengths[:, None]  # [B, length]
+        # One row count inside: windows of a T that is known later alone cannot be traced.
+        padded = [F.pad(x, (0, 0, 0, self.length))[:, : self.length] for x in streams]
+        out = self.model(*(torch.where(valid[..., None], x, 0) for x in padded), lengths, text_features=self.text)
+        binary, align = self.temperatures
+        anomaly = torch.where(valid, (out.anomaly_logits / binary).sigmoid(), 0)  # [B, length]
+        probabilities = torch.where(valid[..., None], (out.class_logits / align).softmax(-1), 0)  # [B, length, C]
+        return anomaly[:, rows], probabilities[:, rows]
+
+
+def export_model(
+    model: Detector,
+    path: str | Path,
+    format: str | None = None,
+    calibration: Calibration | None = None,
+    every: int | None = None,
+) -> float:
+    """Writes a teacher or a student from features to scores (`Scores`), and checks the file by running it.
+
+    path: NAME.onnx or NAME.pt2; its folder is made. format: "onnx"; "torch", a torch.export archive; "aoti", an
+    AOTInductor package, compiled for processors such as this one. By default the suffix tells, .pt2 being "torch".
+    calibration: whose temperatures are put in, and whose thresholds are told; none changes no score.
+    every: frames a snippet, to be told. All metadata is in the file, see `metadata`.
+
+    Batch and T are free in all formats, T up to the model's length. A longer T is refused by onnx and torch; aoti ends
+    the process, or with AOTI_RUNTIME_CHECK_INPUTS=1 in the environment raises.
+    The file appears when it has been run and agrees with `stream_scores` on random features; where it does not, nothing
+    is written. The model is moved to the CPU, in eval mode.
+    Returns the largest difference of a score. Raises ExportError.
+    """
+    path = Path(path)
+    if format is None:
+        format = {".onnx": "onnx", ".pt2": "torch"}.get(path.suffix, "")
+    if FORMATS.get(format) != path.suffix:
+        raise ExportError(f"{path}: export writes NAME.onnx, or NAME.pt2 as torch or aoti")
+    write, load = {"onnx": (_write_onnx, _load_onnx), "torch": (_write_torch, _load_torch)}.get(
+        format, (_write_aoti, _load_aoti)
+    )
+    _require(format)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    calibration = calibration or Calibration()
+    model.cpu().eval()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / path.name
+        write(trace(model, calibration), made, metadata(model, calibration, every))
+        difference = largest_difference(load(made), model, calibration)
+        if not difference <= TOLERANCE:  # NaN too
+            raise ExportError(
+                f"{path} was not written: as {format}, its scores differ from the model's by up to {difference:.1e}, "
+                f"where {TOLERANCE:g} is allowed"
+            )
+        with open(made, "rb") as source, atomic_write(path) as target:
+            shutil.copyfileobj(source, target)
+    return difference
+
+
+def metadata(model: Detector, calibration: Calibration, every: int | None = None) -> dict[str, str]:
+    """What a file says of itself: by name, a value in JSON.
+
+    inputs, outputs; classes, normal first; length (the largest T) and width (D); every: frames a snippet, or null;
+    temperature: in the scores already; threshold: align's of 1 - probabilities[..., 0], binary's of anomaly.
+    It stands in metadata_props (onnx), in the extra file metadata.json (torch), in get_metadata() (aoti).
+    """
+    length, width = model.temporal.positions.weight.shape
+    heads = {"align": calibration.align, "binary": calibration.binary}
+    facts = {
+        "model": type(model).__name__,
+        "avadclip_fast": __version__,
+        "inputs": [*model.streams(), "lengths"],
+        "outputs": OUTPUTS,
+        "classes": model.classes,
+        "length": length,
+        "width": width,
+        "every": every,
+        "padding": model.padding,
+        "temperature": {name: head.temperature for name, head in heads.items()},
+        "threshold": {name: head.threshold for name, head in heads.items()},
+    }
+    return {name: json.dumps(value) for name, value in facts.items()}
+
+
+def trace(model: Detector, calibration: Calibration | None = None) -> ExportedProgram:
+    """`Scores` of a model in eval mode as a graph of ATen operators, batch and T free."""
+    scores = Scores(model, calibration).eval()
+    width = model.temporal.positions.embedding_dim
+    lengths = torch.full((2,), scores.length)
+    inputs = (*(torch.zeros(2, scores.length, width) for _ in model.streams()), lengths)
+    with torch.no_grad():
+        return torch.export.export(scores, inputs, dynamic_shapes=_free(model))
+
+
+def _free(model: Detector) -> tuple:
+    batch, snippets = Dim("batch", min=1), Dim("snippets", min=1, max=model.temporal.positions.num_embeddings)
+    return (tuple({0: batch, 1: snippets} for _ in model.streams()) + ({0: batch},),)
+
+
+def _require(format: str) -> None:
+    """Raises ExportError where something that a format needs is absent."""
+    if format == "onnx" and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
+        raise ExportError(f"ONNX needs {', '.join(missing)}: pip install 'avadclip_fast[onnx]'")
+    if format == "aoti":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler as error:
+            raise ExportError(
+                "aoti needs a C++ compiler, and there is none: install g++, or name another by CXX"
+            ) from error
+
+
+def _write_onnx(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
+    free = tuple({0: "batch", 1: "snippets"} for _ in json.loads(facts["inputs"])[:-1]) + ({0: "batch"},)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name: ")  # that two inputs share an axis is meant
+        onnx = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=json.loads(facts["inputs"]),
+            output_names=OUTPUTS,
+            dynamic_shapes=(free,),
+        )
+    assert onnx is not None
+    onnx.model.metadata_props.update(facts)
+    onnx.save(path)
+
+
+def _load_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [x.name for x in session.get_inputs()]
+    return lambda *inputs: session.run(OUTPUTS, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
+
+
+def _write_torch(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
+    whole = {name: json.loads(value) for name, value in facts.items()}
+    torch.export.save(program, path, extra_files={METADATA: json.dumps(whole)})
+
+
+def _load_torch(path: Path) -> Run:
+    return torch.export.load(path).module()
+
+
+def _write_aoti(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
+    from torch._inductor import aoti_compile_and_package, config
+    from torch._inductor.exc import CppCompileError, InductorError
+
+    settings = {"aot_inductor.metadata": facts, "cpp.dynamic_threads": True}  # not the thread count of today
+    if hasattr(config.aot_inductor, "check_lowerbound"):
+        # AOTI_RUNTIME_CHECK_INPUTS=1 would else refuse a batch of 1, and a T of 1, which are computed rightly
+        settings["aot_inductor.check_lowerbound"] = False
+    try:
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    except (CppCompileError, InductorError) as error:
+        cause = getattr(error, "inner_exception", error)  # the first file's failure comes wrapped
+        if not isinstance(cause, CppCompileError):
+            raise
+        lines = cause.output.strip().splitlines()
+        line = next((line for line in lines if "error:" in line), lines[0] if lines else "no word of why")
+        raise ExportError(f"aoti: the C++ compiler failed: {line.strip()}") from error
+
+
+def _load_aoti(path: Path) -> Run:
+    return torch._inductor.aoti_load_package(str(path))
+
+
+def largest_difference(run: Run, model: Detector, calibration: Calibration) -> float:
+    """The largest difference between what a file gives and `stream_scores`, in any score; NaN where one is NaN.
+
+    Videos of one snippet, of an odd number and of the whole length, alone and three in a batch, with NaN for padding.
+    """
+    length, width = model.temporal.positions.weight.shape
+    odd = (length + 1) // 2 | 1 if length > 1 else 1
+    generator = np.random.default_rng(0)
+    worst = []
+    for lengths, rows in [([length], length), ([odd], odd), ([1], 1), ([odd, length, 1], length), ([1, odd, 1], odd)]:
+        drawn = [_draw(model, calibration, n, generator) for n in lengths]
+        streams = [torch.full((len(lengths), rows, width), torch.nan) for _ in model.streams()]
+        anomaly, probabilities = np.zeros((len(drawn), rows)), np.zeros((len(drawn), rows, len(model.classes)))
+        for b, (n, (video, scores)) in enumerate(zip(lengths, drawn, strict=True)):
+            for x, name in zip(streams, model.streams(), strict=True):
+                x[b, :n] = torch.from_numpy(getattr(video, name)[0, :n])
+            anomaly[b, :n], probabilities[b, :n] = scores.anomaly, scores.probabilities
+        with torch.no_grad():
+            found = run(*streams, torch.tensor(lengths))
+        for x, expected in zip(found, (anomaly, probabilities), strict=True):
+            if x.shape != expected.shape:
+                raise ExportError(f"the exported file gives scores of shape {list(x.shape)}, not {expected.shape}")
+            worst.append(np.abs(np.asarray(x) - expected).max())
+    return float(np.max(worst))
+
+
+def _draw(model: Detector, calibration: Calibration, n: int, generator) -> tuple[TestVideo, VideoScores]:
+    """A random video of n snippets, in four scenes, and its scores.
+
+    The similarity graph drops cosines of up to 0.7, where the last bit of a sum can decide: of several videos, the one
+    whose cosines stay clearest of that is taken.
+    """
+    length, width = model.temporal.positions.weight.shape
+    graph = model.temporal.aggregator.simAdj
+    margin = np.inf
+
+    def look(_, inputs: tuple) -> None:
+        nonlocal margin
+        x = F.normalize(inputs[0][0, :n].double(), dim=-1)
+        margin = float((x @ x.T - graph.threshold).abs().min())
+
+    drawn = []
+    hook = graph.register_forward_pre_hook(look)
+    try:
+        for _ in range(DRAWS):
+            streams = np.zeros((2, 1, length, width), np.float32)
+            scenes = generator.standard_normal((2, 4, width))[:, np.arange(n) * 4 // n]  # [2, n, D]
+            unlike = generator.uniform(0.2, 1, (n, 1))  # cosines on both sides of 0.7
+            streams[:, 0, :n] = scenes + unlike * generator.standard_normal((2, n, width))
+            video = TestVideo("", "", streams[0], streams[1], np.array([n]), n)
+            (scores,) = stream_scores(model, [video], calibration=calibration)
+            drawn.append((margin, video, scores))
+    finally:
+        hook.remove()
+    _, video, scores = max(drawn, key=lambda one: one[0])
+    return video, scores
