@@ -69,4 +69,10 @@ def pair(tmp_path_factory):
     return folder
 
 
+def overlap(event, start, end):
+    """Intersection over union, of times."""
+    first, last = event
+    return (min(last, end) - max(first, start)) / (max(last, end) - min(first, start))
+
+
 NAMED = ["--visual-encoder", "standins:Sight", "--audio-encoder", "standins:Hearing"]

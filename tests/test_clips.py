@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standins import AXES
+from standins import AXES, overlap
 from test_cli import call
 
 from avadclip_fast.media import decode
@@ -33,24 +33,23 @@ class Mean:
         return torch.from_numpy(np.sqrt((given[:] ** 2).mean(1)))[:, None].expand(-1, 3)
 
 
-def frame_times(path):
-    with decode.opened(path) as container:
-        stream = decode.video_stream(container, path)
-        return [time for time, _ in decode.frames(path, stream, container)]
-
-
 def test_all_decode_and_sound_stands_by_its_frame(clips):
     for name, path in clips.items():
-        times = np.array(frame_times(path))
+        with av.open(str(path)) as container:
+            times = np.array([frame.time for frame in container.decode(video=0)])
+        times -= times[0]
         found = video_features(path, Sampling(), Mean(), Mean())
         n = max(1, len(times) // 16)
         assert found.visual.shape == (1, n, 3) and found.audio.shape == (n, 3), name
         np.testing.assert_allclose(found.times, times[::16][:n], atol=1e-9, err_msg=name)
         # the sound is cut where the frames are: a window's first sample is within a frame of its picture
         frame = float(np.median(np.diff(times)))
-        windows = decode.read_sound(path).windows(found.times, found.seconds)
+        sound = decode.read_sound(path)
+        # the recordings' sound ends up to 0.2 s before their last frame
+        assert -0.2 < len(sound.samples) / decode.RATE - times[-1] < 0.2, name
+        windows = sound.windows(found.times, found.seconds)
         assert np.abs(windows.starts / decode.RATE - found.times).max() <= frame, name
-        assert found.heard.any(), name
+        assert found.heard.mean() > 0.5, name
 
 
 def cut_copy(path, target, seconds):
@@ -125,6 +124,4 @@ def test_detect_finds_known_spans_in_a_composed_real_video(clips, pair, tmp_path
     found = json.loads((tmp_path / "film.json").read_text())["events"]
     assert [event["class"] for event in found] == list(spans)
     for event in found:
-        start, end = spans[event["class"]]
-        shared = min(event["end"], end) - max(event["start"], start)
-        assert shared / (max(event["end"], end) - min(event["start"], start)) >= 0.5, event
+        assert overlap((event["start"], event["end"]), *spans[event["class"]]) >= 0.5, event

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from standins import AXES, NAMED, seen
+from standins import AXES, NAMED, overlap, seen
 from test_cli import call, mistake
 from videos import make_video
 
@@ -41,7 +41,7 @@ def test_known_spans_are_found(pair, tmp_path, capsys):
         assert [name for name, *_ in found[x]] == [name for name, *_ in spans]
         for (_, start, end), (_, first, last) in zip(found[x], spans, strict=True):
             # the temporal encoder spreads what it sees over its neighbours
-            assert (min(end, last) - max(start, first)) / (max(end, last) - min(start, first)) >= 0.5, found[x]
+            assert overlap((start, end), first, last) >= 0.5, found[x]
     assert found["c"] == [] and "c: nothing found" in said
     assert [p["by"] for p in records["a"]["parts"]] == ["teacher"]
     assert records["b"]["parts"] == [{"start": 0, "end": 6, "by": "student", "why": "no sound track"}]

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from standins import NAMED, Hearing, Sight
+from standins import NAMED, Hearing, Sight, overlap
 from test_cli import call, mistake
 from test_detect import film
 from videos import make_video
@@ -40,20 +40,16 @@ def pushed(detector, levels, audio=None):
     return [(i, event) for i, level in enumerate(levels) for event in detector.push(grey(level), audio)]
 
 
-def overlap(event, start, end):
-    return (min(event.end, end) - max(event.start, start)) / (max(event.end, end) - min(event.start, start))
-
-
 def test_events_are_told_as_they_end(pair):
     levels = np.full(40, 30)
     levels[12:20] = 220
     detector = online(pair, teacher=False)
     ((at, event),) = pushed(detector, levels)
-    assert event.name == "explosion" and overlap(event, 12 * SECONDS, 20 * SECONDS) >= 0.5
+    assert event.name == "explosion" and overlap((event.start, event.end), 12 * SECONDS, 20 * SECONDS) >= 0.5
     assert at == round(event.end / SECONDS)  # told by the first snippet that is no part of it
     assert detector.by == "student" and detector.flush() == []
     ((later, same),) = pushed(online(pair, teacher=False, delay=3), levels)
-    assert later == round(same.end / SECONDS) + 3 and overlap(same, 12 * SECONDS, 20 * SECONDS) >= 0.5
+    assert later == round(same.end / SECONDS) + 3 and overlap((same.start, same.end), 12 * SECONDS, 20 * SECONDS) >= 0.5
 
 
 def test_a_long_event_is_told_in_parts_and_the_last_by_flush(pair):
@@ -104,7 +100,7 @@ def test_what_does_not_fit_is_refused(pair):
     wide.width = 768
     with pytest.raises(DataError, match="768 numbers a snippet, the model takes 512"):
         OnlineDetector(scorers, wide, seconds=SECONDS)
-    with pytest.raises(ValueError, match="less than the window"):
+    with pytest.raises(DataError, match="less than the window"):
         online(pair, window=4, delay=4)
 
 
@@ -239,7 +235,7 @@ def test_stream_command(pair, tmp_path, capsys):
     said = capsys.readouterr()
     (line,) = map(json.loads, said.out.splitlines())  # nothing else on standard output
     assert line["class"] == "explosion" and line["source"].endswith("a.mkv") and line["clock"].endswith("+00:00")
-    assert (min(line["end"], 4) - max(line["start"], 2.4)) / (max(line["end"], 4) - min(line["start"], 2.4)) >= 0.5
+    assert overlap((line["start"], line["end"]), 2.4, 4) >= 0.5
     assert "scored by the teacher" in said.err and "150 frames, 0 dropped; connected again 0 times" in said.err
     assert "no such file" in mistake(capsys, "stream", tmp_path / "none.mkv", "-m", pair, "-q", *NAMED)
     assert "gopher:// is not read" in mistake(capsys, "stream", "gopher://x", "-m", pair, "-q", *NAMED)

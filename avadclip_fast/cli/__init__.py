@@ -8,7 +8,6 @@ def main() -> None:
     import logging
 
     from ..data import DataError
-    from ..engine.export import ExportError
     from ..engine.recipe import RecipeError
     from ..engine.state import StateError
     from ..engine.stop import Stopped
@@ -27,7 +26,6 @@ def main() -> None:
         CheckpointError,
         TextWeightsError,
         BackendError,
-        ExportError,
         FloatingPointError,
     ) as error:
         sys.exit(_fail(error, 2))

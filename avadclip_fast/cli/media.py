@@ -62,6 +62,17 @@ def encoders(visual: str, visual_weights: str, audio: str, audio_weights: str | 
     return visual_encoder(visual, visual_weights, _device(device)), heard
 
 
+def watchers(
+    model: Path, student: Path | None, classes: str | None, visual, visual_weights, audio, audio_weights, device
+):
+    """Whoever scores, and the encoders that they need."""
+    from ..engine.detect import load_scorers
+
+    scorers = load_scorers(model, student, [] if classes is None else classes.split(","))
+    hears = "audio" in scorers[0].model.streams()
+    return scorers, *encoders(visual, visual_weights, audio if hears else "none", audio_weights, device)
+
+
 @app.command()
 def extract(
     videos: Annotated[list[Path], Argument(help="Videos, folders of them, or lists (.csv with path,label, or .txt).")],
@@ -159,7 +170,7 @@ def detect(
     The teacher scores what has sound; the student, where there is one, what has none, and that is told. A video that
     fails is told at the end, and the exit code is 1. The snippets must be those that the model was trained on: --every.
     """
-    from ..engine.detect import best_snippets, load_scorers, summary, write_detection, write_events, write_frame_scores
+    from ..engine.detect import best_snippets, summary, write_detection, write_events, write_frame_scores
     from ..engine.detect import detect as detect_in
     from ..engine.timeline import timeline
     from ..media.annotate import annotate
@@ -170,12 +181,12 @@ def detect(
     import_av()
     if per_frame and fps is not None:
         raise DataError("--per-frame goes with --every: with --fps, snippets do not count frames")
-    scorers = load_scorers(model, student, [] if classes is None else classes.split(","))
     sources, failed = find_sources(videos)
     if not sources and not failed:
         raise DataError(f"{videos[0]}: no videos there")
-    hears = "audio" in scorers[0].model.streams()
-    seen, heard = encoders(visual_encoder, visual_weights, audio_encoder if hears else "none", audio_weights, device)
+    scorers, seen, heard = watchers(
+        model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
+    )
     sampling, detections = Sampling(every, fps, 1, geometry.value), []
     for source in tqdm(sources, desc="detecting", unit="video", disable=quiet):
         try:
@@ -242,16 +253,16 @@ def stream(
     """
     from datetime import UTC, datetime, timedelta
 
-    from ..engine.detect import event_record, load_scorers
+    from ..engine.detect import event_record
     from ..engine.online import OnlineDetector
     from ..engine.stop import listening
     from ..media.errors import import_av
     from ..media.live import LiveSource
 
     import_av()
-    scorers = load_scorers(model, student, [] if classes is None else classes.split(","))
-    hears = "audio" in scorers[0].model.streams()
-    seen, heard = encoders(visual_encoder, visual_weights, audio_encoder if hears else "none", audio_weights, device)
+    scorers, seen, heard = watchers(
+        model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
+    )
     detector, by, began = None, "", None
 
     def tell(events) -> None:

@@ -20,6 +20,7 @@ from .. import __version__
 from ..data import TestVideo
 from ..data.atomic import atomic_write
 from ..models.avadclip import Detector
+from ..models.checkpoints import CheckpointError
 from .calibrate import Calibration
 from .evaluate import VideoScores, stream_scores
 
@@ -37,7 +38,7 @@ DRAWS = 8  # of a random video, to choose from
 Run = Callable[..., Sequence[Any]]  # features and lengths as tensors -> anomaly, probabilities as arrays
 
 
-class ExportError(RuntimeError):
+class ExportError(CheckpointError):
     """A model cannot be exported here, or what was written does not compute what the model does."""
 
 

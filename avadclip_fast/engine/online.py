@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ..data import DataError
 from ..media.crops import cut
-from ..media.decode import RATE, SILENCE
+from ..media.decode import RATE, audible
 from ..media.encoders import AudioEncoder, VisualEncoder, encoded
 from .detect import PAUSE, Event, Scorer, check_widths, deaf_name, event_of, score
 
@@ -27,7 +28,7 @@ class OnlineDetector:
 
     seconds: of a snippet, which should be as long as those that the model was trained on. threshold: in place of the
     models' own. by: who scored last; score: the last score, 1 - p(normal).
-    Raises DataError where the encoders do not fit the model.
+    Raises DataError where the encoders do not fit the model, or a delay the window.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class OnlineDetector:
         self.seconds, self.delay, self.longest, self.threshold = seconds, delay, longest, threshold
         self.window = min(window or (1 << 30), first.temporal.positions.num_embeddings)
         if not 0 <= delay < self.window:
-            raise ValueError(f"delay must be from 0 to less than the window of {self.window} snippets; got {delay}")
+            raise DataError(f"delay must be from 0 to less than the window of {self.window} snippets; got {delay}")
         self.by, self.score = "", 0.0
         self._time: float | None = None
         self._forget()
@@ -109,10 +110,10 @@ class OnlineDetector:
     def _listen(self, audio: np.ndarray | None) -> None:
         loud = False
         if self.audio is not None and audio is not None:
-            samples = np.zeros(round(self.seconds * RATE), np.float32)
-            samples[: len(audio)] = audio[: len(samples)]
-            loud = bool(np.sqrt(np.mean(samples**2)) > SILENCE)
-            self._heard.append(self._embedded(samples[None]))
+            samples = np.zeros((1, round(self.seconds * RATE)), np.float32)
+            samples[0, : len(audio)] = audio[: samples.shape[1]]
+            loud = bool(audible(samples)[0])
+            self._heard.append(self._embedded(samples))
         else:
             self._heard.append(np.zeros(self.scorers[0].model.temporal.positions.embedding_dim, np.float32))
         self._silent = 0.0 if loud else self._silent + self.seconds

@@ -69,7 +69,7 @@ def reliability_plot(path: str | Path, bins: Mapping[str, Sequence[Sequence[floa
         ax.scatter(score, share, s=12 + 300 * mass, color=colour, alpha=0.5, linewidth=0)
     ax.set(xlabel="score", ylabel="share positive", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     ax.legend(frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def bar_groups(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]) -> None:
@@ -90,7 +90,7 @@ def bar_groups(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, 
         ax.invert_yaxis()
         ax.set_title(title, fontsize=10)
     axes[-1].legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _figure(panel: tuple[float, float], columns: int):
@@ -103,7 +103,8 @@ def _figure(panel: tuple[float, float], columns: int):
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def _save(figure, path: str | Path) -> None:
+def save(figure, path: str | Path) -> None:
+    """Writes a figure as PNG, atomically."""
     with atomic_write(path, mode="wb") as file:
         figure.savefig(file, format="png")
 

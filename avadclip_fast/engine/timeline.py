@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.atomic import atomic_write
 from .detect import Detection, time_code
-from .plots import COLOURS, DPI, TRUTH_COLOUR
+from .plots import COLOURS, DPI, TRUTH_COLOUR, save
 
 
 def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.ndarray]) -> None:
@@ -44,5 +43,4 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
     ax.grid(color="0.9", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22))
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    save(figure, path)

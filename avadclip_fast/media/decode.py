@@ -49,7 +49,7 @@ def opened(source: str | Path, live: bool = False) -> Iterator:
                     raise MediaError(f"{path}: no such file")
                 if path.is_dir():
                     raise MediaError(f"{path}: a folder, not a video")
-                if is_device(path):
+                if path.is_char_device():
                     target, options, form = str(path), {}, "v4l2"
                 elif path.stat().st_size == 0:
                     raise MediaError(f"{path}: the file is empty")
@@ -66,11 +66,6 @@ def opened(source: str | Path, live: bool = False) -> Iterator:
         yield container
 
 
-def is_device(source: str | Path) -> bool:
-    """Whether it is a camera, such as /dev/video0."""
-    return Path(source).is_char_device()
-
-
 def video_stream(container, source):
     """The first video stream that is not a cover picture. Raises MediaError."""
     for stream in container.streams.video:
@@ -80,25 +75,50 @@ def video_stream(container, source):
     raise MediaError(f"{source}: holds no video stream")
 
 
+class Clock:
+    """The time of each frame of a stream, in seconds from the first; it never runs backwards."""
+
+    def __init__(self, stream):
+        self.rate = float(stream.average_rate or stream.guessed_rate or 25)
+        self.start: float | None = None  # of the first frame, in the container's time
+        self.now = 0.0  # of the last frame
+        self.seen = 0  # frames
+
+    def __call__(self, frame) -> float:
+        at = frame.time if frame.time is not None else self.seen / self.rate + (self.start or 0.0)
+        self.start = at if self.start is None else self.start
+        self.now = max(self.now, at - self.start)
+        self.seen += 1
+        return self.now
+
+
+class Beat:
+    """Whether a frame is the first at or after a multiple of `seconds`; of the frames in order."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.due = seconds, 0
+
+    def __call__(self, time: float) -> bool:
+        beats = time / self.seconds + 1e-6
+        if beats < self.due:
+            return False
+        self.due = int(beats) + 1
+        return True
+
+
 def frames(source: str | Path, stream, container) -> Iterator:
-    """Decoded frames in order, each with its time in seconds from the first; times never run backwards."""
-    av = import_av()
-    start, last, seen = None, 0.0, 0
-    rate = float(stream.average_rate or stream.guessed_rate or 25)
+    """Decoded frames in order, each with its time by a `Clock`."""
+    av, clock = import_av(), Clock(stream)
     try:
         for frame in container.decode(stream):
-            at = frame.time if frame.time is not None else seen / rate + (start or 0.0)
-            start = at if start is None else start
-            last = max(last, at - start)
-            yield last, frame
-            seen += 1
+            yield clock(frame), frame
     except (av.error.FFmpegError, OSError) as error:
-        raise MediaError(f"{source}: damaged or cut short after {seen} frames: {error.strerror}") from error
-    if seen == 0:
+        raise MediaError(f"{source}: damaged or cut short after {clock.seen} frames: {error.strerror}") from error
+    if clock.seen == 0:
         raise MediaError(f"{source}: holds no frame that can be decoded")
     promised = stream.frames
-    if promised and seen < 0.9 * promised:
-        raise MediaError(f"{source}: cut short: {seen} frames of {promised} are there")
+    if promised and clock.seen < 0.9 * promised:
+        raise MediaError(f"{source}: cut short: {clock.seen} frames of {promised} are there")
 
 
 def upright(frame, image: np.ndarray) -> np.ndarray:
@@ -116,14 +136,14 @@ def snippet_frames(
     """
     with opened(source) as container:
         stream = video_stream(container, source)
-        held, count, due = None, 0, 0
+        held, count = None, 0
+        beat = None if fps is None else Beat(1 / fps)
         for time, frame in frames(source, stream, container):
             if progress is not None:
                 progress(1)
-            if fps is not None:
-                if time * fps >= due - 1e-6:
+            if beat is not None:
+                if beat(time):
                     yield Frame(time, upright(frame, frame.to_ndarray(format="rgb24")))
-                    due = int(time * fps + 1e-6) + 1
                 continue
             if count % every == 0:
                 held = Frame(time, upright(frame, frame.to_ndarray(format="rgb24")))
@@ -172,8 +192,13 @@ class Windows:
         """(N,) bool: whether there is anything to hear in each window."""
         loud = [np.zeros(0, bool)]
         for start in range(0, len(self), chunk):
-            loud.append(np.sqrt((self[start : start + chunk] ** 2).mean(1)) > SILENCE)
+            loud.append(audible(self[start : start + chunk]))
         return np.concatenate(loud)
+
+
+def audible(windows: np.ndarray) -> np.ndarray:
+    """windows (N, samples) -> (N,) bool: whether there is anything to hear in each."""
+    return np.sqrt((windows**2).mean(1)) > SILENCE
 
 
 def read_sound(source: str | Path) -> Sound | None:

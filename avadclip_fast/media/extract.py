@@ -140,9 +140,7 @@ def extract(
                 source = tasks[task]
                 try:
                     record[task.result()].append(source.name)
-                except (
-                    Exception
-                ) as error:  # a decoder or an encoder may fail in any way: the others go on, and it is told
+                except Exception as error:  # whatever one video did, the others go on, and it is told
                     record["failed"].append(failure(source.path, error))
                 if progress is not None:
                     progress(source.name)

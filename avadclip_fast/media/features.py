@@ -1,6 +1,6 @@
 """The features of one video: what `extract` writes, and what `detect` scores."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .crops import cut
-from .decode import Frame, Progress, read_sound, snippet_frames
+from .decode import Progress, read_sound, snippet_frames
 from .encoders import BATCH, AudioEncoder, VisualEncoder, encoded
 
 
@@ -39,13 +39,12 @@ def video_features(
     visual: VisualEncoder,
     audio: AudioEncoder | None,
     progress: Progress | None = None,
-    look: Callable[[int, Frame], None] | None = None,
     dtype: type = np.float32,
 ) -> VideoFeatures:
     """Decodes and encodes one file. Memory does not grow with its length but for the features.
 
     A snippet's window of sound starts with its frame and is as long as a snippet. audio: None leaves the sound out.
-    look: is shown each snippet's frame. dtype: of both features. Raises MediaError.
+    dtype: of both features. Raises MediaError.
     """
     rows, pending, times = [], [], []
 
@@ -57,8 +56,6 @@ def video_features(
             pending.clear()
 
     for frame in snippet_frames(source, sampling.every, sampling.fps, progress):
-        if look is not None:
-            look(len(times), frame)
         times.append(frame.time)
         pending.append(cut(frame.image, sampling.crops, sampling.geometry, visual.size))
         if len(pending) * sampling.crops >= BATCH:

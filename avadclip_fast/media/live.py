@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .decode import GAP, RATE, Mono, decoded, opened, upright, video_stream
+from .decode import GAP, RATE, Beat, Clock, Mono, decoded, opened, upright, video_stream
 from .errors import MediaError, import_av
 
 WAITING = 4  # snippets between the reader and who fetches them
@@ -117,11 +117,11 @@ class LiveSource:
             video = video_stream(container, self.source)
             audio = container.streams.audio[0] if container.streams.audio else None
             self.live = container.duration is None
-            rate = float(video.average_rate or video.guessed_rate or 25)
-            self.seconds = self.seconds or self.every / rate
+            clock = Clock(video)
+            self.seconds = self.seconds or self.every / clock.rate
+            beat = Beat(self.seconds)
             waiting: deque[tuple[float, np.ndarray, int]] = deque()  # time, image, frames so far
             mono, sound = Mono(), Ring(self.seconds + 2 * LAG + WAITING * self.seconds)
-            start, now, seen, due = None, 0.0, 0, 0
             try:
                 for packet in container.demux(*(stream for stream in (video, audio) if stream is not None)):
                     if self._closed.is_set():
@@ -131,36 +131,31 @@ class LiveSource:
                             sound.add(*block)
                         continue
                     for frame in decoded(packet):
-                        at = frame.time if frame.time is not None else seen / rate + (start or 0.0)
-                        start = at if start is None else start
-                        now = max(now, at - start)
-                        if now / self.seconds >= due - 1e-6:
-                            image = upright(frame, frame.to_ndarray(format="rgb24"))
-                            waiting.append((now, image, seen))
-                            due = int(now / self.seconds + 1e-6) + 1
-                        seen += 1
+                        before = clock.seen
+                        if beat(clock(frame)):
+                            waiting.append((clock.now, upright(frame, frame.to_ndarray(format="rgb24")), before))
                         self.frames += 1
-                    while waiting and self._complete(waiting[0][0], now, start, audio, sound):
-                        yield self._made(waiting, seen, start, offset, audio, sound)
+                    while waiting and self._complete(waiting[0][0], clock, audio, sound):
+                        yield self._made(waiting, clock, offset, audio, sound)
             except (av.error.FFmpegError, OSError) as error:
-                self.dropped += seen - waiting[0][2] if waiting else 0
-                raise MediaError(f"{self.source}: lost after {seen} frames: {error.strerror or error}") from error
+                self.dropped += clock.seen - waiting[0][2] if waiting else 0
+                raise MediaError(f"{self.source}: lost after {clock.seen} frames: {error.strerror or error}") from error
             for block in mono.rest():
                 sound.add(*block)
             while waiting:
-                yield self._made(waiting, seen, start, offset, audio, sound)
-            if seen == 0:
+                yield self._made(waiting, clock, offset, audio, sound)
+            if clock.seen == 0:
                 raise MediaError(f"{self.source}: holds no frame that can be decoded")
 
-    def _complete(self, at: float, now: float, start: float, audio, sound: "Ring") -> bool:
+    def _complete(self, at: float, clock: Clock, audio, sound: "Ring") -> bool:
         """Whether all of the snippet at `at` has come, or has been waited for long enough."""
         end = at + self.seconds
-        return now >= end and (audio is None or sound.end - start >= end or now >= end + LAG)
+        return clock.now >= end and (audio is None or sound.end - clock.start >= end or clock.now >= end + LAG)
 
-    def _made(self, waiting: deque, seen: int, start: float, offset: float, audio, sound: "Ring") -> Snippet:
+    def _made(self, waiting: deque, clock: Clock, offset: float, audio, sound: "Ring") -> Snippet:
         at, image, first = waiting.popleft()
-        frames = (waiting[0][2] if waiting else seen) - first
-        heard = None if audio is None else sound.take(start + at, round(self.seconds * RATE))
+        frames = (waiting[0][2] if waiting else clock.seen) - first
+        heard = None if audio is None else sound.take(clock.start + at, round(self.seconds * RATE))
         return Snippet(offset + at, image, heard, frames)
 
 
