@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import profiling
+
 ORDER = ("cuda", "triton", "cpp", "reference")  # the automatic choice: the first that can serve
 TABLE: dict[str, dict[str, "Backend"]] = {}
 
@@ -48,14 +50,24 @@ def run(op: str, backend: str | None, *args, **kwargs):
         reason = why_not(op, wanted, *args, **kwargs)
         if reason is not None:
             raise BackendError(f"{op}: backend {wanted!r} cannot serve this call: {reason}")
-        return TABLE[op][wanted].function(*args, **kwargs)
+        return _call(op, wanted, args, kwargs)
     for name in ORDER:
         if name in TABLE[op] and TABLE[op][name].supports(*args, **kwargs) is None:
             if not torch.compiler.is_compiling() and (op, name) not in _logged:
                 _logged.add((op, name))
                 _log.info("%s is served by %s", op, name)
-            return TABLE[op][name].function(*args, **kwargs)
+            return _call(op, name, args, kwargs)
     raise BackendError(f"{op}: no backend can serve this call")
+
+
+def _call(op: str, name: str, args: tuple, kwargs: dict):
+    function = TABLE[op][name].function
+    if not profiling.enabled or torch.compiler.is_compiling():
+        return function(*args, **kwargs)
+    with profiling.span(f"{op}:{name}"):
+        out = function(*args, **kwargs)
+    profiling.span_backward(f"{op}:{name}:backward", out)
+    return out
 
 
 def why_not(op: str, backend: str, *args, **kwargs) -> str | None:
