@@ -1,11 +1,14 @@
 """Commands for videos: extract, detect, stream."""
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from tqdm import tqdm
@@ -13,12 +16,22 @@ from typer import Argument, Option
 
 from ..data import DataError, pack
 from ..data.atomic import atomic_write
-from .commands import PACKED, Classes, Device, PresetName, Quiet, Root, _device, _preset, app
+from ..device import device_of
+from .commands import PACKED, Classes, Device, PresetName, Quiet, Root, _preset, app
+
+if TYPE_CHECKING:  # imported when a command runs: the others go without PyAV, and start sooner
+    from ..engine.detect import Event, Scorer
+    from ..media.encoders import AudioEncoder, Encoders, VisualEncoder
 
 
 class Geometry(StrEnum):
     crops = "crops"
     clip = "clip"
+
+
+class Engine(StrEnum):
+    threads = "threads"
+    ray = "ray"
 
 
 Every = Annotated[int, Option("--every", min=1, help="Frames a snippet: 16 for XD-Violence, 4 for CCTV-Fights.")]
@@ -53,24 +66,29 @@ Threshold = Annotated[
 ]
 
 
-def encoders(visual: str, visual_weights: str, audio: str, audio_weights: str | None, device: str):
-    """Both encoders, the second None for "none"."""
-    from ..media.encoders import audio_encoder, visual_encoder
+def encoders(visual: str, visual_weights: str, audio: str, audio_weights: str | None, device: str) -> "Encoders":
+    """What was chosen; module:factory is looked for in the folder at hand."""
+    from ..media.encoders import Encoders
 
-    sys.path.insert(0, os.getcwd())  # so that module:factory finds what lies here
-    heard = None if audio == "none" else audio_encoder(audio, audio_weights, _device(device))
-    return visual_encoder(visual, visual_weights, _device(device)), heard
+    return Encoders(visual, visual_weights, audio, audio_weights, device, os.getcwd())
 
 
 def watchers(
-    model: Path, student: Path | None, classes: str | None, visual, visual_weights, audio, audio_weights, device
-):
+    model: Path,
+    student: Path | None,
+    classes: str | None,
+    visual: str,
+    visual_weights: str,
+    audio: str,
+    audio_weights: str | None,
+    device: str,
+) -> "tuple[list[Scorer], VisualEncoder, AudioEncoder | None]":
     """Whoever scores, and the encoders that they need."""
     from ..engine.detect import load_scorers
 
     scorers = load_scorers(model, student, [] if classes is None else classes.split(","))
     hears = "audio" in scorers[0].model.streams()
-    return scorers, *encoders(visual, visual_weights, audio if hears else "none", audio_weights, device)
+    return scorers, *encoders(visual, visual_weights, audio if hears else "none", audio_weights, device).load()
 
 
 @app.command()
@@ -90,7 +108,12 @@ def extract(
     label: Annotated[str, Option(help="Of videos whose name or list has none, such as A.", show_default=False)] = "",
     root: Root = None,
     shard: Annotated[str | None, Option(help="i/n: the i-th of n equal parts.", show_default=False)] = None,
-    workers: Annotated[int, Option(min=1, help="Videos decoded at once.")] = 2,
+    workers: Annotated[
+        int, Option(min=1, help="Videos decoded at once by threads; ray decodes as many as its cluster has room for.")
+    ] = 2,
+    engine: Annotated[Engine, Option(help="threads of this machine, or the machines of a ray cluster.")] = (
+        Engine.threads
+    ),
     full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
     preset: PresetName = "xd-violence",
     classes: Classes = None,
@@ -101,12 +124,15 @@ def extract(
 
     Goes on where a killed call was. A video that fails is told at the end and in extract.json, and the exit code is 1.
     """
+    from ..media import cluster
     from ..media import extract as media
     from ..media.crops import COUNTS
     from ..media.errors import import_av
     from ..media.features import Sampling
 
     import_av()  # where it is absent that is told once, not once a video
+    if engine == Engine.ray:
+        cluster.import_ray()
     if crops not in COUNTS or (geometry == Geometry.clip and crops != 1):
         raise DataError(f"--crops {crops}: 1, 5 or 10; and 1 alone with --geometry clip")
     packed, folder = (output, output.with_suffix("")) if output.suffix == PACKED else (None, output)
@@ -121,9 +147,21 @@ def extract(
     sampling = Sampling(every, fps, crops, geometry.value)
     named = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
     settings = media.settings_of(sampling, not full, named)
-    seen, heard = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
+    chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
+    by_ray = engine == Engine.ray
+    # by ray here too: what is wrong with them is told once, not once a video
+    seen, heard = (replace(chosen, device="cpu") if by_ray else chosen).load()
     with tqdm(total=len(sources), desc="extracting", unit="video", disable=quiet) as bar:
-        record = media.extract(sources, folder, sampling, seen, heard, settings, workers, lambda _: bar.update())
+
+        def ended(_: str) -> None:
+            bar.update()
+
+        if by_ray:
+            # Ray tells of each worker that died, on standard output; what came of its video is told below
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                record = cluster.extract(sources, folder, sampling, chosen, settings, ended)
+        else:
+            record = media.extract(sources, folder, sampling, seen, heard, settings, workers, ended)
     record["failed"] = failed + record["failed"]
     log = folder / ("extract.json" if shard is None else f"extract-{shard.replace('/', '-of-')}.json")
     with atomic_write(log, "w") as file:
@@ -197,7 +235,7 @@ def detect(
                 frames += decoded
 
             found = video_features(source.path, sampling, seen, heard, count)
-            detection = detect_in(source.name, found, scorers, _device(device), threshold)
+            detection = detect_in(source.name, found, scorers, device_of(device), threshold)
             target = output / source.name
             target.parent.mkdir(parents=True, exist_ok=True)
             write_detection(target.with_name(f"{target.name}.json"), detection, source.path)
@@ -263,9 +301,9 @@ def stream(
     scorers, seen, heard = watchers(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
     )
-    detector, by, began = None, "", None
+    detector, by, began = None, "", datetime.now(UTC)
 
-    def tell(events) -> None:
+    def tell(events: "Iterable[Event]") -> None:
         for event in events:
             clock = (began + timedelta(seconds=event.start)).isoformat(timespec="milliseconds")
             typer.echo(json.dumps({"source": source, "clock": clock, **event_record(event)}))
@@ -279,7 +317,7 @@ def stream(
                     began = datetime.now(UTC) - timedelta(seconds=snippet.time)
                     detector = OnlineDetector(
                         scorers, seen, heard, seconds=live.seconds, window=window, delay=delay, longest=longest,
-                        threshold=threshold, geometry=geometry.value, device=_device(device),
+                        threshold=threshold, geometry=geometry.value, device=device_of(device),
                     )  # fmt: skip
                 tell(detector.push(snippet.image, snippet.sound, snippet.time))
                 if detector.by != by and not quiet:

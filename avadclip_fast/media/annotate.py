@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -37,9 +38,10 @@ def annotate(
         seen = video_stream(given, source)
         heard = again.streams.audio[0] if again.streams.audio else None
         copied = made.add_stream_from_template(heard) if heard is not None else None
-        packets = iter(()) if heard is None else _packets(again, heard, copied, first_time(source))
+        packets: Iterator[Any] = iter(()) if heard is None else _packets(again, heard, copied, first_time(source))
         waiting = next(packets, None)
-        out, strip, last = None, None, -1
+        out: Any = None
+        strip, last = np.zeros(0), -1
         for time, frame in frames(source, seen, given):
             image = upright(frame, frame.to_ndarray(format="rgb24"))
             image = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]  # what encoders take
@@ -69,7 +71,7 @@ def annotate(
             waiting = next(packets, None)
 
 
-def _packets(container, heard, copied, start: float) -> Iterator:
+def _packets(container: Any, heard: Any, copied: Any, start: float) -> Iterator[Any]:
     """Packets of sound, from the first picture on, for the stream `copied`."""
     for packet in container.demux(heard):
         if packet.pts is None or packet.pts * packet.time_base < start:

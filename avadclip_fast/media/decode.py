@@ -5,11 +5,13 @@ duration or frame count is not used: it is often wrong.
 """
 
 import contextlib
+import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from .errors import MediaError, import_av
 RATE = 16_000  # Hz
 SILENCE = 1e-3  # root mean square, -60 dB of full scale: below it a window holds nothing to hear
 WAIT = 10.0  # seconds that a live stream may say nothing
+AT_ONCE = 2**22  # samples of sound in memory: 17 MB
 GAP = 0.1  # seconds by which a packet's time may differ from the samples so far before silence is put between
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
 Progress = Callable[[int], None]  # is called with the number of frames decoded since
@@ -31,11 +34,13 @@ class Frame(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(source: str | Path, live: bool = False) -> Iterator:
+def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
     """The PyAV container of a file, or of a URL of SCHEMES where `live`. Raises MediaError."""
     av = import_av()
     scheme, form = str(source).partition("://")[0].lower() if "://" in str(source) else "", None
     wait = WAIT if scheme else None
+    target: Any
+    options: dict[str, str]
     with contextlib.ExitStack() as stack:
         try:
             if scheme:
@@ -66,7 +71,7 @@ def opened(source: str | Path, live: bool = False) -> Iterator:
         yield container
 
 
-def video_stream(container, source):
+def video_stream(container: Any, source: str | Path) -> Any:
     """The first video stream that is not a cover picture. Raises MediaError."""
     for stream in container.streams.video:
         if "attached_pic" not in str(stream.disposition).lower():
@@ -78,13 +83,13 @@ def video_stream(container, source):
 class Clock:
     """The time of each frame of a stream, in seconds from the first; it never runs backwards."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: Any):
         self.rate = float(stream.average_rate or stream.guessed_rate or 25)
         self.start: float | None = None  # of the first frame, in the container's time
         self.now = 0.0  # of the last frame
         self.seen = 0  # frames
 
-    def __call__(self, frame) -> float:
+    def __call__(self, frame: Any) -> float:
         at = frame.time if frame.time is not None else self.seen / self.rate + (self.start or 0.0)
         self.start = at if self.start is None else self.start
         self.now = max(self.now, at - self.start)
@@ -106,7 +111,7 @@ class Beat:
         return True
 
 
-def frames(source: str | Path, stream, container) -> Iterator:
+def frames(source: str | Path, stream: Any, container: Any) -> Iterator[tuple[float, Any]]:
     """Decoded frames in order, each with its time by a `Clock`."""
     av, clock = import_av(), Clock(stream)
     try:
@@ -121,7 +126,7 @@ def frames(source: str | Path, stream, container) -> Iterator:
         raise MediaError(f"{source}: cut short: {clock.seen} frames of {promised} are there")
 
 
-def upright(frame, image: np.ndarray) -> np.ndarray:
+def upright(frame: Any, image: np.ndarray) -> np.ndarray:
     """Turned as a player shows it."""
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90) % 4)) if frame.rotation else image
 
@@ -136,7 +141,8 @@ def snippet_frames(
     """
     with opened(source) as container:
         stream = video_stream(container, source)
-        held, count = None, 0
+        held: Frame | None = None
+        count = 0
         beat = None if fps is None else Beat(1 / fps)
         for time, frame in frames(source, stream, container):
             if progress is not None:
@@ -148,9 +154,9 @@ def snippet_frames(
             if count % every == 0:
                 held = Frame(time, upright(frame, frame.to_ndarray(format="rgb24")))
             count += 1
-            if count % every == 0:
+            if count % every == 0 and held is not None:
                 yield held
-        if fps is None and count < every:
+        if held is not None and count < every:
             yield held
 
 
@@ -159,10 +165,12 @@ class Sound:
     """The sound of a video: int16 samples (n,) at RATE in a temporary file, the first at time 0 of the video."""
 
     samples: np.ndarray
+    mapped: mmap.mmap | None = None  # what the samples lie in
 
     def windows(self, times: np.ndarray, seconds: float) -> "Windows":
         """One window of `seconds` from each time on."""
-        return Windows(self.samples, np.round(np.asarray(times) * RATE).astype(np.int64), round(seconds * RATE))
+        starts = np.round(np.asarray(times) * RATE).astype(np.int64)
+        return Windows(self.samples, starts, round(seconds * RATE), self.mapped)
 
 
 @dataclass
@@ -175,6 +183,7 @@ class Windows:
     samples: np.ndarray  # (n,) int16
     starts: np.ndarray  # (N,) int64
     size: int
+    mapped: mmap.mmap | None = None  # what the samples lie in
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -186,10 +195,14 @@ class Windows:
             first, last = max(start, 0), min(start + self.size, len(self.samples))
             if first < last:
                 row[first - start : last - start] = self.samples[first:last]
-        return out / 32768
+        if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapped.madvise(mmap.MADV_DONTNEED)  # else all that was read stays this process's memory
+        out /= 32768
+        return out
 
-    def heard(self, chunk: int = 512) -> np.ndarray:
-        """(N,) bool: whether there is anything to hear in each window."""
+    def heard(self, chunk: int | None = None) -> np.ndarray:
+        """(N,) bool: whether there is anything to hear in each window. chunk: windows at once."""
+        chunk = chunk or max(1, AT_ONCE // max(1, self.size))
         loud = [np.zeros(0, bool)]
         for start in range(0, len(self), chunk):
             loud.append(audible(self[start : start + chunk]))
@@ -204,23 +217,25 @@ def audible(windows: np.ndarray) -> np.ndarray:
 def read_sound(source: str | Path) -> Sound | None:
     """The first audio stream of a file, channels averaged, at RATE; None where there is none. Raises MediaError."""
     start = first_time(source)
-    with opened(source) as container:
+    # hours of sound are some GB: on disk, and gone when nothing uses them any more
+    with opened(source) as container, tempfile.TemporaryFile() as file:
         if not container.streams.audio:
             return None
-        file = tempfile.TemporaryFile()  # hours of sound are some GB: on disk, gone when it is closed
         written = 0
         for time, block in sound_blocks(container):
             gap = round((time - start) * RATE) - written
             if gap > (GAP * RATE if written else 0):
-                for missing in range(0, gap, RATE):
-                    file.write(bytes(2 * min(RATE, gap - missing)))
+                file.seek(2 * gap, os.SEEK_CUR)  # a hole: zeros that take no space, however long
                 written += gap
             elif gap < (-GAP * RATE if written else 0):
                 block = block[-gap:]  # from before the first frame, or there already
             file.write((block * 32768).round().clip(-32768, 32767).astype(np.int16).tobytes())
             written += len(block)
         file.flush()
-        return Sound(np.memmap(file, np.int16, "r", shape=(written,)) if written else np.zeros(0, np.int16))
+        if not written:
+            return Sound(np.zeros(0, np.int16))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return Sound(np.frombuffer(mapped, np.int16), mapped)
 
 
 def first_time(source: str | Path) -> float:
@@ -233,7 +248,7 @@ def first_time(source: str | Path) -> float:
             raise MediaError(f"{source}: damaged: {error.strerror}") from error
 
 
-def sound_blocks(container) -> Iterator[tuple[float, np.ndarray]]:
+def sound_blocks(container: Any) -> Iterator[tuple[float, np.ndarray]]:
     """(time, samples (n,) float32 mono at RATE) of the first audio stream, in order; damaged packets are left out."""
     mono = Mono()
     for packet in container.demux(container.streams.audio[0]):
@@ -242,7 +257,7 @@ def sound_blocks(container) -> Iterator[tuple[float, np.ndarray]]:
     yield from mono.rest()
 
 
-def decoded(packet) -> list:
+def decoded(packet: Any) -> list[Any]:
     """The frames of a packet; none of a damaged one."""
     try:
         return packet.decode()
@@ -253,11 +268,13 @@ def decoded(packet) -> list:
 class Mono:
     """Frames of sound into (time, samples (n,) float32 mono at RATE), whatever rate and channels each of them has."""
 
-    def __init__(self):
-        self.resampler = None
-        self.rate = self.time = self.sent = self.ends = 0  # of the run of sound at hand; sent: samples given so far
+    def __init__(self) -> None:
+        self.resampler: Any = None
+        # of the run of sound at hand; sent: samples given so far
+        self.rate = self.sent = 0
+        self.time = self.ends = 0.0
 
-    def __call__(self, frame) -> Iterator[tuple[float, np.ndarray]]:
+    def __call__(self, frame: Any) -> Iterator[tuple[float, np.ndarray]]:
         av = import_av()
         mono = to_mono(frame)
         at = frame.time if frame.time is not None else self.ends
@@ -276,14 +293,14 @@ class Mono:
             yield from self._resampled(None)
             self.resampler = None
 
-    def _resampled(self, frame) -> Iterator[tuple[float, np.ndarray]]:
+    def _resampled(self, frame: Any) -> Iterator[tuple[float, np.ndarray]]:
         for out in self.resampler.resample(frame):
             block = out.to_ndarray().reshape(-1)
             yield self.time + self.sent / RATE, block
             self.sent += len(block)
 
 
-def to_mono(frame) -> np.ndarray:
+def to_mono(frame: Any) -> np.ndarray:
     """(n,) float32 in [-1, 1], the mean of any number of channels: FFmpeg refuses layouts that it has no name for."""
     array = frame.to_ndarray()
     if not frame.format.is_planar:

@@ -9,13 +9,16 @@ by all of them has statistics(windows) -> (mean, std) besides, and takes them as
 """
 
 import importlib
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..device import device_of
 from ..models.text import TextWeightsError, read_weights
 from .decode import RATE, Windows
 from .errors import MediaError
@@ -39,6 +42,26 @@ class AudioEncoder(Protocol):
     def __call__(self, windows: Windows) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Encoders:
+    """Which encoders, and where they run: small enough to be sent to a worker, which loads them itself."""
+
+    visual: str = "clip"  # or module:factory
+    visual_weights: str = "openai"
+    audio: str = "wav2clip"  # or module:factory; "none" leaves the sound out
+    audio_weights: str | None = None
+    device: str = "auto"  # is made out where they are loaded
+    path: str | None = None  # a folder that module:factory is looked for in first
+
+    def load(self) -> tuple[VisualEncoder, AudioEncoder | None]:
+        """Both, the second None for "none". Raises MediaError, DataError."""
+        device = device_of(self.device)
+        if self.path is not None and self.path not in sys.path:
+            sys.path.insert(0, self.path)
+        heard = None if self.audio == "none" else audio_encoder(self.audio, self.audio_weights, device)
+        return visual_encoder(self.visual, self.visual_weights, device), heard
+
+
 class ClipVisual(nn.Module):
     """CLIP ViT-B/16's image tower, with its projection, from open_clip: uint8 (N, 3, 224, 224) -> (N, 512) float32.
 
@@ -47,6 +70,8 @@ class ClipVisual(nn.Module):
     """
 
     size, width = 224, 512
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, weights: str | Path = "openai", device: str | torch.device = "cpu"):
         super().__init__()
@@ -95,12 +120,12 @@ class ClipVisual(nn.Module):
         return torch.cat(out)
 
 
-def visual_encoder(name: str, weights: str, device: str) -> VisualEncoder:
+def visual_encoder(name: str, weights: str, device: str | torch.device) -> VisualEncoder:
     """ "clip", or "module:factory". Raises MediaError."""
     return ClipVisual(weights, device) if name == "clip" else _by_name(name, device, ("size", "width"))
 
 
-def audio_encoder(name: str, weights: str | None, device: str) -> AudioEncoder:
+def audio_encoder(name: str, weights: str | None, device: str | torch.device) -> AudioEncoder:
     """ "wav2clip", or "module:factory". Raises MediaError."""
     if name == "wav2clip":
         if weights is None:
@@ -109,13 +134,13 @@ def audio_encoder(name: str, weights: str | None, device: str) -> AudioEncoder:
                 "v0.1.0-alpha), an https:// address that ends in #sha256=<digits>, or random, for tests only"
             )
         return Wav2Clip(weights, device)
-    encoder = _by_name(name, device, ("rate", "width"))
+    encoder: AudioEncoder = _by_name(name, device, ("rate", "width"))
     if encoder.rate != RATE:
         raise MediaError(f"audio encoder {name}: it wants {encoder.rate} Hz; sound is given at {RATE}")
     return encoder
 
 
-def _by_name(name: str, device: str, wanted: tuple[str, ...]):
+def _by_name(name: str, device: str | torch.device, wanted: tuple[str, ...]) -> Any:
     module, _, factory = name.partition(":")
     try:
         encoder = getattr(importlib.import_module(module), factory)(device)
@@ -126,7 +151,7 @@ def _by_name(name: str, device: str, wanted: tuple[str, ...]):
     return encoder
 
 
-def encoded(name: str, encoder, given, rows: int, **options) -> np.ndarray:
+def encoded(name: str, encoder: Any, given: Any, rows: int, **options: Any) -> np.ndarray:
     """encoder(given) as (rows, width) float32. Raises MediaError where an encoder does not keep to the protocol."""
     out = torch.as_tensor(encoder(given, **options)).detach().float().cpu().numpy()
     if out.shape != (rows, encoder.width):

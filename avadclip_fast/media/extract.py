@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from ..data import DataError
 from ..data.atomic import atomic_write
@@ -103,55 +105,88 @@ def _source(path: Path, name: str, label: str) -> Source:
     return Source(path, name, label or (found[1] if found else ""))
 
 
+class Tally:
+    """What became of each video; progress is called with the name of each as it ends."""
+
+    def __init__(self, progress: Callable[[str], None] | None = None):
+        self._progress = progress
+        self._ended: dict[str, list[str]] = {"done": [], "skipped": []}
+        self._failed: list[dict[str, str]] = []
+
+    def ended(self, source: Source, how: str) -> None:
+        """how: "done" or "skipped"."""
+        self._ended[how].append(source.name)
+        self._told(source)
+
+    def failed(self, source: Source, reason: str) -> None:
+        self._failed.append({"source": str(source.path), "reason": reason})
+        self._told(source)
+
+    def _told(self, source: Source) -> None:
+        if self._progress is not None:
+            self._progress(source.name)
+
+    def record(self) -> dict[str, list]:
+        """{"done": names, "skipped": names, "failed": [{"source", "reason"}]}, sorted."""
+        ended = {how: sorted(names) for how, names in self._ended.items()}
+        return {**ended, "failed": sorted(self._failed, key=str)}
+
+
 def extract(
     sources: Sequence[Source],
     output: str | Path,
     sampling: Sampling,
     visual: VisualEncoder,
     audio: AudioEncoder | None,
-    settings: dict,
+    settings: dict[str, Any],
     workers: int = 2,
     progress: Callable[[str], None] | None = None,
-) -> dict:
-    """Extracts every source that is not done; one that fails does not stop the rest.
+) -> dict[str, list]:
+    """Extracts every source that is not done, some at once in threads; one that fails does not stop the rest.
 
-    settings: of `settings_of`; a video that was done with others is done again. progress: is called with the name of
-    each video as it ends. Returns {"done": names, "skipped": names, "failed": [{"source", "reason"}]}.
+    settings: of `settings_of`; a video that was done with others is done again. Returns `Tally.record`.
     """
-    output = Path(output)
-    record = {"done": [], "skipped": [], "failed": []}
+    output, tally = Path(output), Tally(progress)
     encoding = threading.Lock()  # decoding runs beside it; the encoders' own threads fill the processor
-
-    def locked(encoder):
-        return None if encoder is None else _Locked(encoder, encoding)
-
-    def one(source: Source) -> str:
-        if _is_done(output, source, settings):
-            return "skipped"
-        dtype = np.dtype(settings["dtype"])
-        found = video_features(source.path, sampling, locked(visual), locked(audio), dtype=dtype)
-        write_video(output, source, found, settings)
-        return "done"
-
+    seen: Any = _Locked(visual, encoding)
+    heard: Any = None if audio is None else _Locked(audio, encoding)
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        tasks = {pool.submit(one, source): source for source in sources}
+        tasks = {
+            pool.submit(extract_one, source, output, sampling, seen, heard, settings): source for source in sources
+        }
         try:
             for task in as_completed(tasks):
                 source = tasks[task]
                 try:
-                    record[task.result()].append(source.name)
+                    how = task.result()
                 except Exception as error:  # whatever one video did, the others go on, and it is told
-                    record["failed"].append(failure(source.path, error))
-                if progress is not None:
-                    progress(source.name)
+                    tally.failed(source, failure(source.path, error)["reason"])
+                else:
+                    tally.ended(source, how)
         except BaseException:
             for task in tasks:
                 task.cancel()
             raise
-    return {name: sorted(found, key=str) for name, found in record.items()}
+    return tally.record()
 
 
-def failure(path: Path, error: Exception) -> dict:
+def extract_one(
+    source: Source,
+    output: Path,
+    sampling: Sampling,
+    visual: VisualEncoder,
+    audio: AudioEncoder | None,
+    settings: dict[str, Any],
+) -> str:
+    """Extracts one video: "done", or "skipped" where it was done with these settings before. Raises MediaError."""
+    if _is_done(output, source, settings):
+        return "skipped"
+    found = video_features(source.path, sampling, visual, audio, dtype=np.dtype(settings["dtype"]))
+    write_video(output, source, found, settings)
+    return "done"
+
+
+def failure(path: Path, error: Exception) -> dict[str, str]:
     """{"source", "reason"}: a line that names the file, whatever went wrong."""
     if isinstance(error, DataError):
         return {"source": str(path), "reason": str(error)}
@@ -161,13 +196,14 @@ def failure(path: Path, error: Exception) -> dict:
 class _Locked:
     """An encoder that one thread uses at a time."""
 
-    def __init__(self, encoder, lock: threading.Lock):
-        self._encoder, self._lock = encoder, lock
+    def __init__(self, encoder: VisualEncoder | AudioEncoder, lock: threading.Lock):
+        self._encoder: Any = encoder
+        self._lock = lock
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
 
-    def __call__(self, given):
+    def __call__(self, given: Any) -> torch.Tensor:
         with self._lock:
             return self._encoder(given)
 

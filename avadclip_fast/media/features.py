@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .crops import cut
@@ -39,36 +40,37 @@ def video_features(
     visual: VisualEncoder,
     audio: AudioEncoder | None,
     progress: Progress | None = None,
-    dtype: type = np.float32,
+    dtype: npt.DTypeLike = np.float32,
 ) -> VideoFeatures:
     """Decodes and encodes one file. Memory does not grow with its length but for the features.
 
     A snippet's window of sound starts with its frame and is as long as a snippet. audio: None leaves the sound out.
     dtype: of both features. Raises MediaError.
     """
-    rows, pending, times = [], [], []
+    rows = bytearray()  # grows in place: a list of arrays would be there twice when it is joined
+    pending: list[torch.Tensor] = []
+    starts: list[float] = []
 
     def encode() -> None:
         if pending:
             images = torch.cat(pending)  # [n·crops, 3, S, S]
-            found = encoded("visual", visual, images, len(images)).astype(dtype)
-            rows.append(found.reshape(len(pending), sampling.crops, -1))
+            rows.extend(encoded("visual", visual, images, len(images)).astype(dtype, copy=False).tobytes())
             pending.clear()
 
     for frame in snippet_frames(source, sampling.every, sampling.fps, progress):
-        times.append(frame.time)
+        starts.append(frame.time)
         pending.append(cut(frame.image, sampling.crops, sampling.geometry, visual.size))
         if len(pending) * sampling.crops >= BATCH:
             encode()
     encode()
-    times = np.array(times)
+    times = np.array(starts)
     seconds = snippet_seconds(times, sampling)
-    seen = np.concatenate(rows).transpose(1, 0, 2)  # [crops, n, D]
+    seen = np.frombuffer(rows, dtype).reshape(len(times), sampling.crops, -1).transpose(1, 0, 2)  # [crops, n, D]
     sound = None if audio is None else read_sound(source)
-    if sound is None:
+    if audio is None or sound is None:
         return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool))
     windows = sound.windows(times, seconds)
-    embedded = encoded("audio", audio, windows, len(times)).astype(dtype)
+    embedded = encoded("audio", audio, windows, len(times)).astype(dtype, copy=False)
     return VideoFeatures(seen, embedded, times, seconds, windows.heard())
 
 

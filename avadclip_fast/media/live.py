@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class LiveSource:
         self.seconds = 1 / fps if fps is not None else 0.0
         self.frames = self.dropped = self.reconnects = 0
         self.live = False
-        self._queue: queue.Queue = queue.Queue(WAITING)
+        self._queue: queue.Queue[Snippet | Exception | None] = queue.Queue(WAITING)
         self._closed = threading.Event()
 
     def __iter__(self) -> Iterator[Snippet]:
@@ -99,16 +99,17 @@ class LiveSource:
         except Exception as error:  # it is raised where the snippets are fetched
             self._put(error)
 
-    def _put(self, item) -> None:
+    def _put(self, item: "Snippet | Exception | None") -> None:
         while not self._closed.is_set():
             try:
                 return self._queue.put(item, timeout=0 if self.live and isinstance(item, Snippet) else 0.5)
             except queue.Full:
                 if self.live and isinstance(item, Snippet):
                     try:
-                        self.dropped += self._queue.get_nowait().frames
+                        oldest = self._queue.get_nowait()
                     except queue.Empty:
-                        pass  # it was fetched just now
+                        continue  # it was fetched just now
+                    self.dropped += oldest.frames if isinstance(oldest, Snippet) else 0
 
     def _snippets(self, offset: float) -> Iterator[Snippet]:
         """The snippets of one connection; its first frame is at `offset` seconds."""
@@ -147,15 +148,18 @@ class LiveSource:
             if clock.seen == 0:
                 raise MediaError(f"{self.source}: holds no frame that can be decoded")
 
-    def _complete(self, at: float, clock: Clock, audio, sound: "Ring") -> bool:
+    def _complete(self, at: float, clock: Clock, audio: Any, sound: "Ring") -> bool:
         """Whether all of the snippet at `at` has come, or has been waited for long enough."""
         end = at + self.seconds
-        return clock.now >= end and (audio is None or sound.end - clock.start >= end or clock.now >= end + LAG)
+        heard = sound.end - (clock.start or 0.0)
+        return clock.now >= end and (audio is None or heard >= end or clock.now >= end + LAG)
 
-    def _made(self, waiting: deque, clock: Clock, offset: float, audio, sound: "Ring") -> Snippet:
+    def _made(
+        self, waiting: "deque[tuple[float, np.ndarray, int]]", clock: Clock, offset: float, audio: Any, sound: "Ring"
+    ) -> Snippet:
         at, image, first = waiting.popleft()
         frames = (waiting[0][2] if waiting else clock.seen) - first
-        heard = None if audio is None else sound.take(clock.start + at, round(self.seconds * RATE))
+        heard = None if audio is None else sound.take((clock.start or 0.0) + at, round(self.seconds * RATE))
         return Snippet(offset + at, image, heard, frames)
 
 

@@ -7,8 +7,8 @@ mean and std are those of all windows that are given together: an embedding depe
 is one video's windows, never other videos'.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,13 +35,13 @@ class Wav2Clip(nn.Module):
         super().__init__()
         from torchvision.models import resnet18
 
-        self.encoder = resnet18()
+        self.encoder: Any = resnet18()  # with attributes that nn.Module does not know of
         self.encoder.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
         self.encoder.fc = nn.Identity()
         self.encoder.spectrogram = nn.Module()  # checkpoints hold the window, under this name
         self.encoder.spectrogram.register_buffer("window", torch.hann_window(FFT))
         layers = nn.Linear(512, 512), nn.ReLU(), nn.Identity(), nn.Linear(512, 512)  # the third was dropout in training
-        self.transform = nn.Module()
+        self.transform: Any = nn.Module()
         self.transform.sequential = nn.Sequential(*layers)
         if weights == "random":
             self.randomize()
@@ -85,7 +85,7 @@ class Wav2Clip(nn.Module):
         return (spectrum.abs() ** 2 + 1e-7).log()[:, None]
 
     @torch.no_grad()
-    def forward(self, windows: Sequence, statistics: tuple[float, float] | None = None) -> Tensor:
+    def forward(self, windows: Any, statistics: tuple[float, float] | None = None) -> Tensor:
         """(N, 512) float32 of windows (N, samples), or of anything whose slices are such arrays: read twice, in parts.
 
         statistics: mean and std in place of those of these windows.
@@ -98,9 +98,9 @@ class Wav2Clip(nn.Module):
         return torch.cat(out).cpu() if out else torch.zeros(0, self.width)
 
     @torch.no_grad()
-    def statistics(self, windows: Sequence) -> tuple[float, float]:
+    def statistics(self, windows: Any) -> tuple[float, float]:
         """Mean and unbiased standard deviation of the spectrograms of all windows."""
-        count, total, squares = 0, 0.0, 0.0
+        count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for start in range(0, len(windows), CHUNK):
             x = self.spectrogram(windows[start : start + CHUNK]).double()
             count, total, squares = count + x.numel(), total + x.sum(), squares + x.square().sum()
