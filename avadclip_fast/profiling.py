@@ -108,10 +108,17 @@ def trace(folder: str | Path, steps: int = 10, skip: int = 5, name: str = "trace
         written = True
 
     plan = torch.profiler.schedule(skip_first=skip - 1, wait=0, warmup=1, active=steps, repeat=1)
-    with profiling(), torch.profiler.profile(schedule=plan, on_trace_ready=write, acc_events=True) as profile:
+    profiler = torch.profiler.profile(activities=activities(), schedule=plan, on_trace_ready=write, acc_events=True)
+    with profiling(), profiler as profile:
         yield profile.step
     if not written:
         _log.warning("%s was not written: the run ended within the %d steps before those to record", path, skip)
+
+
+def activities() -> list[torch.profiler.ProfilerActivity]:
+    """What torch's profiler is to watch: the host, and the GPU where there is one."""
+    activity = torch.profiler.ProfilerActivity
+    return [activity.CPU, activity.CUDA] if torch.cuda.is_available() else [activity.CPU]
 
 
 def export(profile: torch.profiler.profile, path: Path) -> None:

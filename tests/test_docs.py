@@ -86,7 +86,7 @@ def commands():
     """The program's commands, as the program itself has them."""
     from typer.main import get_command
 
-    from avadclip_fast.cli import export, kernels, media  # noqa: F401  add their commands
+    from avadclip_fast.cli import export, kernels, media, profile  # noqa: F401  add their commands
     from avadclip_fast.cli.commands import app
 
     return get_command(app)
@@ -101,6 +101,8 @@ def command_lines(page: Path) -> Iterator[tuple[str, bool]]:
         for line in block["code"].replace("\\\n", " ").splitlines():
             if assigned := re.match(r'(\w+)="(.*)"$', line):
                 variables[assigned[1]] = assigned[2]
+            if line.startswith(("nsys ", "ncu ")):
+                line = "".join(line.partition("avadclip-fast")[1:])  # what is profiled
             if line.startswith("avadclip-fast"):
                 yield re.sub(r"\$(\w+)", lambda name, known=variables: known[name[1]], line), True
     for inline in INLINE.finditer(FENCE.sub("", text)):

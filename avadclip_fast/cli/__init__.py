@@ -13,7 +13,7 @@ def main() -> None:
     from ..engine.stop import Stopped
     from ..models import CheckpointError, TextWeightsError
     from ..ops import BackendError
-    from . import export, kernels, media  # noqa: F401  add their commands
+    from . import export, kernels, media, profile  # noqa: F401  add their commands
     from .commands import app
 
     logging.basicConfig(format="%(message)s")

@@ -1,0 +1,33 @@
+"""The command that runs a case under a profiler."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Argument, Option
+
+from .commands import Device, Precision, PrecisionOf, _device, app
+
+
+@app.command()
+def profile(
+    case: Annotated[str, Argument(help="train-teacher, train-student, distil, infer, or an op, such as gated_fusion.")],
+    iterations: Annotated[int, Option(min=1, help="How many are captured.")] = 10,
+    warmup: Annotated[int, Option(min=0, help="How many go before them.")] = 3,
+    batch: Annotated[int | None, Option(min=1, help="Videos of 256 snippets: 96 on a GPU, 4 on a CPU.")] = None,
+    precision: PrecisionOf = Precision.fp32,
+    trace: Annotated[
+        Path | None, Option(help="Write a Chrome trace here, and show what took longest.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Run a training step, inference or an op with its ranges on, between cudaProfilerStart and cudaProfilerStop.
+
+    For `nsys profile --capture-range=cudaProfilerApi` and `ncu --profile-from-start off`; --trace needs neither, and
+    no GPU.
+    """
+    from ..engine.profile import run
+
+    typer.echo(run(case, _device(device), precision.value, batch, warmup, iterations, trace))
+    if trace is not None:
+        typer.echo(f"wrote {trace}")

@@ -1,0 +1,234 @@
+"""Cases to look at under a profiler: the whole steps, and each op, forward and backward, at the paper's sizes."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import ops, profiling
+from ..data import XD_VIOLENCE, DataError
+from ..models import AVadCLIP, AVadCLIPStudent, objective
+from ..ops import _dispatch
+from .train import float32_products
+
+T, D = 256, 512
+CLASSES = list(XD_VIOLENCE.values())
+BATCH = {"cuda": 96, "cpu": 4}  # the paper's; a tenth of a second or so
+ROWS = 15  # of the table
+Step = Callable[[], object]
+
+
+class Setting(NamedTuple):
+    """Where and how a case runs."""
+
+    device: torch.device
+    precision: str  # fp32, tf32 or bf16
+    batch: int
+
+
+def names() -> list[str]:
+    """Of all cases."""
+    return [*STEPS, *_dispatch.TABLE]
+
+
+def make(case: str, setting: Setting) -> Step:
+    """The function that is one iteration of a case, on inputs that do not change. Raises DataError on other names."""
+    torch.manual_seed(0)
+    if case not in names():
+        raise DataError(f"no case {case!r}; there are {', '.join(names())}")
+    return STEPS[case](setting) if case in STEPS else _op(case, setting)
+
+
+def run(
+    case: str,
+    device: torch.device,
+    precision: str = "fp32",
+    batch: int | None = None,
+    warmup: int = 3,
+    iterations: int = 10,
+    trace: Path | None = None,
+) -> str:
+    """Runs a case with the ranges on, and returns what there is to tell, as text.
+
+    On a GPU the iterations after the warm-up lie between cudaProfilerStart and cudaProfilerStop. trace: writes a Chrome
+    trace of them instead, on any device, and tells the operators that took longest.
+    Raises DataError on an unknown case, RecipeError on a precision that the device does not have, OSError.
+    """
+    setting = Setting(device, precision, batch or BATCH.get(device.type, BATCH["cpu"]))
+    with float32_products(precision, device):
+        step = make(case, setting)
+        for _ in range(warmup):
+            step()
+        with profiling.profiling():
+            if trace is None:
+                seconds, table = _captured(step, iterations, device), ""
+            else:
+                seconds, table = _traced(step, iterations, device, trace)
+    head = f"{case}, batch {setting.batch}, {precision} on {device}: {1e3 * seconds:.3f} ms an iteration"
+    return f"{head}\n{table}" if table else head
+
+
+def _repeated(step: Step, iterations: int, device: torch.device) -> float:
+    """Seconds of an iteration, on average."""
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(iterations):
+        with profiling.span("iteration"):
+            step()
+    _wait(device)
+    return (time.perf_counter() - start) / iterations
+
+
+def _captured(step: Step, iterations: int, device: torch.device) -> float:
+    if device.type != "cuda":
+        return _repeated(step, iterations, device)
+    _wait(device)  # what warmed up is not to be seen
+    with torch.cuda.profiler.profile():
+        return _repeated(step, iterations, device)
+
+
+def _traced(step: Step, iterations: int, device: torch.device, path: Path) -> tuple[float, str]:
+    with torch.profiler.profile(activities=profiling.activities(), acc_events=True) as profile:
+        seconds = _repeated(step, iterations, device)
+    profiling.export(profile, path)
+    by = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    return seconds, profile.key_averages().table(sort_by=by, row_limit=ROWS, max_name_column_width=60)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# Whole steps
+
+
+def _train(setting: Setting, kind: str) -> Step:
+    """Forward pass, losses, backward pass, AdamW; distilling, the teacher's features are at hand."""
+    device = setting.device
+    teacher = AVadCLIP(CLASSES, text_weights="random").to(device)
+    model: AVadCLIP | AVadCLIPStudent = teacher if kind == "teacher" else AVadCLIPStudent.beside(teacher).to(device)
+    model.train()
+    visual, audio, lengths = _features(setting)
+    inputs = (visual, audio) if kind == "teacher" else (visual,)
+    guide = None
+    if kind == "distil":
+        with torch.no_grad():
+            guide = teacher.eval().fuse(visual, audio, lengths)
+    labels = F.one_hot(torch.arange(setting.batch, device=device) % len(CLASSES), len(CLASSES)).float()
+    update = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
+            with profiling.span("forward"):
+                out = model(*inputs, lengths)
+            with profiling.span("losses"):
+                loss = objective(model, out, labels, lengths, guide)["total"]
+        with profiling.span("backward"):
+            update.zero_grad(set_to_none=True)
+            loss.backward()
+        with profiling.span("optimizer"):
+            update.step()
+
+    return step
+
+
+def _infer(setting: Setting) -> Step:
+    """The student's scores, the text side at hand, as in evaluation."""
+    model = AVadCLIPStudent(CLASSES, text_weights="random").to(setting.device).eval()
+    visual, _, lengths = _features(setting)
+    with torch.no_grad():
+        text = model.encode_text()
+
+    @torch.no_grad()
+    def step() -> None:
+        with (
+            torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"),
+            profiling.span("forward"),
+        ):
+            model(visual, lengths, text_features=text)
+
+    return step
+
+
+STEPS: dict[str, Callable[[Setting], Step]] = {
+    "train-teacher": partial(_train, kind="teacher"),
+    "train-student": partial(_train, kind="student"),
+    "distil": partial(_train, kind="distil"),
+    "infer": _infer,
+}
+
+
+def _features(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
+    """visual, audio (B, T, D), zero past lengths (B,)."""
+    lengths = torch.randint(T // 4, T + 1, (setting.batch,), device=setting.device)
+    valid = (torch.arange(T, device=setting.device) < lengths[:, None])[..., None]
+    visual, audio = torch.randn(2, setting.batch, T, D, device=setting.device) * valid
+    return visual, audio, lengths
+
+
+# Single ops
+
+
+def _op(name: str, setting: Setting) -> Step:
+    """Forward and backward pass of one op, by the backend that is chosen for it."""
+    arguments = _arguments(name, setting)
+    given = [x for value in arguments.values() for x in (value if isinstance(value, tuple) else (value,))]
+    leaves = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
+    function = getattr(ops, name)
+
+    def step() -> None:
+        out = function(**arguments)
+        out = out[0] if isinstance(out, tuple) else out
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    return step
+
+
+def _arguments(name: str, setting: Setting) -> dict:
+    """One call of an op in a training step."""
+    device, _, batch = setting
+    dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype).mul_(shape[-1] ** -0.5).requires_grad_()
+
+    def labels() -> Tensor:
+        return F.one_hot(torch.arange(batch, device=device) % len(CLASSES), len(CLASSES)).float()
+
+    lengths = torch.randint(T // 4, T + 1, (batch,), device=device)
+    x = partial(draw, batch, T, D)
+    cases: dict[str, Callable[[], dict]] = {
+        "gated_fusion": lambda: {
+            "visual": x(), "audio": x(), "gate_weight": draw(D, 2 * D), "gate_bias": draw(D),
+            "hidden_weight": draw(D, 2 * D), "hidden_bias": draw(D), "residual_weight": draw(D, D),
+            "residual_bias": draw(D),
+        },
+        "linear_act": lambda: {
+            "x": x(), "weight": draw(4 * D, D), "bias": draw(4 * D), "activation": "quick_gelu",
+            "norm": (draw(D), draw(D)),
+        },
+        "window_attention": lambda: {"qkv": draw(batch, T, 3 * D), "window": 64, "heads": 1, "lengths": lengths},
+        "similarity_graph": lambda: {"features": x(), "values": x(), "lengths": lengths},
+        "distance_graph": lambda: {"values": x(), "lengths": lengths},
+        "attention_pool": lambda: {"features": x(), "logits": draw(batch, T), "lengths": lengths},
+        "prompt_similarity": lambda: {"features": x(), "prompts": draw(batch, len(CLASSES), D)},
+        "topk_mean": lambda: {"scores": draw(batch, T, len(CLASSES)), "lengths": lengths},
+        "mil_loss": lambda: {"logits": draw(batch, T), "labels": labels(), "lengths": lengths},
+        "mil_align_loss": lambda: {
+            "logits": draw(batch, T, len(CLASSES)), "labels": labels(), "lengths": lengths,
+            "alpha": torch.ones(len(CLASSES), device=device),
+        },
+        "distill_loss": lambda: {
+            "teacher": x().detach(), "student": x(), "log_variance": x(), "lengths": lengths,
+        },
+        "uniform_pool": lambda: {"features": draw(int(lengths.sum()) * 4, D), "lengths": lengths * 4, "rows": T},
+        "pack_rows": lambda: {"padded": x(), "lengths": lengths},
+        "unpack_rows": lambda: {"packed": draw(int(lengths.sum()), D), "lengths": lengths, "rows": T},
+    }  # fmt: skip
+    return cases[name]()

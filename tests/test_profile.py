@@ -1,0 +1,224 @@
+"""Ranges: there when on, free of cost and effect when off; `profile` runs every case; traces are whole or absent."""
+
+import json
+import logging
+import runpy
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import avadclip_fast.cli.profile  # noqa: F401  adds its command
+from avadclip_fast import ops, profiling
+from avadclip_fast.cli.commands import app
+from avadclip_fast.data import DataError
+from avadclip_fast.engine.profile import BATCH, STEPS, Setting, make, names
+from avadclip_fast.ops import _dispatch
+
+CPU = torch.device("cpu")
+
+
+def ranges(path) -> list[str]:
+    """The names of the ranges in a Chrome trace, as they began."""
+    events = json.loads(path.read_text())["traceEvents"]
+    found = [e for e in events if e.get("cat") == "user_annotation" and not e["name"].startswith("ProfilerStep")]
+    return [e["name"] for e in sorted(found, key=lambda e: e["ts"])]
+
+
+def recorded(function) -> list[str]:
+    """The names of what torch's profiler sees of a call."""
+    with torch.profiler.profile(activities=profiling.activities(), acc_events=True) as profile:
+        function()
+    return [event.name for event in profile.events()]
+
+
+def pooled() -> torch.Tensor:
+    scores = torch.randn(2, 20, 3, requires_grad=True)
+    out = ops.topk_mean(scores, torch.tensor([20, 7]), backend="cpp")
+    out.sum().backward()
+    return scores.grad
+
+
+cpp = pytest.mark.skipif(_dispatch.why_not("topk_mean", "cpp", torch.ones(1, 1, 1), None, 16) is not None, reason="C++")
+
+
+@cpp
+def test_an_op_and_its_backward_pass_have_ranges_when_on():
+    with profiling.profiling():
+        on = recorded(pooled)
+    off = recorded(pooled)
+    assert [name for name in on if ":" in name and "autograd" not in name and "::" not in name] == [
+        "topk_mean:cpp",
+        "topk_mean:cpp:backward",
+    ]
+    assert not any(name.startswith("topk_mean:") for name in off) and len(off) > 3
+
+
+def test_a_plain_backward_pass_has_no_range():
+    """Its last node is not the whole."""
+    x = torch.randn(2, 20, 3, requires_grad=True)
+
+    def call():
+        ops.topk_mean(x, torch.tensor([20, 7]), backend="reference").sum().backward()
+
+    with profiling.profiling():
+        assert [name for name in recorded(call) if name.startswith("topk_mean:")] == ["topk_mean:reference"]
+
+
+@cpp
+def test_ranges_change_no_result():
+    torch.manual_seed(0)
+    off = pooled()
+    torch.manual_seed(0)
+    with profiling.profiling():
+        assert torch.equal(pooled(), off)
+
+
+def test_spans_nest_and_close():
+    def call():
+        with profiling.span("outer"), pytest.raises(ZeroDivisionError):
+            with profiling.span("inner"):
+                raise ZeroDivisionError
+
+    with profiling.profiling():
+        assert [name for name in recorded(call) if name in ("outer", "inner")] == ["outer", "inner"]
+        with profiling.profiling(False):
+            assert profiling.span("x") is profiling.span("y")  # nothing is made
+        assert profiling.enabled
+    assert not profiling.enabled
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_compiled_and_exported_code_has_no_ranges(on):
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            with profiling.span("part"):
+                return ops.topk_mean(x, torch.tensor([20, 7]))
+
+    x, module = torch.randn(2, 20, 3), Module()
+    torch._dynamo.reset()
+    with profiling.profiling(on):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), module(x))
+        graph = torch.export.export(module, (x,)).graph
+    assert not any("record_function" in str(node.target) for node in graph.nodes)
+
+
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("0", False), ("", False)])
+def test_the_environment_turns_ranges_on(monkeypatch, value, on):
+    monkeypatch.setenv("AVADCLIP_FAST_NVTX", value)
+    assert runpy.run_path(profiling.__file__)["enabled"] is on
+
+
+@cpp
+def test_nvtx_ranges_are_pushed_and_popped(monkeypatch):
+    calls = []
+    monkeypatch.setattr(profiling, "_nvtx", lambda: True)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
+    with profiling.profiling(), profiling.span("step"):
+        pooled()
+    assert calls == ["step", "topk_mean:cpp", "pop", "topk_mean:cpp:backward", "pop", "pop"]
+
+
+# Traces of training
+
+
+def test_a_trace_has_the_steps_asked_for(tmp_path):
+    seen = []
+    with profiling.trace(tmp_path / "new", steps=2, skip=3) as done:
+        for i in range(8):
+            with profiling.span(f"step {i}"):
+                torch.ones(3).sum()
+            done()
+            seen.append((tmp_path / "new/trace.json").exists())
+    assert seen == [False] * 4 + [True] * 4
+    assert ranges(tmp_path / "new/trace.json") == ["step 3", "step 4"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["trace.json"]
+
+
+def test_a_short_run_leaves_what_there_was(tmp_path, caplog):
+    def run(steps):
+        with profiling.trace(tmp_path, steps=5, skip=2) as done:
+            for i in range(steps):
+                with profiling.span(f"step {i}"):
+                    torch.ones(3).sum()
+                done()
+
+    with caplog.at_level(logging.WARNING, "avadclip_fast"):
+        run(1)
+    assert "was not written" in caplog.text and not list(tmp_path.iterdir())
+    run(3)
+    assert ranges(tmp_path / "trace.json") == ["step 2"]
+
+
+def test_a_trace_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    (tmp_path / "trace.json").write_text("old")
+
+    def fail(self, path):
+        open(path, "w").close()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", fail)
+    with pytest.raises(OSError, match="No space"), profiling.trace(tmp_path, steps=1, skip=1) as done:
+        for _ in range(3):
+            done()
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("trace.json", "old")]
+
+
+def test_a_trace_wants_counts():
+    for bad in ({"steps": 0}, {"skip": 0}):
+        with pytest.raises(ValueError, match="above zero"), profiling.trace("nowhere", **bad):
+            pass
+
+
+# The command
+
+
+@pytest.mark.parametrize("op", _dispatch.TABLE)
+def test_every_op_is_a_case(op):
+    """A call of it, with a gradient for every argument that learns."""
+    with profiling.profiling():
+        seen = recorded(make(op, Setting(CPU, "fp32", 1)))
+    assert any(name.startswith(f"{op}:") for name in seen)
+
+
+def test_cases_are_steps_and_ops():
+    assert names() == [*STEPS, *_dispatch.TABLE] and set(STEPS) == {"train-teacher", "train-student", "distil", "infer"}
+    assert BATCH["cuda"] == 96
+
+
+def test_a_step_has_its_phases(tmp_path):
+    path = tmp_path / "trace.json"
+    command = ["profile", "distil", "--trace", str(path), "--batch", "1", "--iterations", "2", "--warmup", "0"]
+    result = CliRunner().invoke(app, [*command, "--device", "cpu", "--precision", "bf16"])
+    assert result.exit_code == 0, result.output
+    assert "distil, batch 1, bf16 on cpu" in result.output and "Self CPU" in result.output
+    found = ranges(path)
+    phases = [name for name in found if ":" not in name and "#" not in name]  # torch names its optimizers' calls
+    assert phases == ["iteration", "forward", "losses", "backward", "optimizer"] * 2
+    assert {"window_attention:reference", "linear_act:reference"} <= set(found)
+
+
+def test_inference_runs_without_a_trace():
+    result = CliRunner().invoke(app, "profile infer --batch 1 --iterations 1 --warmup 0 --device cpu".split())
+    assert result.exit_code == 0 and "ms an iteration" in result.output and "Self CPU" not in result.output
+
+
+def test_an_unknown_case_is_told_in_a_line():
+    with pytest.raises(DataError, match="no case 'teacher'; there are train-teacher, .*window_attention") as raised:
+        make("teacher", Setting(CPU, "fp32", 1))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_capture_lies_between_start_and_stop(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: calls.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: calls.append("stop"))
+    push = torch.cuda.nvtx.range_push
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", lambda name: (calls.append(name), push(name))[1])
+    result = CliRunner().invoke(app, "profile infer --batch 2 --iterations 2 --warmup 1".split())
+    assert result.exit_code == 0, result.output
+    assert calls[0] == "start" and calls[-1] == "stop" and calls.count("forward") == calls.count("iteration") == 2
