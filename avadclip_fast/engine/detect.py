@@ -78,8 +78,9 @@ class Detection:
 
     def events(self) -> list[Event]:
         """Stretches of snippets at or above the threshold, in order."""
+        edges = self.edges.tolist()
         return [
-            event_of(*self.edges[[start, end]].tolist(), self.classes, self.probabilities[start:end])
+            event_of(edges[start], edges[end], self.classes, self.probabilities[start:end])
             for start, end in runs(self.alarm)
         ]
 
@@ -163,7 +164,7 @@ def detect(
     unheard = None
     for part in parts:
         here = slice(part.start, part.end)
-        if part.by == "teacher":
+        if part.by == "teacher" and found.audio is not None:  # it always has sound then
             scored, scorer = score(first, visual[here], found.audio[here].astype(np.float32), device), first
             anomaly[here], probabilities[here] = scored.anomaly, scored.probabilities
         else:

@@ -113,7 +113,7 @@ class OnlineDetector:
             samples = np.zeros((1, round(self.seconds * RATE)), np.float32)
             samples[0, : len(audio)] = audio[: samples.shape[1]]
             loud = bool(audible(samples)[0])
-            self._heard.append(self._embedded(samples))
+            self._heard.append(self._embedded(self.audio, samples))
         else:
             self._heard.append(np.zeros(self.scorers[0].model.temporal.positions.embedding_dim, np.float32))
         self._silent = 0.0 if loud else self._silent + self.seconds
@@ -122,15 +122,15 @@ class OnlineDetector:
         else:
             self._sounding = 0
 
-    def _embedded(self, samples: np.ndarray) -> np.ndarray:
+    def _embedded(self, encoder: AudioEncoder, samples: np.ndarray) -> np.ndarray:
         """(1, n) -> (D,), standardised by the window's statistics where the encoder takes them."""
-        if not hasattr(self.audio, "statistics"):
-            return encoded("audio", self.audio, samples, 1)[0]
-        mean, std = self.audio.statistics(samples)
+        if not hasattr(encoder, "statistics"):
+            return encoded("audio", encoder, samples, 1)[0]
+        mean, std = encoder.statistics(samples)
         self._loudness.append((mean, std**2 + mean**2))
         mean, square = np.mean(self._loudness, axis=0)  # all windows are of one size
         statistics = float(mean), float(max(square - mean**2, 0.0)) ** 0.5
-        return encoded("audio", self.audio, samples, 1, statistics=statistics)[0]
+        return encoded("audio", encoder, samples, 1, statistics=statistics)[0]
 
     def _judge(self, time: float, probabilities: np.ndarray, threshold: float) -> list[Event]:
         events = []

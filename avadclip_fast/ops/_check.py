@@ -1,18 +1,19 @@
 """Argument checks shared by all ops: every message says what was expected and what came."""
 
-import re
-
 import torch
 from torch import Tensor
-
-_DIM = re.compile(r"(\d*)([A-Z]?)$")
 
 
 def check_are_tensors(op: str, **values: object) -> None:
     """Raises ValueError where a value is not a tensor."""
     for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        _tensor(op, name, value)
+
+
+def _tensor(op: str, name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    return value
 
 
 def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tuple[str, ...] = ()) -> dict[str, int]:
@@ -23,16 +24,18 @@ def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tup
     Raises ValueError naming the argument, the expected and the actual shape, dtype or device.
     """
     sizes: dict[str, int] = {}
-    first = specs[0]
-    for name, x, shape in specs:
-        if x is None and name in optional:
+    first = specs[0][0]
+    like = _tensor(op, first, specs[0][1])
+    for name, given, shape in specs:
+        if given is None and name in optional:
             continue
-        check_are_tensors(op, **{name: x})
+        x = _tensor(op, name, given)
         dims = shape.split()
         if x.ndim != len(dims):
             raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}], got {list(x.shape)}")
         for dim, size in zip(dims, x.shape, strict=True):
-            factor, letter = _DIM.match(dim).groups()
+            letter = dim.lstrip("0123456789")
+            factor = dim.removesuffix(letter)
             if not letter:
                 expected = int(factor)
             elif letter in sizes:
@@ -47,12 +50,10 @@ def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tup
                 raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}] with {known}, got {list(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
-        if x.device != first[1].device:
-            raise ValueError(f"{op}: {name} is on {x.device}, but {first[0]} is on {first[1].device}")
-        if x.dtype != first[1].dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(
-                f"{op}: {name} is {x.dtype}, but {first[0]} is {first[1].dtype}; cast one, or use torch.autocast"
-            )
+        if x.device != like.device:
+            raise ValueError(f"{op}: {name} is on {x.device}, but {first} is on {like.device}")
+        if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{op}: {name} is {x.dtype}, but {first} is {like.dtype}; cast one, or use torch.autocast")
     return sizes
 
 
