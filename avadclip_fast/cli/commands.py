@@ -14,9 +14,9 @@ from typer import Argument, Option
 from .. import data
 from ..data import DataError
 from ..data.atomic import atomic_write
-from ..engine import report
+from ..engine import distributed, report
 from ..engine.calibrate import Calibration
-from ..engine.evaluate import at_threshold, evaluate, load_model, score_videos
+from ..engine.evaluate import at_threshold, evaluate, load_model, score_rows
 from ..engine.metrics import format_table
 from ..engine.missing import format_missing, missing_sound
 from ..engine.plots import reliability_plot
@@ -157,6 +157,10 @@ PrecisionOf = Annotated[Precision, Option(help="Of products: bf16, or CUDA's tf3
 Exact = Annotated[bool, Option("--deterministic", help="Only operations that give the same bits in each run.")]
 Resume = Annotated[bool, Option("--resume", help="Go on from the run's saved state, exactly.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bars.")]
+Profile = Annotated[
+    Path | None,
+    Option(help="Write trace.json of ten steps into this folder, with a range for each phase.", show_default=False),
+]
 
 
 @app.command()
@@ -194,10 +198,14 @@ def train(
     precision: PrecisionOf = Precision.fp32,
     deterministic: Exact = False,
     device: Device = "auto",
+    profile: Profile = None,
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the teacher (or, with --student, a student on its own)."""
+    """Train the teacher (or, with --student, a student on its own).
+
+    On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli train ..., where --batch-size is that of all.
+    """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     _seed(seed, deterministic)
     heard = not student or modality == Modality.audio
@@ -206,17 +214,19 @@ def train(
     if window is not None:
         shape["window"] = window
     shape |= {"text_weights": text_weights, "text_layers": text_layers}
-    model: AVadCLIP | AVadCLIPStudent
-    if student:
-        model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape)
-    else:
-        model = AVadCLIP(list(codes.values()), fusion=fusion, **shape)
     settings = _recipe(
         recipe, student, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
     )  # fmt: skip
-    test = (test_list, gt, frames, root)
-    _fit(model, None, settings, list_, root, codes, (held_out, held_out_list), test, output, device, resume, quiet)
+    test, held = (test_list, gt, frames, root), (held_out, held_out_list)
+    model: AVadCLIP | AVadCLIPStudent
+    with distributed.joined(_device(device)):
+        with distributed.main_first():  # it fetches the text weights
+            if student:
+                model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape)
+            else:
+                model = AVadCLIP(list(codes.values()), fusion=fusion, **shape)
+        _fit(model, None, settings, list_, root, codes, held, test, output, device, profile, resume, quiet)
 
 
 @app.command()
@@ -251,10 +261,14 @@ def distill(
     precision: PrecisionOf = Precision.fp32,
     deterministic: Exact = False,
     device: Device = "auto",
+    profile: Profile = None,
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Distil a student, which needs one stream only, from a teacher. The text weights are the teacher's."""
+    """Distil a student, which needs one stream only, from a teacher. The text weights are the teacher's.
+
+    On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli distill ..., where --batch-size is that of all.
+    """
     codes, frames, weight = _preset(preset, classes, frames_per_snippet)
     known = load_model(teacher, list(codes.values()))
     if not isinstance(known, AVadCLIP):
@@ -273,8 +287,9 @@ def distill(
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
         distill_weight=distill_weight,
     )  # fmt: skip
-    test = (test_list, gt, frames, root)
-    _fit(model, known, settings, list_, root, codes, (held_out, held_out_list), test, output, device, resume, quiet)
+    test, held = (test_list, gt, frames, root), (held_out, held_out_list)
+    with distributed.joined(_device(device)):
+        _fit(model, known, settings, list_, root, codes, held, test, output, device, profile, resume, quiet)
 
 
 @app.command("eval")
@@ -316,16 +331,24 @@ def evaluate_(
     spans = None if segments is None else data.read_spans(segments, segment_labels)
     hears = "audio" in detector.streams() and not silent
     rows = data.read_list(list_, root, audio=hears)
-    width = detector.temporal.positions.embedding_dim
+    if missing is not None:
+        if not hears or student is None:
+            raise DataError("--missing-sound compares a teacher that hears, --model, with a --student: give both")
+        other, percents = load_model(student, list(codes.values()), window), _percents(missing)
+        _same_classes(other, codes, student)
 
     def scored(of, path: Path, silent: bool = silent):
-        videos = data.test_videos(rows, of.temporal.positions.num_embeddings, width=width, audio=hears)
-        calibration = Calibration.load(path)
-        return score_videos(
-            of, videos, _device(device), silent=silent, calibration=calibration, total=len(rows), progress=not quiet
+        calibration, progress = Calibration.load(path), not quiet
+        return score_rows(
+            of, rows, _device(device), audio=hears, silent=silent, calibration=calibration, progress=progress
         )
 
-    scores = scored(detector, model)
+    with distributed.joined(_device(device)):
+        scores = scored(detector, model)
+        if missing is not None and student is not None:
+            deaf, others = scored(detector, model, silent=True), scored(other, student)
+        if not distributed.is_main():
+            return
     result = evaluate(scores, truth, detector.classes, frames, spans, codes)
     typer.echo(format_table(result))
     calibration = Calibration.load(model)
@@ -333,14 +356,7 @@ def evaluate_(
     if calibration.videos:
         typer.echo(report.threshold_table(result["threshold"]))
     if missing is not None:
-        if not hears or student is None:
-            raise DataError("--missing-sound compares a teacher that hears, --model, with a --student: give both")
-        other = load_model(student, list(codes.values()), window)
-        _same_classes(other, codes, student)
-        result["missing_sound"] = missing_sound(
-            scores, scored(detector, model, silent=True), scored(other, student), truth, detector.classes, frames,
-            _percents(missing), seed,
-        )  # fmt: skip
+        result["missing_sound"] = missing_sound(scores, deaf, others, truth, detector.classes, frames, percents, seed)
         typer.echo("\n" + format_missing(result["missing_sound"]))
     if json_ is not None:
         with atomic_write(json_) as file:
@@ -453,8 +469,9 @@ def env() -> None:
     typer.echo(report.environment())
 
 
-def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, device, resume, quiet) -> None:
+def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, device, profile, resume, quiet) -> None:
     """Reads the lists before anything long begins, trains, and says where the model lies."""
+    quiet = quiet or not distributed.is_main()
     wants_audio = "audio" in model.streams() or teacher is not None
     features, rows = _training_set(list_, root, codes, model, wants_audio, quiet)
     share, separate = held_out
@@ -483,8 +500,10 @@ def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, dev
         device=_device(device),
         resume=resume,
         progress=not quiet,
+        profile=profile,
     )
-    typer.echo(f"model: {output / 'model'}")
+    if distributed.is_main():
+        typer.echo(f"model: {output / 'model'}")
 
 
 def _training_set(list_: Path, root, codes, model, audio: bool, quiet: bool):
@@ -503,10 +522,7 @@ def _test_ap(list_: Path | None, gt: Path | None, frames: int, root: Path | None
     rows, truth = data.read_list(list_, root, audio=wants_audio), data.read_frame_gt(gt)
 
     def ap(model) -> float:
-        length, width = model.temporal.positions.weight.shape
-        scores = score_videos(
-            model, data.test_videos(rows, length, width=width, audio=wants_audio), device, progress=False
-        )
+        scores = score_rows(model, rows, device, audio=wants_audio, progress=False)
         return evaluate(scores, truth, model.classes, frames)["align"]["ap"]
 
     return ap
@@ -564,8 +580,11 @@ def _percents(text: str) -> list[float]:
 
 
 def _device(name: str) -> torch.device:
+    """By its name; of the processes that torchrun starts, each gets a GPU of its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -33,6 +33,14 @@ class Batch(NamedTuple):
         visual, lengths, labels = (x.to(device, non_blocking=True) for x in (self.visual, self.lengths, self.labels))
         return Batch(visual, audio, lengths, labels)
 
+    def float(self) -> "Batch":
+        """With streams in float32."""
+        return self._replace(visual=self.visual.float(), audio=None if self.audio is None else self.audio.float())
+
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU copies from while the host goes on."""
+        return Batch(*(None if x is None else x.pin_memory() for x in self))  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class FeatureSet:
@@ -43,6 +51,7 @@ class FeatureSet:
     lengths: Tensor  # (N,) int64
     labels: Tensor  # (N, C) float32, multi-hot
     index: Tensor | None = None  # (M,) int64: the rows that the set consists of; all of them by default
+    mapped: bool = False  # whether the streams lie in a file, of which a step reads its rows
 
     @classmethod
     def load(
@@ -99,7 +108,7 @@ class FeatureSet:
             raise DataError(f"{path}: packed without sound, which is wanted; pack it again with --audio")
         rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
         heard = tensors["audio"] if audio else None
-        return cls(tensors["visual"], heard, tensors["lengths"], tensors["labels"]), rows
+        return cls(tensors["visual"], heard, tensors["lengths"], tensors["labels"], mapped=True), rows
 
     def __len__(self) -> int:
         return len(self.lengths if self.index is None else self.index)
@@ -110,11 +119,24 @@ class FeatureSet:
 
     def batch(self, index: Tensor) -> Batch:
         """The rows of `index` (B,) int64, in float32."""
-        index = index.to(self.lengths.device)
+        return self.stored(index).float()
+
+    def stored(self, index: Tensor) -> Batch:
+        """The rows of `index` (B,) int64, in the dtype that the set is kept in."""
+        index = index.to(self.lengths.device, non_blocking=True)
         if self.index is not None:
             index = self.index[index]
-        audio = None if self.audio is None else self.audio[index].float()
-        return Batch(self.visual[index].float(), audio, self.lengths[index], self.labels[index])
+        audio = None if self.audio is None else self.audio[index]
+        return Batch(self.visual[index], audio, self.lengths[index], self.labels[index])
+
+    def valid(self) -> Tensor:
+        """The valid snippets of each sample, (M,) int64."""
+        return self.lengths if self.index is None else self.lengths[self.index]
+
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of the streams that the set draws on, all rows of them."""
+        return sum(x.nbytes for x in (self.visual, self.audio) if x is not None)
 
     def batches(self, size: int = 256) -> Iterator[Batch]:
         """The whole set in order, `size` rows at a time."""

@@ -1,23 +1,27 @@
 """Evaluation: scores of whole videos, chunk by chunk, and what they are worth."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..data import DataError, TestVideo
+from ..data import DataError, Row, TestVideo, snippet_count, test_videos
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 from ..models.avadclip import Detector
 from ..models.checkpoints import CONFIG, read_official
+from . import distributed
 from .calibrate import Calibration, reliability
 from .metrics import evaluate_scores, positive_frames
 
 KINDS: dict[str, type[Detector]] = {"AVadCLIP": AVadCLIP, "AVadCLIPStudent": AVadCLIPStudent}
 PACKED_CHUNKS = 16  # of 256 rows: enough to fill a processor, and 50 MB of activations a layer
+
+
+Item = TypeVar("Item")
 
 
 class VideoScores(NamedTuple):
@@ -65,6 +69,42 @@ def score_videos(
     return list(tqdm(scores, total=total, desc="scoring", unit="video", disable=not progress))
 
 
+def score_rows(
+    model: Detector,
+    rows: Sequence[Row],
+    device: str | torch.device = "cpu",
+    *,
+    audio: bool = True,
+    silent: bool = False,
+    calibration: Calibration | None = None,
+    progress: bool = True,
+) -> list[VideoScores]:
+    """The scores of a test list, in its order; audio: whether its sound is read.
+
+    The processes of a run (`distributed.joined`) share the list, and each returns all scores. They are dealt whole
+    packs, the very ones that a single process makes, so that the scores are the same to the bit. Raises DataError.
+    """
+    length, width = model.temporal.positions.weight.shape
+    rank, world = distributed.rank(), distributed.world()
+    own = list(range(len(rows)))
+    if world > 1:
+        snippets = [snippet_count(row.visual, width) for row in rows]  # of the headers alone
+        packs = list(_packs(own, lambda i: -(-snippets[i] // length), PACKED_CHUNKS))
+        own = [i for pack in packs[rank::world] for i in pack]
+    videos = test_videos([rows[i] for i in own], length, width, audio)
+    scores = score_videos(
+        model, videos, device, silent=silent, calibration=calibration, total=len(own), progress=progress and rank == 0
+    )
+    if world == 1:
+        return scores
+    starts = np.cumsum([0, *snippets])
+    merged = torch.zeros(int(starts[-1]), 1 + len(model.classes))
+    for i, video in zip(own, scores, strict=True):
+        merged[starts[i] : starts[i + 1]] = torch.from_numpy(np.column_stack([video.anomaly, video.probabilities]))
+    parts = np.split(distributed.total(merged).numpy(), starts[1:-1])  # every row is one process's, zero for the others
+    return [VideoScores(row.visual.stem, part[:, 0], part[:, 1:]) for row, part in zip(rows, parts, strict=True)]
+
+
 @torch.no_grad()
 def stream_scores(
     model: Detector,
@@ -87,7 +127,7 @@ def stream_scores(
     text = model.encode_text() if text is None else text.to(device)
     calibration = calibration or Calibration()
     hears = "audio" in model.streams() and not silent
-    for pack in _packs(videos, chunks):
+    for pack in _packs(videos, lambda video: len(video.lengths), chunks):
         if hears and (deaf := [video.name for video in pack if video.audio is None]):
             raise DataError(f"{deaf[0]}: the model hears, but the list gives no sound; score without it by --silent")
         lengths = np.concatenate([video.lengths for video in pack])
@@ -110,13 +150,15 @@ def stream_scores(
             yield VideoScores(video.name, *of)
 
 
-def _packs(videos: Iterable[TestVideo], chunks: int) -> Iterator[list[TestVideo]]:
-    pack: list[TestVideo] = []
-    for video in videos:
-        pack.append(video)
-        if sum(len(v.lengths) for v in pack) >= chunks:
+def _packs(items: Iterable[Item], size: Callable[[Item], int], full: int) -> Iterator[list[Item]]:
+    """Items in a row, until their sizes come to `full` or more."""
+    pack, filled = [], 0
+    for item in items:
+        pack.append(item)
+        filled += size(item)
+        if filled >= full:
             yield pack
-            pack = []
+            pack, filled = [], 0
     if pack:
         yield pack
 

@@ -41,15 +41,23 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, info: dict) -> None:
-    """Writes weights, AdamW's moments and `info` (JSON) to `path`; an earlier file stays until the new one is whole."""
+    """Writes weights, AdamW's moments and `info` (JSON) to `path`; an earlier file stays until the new one is whole.
+
+    Raises StateError where it cannot be written.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in trained(model).items()}
     if optimizer is not None:
         names = {id(p): name for name, p in model.named_parameters()}
         for parameter, moments in optimizer.state.items():
             tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in moments.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with atomic_write(path) as file:
-        file.write(save(tensors, metadata={"info": json.dumps(info)}))
+    content = save(tensors, metadata={"info": json.dumps(info)})
+    try:
+        with atomic_write(path) as file:
+            file.write(content)
+    except OSError as error:  # a full disk, above all
+        stays = "; the state before it is whole, and --resume goes on from there" if path.exists() else ""
+        raise StateError(f"{path}: {len(content) / 1e6:.0f} MB cannot be written: {error.strerror}{stays}") from error
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:

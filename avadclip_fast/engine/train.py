@@ -3,9 +3,10 @@
 import contextlib
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,19 @@ from ..data.atomic import atomic_write
 from ..data.packed import Field, open_packed, write_packed
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
+from ..profiling import span, trace
+from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
+from .distributed import WHOLE, Part
 from .recipe import Recipe, RecipeError
 from .state import StateError, frozen_digest, load_state, save_state, weights_digest
-from .stop import Stopped, listening
+from .stop import Request, Stopped, listening
 
 STATE, BEST, MODEL, HISTORY = "state.safetensors", "best.safetensors", "model", "history.json"
 TEACHER_FEATURES = "teacher_features.safetensors"
 CACHE_LIMIT = 4 << 30  # bytes of teacher features kept in memory; more go to a file
+CACHE_BLOCK = 32  # samples that a teacher computes at once
+PROFILED = 10  # steps in a trace, after a few that warm up
 
 _log = logging.getLogger("avadclip_fast")
 
@@ -40,11 +46,15 @@ def spread(data: FeatureSet) -> Tensor:
     return (square - mean**2).clamp_min(0).sqrt().float()
 
 
-def noisy(batch: Batch, scale: Tensor) -> Batch:
-    """With Gaussian noise of `scale` (D,) on every row of sight; padded rows stay as they are."""
-    valid = torch.arange(batch.visual.shape[1], device=batch.lengths.device) < batch.lengths[:, None]
-    drawn = batch.visual + scale * torch.randn_like(batch.visual)
-    return batch._replace(visual=torch.where(valid[..., None], drawn, batch.visual))
+def noisy(batch: Batch, scale: Tensor, count: int | None = None, where: slice = slice(None)) -> Batch:
+    """With Gaussian noise of `scale` (D,) on every row of sight; padded rows stay as they are.
+
+    count, where: the batch is this part of one of `count` samples, and gets the noise that it would have there.
+    """
+    _, rows, width = batch.visual.shape
+    valid = torch.arange(rows, device=batch.lengths.device) < batch.lengths[:, None]
+    noise = torch.randn(count or len(batch.visual), rows, width, device=batch.visual.device)[where]
+    return batch._replace(visual=torch.where(valid[..., None], batch.visual + scale * noise, batch.visual))
 
 
 def inputs(model: AVadCLIP | AVadCLIPStudent, batch: Batch) -> tuple[Tensor, ...]:
@@ -52,11 +62,14 @@ def inputs(model: AVadCLIP | AVadCLIPStudent, batch: Batch) -> tuple[Tensor, ...
     return tuple(getattr(batch, stream) for stream in model.streams())
 
 
-def trim(batch: Batch, *models: Detector) -> Batch:
-    """Without the rows past the longest video, which change nothing unless a model's padding is "official"."""
+def trim(batch: Batch, *models: Detector, longest: int | None = None) -> Batch:
+    """Without the rows past the longest video, which change nothing unless a model's padding is "official".
+
+    longest: its rows, where they are known; on a GPU the host would have to wait for them.
+    """
     if any(model.padding == "official" for model in models):
         return batch
-    longest = int(batch.lengths.max())
+    longest = int(batch.lengths.max()) if longest is None else longest
     audio = None if batch.audio is None else batch.audio[:, :longest]
     return batch._replace(visual=batch.visual[:, :longest], audio=audio)
 
@@ -92,6 +105,7 @@ def fit(
     device: str | torch.device = "cpu",
     resume: bool = False,
     progress: bool = True,
+    profile: str | Path | None = None,
 ) -> list[dict]:
     """Trains `model` on `data` and leaves the selected weights in it and in `folder`/model.
 
@@ -99,15 +113,20 @@ def fit(
     held_out: needed by select="val"; its loss is logged after each epoch, and the selected model is calibrated by it,
     into `folder`/model/calibration.json. test_ap: needed by select="test".
     resume: goes on from `folder`/state.safetensors if there is one; the result is bit for bit that of an unbroken run
-    on the same device and thread count.
-    Returns one record per epoch. Raises StateError where the folder's state does not fit, or would be overwritten;
-    RecipeError on settings that do not fit; Stopped after SIGTERM or SIGINT, the state having been saved.
+    on the same device and thread count. profile: a folder for trace.json, a trace of some steps.
+    In a run of several processes (`distributed.joined`) each calls this with the same arguments and takes its part of
+    every batch; rank 0 alone writes, and gives the others its weights. `folder` is one that all of them see.
+    Returns one record per epoch. Raises StateError where the folder's state does not fit, would be overwritten, or
+    cannot be written; RecipeError on settings that do not fit; Stopped after SIGTERM or SIGINT, the state having been
+    saved; PeerLost where another process of the run ends.
     """
     folder, device = Path(folder), torch.device(device)
+    main, progress = distributed.is_main(), progress and distributed.is_main()
     folder.mkdir(parents=True, exist_ok=True)
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
         raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
     model.to(device)
+    distributed.share_weights(model)
     groups: list[dict] = [{"params": [], "share": share} for share in (1.0, recipe.temporal_lr)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -129,148 +148,282 @@ def fit(
             )
     steps = -(-len(data) // recipe.batch_size)
     first = info["epoch"]
-    board = _board(folder, purge_step=first * steps + info["step"])
-    with float32_products(recipe.precision, device), listening() as request, contextlib.closing(board):
-        known = _teacher_source(teacher, data, folder, device, progress)
+    with contextlib.ExitStack() as stack:
+        board = stack.enter_context(contextlib.closing(_Board(folder, first * steps + info["step"]))) if main else None
+        stack.enter_context(float32_products(recipe.precision, device))
+        request = stack.enter_context(listening())
+        cache = None if teacher is None else _teacher_features(teacher, data, folder, device, progress)
+        share = -(-recipe.batch_size // distributed.world())
+        lengths = data.valid().cpu()  # the host's, which is asked for the longest of a batch
+        source, told = residency.place(data, device, share)
+        lines = [told]
+        if cache is not None:
+            on_disk = cache.nbytes > CACHE_LIMIT
+            cache, told = residency.place_known(cache, on_disk, device, share)
+            lines.append(told)
+        if progress:
+            tqdm.write("\n".join(lines))
+        step_done = stack.enter_context(trace(profile, PROFILED)) if profile is not None and main else None
+        loop = _Loop(
+            model, teacher, cache, source, lengths, recipe, optimizer, noise, state, board, device, progress, request,
+            step_done,
+        )  # fmt: skip
         for epoch in range(first, recipe.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr_at(epoch) * group["share"]
-            _train_epoch(
-                model, teacher, known, data, recipe, optimizer, noise, info, state, board, device, progress, request
-            )
+            loop.epoch(info)
             record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"]}
             if held_out is not None:
                 record["val"] = validation_loss(model, held_out, recipe.batch_size, device)
             if test_ap is not None and recipe.select == "test":
-                record["test_ap"] = test_ap(model)
+                record["test_ap"] = distributed.agreed(test_ap(model))
             for name in ("val", "test_ap"):
-                if name in record:
+                if name in record and board is not None:
                     board.add_scalar(f"epoch/{name}", record[name], (epoch + 1) * steps)
             score = {"last": epoch, "val": -record.get("val", 0), "test": record.get("test_ap", 0)}[recipe.select]
             if info["best"] is None or score > info["best"]["score"]:
                 info["best"] = {"epoch": epoch + 1, "score": score}
-                save_state(folder / BEST, model, None, info["best"])  # before the state that names it
+                if main:
+                    save_state(folder / BEST, model, None, info["best"])  # before the state that names it
             info |= {"epoch": epoch + 1, "step": 0, "sums": {}, "history": [*info["history"], record]}
-            save_state(state, model, optimizer, info)
+            if main:
+                save_state(state, model, optimizer, info)
             _say(progress, record)
-            if request.number and epoch + 1 < recipe.epochs:
-                raise Stopped(request.number)
-    load_state(folder / BEST, model)
-    model.eval()
-    model.save_pretrained(folder / MODEL)
-    if held_out is not None and has_both_kinds(held_out):
-        calibrate(model, held_out, recipe.batch_size, device).save(folder / MODEL)
-    with atomic_write(folder / HISTORY) as file:
-        history = {"run": run, "selected_epoch": info["best"]["epoch"], "epochs": info["history"]}
-        file.write(json.dumps(history, indent=1).encode())
+            if epoch + 1 < recipe.epochs and distributed.any_of(request.number is not None):
+                raise Stopped(request.number or signal.SIGTERM)
+    if main:
+        load_state(folder / BEST, model)
+        model.eval()
+        model.save_pretrained(folder / MODEL)
+        if held_out is not None and has_both_kinds(held_out):
+            calibrate(model, held_out, recipe.batch_size, device).save(folder / MODEL)
+        with atomic_write(folder / HISTORY) as file:
+            history = {"run": run, "selected_epoch": info["best"]["epoch"], "epochs": info["history"]}
+            file.write(json.dumps(history, indent=1).encode())
+    distributed.share_weights(model.eval())  # and all are there until the folder is whole
     return info["history"]
 
 
-def _train_epoch(
-    model, teacher, known, data, recipe, optimizer, noise, info, state, board, device, progress, request
-) -> None:
-    """The rest of an epoch from step info["step"]; leaves its mean losses in info["last"]."""
-    model.train()
-    epoch, size = info["epoch"], recipe.batch_size
-    order = epoch_order(len(data), recipe.seed, epoch)
-    chunks = order.split(size)
-    bar = tqdm(
-        total=len(data),
-        initial=min(info["step"] * size, len(data)),
-        desc=f"epoch {epoch + 1}/{recipe.epochs}",
-        unit="sample",
-        disable=not progress,
-    )
-    # Sums stay on the device between checkpoints: reading a loss each step would make the host wait.
-    sums = {name: torch.tensor(value, dtype=torch.float64, device=device) for name, value in info["sums"].items()}
-    shown = time.monotonic()
-    for step in range(info["step"], len(chunks)):
-        # Dropout and noise depend on seed and step alone, so that a resumed run draws what an unbroken one would.
-        torch.manual_seed(recipe.seed + 1_000_003 * (epoch * len(chunks) + step))
-        index = chunks[step]
-        batch = trim(data.batch(index), model, *([teacher] if teacher else [])).to(device)
-        features = None if known is None else known(index, batch)
-        batch = batch if noise is None else noisy(batch, noise)  # what the teacher says stays of the clean one
-        weights = recipe.distill_weight, recipe.text_weight
-        with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+def train_step(
+    model: AVadCLIP | AVadCLIPStudent,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    known: Tensor | None,
+    recipe: Recipe,
+    part: Part = WHOLE,
+    ask: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Forward pass, losses, backward pass, AdamW, all without the host reading anything of the device.
+
+    known: (B, T, D) teacher features, or None. part: what the batch is of that of all processes.
+    Returns the losses of the whole batch, and how many processes `ask` to stop: None where there is but one.
+    """
+    several = distributed.world() > 1
+    # A mean over the valid rows has other weights than one over the samples, by which the whole loss is weighted.
+    rows = part.rows / part.samples if several and part.samples and model.padding == "masked" else 1.0
+    weights = recipe.distill_weight * rows, recipe.text_weight
+    with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with span("forward"):
             out = model(*inputs(model, batch), batch.lengths)
-            losses = objective(model, out, batch.labels, batch.lengths, features, *weights)
+        with span("losses"):
+            losses = objective(model, out, batch.labels, batch.lengths, known, *weights)
+    with span("backward"):
         optimizer.zero_grad(set_to_none=True)
-        losses["total"].backward()
+        (part.samples * losses["total"] if several else losses["total"]).backward()
+    asked = None
+    if several:
+        with span("all-reduce"):
+            shares = {"distill": part.samples * rows}
+            losses = {name: shares.get(name, part.samples) * loss.detach() for name, loss in losses.items()}
+            asked = distributed.add_up((p for group in optimizer.param_groups for p in group["params"]), losses, ask)
+    with span("optimizer"):
         optimizer.step()
-        for name, loss in losses.items():
-            sums[name] = sums.get(name, 0) + loss.detach().double() * len(index)
-        bar.update(len(index))
-        if progress and time.monotonic() - shown > 1:
-            shown = time.monotonic()
-            bar.set_postfix(loss=f"{losses['total'].item():.4f}")
-        last = step + 1 == len(chunks)
-        if ((step + 1) % recipe.checkpoint_every == 0 or request.number) and not last:
-            info |= {"step": step + 1, "sums": {name: total.item() for name, total in sums.items()}}
-            _check_finite(info["sums"], epoch, step)
-            save_state(state, model, optimizer, info)
-            if request.number:
-                raise Stopped(request.number)
-        if (step + 1) % 10 == 0 or last:
+    return losses, asked
+
+
+@dataclass
+class _Loop:
+    """What the epochs of a run share."""
+
+    model: AVadCLIP | AVadCLIPStudent
+    teacher: AVadCLIP | None
+    cache: Tensor | None  # (M, T, D) teacher features
+    data: FeatureSet
+    lengths: Tensor  # (M,) valid rows, on the host
+    recipe: Recipe
+    optimizer: torch.optim.Optimizer
+    noise: Tensor | None  # (D,)
+    state: Path
+    board: "_Board | None"
+    device: torch.device
+    progress: bool
+    request: Request
+    step_done: Callable[[], None] | None  # of a trace
+
+    def epoch(self, info: dict) -> None:
+        """The rest of an epoch from step info["step"]; leaves its mean losses in info["last"]."""
+        self.model.train()
+        recipe, epoch, size = self.recipe, info["epoch"], self.recipe.batch_size
+        chunks = epoch_order(len(self.lengths), recipe.seed, epoch).split(size)
+        bar = tqdm(
+            total=len(self.lengths),
+            initial=min(info["step"] * size, len(self.lengths)),
+            desc=f"epoch {epoch + 1}/{recipe.epochs}",
+            unit="sample",
+            disable=not self.progress,
+        )
+        # Sums stay on the device between checkpoints: reading a loss each step would make the host wait.
+        sums = {name: torch.tensor(x, dtype=torch.float64, device=self.device) for name, x in info["sums"].items()}
+        batches = residency.fetched(chunks[info["step"] :], self._fetch, self.device)
+        shown = time.monotonic()
+        for step in range(info["step"], len(chunks)):
+            index, number = chunks[step], epoch * len(chunks) + step
+            with span("data"):
+                batch, known = next(batches)
+            part = distributed.part(self.lengths[index])
+            losses, asked = self._step(batch, known, part, len(index), recipe.seed + 1_000_003 * number)
             for name, loss in losses.items():
-                board.add_scalar(f"train/{name}", loss.detach(), epoch * len(chunks) + step + 1)
-    bar.close()
-    totals = {name: total.item() for name, total in sums.items()}
-    _check_finite(totals, epoch, len(chunks) - 1)
-    info["last"] = {name: total / len(data) for name, total in totals.items()}
+                sums[name] = sums.get(name, 0) + loss.detach().double() * len(index)
+            bar.update(len(index))
+            if self.progress and time.monotonic() - shown > 1:
+                shown = time.monotonic()
+                bar.set_postfix(loss=f"{losses['total'].item():.4f}")
+            last, due = step + 1 == len(chunks), (step + 1) % recipe.checkpoint_every == 0
+            if self.board is not None and ((step + 1) % 10 == 0 or last):
+                self.board.note(losses, number + 1)
+            if (due or self._stops(asked, due)) and not last:
+                info |= {"step": step + 1, "sums": {name: total.item() for name, total in sums.items()}}
+                _check_finite(info["sums"], epoch, step)
+                if self.board is not None:
+                    self.board.write()
+                    save_state(self.state, self.model, self.optimizer, info)
+                if self._stops(asked, due):
+                    raise Stopped(self.request.number or signal.SIGTERM)
+            if self.step_done is not None:
+                self.step_done()
+        bar.close()
+        totals = {name: total.item() for name, total in sums.items()}
+        _check_finite(totals, epoch, len(chunks) - 1)
+        if self.board is not None:
+            self.board.write()
+        info["last"] = {name: total / len(self.lengths) for name, total in totals.items()}
+
+    def _fetch(self, index: Tensor) -> tuple[Batch, Tensor | None]:
+        """This process's part of a batch, and the teacher's features of it; trimmed to the longest of all parts."""
+        own, longest = index[distributed.part(self.lengths[index]).where], int(self.lengths[index].max())
+        models = [self.model, self.teacher] if self.teacher is not None else [self.model]
+        batch = trim(self.data.stored(own), *models, longest=longest)
+        if self.cache is None:
+            return batch, None
+        with span("teacher"):
+            return batch, self.cache[own.to(self.cache.device), : batch.visual.shape[1]]
+
+    def _step(self, batch: Batch, known: Tensor | None, part: Part, count: int, seed: int):
+        # Dropout and noise depend on seed and step alone, so that a resumed run draws what an unbroken one would.
+        torch.manual_seed(seed)
+        if self.noise is not None:
+            batch = noisy(batch, self.noise, count, part.where)  # what the teacher says stays of the clean one
+        if distributed.rank():
+            torch.manual_seed(seed + 7_000_003 * distributed.rank())  # each process drops out on its own
+        return train_step(
+            self.model, self.optimizer, batch, known, self.recipe, part, ask=self.request.number is not None
+        )
+
+    def _stops(self, asked: Tensor | None, due: bool) -> bool:
+        """Whether the run is to end: for one process, or for any, which a GPU is asked where the host waits anyway."""
+        if asked is None:
+            return self.request.number is not None
+        return (due or self.device.type == "cpu") and asked.item() > 0
+
+
+class _Board:
+    """TensorBoard's losses, read from the device when the host waits for it anyway."""
+
+    def __init__(self, folder: Path, purge_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=purge_step)
+        self.noted: list[tuple[int, dict[str, Tensor]]] = []
+
+    def note(self, losses: dict[str, Tensor], step: int) -> None:
+        self.noted.append((step, {name: loss.detach() for name, loss in losses.items()}))
+
+    def write(self) -> None:
+        for step, losses in self.noted:
+            for name, loss in losses.items():
+                self.writer.add_scalar(f"train/{name}", loss, step)
+        self.noted.clear()
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 @torch.no_grad()
 def validation_loss(model, data: FeatureSet, batch_size: int, device) -> float:
-    """L_mil + L_align over a held-out set in eval mode."""
+    """L_mil + L_align over a held-out set in eval mode; each process takes its part of every batch."""
     model.eval()
     text, total = model.encode_text(), 0.0
+    lengths = data.valid()
     for index in torch.arange(len(data)).split(batch_size):
-        batch = trim(data.batch(index), model).to(device)
+        part = distributed.part(lengths[index])
+        batch = trim(data.batch(index[part.where]), model).to(device)
         losses = objective(
             model, model(*inputs(model, batch), batch.lengths, text_features=text), batch.labels, batch.lengths
         )
-        total += (losses["mil"] + losses["align"]).item() * len(index)
-    return total / len(data)
+        total += (losses["mil"] + losses["align"]).item() * (part.samples * len(index))
+    return distributed.total(torch.tensor(total, dtype=torch.float64)).item() / len(data)
 
 
-def _teacher_source(teacher, data: FeatureSet, folder: Path, device, progress: bool):
-    """(index, batch) -> teacher features, computed once a sample and kept: in memory if they fit, else on disk."""
-    if teacher is None:
-        return None
+def _teacher_features(teacher: AVadCLIP, data: FeatureSet, folder: Path, device, progress: bool) -> Tensor:
+    """(M, T, D) teacher features, computed once a sample and kept: in memory if they fit, else on disk.
+
+    Processes share the work, block by block; rank 0 writes.
+    """
     teacher.to(device).eval().requires_grad_(False)
+    distributed.share_weights(teacher)
     _, rows, width = data.visual.shape
-    field = Field("float32", (rows, width))
+    field, lengths = Field("float32", (rows, width)), data.valid()
 
-    def compute(index: Tensor) -> np.ndarray:
-        known = np.zeros((len(index), rows, width), np.float32)
-        features = teacher_features(teacher, trim(data.batch(index), teacher).to(device))
-        known[:, : features.shape[1]] = features.float().cpu().numpy()
-        return known
+    def compute(index: Tensor) -> Tensor:
+        part = distributed.part(lengths[index])
+        known = torch.zeros(len(index), rows, width)
+        if part.samples:
+            with span("teacher"):
+                features = teacher_features(teacher, trim(data.batch(index[part.where]), teacher).to(device))
+            known[part.where, : features.shape[1]] = features.float().cpu()
+        return distributed.total(known)  # zero but for each one's part
 
     def shown(blocks):
         return tqdm(blocks, desc="teacher features", unit="batch", disable=not progress)
 
     if len(data) * field.row_bytes <= CACHE_LIMIT:
         cache = torch.zeros(len(data), rows, width)
-        for index in shown(torch.arange(len(data)).split(32)):
-            cache[index] = torch.from_numpy(compute(index))
-    else:
-        path = folder / TEACHER_FEATURES
-        made_by = {"teacher": weights_digest(teacher), "data": data.fingerprint()}
-        if path.exists() and open_packed(path)[1] != made_by:
-            raise StateError(
-                f"{path} holds the features of another teacher or other data; remove it, and they are made anew"
-            )
-        if not path.exists():
-            _log.warning("teacher features of %d samples are kept in %s", len(data), path)
-            fields = {"features": field}
-            write_packed(
-                path, fields, len(data), lambda start, stop: {"features": compute(torch.arange(start, stop))},
-                made_by, block=32, progress=shown,
-            )  # fmt: skip
-        cache = open_packed(path)[0]["features"]
-    return lambda index, batch: cache[index, : batch.visual.shape[1]].to(device)
+        for index in shown(torch.arange(len(data)).split(CACHE_BLOCK)):
+            cache[index] = compute(index)
+        return cache
+    path = folder / TEACHER_FEATURES
+    made_by = {"teacher": weights_digest(teacher), "data": data.fingerprint()}
+    there = distributed.agreed(path.exists())
+    if there and open_packed(path)[1] != made_by:
+        raise StateError(
+            f"{path} holds the features of another teacher or other data; remove it, and they are made anew"
+        )
+    if not there and distributed.is_main():
+        _log.warning("teacher features of %d samples are kept in %s", len(data), path)
+
+        def block(start: int, stop: int) -> dict[str, np.ndarray]:
+            distributed.agreed(stop)  # which of them it is: a file that was begun goes on where it ended
+            return {"features": compute(torch.arange(start, stop)).numpy()}
+
+        write_packed(path, {"features": field}, len(data), block, made_by, block=CACHE_BLOCK, progress=shown)
+        distributed.agreed(0)
+    elif not there:
+        while stop := int(distributed.agreed(0)):
+            compute(torch.arange((stop - 1) // CACHE_BLOCK * CACHE_BLOCK, stop))
+    return open_packed(path)[0]["features"]
 
 
 def _check_finite(sums: dict[str, float], epoch: int, step: int) -> None:
@@ -280,12 +433,6 @@ def _check_finite(sums: dict[str, float], epoch: int, step: int) -> None:
             f"the loss is no longer finite ({', '.join(bad)}) at epoch {epoch + 1}, step {step + 1}; "
             "lower --lr, and look at the features with `avadclip-fast check`"
         )
-
-
-def _board(folder: Path, purge_step: int):
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(folder / "tensorboard", purge_step=purge_step)
 
 
 def _say(progress: bool, record: dict) -> None:

@@ -1,0 +1,133 @@
+"""Where a training set lies, by what fits: GPU memory, host memory, or its file; and how batches come from there."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data import Batch, FeatureSet
+
+# Stream-sized tensors (B, T, D) of float32 that a step is left room for: the teacher keeps 108 for its backward pass,
+# the student 66, and as many again are in flight or lost between blocks.
+STEP_TENSORS = 220
+HOST_SHARE = 0.5  # of free host memory that a set may take: the rest is for page cache, the teacher's features, others
+
+
+class Place(NamedTuple):
+    """Where a set is to lie, "gpu", "memory" or "file", and why."""
+
+    where: str
+    why: str
+
+
+def choose(size: int, mapped: bool, gpu_free: int | None, host_free: int, step: int) -> Place:
+    """Where `size` bytes of features go: as near to the model as they fit.
+
+    mapped: they lie in a file so far, else in host memory. gpu_free: bytes, None without a GPU. host_free: bytes that
+    this process may count on. step: bytes of GPU memory that a step takes besides.
+    """
+    if gpu_free is None:
+        return Place("file", "mapped, and read as needed") if mapped else Place("memory", "where they were read to")
+    if size + step <= gpu_free:
+        return Place("gpu", f"{_gb(gpu_free)} are free there, and a step takes {_gb(step)} at most")
+    crowded = f"GPU memory has {_gb(gpu_free)} free, of which a step takes up to {_gb(step)}"
+    if not mapped or size <= HOST_SHARE * host_free:
+        return Place("memory", f"{crowded}; batches are sent ahead")
+    return Place("file", f"{crowded}, host memory {_gb(host_free)}; batches are sent ahead")
+
+
+def place(data: FeatureSet, device: torch.device, batch_size: int) -> tuple[FeatureSet, str]:
+    """A set where it is best read, and a line that tells where and why."""
+    chosen = _decide(data.stream_bytes, data.mapped, data.visual, device, batch_size)
+    if chosen.where == "gpu":
+        data = data.to(device)
+    elif chosen.where == "memory" and data.mapped:
+        audio = None if data.audio is None else data.audio.clone()
+        data = replace(data, visual=data.visual.clone(), audio=audio, mapped=False)
+    return data, f"features: {_told(data.stream_bytes, chosen)}"
+
+
+def place_known(known: Tensor, mapped: bool, device: torch.device, batch_size: int) -> tuple[Tensor, str]:
+    """Likewise the teacher's features (M, T, D)."""
+    chosen = _decide(known.nbytes, mapped, known, device, batch_size)
+    if chosen.where == "gpu":
+        known = known.to(device)
+    elif chosen.where == "memory" and mapped:
+        known = known.clone()
+    return known, f"teacher features: {_told(known.nbytes, chosen)}"
+
+
+def _decide(size: int, mapped: bool, stream: Tensor, device: torch.device, batch_size: int) -> Place:
+    _, rows, width = stream.shape
+    gpu_free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that share this host; torchrun tells
+    return choose(size, mapped, gpu_free, free_memory() // processes, STEP_TENSORS * batch_size * rows * width * 4)
+
+
+def _told(size: int, chosen: Place) -> str:
+    named = {"gpu": "GPU memory", "memory": "host memory", "file": "their file"}[chosen.where]
+    return f"{_gb(size)} in {named} ({chosen.why})"
+
+
+def free_memory() -> int:
+    """Bytes of host memory that a process can take without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        group = Path("/sys/fs/cgroup")  # a container's limit
+        limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # there is none
+        return free
+
+
+def fetched(
+    items: Iterable[Tensor],
+    fetch: Callable[[Tensor], tuple[Batch, Tensor | None]],
+    device: torch.device,
+    ahead: bool | None = None,
+) -> Iterator[tuple[Batch, Tensor | None]]:
+    """What `fetch` gives for each item, in order, on the device: batches in float32, and teacher features if any.
+
+    ahead: whether the next batch is fetched by another thread while this one is used; by default on a GPU, where it is
+    sent from pinned memory, and the host does not wait.
+    """
+    gpu = device.type == "cuda"
+
+    def pinned(item: Tensor) -> tuple[Batch, Tensor | None]:
+        batch, known = fetch(item)
+        if gpu and not batch.visual.is_cuda:
+            batch = batch.pin_memory()
+        if gpu and known is not None and not known.is_cuda:
+            known = known.pin_memory()
+        return batch, known
+
+    def sent(batch: Batch, known: Tensor | None) -> tuple[Batch, Tensor | None]:
+        return batch.to(device).float(), None if known is None else known.to(device, non_blocking=True)
+
+    if not (gpu if ahead is None else ahead):
+        for item in items:
+            yield sent(*pinned(item))
+        return
+    start = (lambda: torch.cuda.set_device(device)) if device.index is not None else None  # of this process's GPU
+    with ThreadPoolExecutor(1, initializer=start) as thread:
+        waiting = None
+        for item in items:
+            following = thread.submit(pinned, item)
+            if waiting is not None:
+                yield sent(*waiting.result())
+            waiting = following
+        if waiting is not None:
+            yield sent(*waiting.result())
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
