@@ -20,6 +20,7 @@ TOTAL = 480  # seconds for everything
 BENCHES = (
     "step", "similarity_graph", "linear_act", "gated_fusion", "window_attention", "distill_loss", "prompt_similarity",
     "attention_pool", "distance_graph", "mil_loss", "topk_mean", "uniform_pool", "pack_rows", "folds",
+    "spans",
 )  # fmt: skip
 
 

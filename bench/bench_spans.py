@@ -1,0 +1,68 @@
+"""What the ranges of `avadclip_fast.profiling` cost a call of the smallest op there is: on, off, and without a check.
+
+Off, what they cost should drown in the spread.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+
+from avadclip_fast import ops, profiling
+from avadclip_fast.ops import _dispatch
+
+from . import harness
+
+CALLS = 500  # in a round: some milliseconds
+
+
+def unchecked(op: str, name: str, args: tuple, kwargs: dict) -> object:
+    """`_dispatch._call` as it would be without ranges."""
+    return _dispatch.TABLE[op][name].function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def left_out() -> Iterator[None]:
+    with mock.patch.object(_dispatch, "_call", unchecked):
+        yield
+
+
+WAYS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
+    "on": lambda: profiling.profiling(True),
+    "off": lambda: profiling.profiling(False),
+    "no check": left_out,  # the others are told in terms of this
+}
+
+
+def timer(way: Callable[[], contextlib.AbstractContextManager], call: Callable[[], object]) -> harness.Timer:
+    def many() -> None:
+        for _ in range(CALLS):
+            call()
+
+    timed = harness.host_timer(many)
+
+    def seconds() -> float:
+        with way(), torch.no_grad():
+            return timed() / CALLS
+
+    return seconds
+
+
+def run(options: argparse.Namespace) -> list[dict]:
+    scores, lengths = (x.to(options.device) for x in (torch.randn(1, 1, 1), torch.ones(1, dtype=torch.long)))
+    rows = []
+    for backend in harness.served("topk_mean", ops.topk_mean, (scores, lengths)):
+        timers = {
+            name: timer(way, lambda backend=backend: ops.topk_mean(scores, lengths, backend=backend))
+            for name, way in WAYS.items()
+        }
+        rows += harness.compare(
+            f"topk_mean [1, 1, 1], {backend}", harness.measure(timers, options.rounds), "no check", calls=CALLS
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    harness.command("bench_spans", run)
