@@ -175,11 +175,12 @@ def test_a_trace_wants_counts():
 # The command
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("op", _dispatch.TABLE)
-def test_every_op_is_a_case(op):
+def test_every_op_is_a_case(op, precision):
     """A call of it, with a gradient for every argument that learns."""
     with profiling.profiling():
-        seen = recorded(make(op, Setting(CPU, "fp32", 1)))
+        seen = recorded(make(op, Setting(CPU, precision, 1)))
     assert any(name.startswith(f"{op}:") for name in seen)
 
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, profiling
-from ..data import XD_VIOLENCE, DataError
-from ..models import AVadCLIP, AVadCLIPStudent, objective
+from ..data import XD_VIOLENCE, Batch, DataError
+from ..models import AVadCLIP, AVadCLIPStudent
 from ..ops import _dispatch
-from .train import float32_products
+from .recipe import Recipe
+from .train import float32_products, teacher_features, train_step
 
 T, D = 256, 512
 CLASSES = list(XD_VIOLENCE.values())
@@ -109,39 +110,21 @@ def _wait(device: torch.device) -> None:
 
 
 def _train(setting: Setting, kind: str) -> Step:
-    """Forward pass, losses, backward pass, AdamW; distilling, the teacher's features are at hand."""
+    """What `train` and `distill` do with a batch; distilling, the teacher's features are at hand."""
     device = setting.device
     teacher = AVadCLIP(CLASSES, text_weights="random").to(device)
     model: AVadCLIP | AVadCLIPStudent = teacher if kind == "teacher" else AVadCLIPStudent.beside(teacher).to(device)
-    model.train()
-    visual, audio, lengths = _features(setting)
-    inputs = (visual, audio) if kind == "teacher" else (visual,)
-    guide = None
-    if kind == "distil":
-        with torch.no_grad():
-            guide = teacher.eval().fuse(visual, audio, lengths)
-    labels = F.one_hot(torch.arange(setting.batch, device=device) % len(CLASSES), len(CLASSES)).float()
-    update = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=setting.precision == "bf16"):
-            with profiling.span("forward"):
-                out = model(*inputs, lengths)
-            with profiling.span("losses"):
-                loss = objective(model, out, labels, lengths, guide)["total"]
-        with profiling.span("backward"):
-            update.zero_grad(set_to_none=True)
-            loss.backward()
-        with profiling.span("optimizer"):
-            update.step()
-
-    return step
+    batch = _batch(setting)
+    known = teacher_features(teacher.eval(), batch) if kind == "distil" else None
+    update = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-5, fused=True)
+    recipe = Recipe(precision=setting.precision)
+    return lambda: train_step(model, update, batch, known, recipe)
 
 
 def _infer(setting: Setting) -> Step:
     """The student's scores, the text side at hand, as in evaluation."""
     model = AVadCLIPStudent(CLASSES, text_weights="random").to(setting.device).eval()
-    visual, _, lengths = _features(setting)
+    batch = _batch(setting)
     with torch.no_grad():
         text = model.encode_text()
 
@@ -151,7 +134,7 @@ def _infer(setting: Setting) -> Step:
             torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"),
             profiling.span("forward"),
         ):
-            model(visual, lengths, text_features=text)
+            model(batch.visual, batch.lengths, text_features=text)
 
     return step
 
@@ -164,12 +147,19 @@ STEPS: dict[str, Callable[[Setting], Step]] = {
 }
 
 
-def _features(setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
-    """visual, audio (B, T, D), zero past lengths (B,)."""
-    lengths = torch.randint(T // 4, T + 1, (setting.batch,), device=setting.device)
+def _batch(setting: Setting) -> Batch:
+    lengths = _lengths(setting)
     valid = (torch.arange(T, device=setting.device) < lengths[:, None])[..., None]
     visual, audio = torch.randn(2, setting.batch, T, D, device=setting.device) * valid
-    return visual, audio, lengths
+    return Batch(visual, audio, lengths, _labels(setting))
+
+
+def _lengths(setting: Setting) -> Tensor:
+    return torch.randint(T // 4, T + 1, (setting.batch,), device=setting.device)
+
+
+def _labels(setting: Setting) -> Tensor:
+    return F.one_hot(torch.arange(setting.batch, device=setting.device) % len(CLASSES), len(CLASSES)).float()
 
 
 # Single ops
@@ -198,10 +188,7 @@ def _arguments(name: str, setting: Setting) -> dict:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype).mul_(shape[-1] ** -0.5).requires_grad_()
 
-    def labels() -> Tensor:
-        return F.one_hot(torch.arange(batch, device=device) % len(CLASSES), len(CLASSES)).float()
-
-    lengths = torch.randint(T // 4, T + 1, (batch,), device=device)
+    lengths, labels = _lengths(setting), _labels(setting)
     x = partial(draw, batch, T, D)
     cases: dict[str, Callable[[], dict]] = {
         "gated_fusion": lambda: {
@@ -219,9 +206,9 @@ def _arguments(name: str, setting: Setting) -> dict:
         "attention_pool": lambda: {"features": x(), "logits": draw(batch, T), "lengths": lengths},
         "prompt_similarity": lambda: {"features": x(), "prompts": draw(batch, len(CLASSES), D)},
         "topk_mean": lambda: {"scores": draw(batch, T, len(CLASSES)), "lengths": lengths},
-        "mil_loss": lambda: {"logits": draw(batch, T), "labels": labels(), "lengths": lengths},
+        "mil_loss": lambda: {"logits": draw(batch, T), "labels": labels, "lengths": lengths},
         "mil_align_loss": lambda: {
-            "logits": draw(batch, T, len(CLASSES)), "labels": labels(), "lengths": lengths,
+            "logits": draw(batch, T, len(CLASSES)), "labels": labels, "lengths": lengths,
             "alpha": torch.ones(len(CLASSES), device=device),
         },
         "distill_loss": lambda: {
