@@ -20,13 +20,13 @@ def loops(logits: Tensor, class_logits: Tensor, labels: Tensor, lengths: Tensor,
     for b in range(len(logits)):
         top = torch.topk(logits[b, : lengths[b]].sigmoid(), int(lengths[b] // 16 + 1)).values
         p = torch.cat([p, top.mean().view(1)])
-    mil = F.binary_cross_entropy(p.float(), 1 - labels[:, 0])
+    mil = F.binary_cross_entropy(p.to(labels.dtype), 1 - labels[:, 0])
     s = class_logits.new_zeros(0, class_logits.shape[2])
     for b in range(len(class_logits)):
         top = torch.topk(class_logits[b, : lengths[b]], int(lengths[b] // 16 + 1), dim=0).values
         s = torch.cat([s, top.mean(0, keepdim=True)])
     y = labels / labels.sum(1, keepdim=True)
-    log_p = F.log_softmax(s.float(), dim=1)
+    log_p = F.log_softmax(s.to(labels.dtype), dim=1)
     ce = -(y * log_p).sum(1)
     focal = (y * alpha).sum(1) * (1 - (y * log_p.exp()).sum(1)) ** 2 * ce
     return mil + (ce + focal).mean() / 2

@@ -29,7 +29,8 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 
 def norm(s: Weights, name: str, x: Tensor) -> Tensor:
-    return F.layer_norm(x.float(), x.shape[-1:], s[f"{name}.weight"], s[f"{name}.bias"]).to(x.dtype)
+    weight = s[f"{name}.weight"]
+    return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, s[f"{name}.bias"]).to(x.dtype)
 
 
 def mlp(s: Weights, name: str, x: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def temporal(s: Weights, visual: Tensor, lengths: Tensor, window: int) -> Tensor
     positions = F.embedding(at.expand(len(visual), -1), s["frame_position_embeddings.weight"])
     x = visual.permute(1, 0, 2) + positions.permute(1, 0, 2)
     of = at // window
-    mask = torch.zeros(rows, rows, device=x.device).masked_fill(of[:, None] != of, -math.inf)
+    mask = torch.zeros(rows, rows, device=x.device, dtype=x.dtype).masked_fill(of[:, None] != of, -math.inf)
     for layer in range(layers(s, "temporal.resblocks.")):
         x = block(s, f"temporal.resblocks.{layer}", x, 1, mask)
     x = x.permute(1, 0, 2)
@@ -127,7 +128,7 @@ def text(s: Weights, tokens: list[list[int]]) -> Tensor:
         x[c, 20 + eos] = words[eos]
         at.append(20 + eos)
     x = (x + s["clipmodel.positional_embedding"]).permute(1, 0, 2)
-    mask = torch.full((77, 77), -math.inf, device=x.device).triu(1)
+    mask = torch.full((77, 77), -math.inf, device=x.device, dtype=x.dtype).triu(1)
     for layer in range(layers(s, "clipmodel.transformer.resblocks.")):
         x = block(s, f"clipmodel.transformer.resblocks.{layer}", x, TEXT_HEADS, mask)
     x = norm(s, "clipmodel.ln_final", x.permute(1, 0, 2))
