@@ -1,5 +1,6 @@
 """Exported files: run as others would run them, and held against the model."""
 
+import functools
 import json
 import os
 import shutil
@@ -38,6 +39,23 @@ MODELS = {
     "student, official padding": lambda: student(padding="official", prompt="paper", window=5),
     "student of sound": heard,
 }
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A student that no test changes."""
+    return student().eval()
+
+
+@pytest.fixture(scope="module")
+def _traced():
+    return functools.cache(export.trace)
+
+
+@pytest.fixture
+def traced_once(_traced, monkeypatch) -> None:
+    """Has a model traced once, whatever is written of it: that takes as long as writing."""
+    monkeypatch.setattr(export, "trace", _traced)
 
 
 def expected(model, streams, lengths, calibration=CALIBRATION):
@@ -83,7 +101,7 @@ def onnx_session(path: Path):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_onnx_and_torch_are_the_model(kind, tmp_path):
+def test_onnx_and_torch_are_the_model(kind, tmp_path, traced_once):
     model = MODELS[kind]().eval()
     assert export_model(model, tmp_path / "new" / "m.onnx", calibration=CALIBRATION, every=4) < TOLERANCE / 10
     session, run = onnx_session(tmp_path / "new" / "m.onnx")
@@ -156,10 +174,10 @@ except (RuntimeError, AssertionError) as error:
 
 
 @pytest.mark.parametrize("kind", ["torch", "aoti"])
-def test_packages_run_where_the_library_is_not(kind, tmp_path):
+def test_packages_run_where_the_library_is_not(kind, tmp_path, plain, traced_once):
     if kind == "aoti" and COMPILER is None:
         pytest.skip("no C++ compiler: AOTInductor was not tested")
-    model = student().eval()
+    model = plain
     export_model(model, tmp_path / "m.pt2", kind, CALIBRATION)
     given = {"cases": 4}
     for case, (lengths, rows) in enumerate([([1], 1), ([13], 13), ([24, 7, 1], 24), ([2, 5], 9)]):
@@ -263,7 +281,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_compiler_that_fails_is_quoted(wrapped, tmp_path, monkeypatch):
+def test_a_compiler_that_fails_is_quoted(wrapped, tmp_path, monkeypatch, plain, traced_once):
     from torch._inductor import cpp_builder, exc
 
     failure = exc.CppCompileError(["g++", "-O1", "a.cpp"], "In file included:\n  a.cpp:1: error: no such header\nmore")
@@ -274,5 +292,5 @@ def test_a_compiler_that_fails_is_quoted(wrapped, tmp_path, monkeypatch):
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_)
     with pytest.raises(ExportError, match=r"compiler failed: a\.cpp:1: error: no such header$"):
-        export_model(student(), tmp_path / "m.pt2", "aoti")
+        export_model(plain, tmp_path / "m.pt2", "aoti")
     assert not list(tmp_path.iterdir())
