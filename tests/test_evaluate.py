@@ -56,6 +56,21 @@ def test_videos_are_read_as_they_are_needed():
     assert next(scores).name == "v1" and next(scores).name == "v2" and read == ["v0", "v1", "v2"]
 
 
+@pytest.mark.parametrize("chunks", [2, 4])
+def test_passes_are_bounded_and_the_text_side_is_computed_once(monkeypatch, chunks):
+    model, passes, texts = teacher(), [], []
+    forward, encode = model.forward, model.text.__class__.forward
+
+    def counted(visual, *rest, **named):
+        passes.append(len(visual))
+        return forward(visual, *rest, **named)
+
+    monkeypatch.setattr(model, "forward", counted)
+    monkeypatch.setattr(model.text, "forward", lambda: texts.append(1) or encode(model.text))
+    list(stream_scores(model, videos(), chunks=chunks))
+    assert max(passes) == chunks and sum(passes) == sum(-(-n // 24) for n in LENGTHS) and texts == [1]
+
+
 def test_a_video_without_sound_is_named():
     with pytest.raises(DataError, match="v1: the model hears"):
         score_videos(teacher(), [video(0, 5), video(1, 7, sound=False)], progress=False)

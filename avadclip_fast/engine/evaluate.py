@@ -118,9 +118,10 @@ def stream_scores(
 ) -> Iterator[VideoScores]:
     """Scores every snippet of every video, in order; each chunk is scored on its own, the text side once.
 
-    Videos are packed until they have `chunks` chunks together, and computed in one pass: short videos fill a batch, and
-    memory stays bounded. silent: withholds the sound from a teacher. calibration: whose temperatures logits are divided
-    by. text: of `model.encode_text`, where it is known already.
+    Videos are packed until they have `chunks` chunks together: short ones fill a batch. No more than that many are
+    computed in one pass, so that the memory of a long video is that of its features. silent: withholds the sound from a
+    teacher. calibration: whose temperatures logits are divided by. text: of `model.encode_text`, where it is known
+    already.
     Raises DataError where a model hears and a video has no sound.
     """
     model.to(device).eval()
@@ -136,15 +137,17 @@ def stream_scores(
         streams = {"visual": [video.visual[:, :rows] for video in pack], "audio": []}
         if hears:
             streams["audio"] = [video.audio[:, :rows] for video in pack if video.audio is not None]
-        inputs = [
-            torch.as_tensor(np.concatenate(parts), device=device) if parts else None
-            for parts in (streams[name] for name in model.streams())
-        ]
-        until = torch.as_tensor(lengths, device=device)
-        out = model(*inputs, until, text_features=text)
-        valid = torch.arange(out.anomaly_logits.shape[1], device=device) < until[:, None]
-        anomaly = (out.anomaly_logits[valid] / calibration.binary.temperature).sigmoid().cpu().numpy()
-        probabilities = (out.class_logits[valid] / calibration.align.temperature).softmax(-1).cpu().numpy()
+        inputs = [np.concatenate(streams[name]) if streams[name] else None for name in model.streams()]
+        parts = []
+        for start in range(0, len(lengths), chunks):
+            now = slice(start, start + chunks)
+            until = torch.as_tensor(lengths[now], device=device)
+            given = (None if x is None else torch.as_tensor(x[now], device=device) for x in inputs)
+            out = model(*given, until, text_features=text)
+            valid = torch.arange(out.anomaly_logits.shape[1], device=device) < until[:, None]
+            binary = (out.anomaly_logits[valid] / calibration.binary.temperature).sigmoid().cpu().numpy()
+            parts.append((binary, (out.class_logits[valid] / calibration.align.temperature).softmax(-1).cpu().numpy()))
+        anomaly, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
         ends = np.cumsum([video.snippets for video in pack])[:-1]
         for video, *of in zip(pack, np.split(anomaly, ends), np.split(probabilities, ends), strict=True):
             yield VideoScores(video.name, *of)

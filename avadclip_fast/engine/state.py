@@ -1,7 +1,9 @@
 """The state of a training run in one file, written atomically: weights, optimizer, place in the run."""
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,6 +16,18 @@ from ..data.atomic import atomic_write
 
 class StateError(RuntimeError):
     """A run cannot be resumed from its state file; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says which file or folder of a run could not be written, and what that leaves. Raises StateError."""
+    try:
+        yield
+    except OSError as error:  # a full disk, above all, of which Python does not say where
+        raise StateError(
+            f"{path}: cannot be written: {error.strerror}; files that were there are as they were. Make room, or "
+            "choose another folder; --resume goes on from the last state"
+        ) from error
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -51,13 +65,8 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
         for parameter, moments in optimizer.state.items():
             tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in moments.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    content = save(tensors, metadata={"info": json.dumps(info)})
-    try:
-        with atomic_write(path) as file:
-            file.write(content)
-    except OSError as error:  # a full disk, above all
-        stays = "; the state before it is whole, and --resume goes on from there" if path.exists() else ""
-        raise StateError(f"{path}: {len(content) / 1e6:.0f} MB cannot be written: {error.strerror}{stays}") from error
+    with writing(path), atomic_write(path) as file:
+        file.write(save(tensors, metadata={"info": json.dumps(info)}))
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:

@@ -24,7 +24,7 @@ from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
 from .distributed import WHOLE, Part
 from .recipe import Recipe, RecipeError
-from .state import StateError, frozen_digest, load_state, save_state, weights_digest
+from .state import StateError, frozen_digest, load_state, save_state, weights_digest, writing
 from .stop import Request, Stopped, listening
 
 STATE, BEST, MODEL, HISTORY = "state.safetensors", "best.safetensors", "model", "history.json"
@@ -122,7 +122,8 @@ def fit(
     """
     folder, device = Path(folder), torch.device(device)
     main, progress = distributed.is_main(), progress and distributed.is_main()
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
         raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
     model.to(device)
@@ -194,12 +195,13 @@ def fit(
     if main:
         load_state(folder / BEST, model)
         model.eval()
-        model.save_pretrained(folder / MODEL)
-        if held_out is not None and has_both_kinds(held_out):
-            calibrate(model, held_out, recipe.batch_size, device).save(folder / MODEL)
-        with atomic_write(folder / HISTORY) as file:
-            history = {"run": run, "selected_epoch": info["best"]["epoch"], "epochs": info["history"]}
-            file.write(json.dumps(history, indent=1).encode())
+        history = {"run": run, "selected_epoch": info["best"]["epoch"], "epochs": info["history"]}
+        with writing(folder):
+            model.save_pretrained(folder / MODEL)
+            if held_out is not None and has_both_kinds(held_out):
+                calibrate(model, held_out, recipe.batch_size, device).save(folder / MODEL)
+            with atomic_write(folder / HISTORY) as file:
+                file.write(json.dumps(history, indent=1).encode())
     distributed.share_weights(model.eval())  # and all are there until the folder is whole
     return info["history"]
 
@@ -342,7 +344,8 @@ class _Board:
     def __init__(self, folder: Path, purge_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=purge_step)
+        with writing(folder):
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=purge_step)
         self.noted: list[tuple[int, dict[str, Tensor]]] = []
 
     def note(self, losses: dict[str, Tensor], step: int) -> None:
@@ -358,7 +361,10 @@ class _Board:
         self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        try:
+            self.writer.close()
+        except OSError as error:  # what ended the run is to be told, and this is not it
+            _log.warning("TensorBoard's losses are not all written: %s", error)
 
 
 @torch.no_grad()

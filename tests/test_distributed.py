@@ -1,0 +1,224 @@
+"""Several processes: gradients, runs and scores of one, and what is left when one dies or is asked to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_train import CLASSES, SMALL, features, same, teacher, weights
+
+from avadclip_fast import AVadCLIP, AVadCLIPStudent, data
+from avadclip_fast.engine import distributed, train
+from avadclip_fast.engine.calibrate import CALIBRATION
+from avadclip_fast.engine.recipe import Recipe
+from avadclip_fast.engine.state import load_state
+from avadclip_fast.engine.stop import Stopped
+from avadclip_fast.engine.train import HISTORY, MODEL, STATE, TEACHER_FEATURES, fit, train_step, trim
+
+CODES = "A=normal,B1=fighting,B2=shooting,G=explosion"
+RECIPE = Recipe(epochs=2, batch_size=5, lr=1e-5, noise=0.5, select="val", distill_weight=1e-2, milestones=())
+COUNT = 11  # batches of 5, 5 and 1: the last has fewer samples than there are processes
+
+
+def torchrun(*command) -> subprocess.Popen:
+    """Two processes of one run, one thread each."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.Popen(
+        [*program, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def finished(process: subprocess.Popen) -> str:
+    """What a run that succeeds prints."""
+    printed, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return printed
+
+
+# What one process does, and what each of two does: the same functions.
+
+
+def gradients(folder: Path) -> None:
+    """Of one step of every kind of model, on batches that do not come out even, in files of their own."""
+    source = features(COUNT)
+    guide = teacher().eval().requires_grad_(False)
+    for padding in ("masked", "official"):
+        for count in (5, 1):
+            for kind in ("teacher", "student", "distilled"):
+                torch.manual_seed(1)
+                model = AVadCLIPStudent.beside(guide, padding=padding)
+                if kind == "teacher":
+                    model = AVadCLIP(CLASSES, **SMALL, dropout=0.0, padding=padding)
+                optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+                lengths = source.lengths[:count]
+                part = distributed.part(lengths)
+                batch = trim(source.batch(torch.arange(count)[part.where]), model, longest=int(lengths.max()))
+                known = train.teacher_features(guide, batch) if kind == "distilled" else None
+                losses, asked = train_step(
+                    model.train(), optimizer, batch, known, RECIPE, part, distributed.rank() == 1
+                )
+                assert asked is None or asked.item() == 1
+                found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+                found |= {f"loss {n}": x.detach().clone() for n, x in losses.items()}
+                if distributed.is_main():
+                    save_file(found, folder / f"{padding} {count} {kind}.safetensors")
+
+
+def runs(folder: Path) -> None:
+    """A teacher, and a student that is distilled by features in memory and by features on disk."""
+    source, held_out = features(COUNT), features(7, seed=1)
+    torch.manual_seed(distributed.rank())  # rank 0's weights are everyone's
+    guide = AVadCLIP(CLASSES, **SMALL, dropout=0.0)
+    fit(guide, source, RECIPE, folder / "teacher", held_out=held_out, progress=False)
+    for name, limit in (("memory", 1 << 30), ("disk", 0)):
+        torch.manual_seed(1)
+        train.CACHE_LIMIT = limit
+        student = AVadCLIPStudent.beside(guide)
+        fit(student, source, RECIPE, folder / name, held_out=held_out, teacher=guide, progress=False)
+
+
+def interrupted(folder: Path) -> None:
+    """A run that is not broken, and one of which the last process gets SIGTERM, and which then goes on; dropout on."""
+    recipe = replace(RECIPE, checkpoint_every=100, select="last")
+    fit(teacher(), features(COUNT), recipe, folder / "unbroken", progress=False)
+    plain, calls = train.objective, 0
+
+    def asked(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == 4 and distributed.rank() == distributed.world() - 1:  # of three steps an epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    train.objective = asked
+    with pytest.raises(Stopped, match="SIGTERM"):
+        fit(teacher(), features(COUNT), recipe, folder / "broken", progress=False)
+    train.objective = plain
+    assert calls == 5
+    fit(teacher(seed=9), features(COUNT), recipe, folder / "broken", resume=True, progress=False)
+
+
+def long_run(folder: Path) -> None:
+    """One that is meant to be killed."""
+    (folder / f"pid{distributed.rank()}").write_text(str(os.getpid()))
+    fit(teacher(), features(40), replace(RECIPE, epochs=10000, checkpoint_every=3, select="last"), folder / "run",
+        progress=False)  # fmt: skip
+
+
+if __name__ == "__main__":
+    with distributed.joined(torch.device("cpu")):
+        for name in sys.argv[2:]:
+            globals()[name](Path(sys.argv[1]))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What one process and what two have left."""
+    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
+    process = torchrun(__file__, two, "gradients", "runs", "interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CACHE_LIMIT", 0)  # put back what `runs` sets
+        gradients(one)
+        runs(one)
+    finished(process)
+    return one, two
+
+
+def test_gradients_of_uneven_parts_are_those_of_the_batch(both):
+    one, two = both
+    files = sorted(path.name for path in one.glob("*.safetensors"))
+    assert len(files) == 12 and files == sorted(path.name for path in two.glob("*.safetensors"))
+    for name in files:
+        expected, found = load_file(one / name), load_file(two / name)
+        assert expected.keys() == found.keys(), name
+        for key, x in expected.items():
+            # sums of a few thousand products in another order: some ulps of the largest
+            scale = x.abs().max().item()
+            torch.testing.assert_close(found[key], x, rtol=1e-5, atol=1e-5 * scale + 1e-12, msg=f"{name}: {key}")
+
+
+@pytest.mark.parametrize("run", ["teacher", "memory", "disk"])
+def test_two_processes_leave_what_one_does(both, run):
+    one, two = (folder / run for folder in both)
+    first, second = (json.loads((folder / HISTORY).read_text()) for folder in (one, two))
+    for expected, found in zip(first["epochs"], second["epochs"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert first["run"] == second["run"] and first["selected_epoch"] == second["selected_epoch"]
+    # AdamW divides a gradient by its own size: where that is rounding alone, as a key's bias has, a step of lr may go
+    # either way. Others agree: on average to a thousandth of one step, of which there were six.
+    sides = [{name: x for name, x in weights(run).items() if not name.startswith("text.")} for run in (one, two)]
+    moved = torch.cat([(sides[1][name] - x).abs().flatten() for name, x in sides[0].items()])
+    assert moved.max() < 2 * 6 * RECIPE.lr and moved.mean() < 1e-3 * RECIPE.lr
+    assert len(list((two / "tensorboard").iterdir())) == 1
+    calibrations = [json.loads((folder / MODEL / CALIBRATION).read_text()) for folder in (one, two)]
+    assert calibrations[0]["videos"] == calibrations[1]["videos"] == 7
+    if run == "disk":
+        caches = [load_file(folder / TEACHER_FEATURES)["features"] for folder in (one, two)]
+        torch.testing.assert_close(*caches, rtol=1e-4, atol=1e-4)
+
+
+def test_one_process_is_asked_to_end_and_all_save_and_go_on(both):
+    assert same(weights(both[1] / "unbroken"), weights(both[1] / "broken"))
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    data.make_synthetic(folder, videos=12, test_videos=7, min_snippets=16, max_snippets=40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(videos):
+    """A student's run, by one process and by two, through the command line."""
+    from test_cli import call  # a second of imports, which the processes that run this file need not spend
+
+    size = "--text-weights", "random", "--text-layers", 1, "--length", 8, "--classes", CODES
+    few = "train", videos / "train.csv", "--student", "--epochs", 1, "--batch-size", 5, *size
+    process = torchrun("-m", "avadclip_fast.cli", *few, "-o", videos / "two")
+    assert call(*few, "-o", videos / "one", "-q") == 0
+    printed = finished(process)
+    assert printed.count("model: ") == printed.count("epoch 1: ") == printed.count("features: ") == 1
+    return videos / "one", videos / "two"
+
+
+def test_training_through_the_command_line(trained):
+    first, second = (json.loads((run / HISTORY).read_text())["epochs"][0] for run in trained)
+    assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_evaluation_is_shared_and_the_same_to_the_bit(videos, trained, capsys):
+    from test_cli import call
+
+    ask = "eval", videos / "test.csv", "--model", trained[0], "--gt", videos / "gt.npy", "--classes", CODES, "-q"
+    process = torchrun("-m", "avadclip_fast.cli", *ask, "--json", videos / "two.json")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each of the two has
+    capsys.readouterr()
+    assert call(*ask, "--json", videos / "one.json") == 0
+    torch.set_num_threads(threads)
+    assert finished(process) == capsys.readouterr().out
+    assert (videos / "one.json").read_text() == (videos / "two.json").read_text()
+
+
+def test_a_process_that_is_killed_ends_the_run(tmp_path):
+    process, state = torchrun(__file__, tmp_path, "long_run"), tmp_path / "run" / STATE
+    while not state.exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+    started = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0 and time.monotonic() - started < 10
+    assert "PeerLost" in said or "SIGTERM" in said, said
+    assert load_state(state, teacher())["epoch"] >= 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid0").read_text()), 0)

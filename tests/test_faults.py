@@ -1,0 +1,132 @@
+"""Killed, out of room, or sent to a folder that cannot be written: nothing is lost, and one line says what to do."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import RECIPE, features, same, teacher, weights
+
+from avadclip_fast import AVadCLIPStudent, data
+from avadclip_fast.data.packed import check_packed
+from avadclip_fast.engine import train
+from avadclip_fast.engine.state import StateError
+from avadclip_fast.engine.stop import Stopped
+from avadclip_fast.engine.train import MODEL, STATE, TEACHER_FEATURES, fit
+
+DISTIL = replace(RECIPE, epochs=1, distill_weight=1e-2)
+
+
+@contextlib.contextmanager
+def file_limit(size: int):
+    """Inside the block no file grows past `size` bytes: what a full disk is to who writes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def distil(folder, pause: float = 0.0) -> None:
+    """A student's run whose teacher features go to disk, two samples at a time."""
+    plain = train.teacher_features
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CACHE_LIMIT", 0)
+        patch.setattr(train, "CACHE_BLOCK", 2)
+        patch.setattr(train, "teacher_features", lambda *given: time.sleep(pause) or plain(*given))
+        guide = teacher()
+        torch.manual_seed(1)
+        fit(AVadCLIPStudent.beside(guide), features(24), DISTIL, folder, teacher=guide, resume=True, progress=False)
+
+
+def journal(path) -> int:
+    """The rows that are in a file which is being written."""
+    try:
+        return json.loads(path.with_name(path.name + ".part.json").read_text())["rows"]
+    except FileNotFoundError:
+        return 0
+
+
+if __name__ == "__main__":
+    distil(sys.argv[1], pause=0.05)
+
+
+def test_sigkill_while_teacher_features_are_cached(tmp_path):
+    """Killed twice, wherever it happens to be: what was computed is kept, and the end is an unbroken run's."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    kept, draw, reached = tmp_path / "cut" / TEACHER_FEATURES, random.Random(0), 0
+    for _ in range(2):
+        process = subprocess.Popen([sys.executable, __file__, str(tmp_path / "cut")], env=environment)
+        while journal(kept) <= reached:
+            assert process.poll() is None
+            time.sleep(0.005)
+        time.sleep(0.1 * draw.random())
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+        assert journal(kept) > reached and not kept.exists()
+        reached = journal(kept)
+    distil(tmp_path / "cut")
+    distil(tmp_path / "whole")
+    check_packed(kept)
+    assert same(load_file(kept), load_file(tmp_path / "whole" / TEACHER_FEATURES))
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
+    """At a state, and at the model that is written last: the run goes on from there, bit for bit."""
+    recipe = replace(RECIPE, epochs=2)
+    fit(teacher(), features(), recipe, tmp_path / "whole", progress=False)
+    plain, calls = train.objective, 0
+
+    def asked(*given):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(*given)
+
+    monkeypatch.setattr(train, "objective", asked)
+    run = tmp_path / "cut"
+    with pytest.raises(Stopped):
+        fit(teacher(), features(), recipe, run, progress=False)
+    state = (run / STATE).read_bytes()
+    with file_limit(len(state) // 2), pytest.raises(StateError, match="state.safetensors: cannot be written: File too"):
+        fit(teacher(), features(), recipe, run, resume=True, progress=False)
+    assert (run / STATE).read_bytes() == state and not list(run.glob(".*"))
+    model = os.path.getsize(tmp_path / "whole" / MODEL / "model.safetensors")
+    assert model > len(state) + 1000  # the frozen text weights are in it
+    with file_limit(len(state) + 1000), pytest.raises(StateError, match="cut: cannot be written: File too large"):
+        fit(teacher(), features(), recipe, run, resume=True, progress=False)
+    assert not list(run.rglob(".*.tmp"))
+    fit(teacher(), features(), recipe, run, resume=True, progress=False)
+    assert same(weights(tmp_path / "whole"), weights(run))
+
+
+def test_it_is_told_in_one_line(tmp_path, capsys):
+    from test_cli import CLASSES, QUICK, mistake  # a second of imports, which the process above need not spend
+
+    data.make_synthetic(tmp_path, videos=12, test_videos=1, min_snippets=16, max_snippets=20)
+    few = tmp_path / "train.csv", "--epochs", 1, "--select", "last", *QUICK
+    with file_limit(100_000):
+        message = mistake(capsys, "train", *few, "-o", tmp_path / "full")
+        assert "best.safetensors: cannot be written: File too large" in message and "Make room" in message
+    (tmp_path / "file").write_text("not a folder")
+    message = mistake(capsys, "train", *few, "-o", tmp_path / "file" / "run")
+    assert "file/run: cannot be written: Not a directory" in message
+    pack = "pack", tmp_path / "train.csv", "--length", 16, "--classes", CLASSES, "-q", "-o"
+    packed = tmp_path / "p.safetensors"
+    packed.write_bytes(b"an earlier one")
+    with file_limit(100_000):
+        assert "p.safetensors: cannot be written: File too large" in mistake(capsys, *pack, packed)
+    assert packed.read_bytes() == b"an earlier one"
+    assert "cannot be written: Not a directory" in mistake(capsys, *pack, tmp_path / "file" / "p.safetensors")

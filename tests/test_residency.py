@@ -1,0 +1,74 @@
+"""Where features lie: the choice, and that batches are the same wherever they come from."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_train import features
+
+from avadclip_fast.engine.residency import choose, fetched, free_memory, place, place_known
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("size", "mapped", "gpu_free", "host_free", "chosen"),
+    [
+        (20, True, 139, 100, "gpu"),  # XD-Violence on a large GPU
+        (20, True, 31, 100, "gpu"),
+        (20, True, 30, 100, "memory"),  # 11 are the step's
+        (20, True, 30, 39, "file"),  # more than half of what the host has
+        (20, False, 30, 1, "memory"),  # it is there already
+        (0, True, 10, 100, "memory"),  # not even the step fits: batches are small beside it
+        (20, True, None, 100, "file"),  # no GPU: as it came
+        (20, False, None, 100, "memory"),
+    ],
+)
+def test_the_choice(size, mapped, gpu_free, host_free, chosen):
+    gpu = None if gpu_free is None else gpu_free * GB
+    place = choose(size * GB, mapped, gpu, host_free * GB, step=11 * GB)
+    assert place.where == chosen and place.why
+
+
+def test_on_a_processor_nothing_moves_and_that_is_told():
+    data = features(6)
+    for mapped, where in ((False, "host memory"), (True, "their file")):
+        given = replace(data, mapped=mapped)
+        placed, line = place(given, torch.device("cpu"), 96)
+        assert placed is given and where in line and line.startswith("features: 0.0 MB in")
+        known, line = place_known(data.visual, mapped, torch.device("cpu"), 96)
+        assert known is data.visual and where in line and line.startswith("teacher features: ")
+    assert 1 << 20 < free_memory() < 1 << 50
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_batches_come_in_order_and_once(ahead, dtype):
+    data, asked = features(11), []
+    data = replace(data, visual=data.visual.to(dtype), audio=data.audio.to(dtype)).subset(torch.arange(10, -1, -1))
+    chunks = torch.arange(11).split(4)
+
+    def fetch(index):
+        asked.append(index.tolist())
+        return data.stored(index), data.visual[index].float()
+
+    found = fetched(chunks, fetch, torch.device("cpu"), ahead)
+    assert asked == []
+    first, known = next(found)
+    assert torch.equal(known, data.visual[:4].float())
+    for (batch, _), index in zip([(first, known), *found], chunks, strict=True):
+        for got, expected in zip(batch, data.batch(index), strict=True):
+            assert got.dtype == expected.dtype and torch.equal(got, expected)
+    assert asked == [index.tolist() for index in chunks]
+
+
+def test_a_fetch_that_fails_is_told_where_its_batch_is_asked_for():
+    def fetch(index):
+        if index[0] == 8:
+            raise OSError("gone")
+        return features(11).stored(index), None
+
+    found = fetched(torch.arange(11).split(4), fetch, torch.device("cpu"), ahead=True)
+    next(found), next(found)
+    with pytest.raises(OSError, match="gone"):
+        next(found)
