@@ -155,7 +155,8 @@ def _answered() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no error of its own
+        reason = str(error).splitlines()[0].rpartition(".cc:")[2].partition("] ")[2] or str(error).splitlines()[0]
         raise PeerLost(
             f"process {os.environ.get('RANK', '?')} lost another one of the run, whose own message says why; "
-            f"what was saved stays, and --resume goes on from there ({str(error).splitlines()[0]})"
+            f"what was saved stays, and --resume goes on from there ({reason.partition('. ')[0]})"
         ) from error
