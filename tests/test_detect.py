@@ -2,15 +2,20 @@
 
 import csv
 import json
+import re
+import tracemalloc
 
 import numpy as np
 import pytest
 from standins import AXES, NAMED, overlap, seen
 from test_cli import call, mistake
-from videos import make_video
+from videos import BAD, bad_videos, forbid, make_video
 
+from avadclip_fast import data
 from avadclip_fast.engine import detect
 from avadclip_fast.engine.calibrate import Calibration, Head
+from avadclip_fast.engine.evaluate import stream_scores
+from avadclip_fast.engine.timeline import _apart
 from avadclip_fast.media import decode
 from avadclip_fast.media.features import VideoFeatures
 
@@ -100,6 +105,24 @@ def test_a_failure_is_told_at_the_end(pair, tmp_path, capsys):
     assert "no model at" in mistake(capsys, "detect", tmp_path, "-m", tmp_path / "none", "-o", out, *QUICK)
 
 
+def test_bad_input_is_told_and_leaves_nothing(pair, tmp_path, capsys, monkeypatch):
+    films, out = bad_videos(tmp_path / "bad"), tmp_path / "out"
+    (films / "locked").mkdir()
+    make_video(films / "one.mkv", frames=1, width=35, height=51)  # a single frame of odd sizes is a video
+    forbid(monkeypatch, films / "locked")
+    options = ["-m", pair, "-o", out, *QUICK, "--annotate", "--per-frame"]
+    assert call("detect", films, *options) == 1
+    lines = capsys.readouterr().err.splitlines()
+    told = {line.removeprefix(f"failed: {films}/").partition(":")[0]: line for line in lines if "failed:" in line}
+    assert set(told) == {*BAD, "locked"} and told["locked"].endswith("Permission denied")
+    for name, wrong in BAD.items():
+        assert re.search(wrong, told[name]), told[name]
+    made = ["events.csv", "one.frames.csv", "one.json", "one.mkv", "one.png"]
+    assert sorted(path.name for path in out.iterdir()) == made
+    assert call("detect", films / "text.mp4", "-m", pair, "-o", tmp_path / "none", *QUICK) == 1
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     "heard, expected",
     [
@@ -137,6 +160,31 @@ def test_sound_that_ends_is_taken_over_by_the_student(pair):
     deaf = detect.detect("x", VideoFeatures(x[0][None], x[1], times, 1.0, heard), only)
     assert deaf.parts[1].by == "teacher without sound"
     np.testing.assert_array_equal(deaf.scores[12:], 1 - detect.score(teacher, x[0], None, "cpu").probabilities[12:, 0])
+
+
+def test_hours_are_scored_in_parts(pair):
+    """What is padded and computed at once is bounded, however long a video is; the scores are those of the whole."""
+    (scorer,) = detect.load_scorers(pair / "student")
+    most = []
+    scorer.model.register_forward_pre_hook(lambda _, given: most.append(len(given[0])))
+    x = seen(np.random.default_rng(0).uniform(15, 220, 32 * 100 + 5)).numpy()
+    tracemalloc.start()
+    found = detect.score(scorer, x, None, "cpu")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most == [16] * 6 + [5] and peak < x.nbytes  # not a padded copy of the whole
+    chunks, lengths = data.chunk(x, 32)
+    video = data.TestVideo("", "", chunks, None, lengths, len(x))
+    (whole,) = stream_scores(scorer.model, [video], calibration=scorer.calibration)
+    np.testing.assert_allclose(found.probabilities, whole.probabilities, atol=1e-6)
+    np.testing.assert_allclose(found.anomaly, whole.anomaly, atol=1e-6)
+
+
+def test_names_in_the_plot_do_not_cover_one_another():
+    events = [detect.Event(i, i + 1, str(i), 1 - abs(i - 50) / 100, 1.0) for i in range(0, 100, 2)]
+    shown = _apart(events, 10)
+    assert shown[0] == (50.5, "50") and len(shown) == 10  # the highest first
+    assert min(np.diff(sorted(middle for middle, _ in shown))) >= 10
 
 
 def test_time_codes():

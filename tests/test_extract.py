@@ -2,12 +2,18 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from long_video import make_long_video
+from standins import NAMED
 from test_cli import call, mistake
-from videos import make_video
+from videos import BAD, bad_videos, forbid, make_video
 
 from avadclip_fast.data import load_features, read_list
 
@@ -118,6 +124,33 @@ def test_one_that_fails_does_not_stop_the_rest(folder, tmp_path, capsys):
     assert not list(out.rglob("*.tmp")) and not list(out.rglob("text*"))
 
 
+def test_bad_input_is_told_and_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+    films, out = bad_videos(tmp_path / "bad"), tmp_path / "out"
+    (films / "locked").mkdir()
+    make_video(films / "locked" / "unseen.mp4", frames=20)
+    make_video(films / "one.mkv", frames=1, width=35, height=51)  # a single frame of odd sizes is a video
+    forbid(monkeypatch, films / "locked")
+    assert call("extract", films, "-o", out, *QUICK) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith(f"1 extracted, 0 were there, {len(BAD) + 1} failed")
+    lines = {line.removeprefix(f"failed: {films}/").partition(":")[0]: line for line in said.err.splitlines()}
+    assert set(lines) == {*BAD, "locked"} and lines["locked"].endswith("Permission denied")
+    for name, wrong in BAD.items():
+        assert re.search(wrong, lines[name]), lines[name]
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) == [
+        "done/one.json", "extract.json", "list.csv", "visual/one__0.npy",
+    ]  # fmt: skip
+
+
+def test_addresses_are_not_read(folder, tmp_path, capsys, monkeypatch):
+    """Of videos and in lists: what looks like one is a path, and nobody is asked."""
+    monkeypatch.setattr("socket.socket.connect", None)
+    (folder / "films.txt").write_text("http://127.0.0.1/a.mp4\nconcat:a.mp4|b.mp4\n")
+    for given in (folder / "films.txt", "http://127.0.0.1/a.mp4", "file:///etc/passwd"):
+        assert call("extract", given, "-o", tmp_path / "out", *QUICK) == 1
+        assert "o such file" in capsys.readouterr().err
+
+
 def test_shards_make_the_whole(folder, tmp_path, capsys):
     out = tmp_path / "out"
     for i in (1, 2):
@@ -171,3 +204,23 @@ def test_memory_does_not_grow_with_sound(tmp_path):
     tracemalloc.stop()
     assert heard.all() and len(sound.samples) == pytest.approx(1200 * 16_000, rel=1e-3)
     assert peak < 8e6  # the sound is 38 MB as int16
+
+
+PEAK = """
+import resource, subprocess, sys
+code = subprocess.call([sys.executable, "-m", "avadclip_fast.cli", *sys.argv[1:]])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def test_ten_hours_take_less_than_two_gigabytes(tmp_path):
+    """Of sound alone there are 1.15 GB. What a process took is asked of a small one that has no other children."""
+    film = make_long_video(tmp_path / "long.mkv", 36_000, rate=1, sample_rate=8000)
+    command = [sys.executable, "-c", PEAK, "extract", str(film), "-o", str(tmp_path / "out"), *NAMED, "-q"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    film.unlink()
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) / (1024 if sys.platform == "darwin" else 1) < 2e6  # kilobytes
+    record = json.loads((tmp_path / "out" / "done" / "long.json").read_text())
+    assert record["snippets"] == 2250 and all(record["heard"])

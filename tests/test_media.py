@@ -1,6 +1,8 @@
 """Decoding, crops, sound, encoders: on videos made here, and on the real clips where they are at hand."""
 
+import os
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -70,8 +72,10 @@ def test_bad_files_say_what_they_are(tmp_path):
     wrong = {
         "empty.mp4": "the file is empty", "text.mp4": "not a readable video", "list.mp4": "not a readable video",
         "short.mp4": "not a readable video", "sound.mkv": "no video stream", "none.mp4": "no such file",
-        ".": "a folder, not a video",
+        ".": "a folder, not a video", "loop.mp4": "no such file", "pipe.mp4": "not a file",
     }  # fmt: skip
+    os.symlink("loop.mp4", tmp_path / "loop.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
     for name, reason in wrong.items():
         with pytest.raises(MediaError, match=reason) as caught:
             list(decode.snippet_frames(tmp_path / name))
@@ -91,6 +95,59 @@ def test_cut_short_in_the_middle_of_the_frames(tmp_path):
     with pytest.raises(MediaError, match="cut short|damaged"):
         list(decode.snippet_frames(short))
     assert len(times_of(path)) == 12
+
+
+def test_frames_of_varying_length_are_told_by_their_times(tmp_path):
+    """40 frames of 1/50 s, then 20 of 1/10 s."""
+    times = np.concatenate([np.arange(40) * 0.02, 0.8 + np.arange(20) * 0.1])
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=50)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    for options, taken in (({"every": 10}, range(0, 60, 10)), ({"fps": 2}, [0, 25, 42, 47, 52, 57])):
+        found = list(decode.snippet_frames(tmp_path / "a.mkv", **options))
+        np.testing.assert_allclose([frame.time for frame in found], times[list(taken)], atol=1e-3)
+        assert all(abs(f.image.mean() - 4 * i) < 6 for f, i in zip(found, taken, strict=True))
+
+
+def test_a_rotated_video_is_turned_as_players_show_it(tmp_path):
+    """Bright on the right, to be shown with that side down: a quarter turn clockwise, which players count as -90."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as out:
+        stream = out.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.set_display_rotation(-90)
+        image = np.zeros((48, 64, 3), np.uint8)
+        image[:, 32:] = 250
+        for _ in range(4):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        out.mux(stream.encode(None))
+    (frame,) = decode.snippet_frames(tmp_path / "a.mp4")
+    assert frame.image.shape == (64, 48, 3)
+    assert frame.image[40:].mean() > 200 and frame.image[:24].mean() < 50
+
+
+def test_holes_in_the_sound_are_silent_and_take_no_space(tmp_path):
+    """A time stamp an hour later, as broken recorders write them, is an hour of silence."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        video = out.add_stream("mpeg4", rate=1)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        sound = out.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        out.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        out.mux(video.encode(None))
+        for at in (0, 3600):
+            frame = av.AudioFrame.from_ndarray(np.full((1, 16_000), 9000, np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = 16_000, 16_000 * at, Fraction(1, 16_000)
+            out.mux(sound.encode(frame))
+        out.mux(sound.encode(None))
+    sound = decode.read_sound(tmp_path / "a.mkv")
+    assert len(sound.samples) == pytest.approx(3601 * 16_000, abs=100)
+    windows = sound.windows(np.array([0.0, 1.5, 1800.0, 3599.0, 3600.0]), 1.0)
+    assert windows.heard().tolist() == [True, False, False, False, True]
 
 
 def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch):
@@ -144,6 +201,11 @@ def test_wav2clip_agrees_with_the_release(shared):
     assert stored == set(state) - {"encoder.spectrogram.window"}
 
 
+class Evil:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit",))
+
+
 def test_wav2clip_checkpoint(tmp_path):
     model = Wav2Clip("random")
     names = {"encoder.": "audio_encoder.", "transform.": "audio_transform."}
@@ -157,11 +219,6 @@ def test_wav2clip_checkpoint(tmp_path):
     torch.save({"encoder.conv1.weight": torch.zeros(1)}, tmp_path / "b.pt")
     with pytest.raises(MediaError, match="not Wav2CLIP's weights"):
         Wav2Clip(tmp_path / "b.pt")
-
-    class Evil:
-        def __reduce__(self):
-            return (exec, ("raise SystemExit",))
-
     torch.save({"x": Evil()}, tmp_path / "c.pt")
     with pytest.raises(MediaError, match="without running code"):
         Wav2Clip(tmp_path / "c.pt")
@@ -183,7 +240,7 @@ def test_fetched_weights_are_pinned(tmp_path, monkeypatch):
     with pytest.raises(MediaError, match="nothing was kept"):
         fetch.fetch(f"{url}#sha256={'0' * 64}")
     assert len(list((tmp_path / "avadclip_fast").iterdir())) == 1
-    for bad in (url, "http://example.org/w.pt#sha256=" + right, tmp_path / "none.pt"):
+    for bad in (url, f"http://example.org/w.pt#sha256={right}", f"file:///w.pt#sha256={right}", tmp_path / "none.pt"):
         with pytest.raises(MediaError):
             fetch.fetch(bad)
 
@@ -215,10 +272,17 @@ def test_encoders_by_name():
         encoders.encoded("visual", made, torch.full((2, 3, 32, 32), torch.nan), 2)
 
 
-def test_clip_with_random_weights():
+def test_clip_with_random_weights(tmp_path):
     tower = encoders.visual_encoder("clip", "random", "cpu")
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     rows = tower(images)
     assert rows.shape == (2, 512) and rows.dtype == torch.float32 and rows.isfinite().all()
     # alone or in a batch: float32, in another order of sums
     torch.testing.assert_close(tower(images[1:]), rows[1:], atol=1e-4, rtol=1e-4)
+    torch.save({"visual.proj": Evil()}, tmp_path / "evil.pt")
+    for path, wrong in (
+        (tmp_path / "evil.pt", "cannot be read as CLIP's weights"),
+        (tmp_path / "none", "no such file"),
+    ):
+        with pytest.raises(MediaError, match=wrong):
+            tower._load(path)

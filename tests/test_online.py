@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import threading
 import time
 
@@ -11,7 +12,7 @@ import torch
 from standins import NAMED, Hearing, Sight, overlap
 from test_cli import call, mistake
 from test_detect import film
-from videos import make_video
+from videos import BAD, bad_videos, make_video
 
 from avadclip_fast.data import DataError
 from avadclip_fast.engine import detect
@@ -205,6 +206,29 @@ def test_sources_that_are_none(tmp_path, server):
     ):
         with pytest.raises(MediaError, match=wrong):
             next(iter(LiveSource(source)))
+
+
+def test_bad_files_are_told_in_a_line(pair, tmp_path, capsys):
+    films = bad_videos(tmp_path / "bad")
+    for name, wrong in {**BAD, "none.mp4": "no such file", ".": "a folder, not a video"}.items():
+        assert call("stream", films / name, "-m", pair, "-q", *NAMED) == 2
+        *counts, told = capsys.readouterr().err.splitlines()
+        assert told.startswith("error: ") and re.search(wrong, told), told
+        assert len(counts) == (name == "cut.mp4")  # half of it was watched, and its events are told
+    make_video(films / "one.mkv", frames=1, width=35, height=51)  # a single frame of odd sizes is a video
+    assert call("stream", films / "one.mkv", "-m", pair, "-q", *NAMED) == 0
+    assert "1 frames, 0 dropped" in capsys.readouterr().err
+
+
+def test_a_playlist_leads_to_no_file(tmp_path, server):
+    """What a server sends cannot make this machine read its own files."""
+    film = make_video(tmp_path / "a.ts", frames=50)
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{film}\n#EXT-X-ENDLIST\n".encode()
+    with pytest.raises(MediaError):
+        list(LiveSource(server([playlist] * 4), retries=0))
+    (tmp_path / "list.m3u8").write_bytes(playlist)
+    with pytest.raises(MediaError):
+        list(LiveSource(tmp_path / "list.m3u8"))
 
 
 def test_it_ends_when_asked(tmp_path, server):

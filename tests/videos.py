@@ -1,5 +1,6 @@
 """Small videos made by PyAV, for tests."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,3 +43,41 @@ def make_video(
                 out.mux(sound.encode(frame))
             out.mux(sound.encode(None))
     return path
+
+
+# Of each file of `bad_videos`, what is told.
+BAD = {
+    "empty.mp4": "the file is empty",
+    "text.mp4": "not a readable video",
+    "short.mp4": "not a readable video",  # its index is at the end
+    "cut.mp4": "cut short|damaged|lost",  # its index is in front
+    "sound.mkv": "holds no video stream",
+    "loop.mp4": "no such file|symbolic links",  # a link to itself
+}
+
+
+def bad_videos(folder: Path) -> Path:
+    """A folder of files that are no videos, or only half."""
+    folder.mkdir()
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("not a video\n" * 100)
+    whole = make_video(folder / "short.mp4", frames=200, noise=True).read_bytes()
+    (folder / "short.mp4").write_bytes(whole[: len(whole) // 2])
+    whole = make_video(folder / "cut.mp4", frames=200, noise=True, options={"movflags": "faststart"}).read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    make_video(folder / "sound.mkv", frames=0, audio=1, tone=(0, 1))
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    (folder / "loop").symlink_to(".")  # and a folder in itself
+    return folder
+
+
+def forbid(monkeypatch, folder: Path) -> None:
+    """Makes a folder unreadable, to whom file modes say nothing too."""
+    scan = os.scandir
+
+    def scandir(path="."):
+        if os.path.realpath(path) == os.path.realpath(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)

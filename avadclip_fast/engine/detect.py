@@ -16,7 +16,7 @@ from ..media.features import VideoFeatures
 from ..models.avadclip import Detector
 from ..models.text import tokenize
 from .calibrate import Calibration
-from .evaluate import VideoScores, load_model, stream_scores
+from .evaluate import PACKED_CHUNKS, VideoScores, load_model, stream_scores
 
 PAUSE = 5.0  # seconds: a shorter silence is a pause in the sound, not the lack of it
 
@@ -147,7 +147,7 @@ def detect(
     there is one, the others, with the whole video in sight. threshold: in place of the models' own.
     Raises DataError where the features do not fit the model.
     """
-    visual = found.visual[0].astype(np.float32)
+    visual = found.visual[0].astype(np.float32, copy=False)
     first, last = scorers[0], scorers[-1]
     check_widths(first.model, visual.shape[1], None if found.audio is None else found.audio.shape[1])
     n = len(visual)
@@ -165,7 +165,7 @@ def detect(
     for part in parts:
         here = slice(part.start, part.end)
         if part.by == "teacher" and found.audio is not None:  # it always has sound then
-            scored, scorer = score(first, visual[here], found.audio[here].astype(np.float32), device), first
+            scored, scorer = score(first, visual[here], found.audio[here].astype(np.float32, copy=False), device), first
             anomaly[here], probabilities[here] = scored.anomaly, scored.probabilities
         else:
             scorer = last
@@ -191,13 +191,21 @@ def deaf_name(scorers: Sequence[Scorer]) -> str:
 
 def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: str | torch.device) -> VideoScores:
     """One video's scores; no audio is silence to a teacher."""
-    length = scorer.model.temporal.positions.num_embeddings
-    chunks, lengths = chunk(visual, length)
-    heard = None if audio is None else chunk(audio, length)[0]
-    video = TestVideo("", "", chunks, heard, lengths, len(visual))
+    full = PACKED_CHUNKS * scorer.model.temporal.positions.num_embeddings  # rows that are computed in one pass
+
+    def parts() -> Iterator[TestVideo]:
+        """Of hours, one after the other: padding copies a part, not the whole."""
+        for start in range(0, len(visual), full):
+            here = slice(start, start + full)
+            chunks, lengths = chunk(visual[here], full // PACKED_CHUNKS)
+            heard = None if audio is None else chunk(audio[here], full // PACKED_CHUNKS)[0]
+            yield TestVideo("", "", chunks, heard, lengths, len(visual[here]))
+
     model, calibration, text = scorer
-    (scores,) = stream_scores(model, [video], device, silent=audio is None, calibration=calibration, text=text)
-    return scores
+    found = list(stream_scores(model, parts(), device, silent=audio is None, calibration=calibration, text=text))
+    return VideoScores(
+        "", np.concatenate([part.anomaly for part in found]), np.concatenate([part.probabilities for part in found])
+    )
 
 
 def sound_parts(heard: np.ndarray, stream: bool, seconds: float) -> Iterator[tuple[int, int, bool, str]]:

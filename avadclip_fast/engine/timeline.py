@@ -1,12 +1,14 @@
 """What was found in a video as one picture: score over time, events, who scored what, key frames."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .detect import Detection, time_code
+from .detect import Detection, Event, time_code
 from .plots import COLOURS, DPI, TRUTH_COLOUR, save
+
+SPACE = 0.08  # of the width of a plot: what a name takes
 
 
 def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.ndarray]) -> None:
@@ -25,10 +27,12 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
         ax.set_axis_off()
     ax = figure.add_subplot(grid[1, :])
     edges = detection.edges
-    for event in detection.events():
-        ax.axvspan(event.start, event.end, facecolor=TRUTH_COLOUR, alpha=0.3, linewidth=0)
-        middle = (event.start + event.end) / 2
-        ax.text(middle, 1.04, event.name, ha="center", fontsize=8, clip_on=True, parse_math=False)
+    low, high = -0.1, 1.12
+    events = detection.events()
+    spans = [(event.start, event.end - event.start) for event in events]
+    ax.broken_barh(spans, (low, high - low), facecolor=TRUTH_COLOUR, alpha=0.3, linewidth=0)
+    for middle, name in _apart(events, SPACE * (edges[-1] - edges[0])):
+        ax.text(middle, 1.04, name, ha="center", fontsize=8, clip_on=True, parse_math=False)
     for part in detection.parts:
         if part.by != "teacher":
             span = edges[[part.start, part.end]]
@@ -39,8 +43,18 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
         edges, np.append(detection.thresholds, detection.thresholds[-1]), where="post", color="0.4", linewidth=0.8,
         linestyle="--", label="threshold",
     )  # fmt: skip
-    ax.set(xlim=(edges[0], edges[-1]), ylim=(-0.1, 1.12), xlabel="time (s)", ylabel="1 - p(normal)")
+    ax.set(xlim=(edges[0], edges[-1]), ylim=(low, high), xlabel="time (s)", ylabel="1 - p(normal)")
     ax.grid(color="0.9", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     save(figure, path)
+
+
+def _apart(events: Sequence[Event], space: float) -> list[tuple[float, str]]:
+    """(middle, name) of events whose names do not cover one another: hours may hold hundreds. The highest go first."""
+    shown: list[tuple[float, str]] = []
+    for event in sorted(events, key=lambda event: -event.score):
+        middle = (event.start + event.end) / 2
+        if all(abs(middle - other) >= space for other, _ in shown):
+            shown.append((middle, event.name))
+    return shown

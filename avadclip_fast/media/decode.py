@@ -56,7 +56,9 @@ def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
                     raise MediaError(f"{path}: a folder, not a video")
                 if path.is_char_device():
                     target, options, form = str(path), {}, "v4l2"
-                elif path.stat().st_size == 0:
+                elif not live and not path.is_file():
+                    raise MediaError(f"{path}: not a file")  # a pipe would be waited for
+                elif path.is_file() and path.stat().st_size == 0:
                     raise MediaError(f"{path}: the file is empty")
                 else:
                     # An open file, so that no name is taken for a protocol; what a playlist names is not followed.
@@ -119,11 +121,15 @@ def frames(source: str | Path, stream: Any, container: Any) -> Iterator[tuple[fl
             yield clock(frame), frame
     except (av.error.FFmpegError, OSError) as error:
         raise MediaError(f"{source}: damaged or cut short after {clock.seen} frames: {error.strerror}") from error
-    if clock.seen == 0:
+    check_whole(source, stream, clock.seen)
+
+
+def check_whole(source: str | Path, stream: Any, seen: int) -> None:
+    """Raises MediaError where a file held no frame, or far fewer than its index tells of. seen: frames."""
+    if seen == 0:
         raise MediaError(f"{source}: holds no frame that can be decoded")
-    promised = stream.frames
-    if promised and clock.seen < 0.9 * promised:
-        raise MediaError(f"{source}: cut short: {clock.seen} frames of {promised} are there")
+    if stream.frames and seen < 0.9 * stream.frames:
+        raise MediaError(f"{source}: cut short: {seen} frames of {stream.frames} are there")
 
 
 def upright(frame: Any, image: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .decode import GAP, RATE, Beat, Clock, Mono, decoded, opened, upright, video_stream
+from .decode import GAP, RATE, Beat, Clock, Mono, check_whole, decoded, opened, upright, video_stream
 from .errors import MediaError, import_av
 
 WAITING = 4  # snippets between the reader and who fetches them
@@ -145,8 +145,7 @@ class LiveSource:
                 sound.add(*block)
             while waiting:
                 yield self._made(waiting, clock, offset, audio, sound)
-            if clock.seen == 0:
-                raise MediaError(f"{self.source}: holds no frame that can be decoded")
+            check_whole(self.source, video, clock.seen)
 
     def _complete(self, at: float, clock: Clock, audio: Any, sound: "Ring") -> bool:
         """Whether all of the snippet at `at` has come, or has been waited for long enough."""
