@@ -1,5 +1,6 @@
 """README and docs say what works: examples run, commands exist, formulas are the benchmarks', names stand for files."""
 
+import functools
 import importlib
 import math
 import re
@@ -98,6 +99,7 @@ def test_few_examples_are_left_out():
 # Commands
 
 
+@functools.cache
 def commands():
     """The program's commands, as the program itself has them."""
     from typer.main import get_command
