@@ -215,12 +215,15 @@ sys.exit(code)
 
 
 def test_ten_hours_take_less_than_two_gigabytes(tmp_path):
-    """Of sound alone there are 1.15 GB. What a process took is asked of a small one that has no other children."""
+    """Of sound alone there are 1.15 GB, and libraries take up to 1.
+
+    What a process took is asked of a small one that has no other children.
+    """
     film = make_long_video(tmp_path / "long.mkv", 36_000, rate=1, sample_rate=8000)
     command = [sys.executable, "-c", PEAK, "extract", str(film), "-o", str(tmp_path / "out"), *NAMED, "-q"]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     film.unlink()
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) / (1024 if sys.platform == "darwin" else 1) < 2e6  # kilobytes
+    assert int(done.stdout.splitlines()[-1]) / (1024 if sys.platform == "darwin" else 1) < 1.5e6  # kilobytes
     record = json.loads((tmp_path / "out" / "done" / "long.json").read_text())
     assert record["snippets"] == 2250 and all(record["heard"])
