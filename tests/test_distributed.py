@@ -169,44 +169,36 @@ def test_one_process_is_asked_to_end_and_all_save_and_go_on(both):
     assert same(weights(both[1] / "unbroken"), weights(both[1] / "broken"))
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("videos")
-    data.make_synthetic(folder, videos=12, test_videos=7, min_snippets=16, max_snippets=40)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(videos):
-    """A student's run, by one process and by two, through the command line."""
+def test_training_through_the_command_line(tmp_path):
     from test_cli import call  # a second of imports, which the processes that run this file need not spend
 
+    data.make_synthetic(tmp_path, videos=8, test_videos=1, min_snippets=16, max_snippets=20)
     size = "--text-weights", "random", "--text-layers", 1, "--length", 8, "--classes", CODES
-    few = "train", videos / "train.csv", "--student", "--epochs", 1, "--batch-size", 5, *size
-    process = torchrun("-m", "avadclip_fast.cli", *few, "-o", videos / "two")
-    assert call(*few, "-o", videos / "one", "-q") == 0
+    few = "train", tmp_path / "train.csv", "--student", "--epochs", 1, "--batch-size", 5, "--select", "last", *size
+    process = torchrun("-m", "avadclip_fast.cli", *few, "-o", tmp_path / "two")
+    assert call(*few, "-o", tmp_path / "one", "-q") == 0
     printed = finished(process)
     assert printed.count("model: ") == printed.count("epoch 1: ") == printed.count("features: ") == 1
-    return videos / "one", videos / "two"
-
-
-def test_training_through_the_command_line(trained):
-    first, second = (json.loads((run / HISTORY).read_text())["epochs"][0] for run in trained)
+    first, second = (json.loads((tmp_path / run / HISTORY).read_text())["epochs"][0] for run in ("one", "two"))
     assert second == pytest.approx(first, rel=1e-5)
 
 
-def test_evaluation_is_shared_and_the_same_to_the_bit(videos, trained, capsys):
+def test_evaluation_is_shared_and_the_same_to_the_bit(both, tmp_path, capsys):
     from test_cli import call
 
-    ask = "eval", videos / "test.csv", "--model", trained[0], "--gt", videos / "gt.npy", "--classes", CODES, "-q"
-    process = torchrun("-m", "avadclip_fast.cli", *ask, "--json", videos / "two.json")
+    made = {"videos": 8, "test_videos": 12, "min_snippets": 16, "max_snippets": 80, "width": 32}
+    data.make_synthetic(tmp_path, **made)  # of up to five chunks
+    names = ",".join(f"{code}={name}" for code, name in zip(("A", "B1", "G"), CLASSES, strict=True))
+    ask = "eval", tmp_path / "test.csv", "--model", both[0] / "teacher", "--gt", tmp_path / "gt.npy", "-q"
+    ask = *ask, "--classes", names, "--json"
+    process = torchrun("-m", "avadclip_fast.cli", *ask, tmp_path / "two.json")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has
     capsys.readouterr()
-    assert call(*ask, "--json", videos / "one.json") == 0
+    assert call(*ask, tmp_path / "one.json") == 0
     torch.set_num_threads(threads)
     assert finished(process) == capsys.readouterr().out
-    assert (videos / "one.json").read_text() == (videos / "two.json").read_text()
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
 
 
 def test_a_process_that_is_killed_ends_the_run(tmp_path):

@@ -39,7 +39,8 @@ class Batch(NamedTuple):
 
     def pin_memory(self) -> "Batch":
         """In memory that a GPU copies from while the host goes on."""
-        return Batch(*(None if x is None else x.pin_memory() for x in self))  # type: ignore[arg-type]
+        # What is cut short is no one piece of memory, and a copy of it would wait.
+        return Batch(*(None if x is None else x.contiguous().pin_memory() for x in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def fetched(
         if gpu and not batch.visual.is_cuda:
             batch = batch.pin_memory()
         if gpu and known is not None and not known.is_cuda:
-            known = known.pin_memory()
+            known = known.contiguous().pin_memory()
         return batch, known
 
     def sent(batch: Batch, known: Tensor | None) -> tuple[Batch, Tensor | None]:
