@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-triton golden-triton sanitize wheel-test abi-check lint types docs bench-cpu gpu clean
+.PHONY: demo test test-triton golden-triton sanitize wheel-test abi-check lint types docs bench bench-cpu gpu clean
 
 demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
@@ -76,12 +76,17 @@ docs: $(VENV)/installed
 
 # Paired ratios against loops and plain PyTorch, into bench/results/*.json.
 bench-cpu: $(VENV)/installed
-	for op in topk_mean mil_loss distance_graph similarity_graph uniform_pool folds step; do \
+	for op in topk_mean mil_loss distance_graph similarity_graph uniform_pool folds; do \
 		$(BIN)/python -m bench.bench_$$op --json || exit 1; done
+	for whole in step inference; do $(BIN)/python -m bench.bench_$$whole --rounds 5 --json || exit 1; done
 
 # On a machine with a GPU: build, tests, sanitizers, every benchmark, within 8 minutes; JSON and logs in OUT.
 gpu: $(VENV)/installed
 	$(BIN)/python -m bench.gpu
+
+# The benchmarks of `make gpu` alone.
+bench: $(VENV)/installed
+	$(BIN)/python -m bench.gpu --bench
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

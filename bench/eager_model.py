@@ -177,3 +177,9 @@ def distil_loss(s: Weights, teacher: Weights, tokens, visual, audio, labels, len
     classes = text(s, tokens)
     total = losses(s, heads(s, mean, classes), classes, labels, lengths)
     return total + weight * ((guide - mean) ** 2 / (1e-6 + 2 * theta.exp()) + theta).mean()
+
+
+def student_scores(s: Weights, tokens, visual, lengths, window: int = 64) -> tuple[Tensor, Tensor]:
+    """Anomaly and class logits; the uncertainty and the text side are computed with every call."""
+    mean, _ = uncertain(s, temporal(s, visual, lengths, window))
+    return heads(s, mean, text(s, tokens))

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 TOTAL = 480  # seconds for everything
 # What a whole step costs comes first: where time runs out, the small ops are missing.
 BENCHES = (
-    "step", "similarity_graph", "linear_act", "gated_fusion", "window_attention", "distill_loss", "prompt_similarity",
-    "attention_pool", "distance_graph", "mil_loss", "topk_mean", "uniform_pool", "pack_rows", "folds",
-    "spans",
+    "step", "inference", "similarity_graph", "linear_act", "gated_fusion", "window_attention", "distill_loss",
+    "prompt_similarity", "attention_pool", "distance_graph", "mil_loss", "topk_mean", "uniform_pool", "pack_rows",
+    "folds", "spans",
 )  # fmt: skip
 
 
@@ -81,6 +81,7 @@ def one(stage: Stage, limit: float, log: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu")
     parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or ROOT / "bench/results/gpu")
+    parser.add_argument("--bench", action="store_true", help="benchmarks alone: no build, tests or sanitizers")
     parser.add_argument("--tune", action="store_true", help="first find the fastest tiles, and write kernels/configs/")
     options = parser.parse_args()
     import torch
@@ -88,7 +89,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("bench.gpu: no CUDA device here; `make test` and `make bench-cpu` need none")
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
-    record = run(stages(Path(options.out), options.tune), Path(options.out), TOTAL + 300 * options.tune)
+    chosen = [s for s in stages(Path(options.out), options.tune) if not options.bench or s.name.startswith("bench_")]
+    record = run(chosen, Path(options.out), TOTAL + 300 * options.tune)
     bad = [name for name, outcome in record.items() if not outcome["result"].startswith(("ok", "left out"))]
     sys.exit(f"not well: {', '.join(bad)}" if bad else 0)
 

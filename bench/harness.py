@@ -243,7 +243,7 @@ def with_floor(rows: list[dict], latency: dict[str, list[float]], work: Work, ro
     floor = max(work.bytes / roofs["copy_bytes_per_s"], work.flops / roofs["matmul_flops_per_s"]) * 1e3
     for row in rows:
         row["call_ms"] = statistics.median(latency[row["alternative"]]) * 1e3
-        row |= {"floor_ms": floor, "of_floor": floor / row["median_ms"]}
+        row |= {"floor_ms": floor, "of_floor": floor / row["median_ms"], "roofs": roofs}
 
 
 def gpu_roofs() -> dict[str, float]:

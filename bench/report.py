@@ -1,6 +1,6 @@
 """Writes the figures of README and docs from bench/results/*.json: no number there is typed by hand.
 
-python -m bench.report              rewrites what stands between <!-- figures: NAME --> and <!-- end -->
+python -m bench.report              rewrites what stands between <!-- figures: NAME --> and <!-- end -->, and the plots
 python -m bench.report --check      fails where a page does not say what the JSON says
 """
 
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import fightsurv, harness
+from . import fightsurv, harness, plots
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
@@ -51,6 +51,18 @@ def steps() -> str:
     return "\n".join(lines) + _where(record)
 
 
+def inference() -> str:
+    record = read("bench_inference")
+    lines = ["| inference | official code, ms | this library, ms | ratio |", "|---|---|---|---|"]
+    for case in dict.fromkeys(row["case"] for row in record["rows"]):
+        rows = {row["alternative"]: row for row in record["rows"] if row["case"] == case}
+        official, ours = rows["official"], rows["ours"]
+        lines.append(
+            f"| {case} | {official['median_ms']:.0f} | {ours['median_ms']:.0f} | {official['over_ours']:.2f} |"
+        )
+    return "\n".join(lines) + _where(record)
+
+
 def demo() -> str:
     record = read("demo")
     lines = ["| | AP | AUC | detection mAP |", "|---|---|---|---|"]
@@ -71,6 +83,7 @@ def _where(record: dict) -> str:
 FIGURES: dict[str, Callable[[], str]] = {
     "operations": operations,
     "steps": steps,
+    "inference": inference,
     "demo": demo,
     "fightsurv": lambda: fightsurv.table(read("fightsurv")) + "\n",
     "fightsurv-heads": lambda: fightsurv.heads_table(read("fightsurv")) + "\n",
@@ -83,6 +96,20 @@ FIGURES: dict[str, Callable[[], str]] = {
     "fightsurv-measures": lambda: fightsurv.measures_table(read("fightsurv_ablation")) + "\n",
     "fightsurv-calibration": lambda: fightsurv.calibration_table(read("fightsurv_ablation"), read("fightsurv")) + "\n",
 }
+
+
+def draw(folder: Path) -> None:
+    """The plots of docs/performance.md. Of what has not run on a GPU yet there is no roofline."""
+    plots.ratios(folder / "performance-operations.png", [row for op in OPERATIONS for row in _named(op)])
+    plots.ratios(folder / "performance-steps.png", [*read("bench_step")["rows"], *read("bench_inference")["rows"]])
+    timed = [json.loads(path.read_text()) for path in sorted((RESULTS / "gpu").glob("bench_*.json"))]
+    if timed:
+        plots.roofline(folder / "performance-roofline.png", timed)
+
+
+def _named(op: str) -> list[dict]:
+    """An op's rows, its name before each case."""
+    return [{**row, "case": f"{op}: {row['case'].removeprefix('f+b ')}"} for row in read(f"bench_{op}")["rows"]]
 
 
 def rendered(text: str) -> str:
@@ -101,6 +128,8 @@ def main() -> None:
             stale.append(str(page.relative_to(ROOT)))
             if not check:
                 page.write_text(new)
+    if not check:
+        draw(ROOT / "docs")
     if check and stale:
         sys.exit(f"{', '.join(stale)}: figures differ from bench/results; run python -m bench.report")
     print("rewritten: " + ", ".join(stale) if stale else "every figure is what the JSON says")

@@ -1,12 +1,13 @@
 """The benchmarks' own machinery: nothing wrong is timed, ratios are of one round, a stage that fails does not hide."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 
-from bench import gpu, harness
+from bench import compare, gpu, harness, plots
 from bench.harness import Bench, Work
 
 
@@ -80,3 +81,46 @@ def test_every_stage_is_there(tmp_path):
             assert (gpu.ROOT / f"bench/{stage.name}.py").exists()
     names = {stage.name for stage in stages}
     assert {path.stem for path in (gpu.ROOT / "bench").glob("bench_*.py")} <= names
+
+
+def test_slower_is_what_exceeds_the_limit_and_the_spread():
+    steady = [1.0, 1.01, 0.99, 1.0, 1.0]
+    assert not compare.verdict("same", steady, steady)["slower"]
+    assert compare.verdict("slower", steady, [1.1 * x for x in steady])["slower"]
+    assert not compare.verdict("a little", steady, [1.04 * x for x in steady])["slower"]
+    assert not compare.verdict("faster", [1.1 * x for x in steady], steady)["slower"]
+    noisy = [0.6, 1.5, 1.1, 0.9, 1.4]
+    assert not compare.verdict("noise", noisy, [1.1 * x for x in noisy])["slower"]
+
+
+def test_two_versions_take_turns(monkeypatch, capsys, tmp_path):
+    """A copy of this tree whose uniform_pool does its work forty times over is told from it."""
+    slow = tmp_path / "slow"
+    shutil.copytree(compare.ROOT / "avadclip_fast", slow / "avadclip_fast", ignore=shutil.ignore_patterns("*.pyc"))
+    ops = slow / "avadclip_fast/ops/uniform_pool.py"
+    text = ops.read_text()
+    begins = "def uniform_pool("
+    assert begins in text
+    ops.write_text(
+        text.replace(begins, "def _once(")
+        + "\n\ndef uniform_pool(*args, **kwargs):\n    return [_once(*args, **kwargs) for _ in range(40)][0]\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["compare", str(compare.ROOT), str(slow), "--op", "uniform_pool", "--rounds", "5"])
+    with pytest.raises(SystemExit, match="of 3 cases are slower"):
+        compare.main()
+    assert "uniform_pool: 300 -> 256" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["compare", "no-such-revision", "--op", "uniform_pool"])
+    with pytest.raises(SystemExit, match="neither a folder nor a revision"):
+        compare.main()
+
+
+def test_plots_of_timings(tmp_path):
+    rows = harness.run(lambda dtype: [bench(ours=lambda x: torch.exp(x))], torch.float32, "cpu", rounds=3)
+    plots.ratios(tmp_path / "ratios.png", rows)
+    with pytest.raises(ValueError, match="measured on a GPU"):
+        plots.roofline(tmp_path / "roofline.png", [{"bench": "bench_exp", "rows": rows}])
+    roofs = {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14}
+    plots.roofline(
+        tmp_path / "roofline.png", [{"bench": "bench_exp", "rows": [row | {"roofs": roofs} for row in rows]}]
+    )
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in ("ratios", "roofline"))

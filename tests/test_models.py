@@ -338,6 +338,16 @@ def test_a_student_beside_its_teacher_shares_the_frozen_text_side():
         assert torch.equal(x, one.text.state_dict()[name]) == (not name.startswith("prompt."))
 
 
+@pytest.mark.parametrize("make", [teacher, student])
+def test_inference_gives_the_same_scores(make):
+    model = make().eval()
+    visual, audio, _, lengths = batch([9, 16, 5], 16)
+    streams = (visual, audio)[: len(model.streams())]
+    out, lean = model(*streams, lengths), model.infer(*streams, lengths=lengths)
+    assert torch.equal(lean.anomaly_logits, out.anomaly_logits) and torch.equal(lean.class_logits, out.class_logits)
+    assert lean.log_variance is None  # only distillation asks how sure a student is
+
+
 def test_only_the_prompt_of_the_text_side_learns():
     assert {n for n, p in teacher().text.named_parameters() if p.requires_grad} == {"prompt.weight"}
 

@@ -2,7 +2,9 @@
 
 import re
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from bench import harness, report
 
@@ -44,3 +46,15 @@ def test_a_kernels_source_is_in_its_hash(tmp_path, monkeypatch):
     assert harness.source_hash("cpu") == before["cpu"] and harness.source_hash("cuda") != before["cuda"]
     (tmp_path / "csrc/x_cpu.cpp").write_text("2")
     assert harness.source_hash("cpu") != before["cpu"]
+
+
+def test_plots_are_those_of_the_json(tmp_path):
+    """To the pixel, where matplotlib is the version that drew what is committed."""
+    report.draw(tmp_path)
+    drawn = sorted(tmp_path.glob("*.png"))
+    assert drawn
+    for path in drawn:
+        new, committed = Image.open(path), Image.open(report.ROOT / "docs" / path.name)
+        if new.info["Software"] != committed.info["Software"]:
+            pytest.skip(f"{path.name} was drawn by {committed.info['Software']}")
+        assert new.size == committed.size and np.array_equal(new, committed), f"{path.name}: run python -m bench.report"

@@ -143,7 +143,7 @@ def stream_scores(
             now = slice(start, start + chunks)
             until = torch.as_tensor(lengths[now], device=device)
             given = (None if x is None else torch.as_tensor(x[now], device=device) for x in inputs)
-            out = model(*given, until, text_features=text)
+            out = model.infer(*given, lengths=until, text_features=text)
             valid = torch.arange(out.anomaly_logits.shape[1], device=device) < until[:, None]
             binary = (out.anomaly_logits[valid] / calibration.binary.temperature).sigmoid().cpu().numpy()
             parts.append((binary, (out.class_logits[valid] / calibration.align.temperature).softmax(-1).cpu().numpy()))

@@ -106,6 +106,12 @@ class Detector(Checkpointed):
     def _input(self, stream: str, x: Tensor, lengths: Tensor | None) -> Tensor:
         return self.standardize[stream](x, lengths) if stream in self.standardize else x
 
+    def infer(
+        self, *streams: Tensor | None, lengths: Tensor | None = None, text_features: Tensor | None = None
+    ) -> Output:
+        """`forward` on `streams()` in their order, without what training alone needs."""
+        return self(*streams, lengths, text_features)
+
     def _heads(
         self, features: Tensor, lengths: Tensor | None, text_features: Tensor | None, log_variance: Tensor | None = None
     ) -> Output:
@@ -240,12 +246,26 @@ class AVadCLIPStudent(Detector):
         student.text.load_state_dict(frozen, strict=False)
         return student
 
-    def forward(self, stream: Tensor, lengths: Tensor | None = None, text_features: Tensor | None = None) -> Output:
-        """stream (B, T, D) of the student's modality; lengths (B,), None for all; text_features (C, D) if at hand."""
+    def forward(
+        self,
+        stream: Tensor,
+        lengths: Tensor | None = None,
+        text_features: Tensor | None = None,
+        uncertain: bool = True,
+    ) -> Output:
+        """stream (B, T, D) of the student's modality; lengths (B,), None for all; text_features (C, D) if at hand.
+
+        uncertain: False leaves log_variance out, which distillation alone needs.
+        """
         valid = lengths if self.padding == "masked" else None
         stream = self._input(self.modality, stream, lengths)
-        mean, log_variance = self.uncertainty(self.temporal(stream, lengths), valid)
+        mean, log_variance = self.uncertainty(self.temporal(stream, lengths), valid, uncertain)
         return self._heads(mean, lengths, text_features, log_variance)
+
+    def infer(
+        self, *streams: Tensor | None, lengths: Tensor | None = None, text_features: Tensor | None = None
+    ) -> Output:
+        return self(*streams, lengths, text_features, uncertain=False)
 
 
 def text_loss(text_features: Tensor) -> Tensor:

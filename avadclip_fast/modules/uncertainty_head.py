@@ -19,8 +19,9 @@ class UncertaintyHead(nn.Module):
     Nothing stands between the last conv3 and conv1, so where there are rows enough they are one convolution, whose
     weight is the product of theirs.
 
-    forward: v (B, T, D), lengths (B,) or None (then padded rows are seen by the convolutions)
-    -> (mu (B, T, D), θ (B, T, D)). Parameters carry the official names (`conv.i.conv.0`, `theta.theta.{0,2,3}`).
+    forward: v (B, T, D), lengths (B,) or None (then padded rows are seen by the convolutions), uncertain (False: θ, for
+    distillation alone, is None) -> (mu (B, T, D), θ (B, T, D)).
+    Parameters carry the official names (`conv.i.conv.0`, `theta.theta.{0,2,3}`).
     Raises ValueError on shapes, dtypes or lengths that do not fit.
     """
 
@@ -37,17 +38,20 @@ class UncertaintyHead(nn.Module):
             )
         )
 
-    def forward(self, v: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, v: Tensor, lengths: Tensor | None = None, uncertain: bool = True) -> tuple[Tensor, Tensor | None]:
         mu = v
         for layer in cast(Iterable[_Named], self.conv):
             mu = layer.conv[0](mu, "relu", residual=mu, lengths=lengths)
+        return mu, self._log_variance(v, lengths) if uncertain else None
+
+    def _log_variance(self, v: Tensor, lengths: Tensor | None) -> Tensor:
         first, _, middle, last = cast(Iterable[TemporalConv], self.theta.theta)
         h = first(v, "relu")
         # The product of the weights costs 3·D³, the product it saves rows·D². An exported graph has no rows to go by.
         if torch.compiler.is_exporting() or v.shape[0] * v.shape[1] <= 3 * v.shape[2]:
-            return mu, -last(middle(h, lengths=lengths), "relu", residual=v)
+            return -last(middle(h, lengths=lengths), "relu", residual=v)
         weight, bias = fold(middle, last)
-        return mu, -ops.linear_act(h, weight, bias, "relu", residual=v, lengths=lengths, backend=self.backend)
+        return -ops.linear_act(h, weight, bias, "relu", residual=v, lengths=lengths, backend=self.backend)
 
 
 def fold(conv: TemporalConv, after: TemporalConv) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,91 @@
+"""Inference of the student, against the authors' code in eager PyTorch: chunks of 256 snippets, and whole videos.
+
+The official code scores a video at a time, and computes the text side and the uncertainty with each. Here videos are
+packed into passes of several chunks, the text side is computed once, and the uncertainty, which training alone needs,
+is left out. That both give the same logits is checked first.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from avadclip_fast import AVadCLIPStudent
+from avadclip_fast.data import TestVideo
+from avadclip_fast.engine.evaluate import stream_scores
+
+from . import eager_model, harness
+from .bench_step import CLASSES, ROWS, WIDTH, official_weights
+
+CHUNKS = {"cpu": (1, 8), "cuda": (1, 40, 96)}
+VIDEOS = {"cpu": 24, "cuda": 800}  # XD-Violence's test set has 800
+SNIPPETS = (20, 400)  # of a video, the least and the most
+
+
+def run(options: argparse.Namespace) -> list[dict]:
+    device = options.device
+    student = AVadCLIPStudent(CLASSES, text_weights="random", padding="official").eval().to(device)
+    weights, tokens = official_weights(student), student.text.tokens
+    text = student.encode_text().detach()
+    rows: list[dict] = []
+
+    def official(visual: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return eager_model.student_scores(weights, tokens, visual, lengths)
+
+    def ours(visual: Tensor, lengths: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            out = student.infer(visual, lengths=lengths, text_features=text)
+        return out.anomaly_logits, out.class_logits
+
+    for chunks in CHUNKS[device]:
+        lengths = torch.full((chunks,), ROWS, device=device)
+        visual = torch.randn(chunks, ROWS, WIDTH, device=device)
+        calls: dict[str, Callable[[], object]] = {
+            "official": lambda x=(visual, lengths): [official(v[None], n[None]) for v, n in zip(*x, strict=True)],
+            "ours": lambda x=(visual, lengths): ours(*x),
+            "ours, bfloat16": lambda x=(visual, lengths): ours(*x, torch.bfloat16),
+        }
+        for got, expected in zip(ours(visual, lengths), official(visual, lengths), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        rows += timed(options, f"student, {chunks} chunk{'s' * (chunks > 1)} of {ROWS}", calls)
+
+    videos = [drawn(i) for i in range(VIDEOS[device])]
+
+    def by_video() -> list[np.ndarray]:
+        found = []
+        for video in videos:
+            visual = torch.from_numpy(video.visual).to(device)
+            logits, _ = official(visual, torch.from_numpy(video.lengths).to(device))
+            found.append(np.concatenate([x[:n].sigmoid().cpu() for x, n in zip(logits, video.lengths, strict=True)]))
+        return found
+
+    def packed() -> list[np.ndarray]:
+        return [video.anomaly for video in stream_scores(student, videos, device)]
+
+    for one, other in zip(packed(), by_video(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+    rows += timed(options, f"student, {len(videos)} videos", {"official": by_video, "ours": packed})
+    return rows
+
+
+def drawn(number: int) -> TestVideo:
+    """A video of some hundred snippets, in chunks."""
+    rng = np.random.default_rng(number)
+    n = int(rng.integers(*SNIPPETS))
+    chunks = -(-n // ROWS)
+    visual = np.zeros((chunks * ROWS, WIDTH), np.float32)
+    visual[:n] = rng.standard_normal((n, WIDTH), np.float32)
+    lengths = np.minimum(ROWS, n - ROWS * np.arange(chunks))
+    return TestVideo(str(number), "", visual.reshape(chunks, ROWS, WIDTH), None, lengths, n)
+
+
+def timed(options: argparse.Namespace, case: str, calls: dict[str, Callable[[], object]]) -> list[dict]:
+    timers = {name: harness.host_timer(call) for name, call in calls.items()}
+    return harness.compare(case, harness.measure(timers, options.rounds), "ours")
+
+
+if __name__ == "__main__":
+    harness.command("bench_inference", run)

@@ -1,0 +1,143 @@
+"""Whether a change makes an op slower: two versions of the library take turns, in one run.
+
+    python -m bench.compare main              the working tree against main
+    python -m bench.compare v0.1 main         main against v0.1
+    python -m bench.compare main --device cuda --op gated_fusion --op linear_act
+
+A version is a git revision, which is checked out and built, or a folder that holds a built avadclip_fast. Both are
+measured by the cases of this tree, each in a process of its own. Slower is what takes over 5 % longer (the median of
+the rounds' ratios) and whose spread, p20 to p80, does not touch the other's; then the exit status is 1.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 1.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("base")
+    parser.add_argument("head", nargs="?", default=str(ROOT), help="the working tree by default")
+    parser.add_argument("--op", action="append", choices=ops(), help="all by default")
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    if options.rounds < 3:
+        parser.error("--rounds: a spread wants 3 at least")
+    with contextlib.ExitStack() as stack:
+        folders = [stack.enter_context(built(version)) for version in (options.base, options.head)]
+        rows = []
+        for op in options.op or ops():
+            rows += compare(op, *folders, options.device, options.rounds)
+    print(f"{'case':<60} {'base, ms':>10} {'head, ms':>10} {'head / base':>12}")
+    for row in rows:
+        times = " ".join(f"{row[side]['median_ms']:>10.3f}" for side in ("base", "head"))
+        print(f"{row['case']:<60} {times} {row['ratio']:>11.2f}x {'slower' * row['slower']}")
+    if options.json:
+        options.json.write_text(json.dumps({"base": options.base, "head": options.head, "rows": rows}, indent=1) + "\n")
+    if slower := sum(row["slower"] for row in rows):
+        sys.exit(f"{slower} of {len(rows)} cases are slower")
+
+
+def ops() -> list[str]:
+    """Those that have a bench with cases."""
+    files = sorted((ROOT / "bench").glob("bench_*.py"))
+    return [f.stem.removeprefix("bench_") for f in files if "def cases(" in f.read_text()]
+
+
+@contextlib.contextmanager
+def built(version: str) -> Iterator[Path]:
+    """A folder that holds the version's avadclip_fast, built."""
+    if Path(version).is_dir():
+        yield Path(version).resolve()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tree, target = Path(folder, "tree"), Path(folder, "installed")
+        added = ["git", "-C", str(ROOT), "worktree", "add", "--quiet", "--detach", str(tree), version]
+        if subprocess.run(added).returncode:
+            sys.exit(f"{version} is neither a folder nor a revision that git can check out")
+        try:
+            install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(target), str(tree)]
+            if subprocess.run([sys.executable, "-m", "pip", *install]).returncode:
+                sys.exit(f"{version} cannot be built")
+            yield target
+        finally:
+            subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(tree)])
+
+
+def compare(op: str, base: Path, head: Path, device: str, rounds: int) -> list[dict]:
+    """A row a case; the versions take turns at going first."""
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(Worker(op, folder, device)) for folder in (base, head)]
+        if workers[0].cases != workers[1].cases:
+            sys.exit(f"{op}: the versions serve different cases: {workers[0].cases} and {workers[1].cases}")
+        rows = []
+        for number, case in enumerate(workers[0].cases):
+            times: list[list[float]] = [[], []]
+            for round_ in range(rounds):
+                for side in (0, 1) if round_ % 2 else (1, 0):
+                    times[side].append(workers[side].measure(number))
+            rows.append(verdict(f"{op}: {case}", *times))
+        return rows
+
+
+def verdict(case: str, base: list[float], head: list[float]) -> dict:
+    """base, head: seconds by round."""
+    ratio = statistics.median(b / a for a, b in zip(base, head, strict=True))
+    sides = {}
+    for name, seconds in (("base", base), ("head", head)):
+        p20, *_, p80 = (1e3 * x for x in statistics.quantiles(seconds, n=5, method="inclusive"))
+        sides[name] = {"median_ms": 1e3 * statistics.median(seconds), "p20_ms": p20, "p80_ms": p80}
+    slower = ratio > LIMIT and sides["head"]["p20_ms"] > sides["base"]["p80_ms"]
+    return {"case": case, **sides, "ratio": ratio, "slower": slower}
+
+
+class Worker:
+    """A process with one version of the library, which measures a case when it is told to."""
+
+    def __init__(self, op: str, folder: Path, device: str):
+        # This tree's bench beside that folder's library: neither folder may bring both.
+        self.cases_folder = tempfile.TemporaryDirectory()
+        Path(self.cases_folder.name, "bench").symlink_to(ROOT / "bench")
+        Path(self.cases_folder.name, "avadclip_fast").symlink_to(folder / "avadclip_fast")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.compare_worker", op, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": self.cases_folder.name, "PYTHONSAFEPATH": "1"}, text=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> "Worker":
+        self.cases: list[str] = self._answer()
+        return self
+
+    def measure(self, case: int) -> float:
+        """Seconds."""
+        assert self.process.stdin is not None
+        print(case, file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self):
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("a version could not be measured; what it says stands above")
+        return json.loads(line)
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.cases_folder.cleanup()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""One side of `bench.compare`: prints its cases as JSON, then for each number on stdin the seconds of that case."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from . import harness
+
+SHORTEST = 0.02  # seconds of a measurement on the host: shorter calls are repeated
+
+
+def timers(op: str, device: str) -> dict[str, harness.Timer]:
+    """Of the backend that is chosen, by case; forward and backward where there is a backward pass."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(0)
+    found = {}
+    with torch.device(device):
+        benches = list(import_module(f"bench.bench_{op}").cases(dtype))
+    for bench in benches:
+        with torch.device(device):
+            sets = harness.input_sets(bench) if device == "cuda" else [bench.make()]
+        harness.check(bench, sets[0])
+        name, function = list(bench.alternatives.items())[-1]
+        way = harness.forward_backward if bench.both else harness.forward
+        calls = [way(function, s, harness.leaves(s)) for s in sets]
+        on_graph = device == "cuda" and name not in bench.waits
+        found[bench.case] = harness.graph_timer(calls) if on_graph else repeated(calls[0])
+    return found
+
+
+def repeated(call: Callable[[], object]) -> harness.Timer:
+    """The mean of so many calls that the clock and the caches matter little."""
+    one = harness.host_timer(call)
+    times = max(1, round(SHORTEST / min(one() for _ in range(5))))
+
+    def timed() -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            one()
+        return (time.perf_counter() - start) / times
+
+    return timed
+
+
+def main() -> None:
+    found = timers(*sys.argv[1:])
+    print(json.dumps(list(found)), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(list(found.values())[int(line)]()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
