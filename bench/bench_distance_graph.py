@@ -1,5 +1,6 @@
 """distance_graph against the matrix product that defines it."""
 
+import argparse
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from . import harness
 from .harness import Bench, Work
 
 WIDTH = 256
+SHAPES = ((96, 256), (24, 1024), (6, 4096))
 
 
 def official(values: Tensor) -> Tensor:
@@ -23,7 +25,7 @@ def official(values: Tensor) -> Tensor:
 
 
 def cases(dtype: torch.dtype) -> Iterator[Bench]:
-    for batch, length in ((96, 256), (24, 1024), (6, 4096)):
+    for batch, length in SHAPES:
 
         def make(shape=(batch, length, WIDTH)) -> tuple:
             return (torch.randn(shape, dtype=dtype, requires_grad=True),)
@@ -42,5 +44,22 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
         )
 
 
+def by_length(options: argparse.Namespace) -> list[dict]:
+    """What the length costs: as many rows in long videos and in short ones, with nothing slow in between."""
+    timers = {}
+    with torch.device(options.device):
+        for batch, length in reversed(SHAPES):
+            values = torch.randn(batch, length, WIDTH, dtype=getattr(torch, options.dtype), requires_grad=True)
+            call = harness.forward_backward(ops.distance_graph, (values,), (values,))
+            timers[f"T={length}"] = harness.host_timer(call)
+    rows = f"{SHAPES[0][0] * SHAPES[0][1]:,} rows"
+    return harness.compare(f"f+b {rows}, by length", harness.measure(timers, 3 * options.rounds), f"T={SHAPES[0][1]}")
+
+
+def run(options: argparse.Namespace) -> list[dict]:
+    rows = harness.run(cases, getattr(torch, options.dtype), options.device, options.rounds)
+    return rows + by_length(options)
+
+
 if __name__ == "__main__":
-    harness.main("bench_distance_graph", cases)
+    harness.command("bench_distance_graph", run)
