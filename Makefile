@@ -8,12 +8,15 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
 
+# Most tests are one thread's work; idle threads of a process must not spin against another's.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+test test-triton: export OMP_WAIT_POLICY = PASSIVE
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # Triton's kernels without a GPU: the tests of the ops that have one, in Triton's interpreter.
 test-triton: $(VENV)/installed
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton tests/test_triton_*.py \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -k triton tests/test_triton_*.py \
 		$(addprefix tests/test_,$(addsuffix .py,$(notdir $(basename $(filter-out %__init__.py,$(wildcard kernels/*.py)))))) $(ARGS)
 
 # The authors' numbers of both whole models by the Triton kernels, in the interpreter: ten minutes. Needs ../shared.

@@ -1,7 +1,9 @@
 """Figures in README and docs come from committed JSON."""
 
+import json
 import re
 
+import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
@@ -58,3 +60,13 @@ def test_plots_are_those_of_the_json(tmp_path):
         if new.info["Software"] != committed.info["Software"]:
             pytest.skip(f"{path.name} was drawn by {committed.info['Software']}")
         assert new.size == committed.size and np.array_equal(new, committed), f"{path.name}: run python -m bench.report"
+
+
+@pytest.mark.parametrize("path", sorted(report.RESULTS.glob("bench_*.json")), ids=lambda path: path.stem)
+def test_results_keep_to_the_schema(path):
+    record, schema = json.loads(path.read_text()), json.loads((report.ROOT / "bench/schema.json").read_text())
+    jsonschema.validate(record, schema)
+    assert record["bench"] == path.stem and any(row["over_ours"] == 1 for row in record["rows"])
+    del record["rows"][0]["median_ms"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(record, schema)

@@ -14,6 +14,7 @@ from typer import Argument, Option
 from .. import data
 from ..data import DataError
 from ..data.atomic import atomic_write
+from ..device import device_of as _device
 from ..engine import distributed, report
 from ..engine.calibrate import Calibration
 from ..engine.evaluate import at_threshold, evaluate, load_model, score_rows
@@ -577,20 +578,6 @@ def _percents(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise DataError(f"--missing-sound wants percents such as 0,25,50,100; got {text!r}") from None
-
-
-def _device(name: str) -> torch.device:
-    """By its name; of the processes that torchrun starts, each gets a GPU of its own."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"device {name!r} is not to be had: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def _seed(seed: int, deterministic: bool) -> None:

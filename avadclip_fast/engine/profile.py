@@ -134,7 +134,7 @@ def _infer(setting: Setting) -> Step:
             torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16"),
             profiling.span("forward"),
         ):
-            model(batch.visual, batch.lengths, text_features=text)
+            model.infer(batch.visual, lengths=batch.lengths, text_features=text)
 
     return step
 
