@@ -324,3 +324,18 @@ def test_an_audio_student_hears_and_does_not_see(tmp_path):
     torch.manual_seed(0)
     student = AVadCLIPStudent(CLASSES, modality="audio", **SMALL)
     assert first == fit(student, blind, RECIPE, tmp_path / "b", progress=False)
+
+
+def test_a_fingerprint_does_not_depend_on_threads():
+    model, before = teacher(), torch.get_num_threads()
+    found = set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.add(frozen_digest(model))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+    with torch.no_grad():
+        next(p for p in model.parameters() if not p.requires_grad).view(-1)[:2] = torch.tensor([1.0, -1.0])
+    assert frozen_digest(model) not in found

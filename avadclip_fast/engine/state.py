@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -37,18 +37,18 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 def frozen_digest(model: nn.Module) -> str:
     """A fingerprint of the weights that training does not change, so that a run is resumed onto the same ones."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().double().sum().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return _digest((name, p) for name, p in model.named_parameters() if not p.requires_grad)[:16]
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A fingerprint of every weight and statistic of a model, to the bit."""
+    """A fingerprint of every weight and statistic of a model."""
+    return _digest(model.state_dict().items())
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """To the bit: a sum would depend on the number of threads."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors, key=lambda named: named[0]):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
