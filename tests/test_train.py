@@ -337,5 +337,5 @@ def test_a_fingerprint_does_not_depend_on_threads():
         torch.set_num_threads(before)
     assert len(found) == 1
     with torch.no_grad():
-        next(p for p in model.parameters() if not p.requires_grad).view(-1)[:2] = torch.tensor([1.0, -1.0])
+        next(p for p in model.parameters() if not p.requires_grad)[0] += 1
     assert frozen_digest(model) not in found
