@@ -14,6 +14,7 @@ from torch import Tensor
 
 from avadclip_fast import AVadCLIPStudent
 from avadclip_fast.data import TestVideo
+from avadclip_fast.data.features import chunk
 from avadclip_fast.engine.evaluate import stream_scores
 
 from . import eager_model, harness
@@ -74,12 +75,9 @@ def run(options: argparse.Namespace) -> list[dict]:
 def drawn(number: int) -> TestVideo:
     """A video of some hundred snippets, in chunks."""
     rng = np.random.default_rng(number)
-    n = int(rng.integers(*SNIPPETS))
-    chunks = -(-n // ROWS)
-    visual = np.zeros((chunks * ROWS, WIDTH), np.float32)
-    visual[:n] = rng.standard_normal((n, WIDTH), np.float32)
-    lengths = np.minimum(ROWS, n - ROWS * np.arange(chunks))
-    return TestVideo(str(number), "", visual.reshape(chunks, ROWS, WIDTH), None, lengths, n)
+    features = rng.standard_normal((int(rng.integers(*SNIPPETS)), WIDTH), np.float32)
+    chunks, lengths = chunk(features, ROWS)
+    return TestVideo(str(number), "", chunks, None, lengths, len(features))
 
 
 def timed(options: argparse.Namespace, case: str, calls: dict[str, Callable[[], object]]) -> list[dict]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from deadly import Grey
 from long_video import make_long_video
 from standins import NAMED
 from test_cli import call, mistake
@@ -20,30 +20,6 @@ from avadclip_fast.data import load_features, read_list
 pytest.importorskip("av")
 
 
-class Grey:
-    """The mean level of an image, and its number of channels."""
-
-    size, width = 32, 512
-
-    def __init__(self, device):
-        pass
-
-    def __call__(self, images):
-        return images.float().mean((1, 2, 3))[:, None].expand(-1, 512)
-
-
-class Loudness:
-    """The root mean square of a window."""
-
-    rate, width = 16_000, 512
-
-    def __init__(self, device):
-        pass
-
-    def __call__(self, windows):
-        return torch.from_numpy(np.sqrt((windows[:] ** 2).mean(1)))[:, None].expand(-1, 512)
-
-
 class Fragile(Grey):
     def __call__(self, images):
         if images.float().mean() > 200:
@@ -51,7 +27,7 @@ class Fragile(Grey):
         return super().__call__(images)
 
 
-QUICK = ["--visual-encoder", "test_extract:Grey", "--audio-encoder", "test_extract:Loudness", "-q"]
+QUICK = ["--visual-encoder", "deadly:Grey", "--audio-encoder", "deadly:Loudness", "-q"]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typer import Argument, Option
 from .. import data
 from ..data import DataError
 from ..data.atomic import atomic_write
-from ..device import device_of as _device
+from ..device import device_of
 from ..engine import distributed, report
 from ..engine.calibrate import Calibration
 from ..engine.evaluate import at_threshold, evaluate, load_model, score_rows
@@ -221,7 +221,7 @@ def train(
     )  # fmt: skip
     test, held = (test_list, gt, frames, root), (held_out, held_out_list)
     model: AVadCLIP | AVadCLIPStudent
-    with distributed.joined(_device(device)):
+    with distributed.joined(device_of(device)):
         with distributed.main_first():  # it fetches the text weights
             if student:
                 model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape)
@@ -289,7 +289,7 @@ def distill(
         distill_weight=distill_weight,
     )  # fmt: skip
     test, held = (test_list, gt, frames, root), (held_out, held_out_list)
-    with distributed.joined(_device(device)):
+    with distributed.joined(device_of(device)):
         _fit(model, known, settings, list_, root, codes, held, test, output, device, profile, resume, quiet)
 
 
@@ -341,10 +341,10 @@ def evaluate_(
     def scored(of, path: Path, silent: bool = silent):
         calibration, progress = Calibration.load(path), not quiet
         return score_rows(
-            of, rows, _device(device), audio=hears, silent=silent, calibration=calibration, progress=progress
+            of, rows, device_of(device), audio=hears, silent=silent, calibration=calibration, progress=progress
         )
 
-    with distributed.joined(_device(device)):
+    with distributed.joined(device_of(device)):
         scores = scored(detector, model)
         if missing is not None and student is not None:
             deaf, others = scored(detector, model, silent=True), scored(other, student)
@@ -378,7 +378,7 @@ def demo(
     """Train and evaluate teacher and student on a small built-in set; write a report with plots."""
     from ..engine.demo import run
 
-    typer.echo(run(output, _device(device)))
+    typer.echo(run(output, device_of(device)))
 
 
 @app.command()
@@ -488,7 +488,7 @@ def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, dev
     test_ap = None
     if recipe.select == "test":
         test_list, gt, frames, test_root = test
-        test_ap = _test_ap(test_list, gt, frames, test_root, wants_audio, _device(device))
+        test_ap = _test_ap(test_list, gt, frames, test_root, wants_audio, device_of(device))
     model.fit_inputs(features.batches())
     fit(
         model,
@@ -498,7 +498,7 @@ def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, dev
         teacher=teacher,
         held_out=held,
         test_ap=test_ap,
-        device=_device(device),
+        device=device_of(device),
         resume=resume,
         progress=not quiet,
         profile=profile,

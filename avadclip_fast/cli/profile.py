@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .commands import Device, Precision, PrecisionOf, _device, app
+from ..device import device_of
+from .commands import Device, Precision, PrecisionOf, app
 
 
 @app.command()
@@ -28,6 +29,6 @@ def profile(
     """
     from ..engine.profile import run
 
-    typer.echo(run(case, _device(device), precision.value, batch, warmup, iterations, trace))
+    typer.echo(run(case, device_of(device), precision.value, batch, warmup, iterations, trace))
     if trace is not None:
         typer.echo(f"wrote {trace}")
