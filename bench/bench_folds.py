@@ -21,7 +21,7 @@ T, D = 256, 512
 
 
 def cases(dtype: torch.dtype) -> Iterator[Bench]:
-    batch = 96 if torch.get_default_device().type == "cuda" else 16
+    batch = 96 if harness.on_gpu() else 16
     shape = (batch, T, D)
 
     def draw(*shape: int) -> Tensor:

@@ -21,7 +21,7 @@ def official(visual, audio, gate_weight, gate_bias, hidden_weight, hidden_bias, 
 
 
 def cases(dtype: torch.dtype) -> Iterator[Bench]:
-    batch = 96 if torch.get_default_device().type == "cuda" else 16
+    batch = 96 if harness.on_gpu() else 16
 
     def make() -> tuple:
         streams = torch.randn(2, batch, ROWS, DIM, dtype=dtype)

@@ -32,8 +32,8 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
             f"[{batch}, {length}, {classes}]",
             make,
             {"loops": loops}
-            | harness.served("topk_mean", ops.topk_mean, make())
-            | harness.compiled(reference.topk_mean),
+            | harness.compiled(reference.topk_mean, tuned=(length, classes) == (256, 7))
+            | harness.served("topk_mean", ops.topk_mean, make()),
             Work(size),
             Work(2 * size),  # scores read, their gradient written
         )

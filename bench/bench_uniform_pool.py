@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from avadclip_fast import ops
+from avadclip_fast import ops, reference
 from avadclip_fast.data.features import pool
 
 from . import harness
@@ -42,6 +42,7 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
             f"{count} -> {ROWS}",
             make,
             (on_host if features.device.type == "cpu" else {})
+            | harness.compiled(partial(reference.uniform_pool, rows=ROWS), tuned=count == 1000)
             | harness.served("uniform_pool", partial(ops.uniform_pool, rows=ROWS), (features, lengths)),
             Work(dtype.itemsize * DIM * (count + ROWS)),
         )

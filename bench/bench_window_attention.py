@@ -55,7 +55,7 @@ def masked(window: int):
 
 def flex(window: int) -> dict:
     """FlexAttention with the windows as its block mask; on a GPU only, and its heads are at most 256 wide."""
-    if torch.get_default_device().type != "cuda" or DIM > 256:
+    if not harness.on_gpu() or DIM > 256:
         return {}
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

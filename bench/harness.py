@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 ROUNDS = 15
 SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
+# torch.compile's alternatives and their modes: without CUDA graphs of its own, since all are captured into ours.
+MODES = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotune-no-cudagraphs"}
+COMPILING = 50  # seconds into a bench after which nothing more is compiled: bench.gpu stops each after 90
 Timer = Callable[[], float]  # seconds of one call
 
 
@@ -49,6 +52,14 @@ class Bench:
     parts: dict[str, Callable[..., object]] = field(default_factory=dict)  # less than the op, for scale
     waits: tuple[str, ...] = ("official", "loops")  # alternatives that wait for the GPU: no graph holds them
 
+    @property
+    def ours(self) -> str:
+        """The alternative in terms of which the others are told."""
+        return list(self.alternatives)[-1]
+
+    def only(self, names: Iterable[str]) -> "Bench":
+        return replace(self, alternatives={name: self.alternatives[name] for name in names})
+
 
 def served(op: str, function: Callable, inputs: tuple) -> dict[str, Callable[..., Tensor]]:
     """Every backend of `op` that can serve function(*inputs, backend=...), the reference first, the chosen one last."""
@@ -63,11 +74,21 @@ def served(op: str, function: Callable, inputs: tuple) -> dict[str, Callable[...
     return found
 
 
-def compiled(function: Callable) -> dict[str, Callable[..., Tensor]]:
-    """What torch.compile makes of a reference; on a GPU only, where there is something to beat."""
-    if torch.get_default_device().type != "cuda":
+def on_gpu() -> bool:
+    """Whether a bench's cases are being made for a GPU."""
+    return torch.get_default_device().type == "cuda"
+
+
+def compiled(function: Callable, tuned: bool = True) -> dict[str, Callable[..., Tensor]]:
+    """What torch.compile makes of a reference: as it is, and with max-autotune, which times tiles of every product.
+
+    On a GPU only, where there is something to beat. Tuning takes seconds a product, and all benches have minutes
+    together: a bench asks for it once for each kind of graph, at the model's sizes, and not where only sizes change.
+    """
+    if not on_gpu():
         return {}
-    return {"torch.compile": torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)}
+    modes = MODES if tuned else {"torch.compile": MODES["torch.compile"]}
+    return {name: torch.compile(function, mode=mode, dynamic=False, fullgraph=True) for name, mode in modes.items()}
 
 
 def leaves(inputs: tuple) -> tuple[Tensor, ...]:
@@ -200,31 +221,41 @@ def compare(case: str, times: dict[str, list[float]], ours: str, **counts: float
 # Cases
 
 
-def run(cases: Callable[[torch.dtype], Iterable[Bench]], dtype: torch.dtype, device: str, rounds: int) -> list[dict]:
-    """The rows of all cases. On a CPU forward and backward together; on a GPU the forward pass by itself as well."""
-    on_gpu = device == "cuda"
+def prepared(
+    cases: Callable[[torch.dtype], Iterable[Bench]], dtype: torch.dtype, device: str
+) -> Iterator[tuple[Bench, list[tuple]]]:
+    """Each case with its inputs, on which all of its alternatives have been found right."""
+    began = time.monotonic()
     with torch.device(device):  # for making inputs alone: it costs time in every call
         benches = list(cases(dtype))
-        roofs = gpu_roofs() if on_gpu else None
-    rows = []
     for bench in benches:
+        if MODES.keys() & bench.alternatives.keys():
+            torch.compiler.reset()  # it compiles a function eight times, and refuses the ninth
+            if time.monotonic() - began > COMPILING:
+                print(f"{bench.case}: without torch.compile, {COMPILING} s are up", flush=True)
+                bench = bench.only(name for name in bench.alternatives if name not in MODES)
         with torch.device(device):
-            sets = input_sets(bench) if on_gpu else [bench.make()]
+            sets = input_sets(bench) if device == "cuda" else [bench.make()]
         check(bench, sets[0])
+        yield bench, sets
+
+
+def run(cases: Callable[[torch.dtype], Iterable[Bench]], dtype: torch.dtype, device: str, rounds: int) -> list[dict]:
+    """The rows of all cases. On a CPU forward and backward together; on a GPU the forward pass by itself as well."""
+    gpu = device == "cuda"
+    with torch.device(device):
+        roofs = gpu_roofs() if gpu else None
+    rows = []
+    for bench, sets in prepared(cases, dtype, device):
         passes = [("f+b ", forward_backward, bench.both)] if bench.both else [("", forward, bench.forward)]
-        if on_gpu and bench.both:
+        if gpu and bench.both:
             passes.insert(0, ("f ", forward, bench.forward))
-        ours = list(bench.alternatives)[-1]
         for prefix, way, work in passes:
-            case = prefix + bench.case
             functions = bench.parts | bench.alternatives
             calls = {name: [way(function, s, leaves(s)) for s in sets] for name, function in functions.items()}
-            if on_gpu:
-                timers = {n: host_timer(c[0]) if n in bench.waits else graph_timer(c) for n, c in calls.items()}
-            else:
-                timers = {name: host_timer(call) for name, (call,) in calls.items()}
-            rows += compare(case, measure(timers, rounds), ours, **work._asdict())
-            if on_gpu:
+            timers = {n: graph_timer(c) if gpu and n not in bench.waits else host_timer(c[0]) for n, c in calls.items()}
+            rows += compare(prefix + bench.case, measure(timers, rounds), bench.ours, **work._asdict())
+            if gpu:
                 latency = measure({name: host_timer(c[0]) for name, c in calls.items()}, rounds)
                 with_floor(rows[-len(calls) :], latency, work, roofs)
     return rows
@@ -293,11 +324,11 @@ def command(name: str, rows_of: Callable[[argparse.Namespace], list[dict]]) -> N
 
 
 def show(rows: list[dict]) -> None:
-    print(f"{'case':<40} {'alternative':<22} {'median':>9} {'p20':>9} {'p80':>9} {'over ours':>9} {'of floor':>8}")
+    print(f"{'case':<40} {'alternative':<27} {'median':>9} {'p20':>9} {'p80':>9} {'over ours':>9} {'of floor':>8}")
     for row in rows:
         ms = " ".join(f"{row[f'{key}_ms']:>9.3f}" for key in ("median", "p20", "p80"))
         floor = f" {row['of_floor']:>8.0%}" if "of_floor" in row else ""
-        print(f"{row['case']:<40} {row['alternative']:<22} {ms} {row['over_ours']:>8.2f}x{floor}")
+        print(f"{row['case']:<40} {row['alternative']:<27} {ms} {row['over_ours']:>8.2f}x{floor}")
 
 
 def setting(options: argparse.Namespace) -> dict:

@@ -3,10 +3,12 @@
 import json
 import shutil
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 
+from avadclip_fast.ops import _dispatch
 from bench import compare, gpu, harness, plots
 from bench.harness import Bench, Work
 
@@ -44,6 +46,45 @@ def test_ratios_are_taken_within_a_round():
     times = harness.measure({"a": lambda: next(slow), "b": lambda: next(fast)}, rounds=3)
     rows = harness.compare("case", times, "b")
     assert [row["over_ours"] for row in rows] == [2.0, 1.0] and rows[0]["median_ms"] == 10e3
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch) -> None:
+    """Benches make the cases of a GPU, small ones, on the processor; of torch.compile there is the tracing alone."""
+    compile_, backends = torch.compile, {mode: lambda graph, _: graph.forward for mode in harness.MODES.values()}
+    monkeypatch.setattr(harness, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile_(f, backend=backends[mode], **options))
+    for op in compare.ops():
+        module = import_module(f"bench.bench_{op}")
+        small = {"BATCH": 3, "ROWS": 64, "T": 16, "D": 32, "SHAPES": ((3, 32), (2, 48))}
+        if op in ("linear_act", "gated_fusion"):
+            small |= {"ROWS": 4, "DIM": 32}
+        for name in small.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, small[name])
+
+
+NOT_COMPILED = ("folds", "pack_rows")  # one compares calls of ops; how many rows the other's mask picks is not known
+
+
+@pytest.mark.parametrize("op", compare.ops())
+def test_torch_compile_by_default_and_tuned_is_beside_every_op(as_on_gpu, op):
+    found = []
+    for case, (inputs,) in harness.prepared(import_module(f"bench.bench_{op}").cases, torch.float32, "cpu"):
+        assert case.ours in (*_dispatch.ORDER, "folded")
+        for function in case.alternatives.values():
+            harness.forward(function, inputs, ())()  # in training and without, every case is compiled anew
+        found.append([name for name in case.alternatives if name in harness.MODES])
+    if op in NOT_COMPILED:
+        assert not any(found)
+    else:
+        assert all("torch.compile" in names for names in found) and list(harness.MODES) in found
+
+
+def test_no_case_is_compiled_when_the_time_is_up(as_on_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "COMPILING", -1)
+    rows = harness.run(import_module("bench.bench_attention_pool").cases, torch.float32, "cpu", rounds=2)
+    assert [row["alternative"] for row in rows] == ["official", "reference"]
+    assert "without torch.compile" in capsys.readouterr().out
 
 
 def test_stages_end_and_are_told(tmp_path):
