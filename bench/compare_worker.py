@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 
 import torch
@@ -15,19 +15,17 @@ SHORTEST = 0.02  # seconds of a measurement on the host: shorter calls are repea
 
 def timers(op: str, device: str) -> dict[str, harness.Timer]:
     """Of the backend that is chosen, by case; forward and backward where there is a backward pass."""
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+
+    def cases(dtype: torch.dtype) -> Iterator[harness.Bench]:
+        for bench in import_module(f"bench.bench_{op}").cases(dtype):
+            yield bench.only(("reference", bench.ours))
+
     torch.manual_seed(0)
     found = {}
-    with torch.device(device):
-        benches = list(import_module(f"bench.bench_{op}").cases(dtype))
-    for bench in benches:
-        with torch.device(device):
-            sets = harness.input_sets(bench) if device == "cuda" else [bench.make()]
-        harness.check(bench, sets[0])
-        name, function = list(bench.alternatives.items())[-1]
+    for bench, sets in harness.prepared(cases, torch.float32 if device == "cpu" else torch.bfloat16, device):
         way = harness.forward_backward if bench.both else harness.forward
-        calls = [way(function, s, harness.leaves(s)) for s in sets]
-        on_graph = device == "cuda" and name not in bench.waits
+        calls = [way(bench.alternatives[bench.ours], s, harness.leaves(s)) for s in sets]
+        on_graph = device == "cuda" and bench.ours not in bench.waits
         found[bench.case] = harness.graph_timer(calls) if on_graph else repeated(calls[0])
     return found
 
