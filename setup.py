@@ -153,6 +153,8 @@ if __name__ == "__main__":
     setup(
         packages=["avadclip_fast", *(f"avadclip_fast.{name}" for name in PACKAGES)],
         package_dir={"avadclip_fast": "avadclip_fast", "avadclip_fast.kernels": "kernels"},
+        # These files and no more: else setuptools takes kernels/configs for a package that was forgotten above.
+        include_package_data=False,
         package_data={"avadclip_fast": ["py.typed"], "avadclip_fast.kernels": ["configs/*.json"]},
         # Build isolation hides the installed torch, but its headers can be found; where there is none, pip gets it.
         setup_requires=[] if find_torch() else ["torch>=2.11"],
