@@ -1,6 +1,7 @@
 """AVadCLIP, fast and exact: audio-visual video anomaly detection with fused kernels (arXiv 2504.04495)."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from .modules import (
     AVFusion,
@@ -43,8 +44,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    # The models know the Hub's client; the modules, imported everywhere, need torch and numpy alone.
-    if name in _MODELS:
-        return getattr(importlib.import_module(".models", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from .models import AVadCLIP, AVadCLIPStudent, objective
+else:  # hidden, so that a name that is misspelt is an error to a type checker
+
+    def __getattr__(name: str):
+        # The models know the Hub's client; the modules, imported everywhere, need torch and numpy alone.
+        if name in _MODELS:
+            return getattr(importlib.import_module(".models", __name__), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

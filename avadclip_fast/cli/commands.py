@@ -162,6 +162,12 @@ Profile = Annotated[
     Path | None,
     Option(help="Write trace.json of ten steps into this folder, with a range for each phase.", show_default=False),
 ]
+Graph = Annotated[
+    bool | None,
+    Option(
+        "--graph/--no-graph", help="A step as one CUDA graph; by default on one GPU. Same numbers.", show_default=False
+    ),
+]
 
 
 @app.command()
@@ -200,6 +206,7 @@ def train(
     deterministic: Exact = False,
     device: Device = "auto",
     profile: Profile = None,
+    graph: Graph = None,
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
@@ -227,7 +234,22 @@ def train(
                 model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape)
             else:
                 model = AVadCLIP(list(codes.values()), fusion=fusion, **shape)
-        _fit(model, None, settings, list_, root, codes, held, test, output, device, profile, resume, quiet)
+        _fit(
+            model,
+            None,
+            settings,
+            list_,
+            root,
+            codes,
+            held,
+            test,
+            output,
+            device,
+            quiet,
+            profile=profile,
+            graph=graph,
+            resume=resume,
+        )
 
 
 @app.command()
@@ -263,6 +285,7 @@ def distill(
     deterministic: Exact = False,
     device: Device = "auto",
     profile: Profile = None,
+    graph: Graph = None,
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
@@ -290,7 +313,22 @@ def distill(
     )  # fmt: skip
     test, held = (test_list, gt, frames, root), (held_out, held_out_list)
     with distributed.joined(device_of(device)):
-        _fit(model, known, settings, list_, root, codes, held, test, output, device, profile, resume, quiet)
+        _fit(
+            model,
+            known,
+            settings,
+            list_,
+            root,
+            codes,
+            held,
+            test,
+            output,
+            device,
+            quiet,
+            profile=profile,
+            graph=graph,
+            resume=resume,
+        )
 
 
 @app.command("eval")
@@ -470,7 +508,7 @@ def env() -> None:
     typer.echo(report.environment())
 
 
-def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, device, profile, resume, quiet) -> None:
+def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, device, quiet, **how) -> None:
     """Reads the lists before anything long begins, trains, and says where the model lies."""
     quiet = quiet or not distributed.is_main()
     wants_audio = "audio" in model.streams() or teacher is not None
@@ -499,9 +537,8 @@ def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, dev
         held_out=held,
         test_ap=test_ap,
         device=device_of(device),
-        resume=resume,
         progress=not quiet,
-        profile=profile,
+        **how,
     )
     if distributed.is_main():
         typer.echo(f"model: {output / 'model'}")

@@ -5,7 +5,7 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..profiling import span, trace
 from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
 from .distributed import WHOLE, Part
+from .graph import StepGraph, refusal
 from .recipe import Recipe, RecipeError
 from .state import StateError, frozen_digest, load_state, save_state, weights_digest, writing
 from .stop import Request, Stopped, listening
@@ -106,6 +107,7 @@ def fit(
     resume: bool = False,
     progress: bool = True,
     profile: str | Path | None = None,
+    graph: bool | None = None,
 ) -> list[dict]:
     """Trains `model` on `data` and leaves the selected weights in it and in `folder`/model.
 
@@ -114,6 +116,7 @@ def fit(
     into `folder`/model/calibration.json. test_ap: needed by select="test".
     resume: goes on from `folder`/state.safetensors if there is one; the result is bit for bit that of an unbroken run
     on the same device and thread count. profile: a folder for trace.json, a trace of some steps.
+    graph: whether a step is one CUDA graph; by default on a GPU, in a run of one process. The numbers are the same.
     In a run of several processes (`distributed.joined`) each calls this with the same arguments and takes its part of
     every batch; rank 0 alone writes, and gives the others its weights. `folder` is one that all of them see.
     Returns one record per epoch. Raises StateError where the folder's state does not fit, would be overwritten, or
@@ -126,13 +129,13 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
         raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
+    reason = refusal(device)
+    if graph and reason is not None:
+        raise RecipeError(f"steps cannot be recorded in a CUDA graph: {reason}")
+    graph = reason is None if graph is None else graph
     model.to(device)
     distributed.share_weights(model)
-    groups: list[dict] = [{"params": [], "share": share} for share in (1.0, recipe.temporal_lr)]
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith("temporal.")]["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    optimizer = adamw(model, recipe, device, graph)
     noise = recipe.noise * spread(data).to(device) if recipe.noise else None
     run: dict = {"recipe": _plain(asdict(recipe)), "samples": len(data), "frozen": frozen_digest(model)}
     info: dict = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
@@ -154,14 +157,16 @@ def fit(
         stack.enter_context(float32_products(recipe.precision, device))
         request = stack.enter_context(listening())
         cache = None if teacher is None else _teacher_features(teacher, data, folder, device, progress)
-        share = -(-recipe.batch_size // distributed.world())
+        part = -(-recipe.batch_size // distributed.world())
         lengths = data.valid().cpu()  # the host's, which is asked for the longest of a batch
-        source, told = residency.place(data, device, share)
+        source, told = residency.place(data, device, part)
         lines = [told]
         if cache is not None:
             on_disk = cache.nbytes > CACHE_LIMIT
-            cache, told = residency.place_known(cache, on_disk, device, share)
+            cache, told = residency.place_known(cache, on_disk, device, part)
             lines.append(told)
+        if graph:
+            lines.append("steps: one CUDA graph")
         if progress:
             tqdm.write("\n".join(lines))
         step_done = stack.enter_context(trace(profile, PROFILED)) if profile is not None and main else None
@@ -169,9 +174,10 @@ def fit(
             model, teacher, cache, source, lengths, recipe, optimizer, noise, state, board, device, progress, request,
             step_done,
         )  # fmt: skip
+        if graph:
+            loop.record()
         for epoch in range(first, recipe.epochs):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr_at(epoch) * group["share"]
+            set_lr(optimizer, recipe.lr_at(epoch))
             loop.epoch(info)
             record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"]}
             if held_out is not None:
@@ -204,6 +210,26 @@ def fit(
                 file.write(json.dumps(history, indent=1).encode())
     distributed.share_weights(model.eval())  # and all are there until the folder is whole
     return info["history"]
+
+
+def adamw(model: torch.nn.Module, recipe: Recipe, device: torch.device, graph: bool = False) -> torch.optim.Optimizer:
+    """AdamW on what a model trains; the temporal encoder at its share of the rate. graph: it is to be recorded."""
+    groups: list[dict] = [{"params": [], "share": share} for share in (1.0, recipe.temporal_lr)]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith("temporal.")]["params"].append(parameter)
+    for group in groups:  # a GPU reads the rate from its memory, so that a graph finds today's
+        group["lr"] = torch.tensor(recipe.lr, device=device) if device.type == "cuda" or graph else recipe.lr
+    return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True, capturable=graph)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every group its share of the rate, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr * group["share"])
+        else:
+            group["lr"] = lr * group["share"]
 
 
 def train_step(
@@ -261,6 +287,26 @@ class _Loop:
     progress: bool
     request: Request
     step_done: Callable[[], None] | None  # of a trace
+    names: tuple[str, ...] = ()  # of the losses, in the order in which steps give them
+    graph: StepGraph | None = None
+
+    def __post_init__(self):
+        # A GPU gets the same shapes in every step: batches are cut to the set's longest video, not to their own.
+        self.longest = int(self.lengths.max()) if self.device.type == "cuda" else None
+        self.resident = self.data.visual.is_cuda and (self.cache is None or self.cache.is_cuda)
+
+    def record(self) -> None:
+        """Makes steps CUDA graphs: one for whole batches, one for an epoch's last, each with the right number."""
+
+        def changed() -> list[Tensor]:
+            moments = [x for state in self.optimizer.state.values() for x in state.values()]
+            return [*(p for group in self.optimizer.param_groups for p in group["params"]), *moments]
+
+        self.model.train()
+        self.graph = StepGraph(self._recorded, changed)
+        count, size = len(self.lengths), self.recipe.batch_size
+        for n in {min(size, count), count % size or size}:
+            self.graph.record(*next(self._inputs([torch.arange(n)])))
 
     def epoch(self, info: dict) -> None:
         """The rest of an epoch from step info["step"]; leaves its mean losses in info["last"]."""
@@ -275,26 +321,24 @@ class _Loop:
             disable=not self.progress,
         )
         # Sums stay on the device between checkpoints: reading a loss each step would make the host wait.
-        sums = {name: torch.tensor(x, dtype=torch.float64, device=self.device) for name, x in info["sums"].items()}
-        batches = residency.fetched(chunks[info["step"] :], self._fetch, self.device)
+        sums = torch.tensor(list(info["sums"].values()) or 0.0, dtype=torch.float64, device=self.device)
+        inputs = self._inputs(chunks[info["step"] :])
         shown = time.monotonic()
         for step in range(info["step"], len(chunks)):
             index, number = chunks[step], epoch * len(chunks) + step
             with span("data"):
-                batch, known = next(batches)
-            part = distributed.part(self.lengths[index])
-            losses, asked = self._step(batch, known, part, len(index), recipe.seed + 1_000_003 * number)
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0) + loss.detach().double() * len(index)
+                given = next(inputs)
+            losses, asked = self._step(given, index, recipe.seed + 1_000_003 * number)
+            sums = sums + losses.double() * len(index)
             bar.update(len(index))
             if self.progress and time.monotonic() - shown > 1:
                 shown = time.monotonic()
-                bar.set_postfix(loss=f"{losses['total'].item():.4f}")
+                bar.set_postfix(loss=f"{losses[self.names.index('total')].item():.4f}")
             last, due = step + 1 == len(chunks), (step + 1) % recipe.checkpoint_every == 0
             if self.board is not None and ((step + 1) % 10 == 0 or last):
-                self.board.note(losses, number + 1)
+                self.board.note(self.names, losses.clone(), number + 1)
             if (due or self._stops(asked, due)) and not last:
-                info |= {"step": step + 1, "sums": {name: total.item() for name, total in sums.items()}}
+                info |= {"step": step + 1, "sums": self._named(sums)}
                 _check_finite(info["sums"], epoch, step)
                 if self.board is not None:
                     self.board.write()
@@ -304,15 +348,40 @@ class _Loop:
             if self.step_done is not None:
                 self.step_done()
         bar.close()
-        totals = {name: total.item() for name, total in sums.items()}
+        totals = self._named(sums)
         _check_finite(totals, epoch, len(chunks) - 1)
         if self.board is not None:
             self.board.write()
         info["last"] = {name: total / len(self.lengths) for name, total in totals.items()}
 
+    def _named(self, losses: Tensor) -> dict[str, float]:
+        return dict(zip(self.names, losses.tolist(), strict=True))
+
+    # A step's inputs are what changes from one to the next: tensors, of one shape for batches of one size.
+
+    def _inputs(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """For each chunk of an order what `_batch` takes: rows of the set, for a graph to gather, or a batch."""
+        if self.graph is not None and self.resident:
+            order = torch.cat(list(chunks)).to(self.device)
+            yield from ((index,) for index in order.split([len(index) for index in chunks]))
+        else:
+            for batch, known in residency.fetched(chunks, self._fetch, self.device):
+                yield tuple(x for x in (*batch, known) if x is not None)
+
+    def _batch(self, given: tuple[Tensor, ...]) -> tuple[Batch, Tensor | None]:
+        if len(given) == 1:
+            batch, known = self._gather(*given, self.longest)
+            return batch.float(), known
+        rest, known = (given, None) if self.cache is None else (given[:-1], given[-1])
+        visual, *audio, lengths, labels = rest
+        return Batch(visual, audio[0] if audio else None, lengths, labels), known
+
     def _fetch(self, index: Tensor) -> tuple[Batch, Tensor | None]:
         """This process's part of a batch, and the teacher's features of it; trimmed to the longest of all parts."""
-        own, longest = index[distributed.part(self.lengths[index]).where], int(self.lengths[index].max())
+        own = index[distributed.part(self.lengths[index]).where]
+        return self._gather(own, self.longest or int(self.lengths[index].max()))
+
+    def _gather(self, own: Tensor, longest: int | None) -> tuple[Batch, Tensor | None]:
         models = [self.model, self.teacher] if self.teacher is not None else [self.model]
         batch = trim(self.data.stored(own), *models, longest=longest)
         if self.cache is None:
@@ -320,16 +389,32 @@ class _Loop:
         with span("teacher"):
             return batch, self.cache[own.to(self.cache.device), : batch.visual.shape[1]]
 
-    def _step(self, batch: Batch, known: Tensor | None, part: Part, count: int, seed: int):
-        # Dropout and noise depend on seed and step alone, so that a resumed run draws what an unbroken one would.
+    def _step(self, given: tuple[Tensor, ...], index: Tensor, seed: int) -> tuple[Tensor, Tensor | None]:
+        """Dropout and noise depend on seed and step alone, so that a resumed run draws what an unbroken one would."""
         torch.manual_seed(seed)
+        if self.graph is not None:
+            with span("graph"):
+                return self.graph(*given), None
+        batch, known = self._batch(given)
+        part = distributed.part(self.lengths[index])
         if self.noise is not None:
-            batch = noisy(batch, self.noise, count, part.where)  # what the teacher says stays of the clean one
+            batch = noisy(batch, self.noise, len(index), part.where)  # what the teacher says stays of the clean one
         if distributed.rank():
             torch.manual_seed(seed + 7_000_003 * distributed.rank())  # each process drops out on its own
-        return train_step(
-            self.model, self.optimizer, batch, known, self.recipe, part, ask=self.request.number is not None
-        )
+        ask = self.request.number is not None
+        losses, asked = train_step(self.model, self.optimizer, batch, known, self.recipe, part, ask)
+        return self._stacked(losses), asked
+
+    def _recorded(self, *given: Tensor) -> Tensor:
+        """What a graph holds of `_step`: all that the device does."""
+        batch, known = self._batch(given)
+        if self.noise is not None:
+            batch = noisy(batch, self.noise)
+        return self._stacked(train_step(self.model, self.optimizer, batch, known, self.recipe)[0])
+
+    def _stacked(self, losses: dict[str, Tensor]) -> Tensor:
+        self.names = tuple(losses)
+        return torch.stack([loss.detach().float() for loss in losses.values()])
 
     def _stops(self, asked: Tensor | None, due: bool) -> bool:
         """Whether the run is to end: for one process, or for any, which a GPU is asked where the host waits anyway."""
@@ -346,14 +431,14 @@ class _Board:
 
         with writing(folder):
             self.writer = SummaryWriter(folder / "tensorboard", purge_step=purge_step)
-        self.noted: list[tuple[int, dict[str, Tensor]]] = []
+        self.noted: list[tuple[int, Sequence[str], Tensor]] = []
 
-    def note(self, losses: dict[str, Tensor], step: int) -> None:
-        self.noted.append((step, {name: loss.detach() for name, loss in losses.items()}))
+    def note(self, names: Sequence[str], losses: Tensor, step: int) -> None:
+        self.noted.append((step, names, losses))
 
     def write(self) -> None:
-        for step, losses in self.noted:
-            for name, loss in losses.items():
+        for step, names, losses in self.noted:
+            for name, loss in zip(names, losses.tolist(), strict=True):
                 self.writer.add_scalar(f"train/{name}", loss, step)
         self.noted.clear()
 

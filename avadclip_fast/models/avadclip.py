@@ -1,6 +1,6 @@
 """AVadCLIP: the audio-visual teacher and the student that needs one stream (arXiv 2504.04495)."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,6 +20,7 @@ from ..modules import (
 from ..modules.linear_act import binary_head
 from .checkpoints import Checkpointed
 from .encoder import Standardize, TemporalEncoder
+from .streams import aside
 from .text import TextEncoder, tokenize
 
 
@@ -112,10 +113,13 @@ class Detector(Checkpointed):
         """`forward` on `streams()` in their order, without what training alone needs."""
         return self(*streams, lengths, text_features)
 
+    def _text(self, text_features: Tensor | None) -> Callable[[], Tensor]:
+        """Begins what the text side computes. To be called before the streams are looked at: it can run beside."""
+        return aside(self.text) if text_features is None else lambda: text_features
+
     def _heads(
-        self, features: Tensor, lengths: Tensor | None, text_features: Tensor | None, log_variance: Tensor | None = None
+        self, features: Tensor, lengths: Tensor | None, text: Tensor, log_variance: Tensor | None = None
     ) -> Output:
-        text = self.text() if text_features is None else text_features
         expected = [len(self.classes), features.shape[-1]]
         if list(text.shape) != expected:
             raise ValueError(f"text_features must have shape {expected}, as encode_text gives; got {list(text.shape)}")
@@ -183,7 +187,9 @@ class AVadCLIP(Detector):
 
         text_features: (C, D) of `encode_text`, if at hand.
         """
-        return self._heads(self.fuse(visual, audio, lengths), lengths, text_features)
+        text = self._text(text_features)
+        features = self.fuse(visual, audio, lengths)
+        return self._heads(features, lengths, text())
 
 
 class AVadCLIPStudent(Detector):
@@ -257,10 +263,11 @@ class AVadCLIPStudent(Detector):
 
         uncertain: False leaves log_variance out, which distillation alone needs.
         """
+        text = self._text(text_features)
         valid = lengths if self.padding == "masked" else None
         stream = self._input(self.modality, stream, lengths)
         mean, log_variance = self.uncertainty(self.temporal(stream, lengths), valid, uncertain)
-        return self._heads(mean, lengths, text_features, log_variance)
+        return self._heads(mean, lengths, text(), log_variance)
 
     def infer(
         self, *streams: Tensor | None, lengths: Tensor | None = None, text_features: Tensor | None = None

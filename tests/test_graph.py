@@ -1,0 +1,142 @@
+"""Steps recorded as CUDA graphs: the same numbers as plain ones. Without a GPU a stand-in plays the graph's part."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from op_tests import ON_GPU
+from test_train import CLASSES, SMALL, features, same, teacher, weights
+
+from avadclip_fast import AVadCLIP, AVadCLIPStudent
+from avadclip_fast.engine import graph, train
+from avadclip_fast.engine.recipe import Recipe, RecipeError
+
+RECIPE = Recipe(epochs=3, batch_size=6, lr=1e-3, milestones=(1,), temporal_lr=0.3, noise=0.5, distill_weight=1e-2)
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
+
+
+@pytest.fixture
+def recordings(request, monkeypatch):
+    """Lets a processor record: a replay calls again what was recorded. Gives an entry for each recording."""
+    found = []
+
+    def capture(function, pool):
+        found.append(pool)
+        result = torch.empty(0)
+
+        def replay():
+            now = function()
+            result.resize_(now.shape).copy_(now)
+
+        return replay, result, (0, 1)
+
+    def rehearse(function):
+        for _ in range(graph.REHEARSALS):
+            function()
+
+    if "cuda" not in request.node.name:
+        monkeypatch.setattr(graph, "capture", capture)
+        monkeypatch.setattr(graph, "rehearse", rehearse)
+        monkeypatch.setattr(train, "refusal", lambda device: None)
+    return found
+
+
+class Cut(Exception):
+    pass
+
+
+def run(kind, folder, data, recipe, device, **how):
+    torch.manual_seed(0)
+    guide = teacher()
+    model = AVadCLIP(CLASSES, **SMALL) if kind == "teacher" else AVadCLIPStudent.beside(guide)
+    known = None if kind == "teacher" else guide
+    return train.fit(model, data, recipe, folder, teacher=known, device=device, progress=False, **how)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("kind", ["teacher", "distilled"])
+def test_recorded_steps_give_the_same_numbers(kind, resident, device, recordings, monkeypatch, tmp_path):
+    def begin(loop):
+        loop.resident, loop.longest = resident, 16
+
+    monkeypatch.setattr(train._Loop, "__post_init__", begin)
+    adamw = train.adamw  # with a tensor for a rate, as every GPU has it
+    monkeypatch.setattr(train, "adamw", lambda model, recipe, device, graph: adamw(model, recipe, device, True))
+    if device == "cuda" and not resident:
+        monkeypatch.setattr(train.residency, "place", lambda data, *_: (data, "here"))
+        monkeypatch.setattr(train.residency, "place_known", lambda known, *_: (known, "here"))
+    data = features(17)  # two batches of 6 and one of 5
+    plain = run(kind, tmp_path / "plain", data, RECIPE, device, graph=False)
+    assert recordings == []
+    recorded = run(kind, tmp_path / "recorded", data, RECIPE, device, graph=True)
+    assert recorded == plain and same(weights(tmp_path / "recorded"), weights(tmp_path / "plain"))
+    if device == "cpu":
+        assert recordings == [None, (0, 1)]  # one a size, in one pool
+
+
+def test_a_recorded_run_goes_on_as_one_that_was_never_cut(recordings, monkeypatch, tmp_path):
+    monkeypatch.setattr(train._Loop, "__post_init__", lambda loop: vars(loop).update(resident=True, longest=16))
+    data, recipe = features(17), replace(RECIPE, checkpoint_every=1)
+    run("distilled", tmp_path / "whole", data, recipe, "cpu", graph=True)
+    saved, save_state = [], train.save_state
+
+    def cutting(*args):
+        save_state(*args)
+        saved.append(args)
+        if len(saved) == 6:  # in the second epoch
+            raise Cut
+
+    with monkeypatch.context() as patch, pytest.raises(Cut):
+        patch.setattr(train, "save_state", cutting)
+        run("distilled", tmp_path / "cut", data, recipe, "cpu", graph=True)
+    run("distilled", tmp_path / "cut", data, recipe, "cpu", graph=True, resume=True)
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
+def test_recording_leaves_what_it_changes_as_it_was(recordings):
+    weight, moments = torch.ones(3), {}
+
+    def function(x):
+        moments.setdefault("sum", torch.zeros(3)).add_(x)
+        return weight.add_(moments["sum"]).sum()[None]
+
+    step = graph.StepGraph(function, lambda: [weight, *moments.values()])
+    step.record(torch.full((3,), 2.0))
+    assert weight.tolist() == [1, 1, 1] and moments["sum"].tolist() == [0, 0, 0]
+    step.record(torch.full((3,), 5.0))  # the same shape: there already
+    assert len(recordings) == 1
+    assert step(torch.full((3,), 3.0)).tolist() == [12]
+    step.record(torch.ones(1))  # another shape, when there is something to lose
+    assert weight.tolist() == [4, 4, 4] and moments["sum"].tolist() == [3, 3, 3]
+    assert step(torch.ones(1)).tolist() == [24]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_asked_for_and_cannot_be_is_told(device, tmp_path, monkeypatch):
+    if device == "cuda":
+        monkeypatch.setattr(graph.distributed, "world", lambda: 2)
+    with pytest.raises(RecipeError, match=r"CUDA graph: (only a GPU's|each of several processes)"):
+        run("teacher", tmp_path, features(6), RECIPE, device, graph=True)
+
+
+@ON_GPU[0]
+@ON_GPU[1]
+def test_the_text_side_is_a_branch_of_the_graph():
+    """A side stream's work joins: the class features are right in every replay, and so are their gradients."""
+    from avadclip_fast.models.streams import aside
+
+    x = torch.randn(64, 64, device="cuda", requires_grad=True)
+    main = torch.randn(64, 64, device="cuda")
+
+    def function(scale):
+        beside = aside(lambda: (x * scale).tanh())
+        seen = main @ main
+        (gradient,) = torch.autograd.grad((seen * beside()).sum(), x)
+        return gradient
+
+    step = graph.StepGraph(function, lambda: [])
+    step.record(torch.ones((), device="cuda"))
+    for scale in (0.5, 2.0):
+        scale = torch.tensor(scale, device="cuda")
+        torch.testing.assert_close(step(scale), function(scale))
