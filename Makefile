@@ -43,6 +43,7 @@ sanitize: $(VENV)/installed
 
 # The source distribution, a wheel built from it alone, and tests on the wheel where there is no source. Only what it
 # depends on comes from here: a path in a .pth file brings packages, not the editable install that lies beside them.
+# A program that uses all of it is checked against the types that the wheel brings.
 AWAY_TESTS := operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows modules checkpoints
 wheel-test: export PYTHONSAFEPATH = 1
 wheel-test: $(VENV)/installed
@@ -58,8 +59,10 @@ wheel-test: $(VENV)/installed
 		$$(echo $$away/venv/lib/python3*/site-packages)/dependencies.pth; \
 	cp -r tests pyproject.toml $$away; cd $$away; \
 	venv/bin/avadclip-fast env; \
+	ls venv/lib/python3*/site-packages/avadclip_fast/kernels/configs/*.json; \
 	$$python -c 'import sys; from avadclip_fast import _build, kernels; print(_build.__file__); \
 		sys.exit(_build.CPP_MISSING or not all(m.__file__.startswith(sys.prefix) for m in (_build, kernels)))'; \
+	$(abspath $(BIN))/mypy $(AS_USER) --cache-dir $(CURDIR)/build/mypy --python-executable $$python; \
 	$$python -m pytest $(AWAY_TESTS:%=tests/test_%.py) $(ARGS)
 
 # The promise of setup.py's TORCH_TARGET: sources and objects against the oldest torch, which it downloads (0.5 GB).
@@ -70,8 +73,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The library by the settings of pyproject.toml, a program that uses it by mypy's strictest.
+AS_USER := tests/typed_user.py --strict --config-file=
 types: $(VENV)/installed
 	$(BIN)/mypy
+	$(BIN)/mypy $(AS_USER) --follow-imports silent --cache-dir .mypy_cache/user
 
 # The site, into build/docs; a warning is an error.
 docs: $(VENV)/installed

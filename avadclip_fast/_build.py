@@ -31,9 +31,8 @@ def facts() -> dict[str, str]:
     """compiler, flags, torch (of the headers), nvcc, cuda_archs; empty where nothing was built."""
     if importlib.util.find_spec("avadclip_fast._build_facts") is None:
         return {}
-    from . import _build_facts
-
-    return {name: getattr(_build_facts, name) for name in ("compiler", "flags", "torch", "nvcc", "cuda_archs")}
+    built = importlib.import_module("avadclip_fast._build_facts")
+    return {name: getattr(built, name) for name in ("compiler", "flags", "torch", "nvcc", "cuda_archs")}
 
 
 CPP_MISSING = _load("_C", "a C++ compiler")

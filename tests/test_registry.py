@@ -104,3 +104,9 @@ def test_an_ops_doc_names_every_argument(function):
     assert [name for name in names if not re.search(rf"\b{name}\b", function.__doc__)] == []
     for word in ("Returns", "eterministic", "Backends:"):
         assert word in function.__doc__
+
+
+def test_the_types_of_every_public_name_are_checked():
+    """mypy reads tests/typed_user.py, which uses them."""
+    _, used = (ROOT / "tests/typed_user.py").read_text().split("\ndef ", 1)  # behind its imports
+    assert [thing.__name__ for thing in [*PUBLIC, *OPS] if not re.search(rf"\b{thing.__name__}\b", used)] == []

@@ -93,7 +93,9 @@ class FeatureSet:
         return cls(visual, heard, lengths, torch.from_numpy(labels))
 
     @classmethod
-    def open(cls, path: str | Path, codes: dict[str, str], length: int, width: int = 512, audio: bool = True):
+    def open(
+        cls, path: str | Path, codes: dict[str, str], length: int, width: int = 512, audio: bool = True
+    ) -> tuple["FeatureSet", list[Row]]:
         """A set that `pack` has written, mapped from its file, and the rows of its list.
 
         Arguments as for `load`. Returns (FeatureSet, list of Row).
