@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# dev,cuda-build: with nvcc, where there is no CUDA toolkit.
+EXTRAS ?= dev
 
 .PHONY: demo test test-triton golden-triton sanitize wheel-test abi-check lint types docs bench bench-cpu gpu clean
 
@@ -105,7 +107,7 @@ $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip 'setuptools>=77'
 	# without build isolation, which would fetch torch a second time
-	$(BIN)/python -m pip install --no-build-isolation --editable '.[dev]'
+	$(BIN)/python -m pip install --no-build-isolation --editable '.[$(EXTRAS)]'
 	# once more, now that torch is there: the C++ operators are built against its headers
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
