@@ -3,7 +3,8 @@
 Both sides start from the same weights. First it is checked, without dropout, that they compute the same loss, and of a
 few samples the same gradients: in float64, since in float32 a cosine at the graph's threshold may fall on either side.
 A step is forward, backward and AdamW. The distilling step looks up its teacher's features, which the official code
-computes again in each step. bfloat16 is autocast's, over float32 weights.
+computes again in each step. bfloat16 is autocast's, over float32 weights. On a GPU our steps are CUDA graphs, and three
+more stand beside them: without a graph, by the references, and by what torch.compile makes of these.
 """
 
 import argparse
@@ -15,7 +16,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective
+from avadclip_fast.data import Batch
+from avadclip_fast.engine.graph import StepGraph
+from avadclip_fast.engine.recipe import Recipe
+from avadclip_fast.engine.train import adamw, train_step
 from avadclip_fast.models.checkpoints import official_state
+from avadclip_fast.ops._dispatch import use_backend
 
 from . import eager_model, harness
 
@@ -50,20 +56,24 @@ def official_step(weights: eager_model.Weights, loss):
     return step
 
 
-def our_step(model, sample: Sample, guide=None, dtype=torch.float32):
+def our_step(model, sample: Sample, guide=None, precision="fp32", graph=False, compiled=False):
+    """A step as `fit` makes it. graph: recorded. compiled: what torch.compile makes of the model, by its defaults."""
     streams, labels, lengths = sample
-    model = copy.deepcopy(model).train()
-    update = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
+    model, recipe = copy.deepcopy(model).train(), Recipe(precision=precision)
+    batch = Batch(streams[0], streams[1] if len(streams) > 1 else None, lengths, labels)
+    update = adamw(model, recipe, labels.device, graph)
+    model = torch.compile(model, dynamic=False) if compiled else model
 
     def step() -> Tensor:
-        with torch.autocast(labels.device.type, dtype, enabled=dtype != torch.float32):
-            value = objective(model, model(*streams, lengths), labels, lengths, guide)["total"]
-        update.zero_grad()
-        value.backward()
-        update.step()
-        return value
+        losses, _ = train_step(model, update, batch, guide, recipe)
+        return losses["total"].detach()
 
-    return step
+    if not graph:
+        return step
+    moments = lambda: [x for state in update.state.values() for x in state.values()]  # noqa: E731
+    recorded = StepGraph(step, lambda: [*(p for p in model.parameters() if p.requires_grad), *moments()])
+    recorded.record()
+    return recorded
 
 
 def check(model, sample: Sample, guide: Tensor | None, official) -> None:
@@ -100,6 +110,36 @@ def flops(step) -> int:
     return counter.get_total_flops()
 
 
+def plainly(step):
+    """The same by the references alone."""
+
+    def call() -> Tensor:
+        with use_backend("reference"):
+            return step()
+
+    return call
+
+
+def launches(step) -> dict[str, int]:
+    """What a step costs a GPU's host: kernels, copies and fills that are launched, and how often it waits."""
+    step()
+    activity = torch.profiler.ProfilerActivity
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as profile:
+        step()
+    events = profile.events() or []
+    waits = sum(event.name in ("cudaStreamSynchronize", "cudaDeviceSynchronize") for event in events)
+    return {"kernels": sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events), "waits": waits}
+
+
+def peak_memory(step) -> int:
+    """Bytes of GPU memory that are in use at once."""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
 def run(options: argparse.Namespace) -> list[dict]:
     device = options.device
     teacher = AVadCLIP(CLASSES, text_weights="random", padding="official").eval().to(device)
@@ -134,15 +174,25 @@ def run(options: argparse.Namespace) -> list[dict]:
 def case(rounds: int, name: str, model, sample: Sample, guide: Tensor | None, official) -> list[dict]:
     """official: (weights, sample, dropout) -> loss."""
     check(model, sample, guide, official)
-    weights = official_weights(model)
+    weights, gpu = official_weights(model), sample[1].is_cuda
     steps = {
         "official": official_step(weights, lambda: official(weights, sample, 0.1)),
-        "ours": our_step(model, sample, guide),
-        "ours, bfloat16": our_step(model, sample, guide, torch.bfloat16),
+        "ours": our_step(model, sample, guide, graph=gpu),
+        "ours, bfloat16": our_step(model, sample, guide, "bf16", graph=gpu),
     }
-    counts = {f"{key}_flops": flops(step) for key, step in list(steps.items())[:2]}
+    counts: dict[str, dict] = {key: {} for key in steps}
+    if gpu:
+        plain = our_step(model, sample, guide)
+        steps["ours, bfloat16, no graph"] = our_step(model, sample, guide, "bf16")
+        steps["reference, bfloat16"] = plainly(our_step(model, sample, guide, "bf16"))
+        steps["torch.compile, bfloat16"] = plainly(our_step(model, sample, guide, "bf16", compiled=True))
+        counts = {key: launches(step) | {"memory_bytes": peak_memory(step)} for key, step in steps.items()}
+    else:
+        plain = steps["ours"]
+    both = {"official_flops": flops(steps["official"]), "ours_flops": flops(plain)}
     timers = {key: harness.host_timer(step) for key, step in steps.items()}
-    return harness.compare(name, harness.measure(timers, rounds), "ours", **counts)
+    rows = harness.compare(name, harness.measure(timers, rounds), "ours", **both)
+    return [row | counts[row["alternative"]] for row in rows]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Teacher and student on a real, weakly labelled audio-visual set, by the robust recipe: frame AP over three seeds.
 
     python -m bench.fightsurv FOLDER --ablate     each choice on held-out clips of the training videos
-    python -m bench.fightsurv FOLDER              the recipe on all training videos; the test videos are scored once
+    python -m bench.fightsurv FOLDER              the recipe on all training videos, scored on the test videos
     python -m bench.fightsurv FOLDER --plots docs the plots of both, from their JSON
 
 FOLDER: train.csv, test.csv, gt.npy, gt_segments.json. Every choice is made on clips held out of the training videos

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 TOTAL = 480  # seconds for everything
 # What a whole step costs comes first: where time runs out, the small ops are missing.
 BENCHES = (
-    "step", "inference", "similarity_graph", "linear_act", "gated_fusion", "window_attention", "distill_loss",
-    "prompt_similarity", "attention_pool", "distance_graph", "mil_loss", "topk_mean", "uniform_pool", "pack_rows",
-    "folds", "spans",
+    "step", "training", "inference", "similarity_graph", "linear_act", "gated_fusion", "window_attention",
+    "distill_loss", "prompt_similarity", "attention_pool", "distance_graph", "mil_loss", "topk_mean", "uniform_pool",
+    "pack_rows", "folds", "spans",
 )  # fmt: skip
 
 

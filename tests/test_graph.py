@@ -10,6 +10,7 @@ from test_train import CLASSES, SMALL, features, same, teacher, weights
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
 from avadclip_fast.engine import graph, train
 from avadclip_fast.engine.recipe import Recipe, RecipeError
+from avadclip_fast.engine.residency import Place
 
 RECIPE = Recipe(epochs=3, batch_size=6, lr=1e-3, milestones=(1,), temporal_lr=0.3, noise=0.5, distill_weight=1e-2)
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
@@ -64,8 +65,7 @@ def test_recorded_steps_give_the_same_numbers(kind, resident, device, recordings
     adamw = train.adamw  # with a tensor for a rate, as every GPU has it
     monkeypatch.setattr(train, "adamw", lambda model, recipe, device, graph: adamw(model, recipe, device, True))
     if device == "cuda" and not resident:
-        monkeypatch.setattr(train.residency, "place", lambda data, *_: (data, "here"))
-        monkeypatch.setattr(train.residency, "place_known", lambda known, *_: (known, "here"))
+        monkeypatch.setattr(train.residency, "decide", lambda *_: Place("memory", "to be sent"))
     data = features(17)  # two batches of 6 and one of 5
     plain = run(kind, tmp_path / "plain", data, RECIPE, device, graph=False)
     assert recordings == []

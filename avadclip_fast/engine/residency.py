@@ -1,7 +1,7 @@
 """Where a training set lies, by what fits: GPU memory, host memory, or its file; and how batches come from there."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -43,33 +43,25 @@ def choose(size: int, mapped: bool, gpu_free: int | None, host_free: int, step: 
 
 def place(data: FeatureSet, device: torch.device, batch_size: int) -> tuple[FeatureSet, str]:
     """A set where it is best read, and a line that tells where and why."""
-    chosen = _decide(data.stream_bytes, data.mapped, data.visual, device, batch_size)
+    chosen = decide(data.stream_bytes, data.mapped, data.visual.shape[1:], device, batch_size)
     if chosen.where == "gpu":
         data = data.to(device)
     elif chosen.where == "memory" and data.mapped:
         audio = None if data.audio is None else data.audio.clone()
         data = replace(data, visual=data.visual.clone(), audio=audio, mapped=False)
-    return data, f"features: {_told(data.stream_bytes, chosen)}"
+    return data, f"features: {told(data.stream_bytes, chosen)}"
 
 
-def place_known(known: Tensor, mapped: bool, device: torch.device, batch_size: int) -> tuple[Tensor, str]:
-    """Likewise the teacher's features (M, T, D)."""
-    chosen = _decide(known.nbytes, mapped, known, device, batch_size)
-    if chosen.where == "gpu":
-        known = known.to(device)
-    elif chosen.where == "memory" and mapped:
-        known = known.clone()
-    return known, f"teacher features: {_told(known.nbytes, chosen)}"
-
-
-def _decide(size: int, mapped: bool, stream: Tensor, device: torch.device, batch_size: int) -> Place:
-    _, rows, width = stream.shape
+def decide(size: int, mapped: bool, sample: Sequence[int], device: torch.device, batch_size: int) -> Place:
+    """Where `size` bytes of samples (T, D) are to lie, for steps of `batch_size` of them on `device`."""
+    rows, width = sample
     gpu_free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that share this host; torchrun tells
     return choose(size, mapped, gpu_free, free_memory() // processes, STEP_TENSORS * batch_size * rows * width * 4)
 
 
-def _told(size: int, chosen: Place) -> str:
+def told(size: int, chosen: Place) -> str:
+    """A line's end that says so."""
     named = {"gpu": "GPU memory", "memory": "host memory", "file": "their file"}[chosen.where]
     return f"{_gb(size)} in {named} ({chosen.why})"
 

@@ -31,7 +31,7 @@ from .stop import Request, Stopped, listening
 STATE, BEST, MODEL, HISTORY = "state.safetensors", "best.safetensors", "model", "history.json"
 TEACHER_FEATURES = "teacher_features.safetensors"
 CACHE_LIMIT = 4 << 30  # bytes of teacher features kept in memory; more go to a file
-CACHE_BLOCK = 32  # samples that a teacher computes at once
+CACHE_BLOCK = 64  # samples that a teacher computes at once
 PROFILED = 10  # steps in a trace, after a few that warm up
 
 _log = logging.getLogger("avadclip_fast")
@@ -156,14 +156,13 @@ def fit(
         board = stack.enter_context(contextlib.closing(_Board(folder, first * steps + info["step"]))) if main else None
         stack.enter_context(float32_products(recipe.precision, device))
         request = stack.enter_context(listening())
-        cache = None if teacher is None else _teacher_features(teacher, data, folder, device, progress)
         part = -(-recipe.batch_size // distributed.world())
         lengths = data.valid().cpu()  # the host's, which is asked for the longest of a batch
         source, told = residency.place(data, device, part)
         lines = [told]
-        if cache is not None:
-            on_disk = cache.nbytes > CACHE_LIMIT
-            cache, told = residency.place_known(cache, on_disk, device, part)
+        cache = None
+        if teacher is not None:
+            cache, told = _teacher_features(teacher, data, source, folder, device, part, progress)
             lines.append(told)
         if graph:
             lines.append("steps: one CUDA graph")
@@ -468,33 +467,40 @@ def validation_loss(model, data: FeatureSet, batch_size: int, device) -> float:
     return distributed.total(torch.tensor(total, dtype=torch.float64)).item() / len(data)
 
 
-def _teacher_features(teacher: AVadCLIP, data: FeatureSet, folder: Path, device, progress: bool) -> Tensor:
-    """(M, T, D) teacher features, computed once a sample and kept: in memory if they fit, else on disk.
+def _teacher_features(
+    teacher: AVadCLIP, data: FeatureSet, source: FeatureSet, folder: Path, device, batch_size: int, progress: bool
+) -> tuple[Tensor, str]:
+    """(M, T, D) teacher features, computed once a sample and kept on the GPU, in memory, or on disk; and where, told.
 
-    Processes share the work, block by block; rank 0 writes.
+    source: the same data where it is read from. Processes share the work, block by block; rank 0 writes.
     """
     teacher.to(device).eval().requires_grad_(False)
     distributed.share_weights(teacher)
     _, rows, width = data.visual.shape
-    field, lengths = Field("float32", (rows, width)), data.valid()
+    field, lengths = Field("float32", (rows, width)), data.valid().cpu()
+    size = len(data) * field.row_bytes
+    chosen = residency.decide(size, size > CACHE_LIMIT, (rows, width), device, batch_size)
+    told = f"teacher features: {residency.told(size, chosen)}"
 
     def compute(index: Tensor) -> Tensor:
         part = distributed.part(lengths[index])
-        known = torch.zeros(len(index), rows, width)
+        known = torch.zeros(len(index), rows, width, device=device)
         if part.samples:
+            batch = trim(source.batch(index[part.where]), teacher, longest=int(lengths[index].max()))
             with span("teacher"):
-                features = teacher_features(teacher, trim(data.batch(index[part.where]), teacher).to(device))
-            known[part.where, : features.shape[1]] = features.float().cpu()
+                features = teacher_features(teacher, batch.to(device))
+            known[part.where, : features.shape[1]] = features.float()
         return distributed.total(known)  # zero but for each one's part
 
     def shown(blocks):
         return tqdm(blocks, desc="teacher features", unit="batch", disable=not progress)
 
-    if len(data) * field.row_bytes <= CACHE_LIMIT:
-        cache = torch.zeros(len(data), rows, width)
+    everywhere = not distributed.any_of(chosen.where != "gpu")  # all make the cache in the same way
+    if everywhere or size <= CACHE_LIMIT:
+        cache = torch.zeros(len(data), rows, width, device=device if chosen.where == "gpu" else None)
         for index in shown(torch.arange(len(data)).split(CACHE_BLOCK)):
-            cache[index] = compute(index)
-        return cache
+            cache[index[0] : index[-1] + 1] = compute(index)
+        return cache, told
     path = folder / TEACHER_FEATURES
     made_by = {"teacher": weights_digest(teacher), "data": data.fingerprint()}
     there = distributed.agreed(path.exists())
@@ -507,14 +513,19 @@ def _teacher_features(teacher: AVadCLIP, data: FeatureSet, folder: Path, device,
 
         def block(start: int, stop: int) -> dict[str, np.ndarray]:
             distributed.agreed(stop)  # which of them it is: a file that was begun goes on where it ended
-            return {"features": compute(torch.arange(start, stop)).numpy()}
+            return {"features": compute(torch.arange(start, stop)).cpu().numpy()}
 
         write_packed(path, {"features": field}, len(data), block, made_by, block=CACHE_BLOCK, progress=shown)
         distributed.agreed(0)
     elif not there:
         while stop := int(distributed.agreed(0)):
             compute(torch.arange((stop - 1) // CACHE_BLOCK * CACHE_BLOCK, stop))
-    return open_packed(path)[0]["features"]
+    features = open_packed(path)[0]["features"]
+    if chosen.where == "gpu":
+        features = features.to(device)
+    elif chosen.where == "memory":
+        features = features.clone()
+    return features, told
 
 
 def _check_finite(sums: dict[str, float], epoch: int, step: int) -> None:
