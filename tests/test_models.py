@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective
+from avadclip_fast.models import avadclip, groups
 from avadclip_fast.models.checkpoints import official_state
 from avadclip_fast.models.text import TextEncoder, tokenize
 
@@ -247,6 +249,59 @@ def test_official_is_masked_where_nothing_is_padded(make, rows):
 
 
 @pytest.mark.parametrize("make", [teacher, student])
+@pytest.mark.parametrize("make", [teacher, student])
+def test_videos_in_groups_of_like_length_give_the_same(make, monkeypatch):
+    """Results, of valid rows, and gradients; whatever lies past the lengths."""
+    visual, audio, labels, lengths = batch([3, 16, 5, 16, 4, 1, 9], 16)
+    past = (torch.arange(16) >= lengths[:, None])[..., None]
+    visual, audio = (torch.where(past, 7.0, x) for x in (visual, audio))
+    model = make()
+    assert len(groups.split(lengths.tolist())) == 1  # so few rows are one group
+    whole, gradients = run(make, model, visual, audio, labels, lengths)
+    monkeypatch.setattr(groups, "WORTH", 5)
+    assert len(groups.split(lengths.tolist())) == 3
+    apart, found = run(make, model, visual, audio, labels, lengths)
+    assert_same(found, gradients)
+    for got, expected in zip(apart, whole, strict=True):
+        if got is not None and got.shape[:2] == (7, 16):
+            mask = past if got.ndim == 3 else past[..., 0]
+            torch.testing.assert_close(got.masked_fill(mask, 0), expected.masked_fill(mask, 0), rtol=1e-5, atol=1e-5)
+        elif got is not None:
+            torch.testing.assert_close(got, expected)
+    monkeypatch.setattr(model, "padding", "official")  # there padding has a part in the result
+    monkeypatch.setattr(avadclip, "by_length", None)
+    run(make, model, visual, audio, labels, lengths)
+
+
+@pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 100], [100, 1], [1, 2, 3, 4, 256, 256], [30, 90, 31, 95, 250]])
+@pytest.mark.parametrize("worth", [1, 20, 10**6])
+def test_groups_cost_the_least(lengths, worth, monkeypatch):
+    monkeypatch.setattr(groups, "WORTH", worth)
+    found = groups.split(lengths)
+    assert sorted(i for group in found for i in group) == list(range(len(lengths)))
+
+    def cost(parts) -> int:
+        return sum(len(part) * max(part) + worth for part in parts)
+
+    ordered = sorted(lengths)
+    ways = [
+        [ordered[a:b] for a, b in itertools.pairwise([0, *cuts, len(ordered)])]
+        for k in range(len(ordered))
+        for cuts in itertools.combinations(range(1, len(ordered)), k)
+    ]
+    assert cost([[lengths[i] for i in group] for group in found]) == min(map(cost, ways))
+
+
+@pytest.mark.parametrize("bad", [[3, 0], [3, 17], [3], [[3], [2]]])
+def test_lengths_that_do_not_fit_are_refused_with_many_groups_too(bad, monkeypatch):
+    monkeypatch.setattr(groups, "WORTH", 0)
+    visual, audio, *_ = batch([3, 16], 16)
+    with pytest.raises(ValueError, match="lengths"):
+        teacher()(visual, audio, torch.tensor(bad))
+    with pytest.raises(ValueError):
+        teacher()(visual, audio[:1], torch.tensor([3, 16]))
+
+
 def test_no_lengths_means_that_all_rows_are_valid(make):
     visual, audio, _, lengths = batch([16, 16], 16)
     streams = (visual, audio) if make is teacher else (visual,)
@@ -409,7 +464,8 @@ def test_the_guard_against_waiting_works():
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("make", [teacher, student])
-def test_a_training_step_never_waits(make, backend):
+def test_a_training_step_never_waits(make, backend, monkeypatch):
+    monkeypatch.setattr(avadclip, "pays", lambda x: False)  # as on a GPU: lengths are a processor's to look at
     model = make(dropout=0.1, backend=backend) if make is teacher else make(backend=backend)
     visual, audio, labels, lengths = batch([9, 16, 5], 16)
     with NoSync():

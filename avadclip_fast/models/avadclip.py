@@ -20,6 +20,7 @@ from ..modules import (
 from ..modules.linear_act import binary_head
 from .checkpoints import Checkpointed
 from .encoder import Standardize, TemporalEncoder
+from .groups import by_length, pays
 from .streams import aside
 from .text import TextEncoder, tokenize
 
@@ -117,6 +118,14 @@ class Detector(Checkpointed):
         """Begins what the text side computes. To be called before the streams are looked at: it can run beside."""
         return aside(self.text) if text_features is None else lambda: text_features
 
+    def _each(
+        self, function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """function(*streams, lengths), which takes every video on its own; padding costs little where it may."""
+        if self.padding == "masked" and lengths is not None and pays(lengths):
+            return by_length(function, streams, lengths)
+        return function(*streams, lengths)
+
     def _heads(
         self, features: Tensor, lengths: Tensor | None, text: Tensor, log_variance: Tensor | None = None
     ) -> Output:
@@ -176,9 +185,13 @@ class AVadCLIP(Detector):
 
     def fuse(self, visual: Tensor, audio: Tensor | None, lengths: Tensor | None = None) -> Tensor:
         """The fused features (B, T, D), which a student is distilled from; arguments as for `forward`."""
-        seen = self.temporal(self._input("visual", visual, lengths), lengths)
-        heard = torch.zeros_like(visual) if audio is None else self._input("audio", audio, lengths)
-        return self.fusion(seen, self.audio(heard), lengths)
+
+        def fused(visual: Tensor, audio: Tensor | None, lengths: Tensor | None) -> tuple[Tensor]:
+            seen = self.temporal(self._input("visual", visual, lengths), lengths)
+            heard = torch.zeros_like(visual) if audio is None else self._input("audio", audio, lengths)
+            return (self.fusion(seen, self.audio(heard), lengths),)
+
+        return self._each(fused, (visual, audio), lengths)[0]
 
     def forward(
         self, visual: Tensor, audio: Tensor | None, lengths: Tensor | None = None, text_features: Tensor | None = None
@@ -263,11 +276,16 @@ class AVadCLIPStudent(Detector):
 
         uncertain: False leaves log_variance out, which distillation alone needs.
         """
+
+        def described(stream: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
+            valid = lengths if self.padding == "masked" else None
+            features = self.temporal(self._input(self.modality, stream, lengths), lengths)
+            mean, log_variance = self.uncertainty(features, valid, uncertain)
+            return (mean,) if log_variance is None else (mean, log_variance)
+
         text = self._text(text_features)
-        valid = lengths if self.padding == "masked" else None
-        stream = self._input(self.modality, stream, lengths)
-        mean, log_variance = self.uncertainty(self.temporal(stream, lengths), valid, uncertain)
-        return self._heads(mean, lengths, text(), log_variance)
+        mean, *log_variance = self._each(described, (stream,), lengths)
+        return self._heads(mean, lengths, text(), *log_variance)
 
     def infer(
         self, *streams: Tensor | None, lengths: Tensor | None = None, text_features: Tensor | None = None
