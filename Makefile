@@ -89,7 +89,7 @@ docs: $(VENV)/installed
 bench-cpu: $(VENV)/installed
 	for op in topk_mean mil_loss distance_graph similarity_graph uniform_pool folds; do \
 		$(BIN)/python -m bench.bench_$$op --json || exit 1; done
-	for whole in step inference; do $(BIN)/python -m bench.bench_$$whole --rounds 5 --json || exit 1; done
+	for whole in step inference; do $(BIN)/python -m bench.bench_$$whole --rounds 4 --json || exit 1; done
 
 # On a machine with a GPU: build, tests, sanitizers, every benchmark, within 8 minutes; JSON and logs in OUT.
 gpu: $(VENV)/installed

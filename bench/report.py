@@ -39,15 +39,15 @@ def operations() -> str:
 def steps() -> str:
     record = read("bench_step")
     lines = [
-        "| step | official code, s | this library, s | the same in bfloat16, s | ratios |",
-        "|---|---|---|---|---|",
+        "| step | official code, s | this library, s | in bfloat16, s | masked, s | masked, bfloat16, s | ratios |",
+        "|---|---|---|---|---|---|---|",
     ]
     for case in dict.fromkeys(row["case"] for row in record["rows"]):
         rows = {row["alternative"]: row for row in record["rows"] if row["case"] == case}
-        times = " | ".join(f"{rows[name]['median_ms'] / 1e3:.2f}" for name in ("official", "ours", "ours, bfloat16"))
-        full = rows["official"]["over_ours"]
-        half = full / rows["ours, bfloat16"]["over_ours"]
-        lines.append(f"| {case} | {times} | {full:.2f}, {half:.2f} |")
+        ours = ("ours", "ours, bfloat16", "ours, masked", "ours, masked, bfloat16")
+        times = " | ".join(f"{rows[name]['median_ms'] / 1e3:.2f}" for name in ("official", *ours))
+        ratios = ", ".join(f"{rows['official']['over_ours'] / rows[name]['over_ours']:.2f}" for name in ours)
+        lines.append(f"| {case} | {times} | {ratios} |")
     return "\n".join(lines) + _where(record)
 
 

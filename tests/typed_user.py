@@ -95,8 +95,8 @@ def models(visual: Tensor, audio: Tensor, lengths: Tensor, labels: Tensor) -> Te
     assert_type(seen.class_logits, Tensor)
     assert_type(seen.log_variance, Tensor | None)
 
-    official: AVadCLIP = AVadCLIP.from_official("teacher.pth")
-    official.to_official("back.pth", image_tower="teacher.pth")
+    assert_type(AVadCLIP.from_official("teacher.pth"), AVadCLIP)
+    teacher.to_official("back.pth", image_tower="teacher.pth")
     assert_type(AVadCLIP.from_pretrained("folder"), AVadCLIP)
 
     AVadCLIP(classes=3)  # type: ignore[arg-type]

@@ -248,7 +248,7 @@ class AVadCLIPStudent(Detector):
         return (self.modality,)
 
     @classmethod
-    def beside(cls, teacher: AVadCLIP, **settings) -> "AVadCLIPStudent":
+    def beside(cls, teacher: AVadCLIP, **settings: Any) -> "AVadCLIPStudent":
         """A new student of a teacher's classes and sizes, with its frozen text weights; settings as for the class."""
         positions, text = teacher.temporal.positions, teacher.text
         text_width = text.positional_embedding.shape[1]

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
@@ -142,7 +142,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
 
     standardize: nn.ModuleDict
 
-    def remember(self, **settings) -> None:
+    def remember(self, **settings: Any) -> None:
         """Adds to what config.json will hold besides the constructor's arguments."""
         # Weights travel with the folder: a saved model must not fetch or draw text weights again.
         known = cast(dict[str, Any], self._hub_mixin_config or {})
@@ -159,7 +159,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
             file.write(json.dumps(config, indent=1, sort_keys=True).encode())
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **settings):
+    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **settings: Any) -> Self:
         from safetensors import SafetensorError, safe_open
 
         hub = {k: settings.pop(k) for k in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
@@ -178,7 +178,9 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
         return model.to(map_location).eval()
 
     @classmethod
-    def from_official(cls, source: str | Path | dict[str, Tensor], classes: list[str] | None = None, **settings):
+    def from_official(
+        cls, source: str | Path | dict[str, Tensor], classes: list[str] | None = None, **settings: Any
+    ) -> Self:
         """The model of an official checkpoint, in eval mode.
 
         source: the released .pth, or its state dict. classes: the names in the checkpoint's order, normal first;
