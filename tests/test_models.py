@@ -249,7 +249,6 @@ def test_official_is_masked_where_nothing_is_padded(make, rows):
 
 
 @pytest.mark.parametrize("make", [teacher, student])
-@pytest.mark.parametrize("make", [teacher, student])
 def test_videos_in_groups_of_like_length_give_the_same(make, monkeypatch):
     """Results, of valid rows, and gradients; whatever lies past the lengths."""
     visual, audio, labels, lengths = batch([3, 16, 5, 16, 4, 1, 9], 16)
@@ -302,6 +301,7 @@ def test_lengths_that_do_not_fit_are_refused_with_many_groups_too(bad, monkeypat
         teacher()(visual, audio[:1], torch.tensor([3, 16]))
 
 
+@pytest.mark.parametrize("make", [teacher, student])
 def test_no_lengths_means_that_all_rows_are_valid(make):
     visual, audio, _, lengths = batch([16, 16], 16)
     streams = (visual, audio) if make is teacher else (visual,)
