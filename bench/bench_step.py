@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective
 from avadclip_fast.data import Batch
-from avadclip_fast.engine.graph import StepGraph
+from avadclip_fast.engine.graph import StepGraph, changed_by
 from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.engine.train import adamw, train_step
 from avadclip_fast.models.checkpoints import official_state
@@ -73,8 +73,7 @@ def our_step(model, sample: Sample, guide=None, precision="fp32", graph=False, c
 
     if not graph:
         return step
-    moments = lambda: [x for state in update.state.values() for x in state.values()]  # noqa: E731
-    recorded = StepGraph(step, lambda: [*(p for p in model.parameters() if p.requires_grad), *moments()])
+    recorded = StepGraph(step, lambda: changed_by(update))
     recorded.record()
     return recorded
 

@@ -227,6 +227,7 @@ def train(
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
     )  # fmt: skip
     test, held = (test_list, gt, frames, root), (held_out, held_out_list)
+    how = {"profile": profile, "graph": graph, "resume": resume}
     model: AVadCLIP | AVadCLIPStudent
     with distributed.joined(device_of(device)):
         with distributed.main_first():  # it fetches the text weights
@@ -234,22 +235,7 @@ def train(
                 model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape)
             else:
                 model = AVadCLIP(list(codes.values()), fusion=fusion, **shape)
-        _fit(
-            model,
-            None,
-            settings,
-            list_,
-            root,
-            codes,
-            held,
-            test,
-            output,
-            device,
-            quiet,
-            profile=profile,
-            graph=graph,
-            resume=resume,
-        )
+        _fit(model, None, settings, list_, root, codes, held, test, output, device, quiet, **how)
 
 
 @app.command()
@@ -312,23 +298,9 @@ def distill(
         distill_weight=distill_weight,
     )  # fmt: skip
     test, held = (test_list, gt, frames, root), (held_out, held_out_list)
+    how = {"profile": profile, "graph": graph, "resume": resume}
     with distributed.joined(device_of(device)):
-        _fit(
-            model,
-            known,
-            settings,
-            list_,
-            root,
-            codes,
-            held,
-            test,
-            output,
-            device,
-            quiet,
-            profile=profile,
-            graph=graph,
-            resume=resume,
-        )
+        _fit(model, known, settings, list_, root, codes, held, test, output, device, quiet, **how)
 
 
 @app.command("eval")

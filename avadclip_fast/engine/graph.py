@@ -24,10 +24,16 @@ def refusal(device: torch.device) -> str | None:
     return None
 
 
+def changed_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that its steps change: the parameters and, once there are some, their moments."""
+    moments = [x for state in optimizer.state.values() for x in state.values()]
+    return [*(p for group in optimizer.param_groups for p in group["params"]), *moments]
+
+
 class StepGraph:
     """function(*inputs) -> Tensor, as a graph for each set of input shapes.
 
-        step = StepGraph(train_on, changed=lambda: [*model.parameters(), *moments])
+        step = StepGraph(train_on, changed=lambda: changed_by(optimizer))
         step.record(index)                   # before the first step, with an example of every shape to come
         torch.manual_seed(seed)              # a replay draws what a plain call would
         losses = step(index)                 # lies where the next replay of this shape will write

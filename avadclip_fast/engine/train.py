@@ -20,10 +20,11 @@ from ..data.packed import Field, open_packed, write_packed
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
 from ..profiling import span, trace
+from ..reference._numerics import valid_mask
 from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
 from .distributed import WHOLE, Part
-from .graph import StepGraph, refusal
+from .graph import StepGraph, changed_by, refusal
 from .recipe import Recipe, RecipeError
 from .state import StateError, frozen_digest, load_state, save_state, weights_digest, writing
 from .stop import Request, Stopped, listening
@@ -53,9 +54,10 @@ def noisy(batch: Batch, scale: Tensor, count: int | None = None, where: slice = 
     count, where: the batch is this part of one of `count` samples, and gets the noise that it would have there.
     """
     _, rows, width = batch.visual.shape
-    valid = torch.arange(rows, device=batch.lengths.device) < batch.lengths[:, None]
     noise = torch.randn(count or len(batch.visual), rows, width, device=batch.visual.device)[where]
-    return batch._replace(visual=torch.where(valid[..., None], batch.visual + scale * noise, batch.visual))
+    return batch._replace(
+        visual=torch.where(valid_mask(batch.lengths, rows)[..., None], batch.visual + scale * noise, batch.visual)
+    )
 
 
 def inputs(model: AVadCLIP | AVadCLIPStudent, batch: Batch) -> tuple[Tensor, ...]:
@@ -296,13 +298,8 @@ class _Loop:
 
     def record(self) -> None:
         """Makes steps CUDA graphs: one for whole batches, one for an epoch's last, each with the right number."""
-
-        def changed() -> list[Tensor]:
-            moments = [x for state in self.optimizer.state.values() for x in state.values()]
-            return [*(p for group in self.optimizer.param_groups for p in group["params"]), *moments]
-
         self.model.train()
-        self.graph = StepGraph(self._recorded, changed)
+        self.graph = StepGraph(self._recorded, lambda: changed_by(self.optimizer))
         count, size = len(self.lengths), self.recipe.batch_size
         for n in {min(size, count), count % size or size}:
             self.graph.record(*next(self._inputs([torch.arange(n)])))

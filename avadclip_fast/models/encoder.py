@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..modules import MLP, TemporalAggregator, WindowAttention
 from ..modules.temporal_aggregator import check_padding
+from ..reference._numerics import zero_padding
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -46,11 +47,7 @@ class Standardize(nn.Module):
         self.std.copy_(torch.where(std > 1e-6 * std.max(), std, 1))  # a dimension that never varies stays as it is
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        x = (x - self.mean) / self.std
-        if lengths is None:
-            return x
-        valid = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
-        return torch.where(valid, x, 0)  # not a product: padding may hold NaN
+        return zero_padding((x - self.mean) / self.std, lengths)
 
 
 class TemporalEncoder(nn.Module):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..reference._numerics import zero_padding
+
 # Rows of padding that one more group must save: each adds its gradient to that of every weight once more, which takes
 # as long as some rows do. Training steps on two cores take the same to 8 % with anything from 60 to 300 here, and in
 # bfloat16, whose rows are cheaper, less with 500 than with 200.
@@ -51,8 +53,8 @@ def by_length(
         index = torch.tensor(group)
         own = lengths[index]
         longest = int(own.max())
-        valid = (torch.arange(longest) < own[:, None])[..., None]  # which batch-mates it has, no video is to tell
         results = function(*(None if x is None else x[index, :longest] for x in streams), own)
-        found.append([F.pad(torch.where(valid, x, 0), (0, 0, 0, rows - longest)) for x in results])
+        # Zero past each length too: which batch-mates it has, no video is to tell.
+        found.append([F.pad(zero_padding(x, own), (0, 0, 0, rows - longest)) for x in results])
     back = torch.tensor([i for group in groups for i in group]).argsort()
     return tuple(torch.cat(parts)[back] for parts in zip(*found, strict=True))
