@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 
 PACKAGES = ["reference", "ops", "modules", "models", "data", "media", "engine", "cli", "kernels"]
 OPS = ["topk_mean", "mil_loss", "distance_graph", "uniform_pool"]
-CPU_SOURCES = [f"csrc/{op}_cpu.cpp" for op in [*OPS, "similarity_graph"]]
+CPU_SOURCES = [f"csrc/{op}_cpu.cpp" for op in [*OPS, "similarity_graph", "linear_act"]]
 CUDA_SOURCES = [source for op in OPS if Path(source := f"csrc/{op}.cu").exists()]
 
 # The oldest torch the shared objects run with; newer ones keep this ABI.

@@ -31,7 +31,7 @@ KERNEL = re.compile(
 def source_hash() -> str:
     """Of all that nvcc reads from csrc."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.cuh"), *ROOT.glob("csrc/*.h")]):
+    for path in sorted([*ROOT.glob("csrc/*.cu"), *ROOT.glob("csrc/*.cuh"), *ROOT.glob("csrc/stable*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

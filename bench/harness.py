@@ -356,7 +356,10 @@ def setting(options: argparse.Namespace) -> dict:
 def source_hash(device: str) -> str:
     """Changes with the kernels that a device runs, and with what they are compared to."""
     patterns = ["avadclip_fast/reference/*.py"]
-    patterns += {"cpu": ["csrc/*_cpu.cpp", "csrc/stable.h"], "cuda": ["csrc/*.cu*", "csrc/*.h", "kernels/**/*"]}[device]
+    patterns += {
+        "cpu": ["csrc/*_cpu.cpp", "csrc/amx.h", "csrc/stable.h"],
+        "cuda": ["csrc/*.cu*", "csrc/*.h", "kernels/**/*"],
+    }[device]
     digest = hashlib.sha256()
     for path in sorted(path for pattern in patterns for path in ROOT.glob(pattern) if path.suffix in SOURCES):
         digest.update(path.name.encode() + path.read_bytes())

@@ -23,6 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = {
     "reference": ("cpu", "cuda"),
     "cpp": ("cpu",),
+    "amx": ("cpu",),
     "triton": ("cuda", "cpu") if INTERPRETED else ("cuda",),
     "cuda": ("cuda",),
 }

@@ -5,9 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from cases import LARGE
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from op_tests import OpTests
 
 from avadclip_fast import ops
+from avadclip_fast.ops import _dispatch
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -76,6 +80,95 @@ class TestLinearAct(OpTests):
         for lengths, causal, dilation in ((None, False, 1), (None, True, 4), (torch.tensor([3, 7]), False, 2)):
             lengths = None if lengths is None else lengths.to(device)
             self.agree({**arguments, "lengths": lengths, "causal": causal, "dilation": dilation}, backend)
+
+
+_TENSORS = ("x", "weight", "bias")
+_LAYER = (torch.zeros(1, 1, 8), torch.zeros(8, 8), None, "none", None, None, 1, False, None)
+_NO_AMX = _dispatch.why_not("linear_act", "amx", *_LAYER)
+
+
+@pytest.mark.skipif(_NO_AMX is not None, reason=str(_NO_AMX))
+class TestTiles:
+    """What tiles of 16 by 32 and tasks of 256 by 512 could go wrong with, and the two precisions."""
+
+    @pytest.mark.parametrize("large", LARGE["linear_act"], ids=lambda case: case.name)
+    def test_at_real_sizes(self, large):
+        TestLinearAct().agree(large.make(torch.float32, "cpu", 0), "amx")
+
+    # Around the edges of a tile, of a block, of a slab, of a task.
+    @settings(deadline=None, max_examples=60)
+    @given(
+        batch=st.integers(1, 3),
+        rows=st.sampled_from([1, 2, 15, 16, 17, 31, 33, 130, 300]),
+        inputs=st.sampled_from([1, 15, 16, 31, 33, 64, 127, 130]),
+        outputs=st.sampled_from([1, 16, 17, 33, 100, 513]),
+        taps=st.sampled_from([None, 1, 2, 3, 5]),
+        dilation=st.sampled_from([1, 4, 20]),
+        causal=st.booleans(),
+        ragged=st.booleans(),
+    )
+    def test_any_shape(self, batch, rows, inputs, outputs, taps, dilation, causal, ragged):
+        draw = torch.Generator().manual_seed(rows)
+        kernel = () if taps is None else (taps,)
+        arguments = {
+            "x": torch.randn(batch, rows, inputs, generator=draw),
+            "weight": torch.randn(outputs, inputs, *kernel, generator=draw) * (inputs * (taps or 1)) ** -0.5,
+            "bias": torch.randn(outputs, generator=draw),
+            "dilation": dilation,
+            "causal": causal,
+        }
+        if ragged and taps:
+            arguments["lengths"] = torch.randint(1, rows + 1, (batch,), generator=draw)
+        upstream = torch.randn(batch, rows, outputs, generator=draw)
+        exact = {key: value.double() if key in _TENSORS else value for key, value in arguments.items()}
+        oracles = self.results(exact, upstream.double(), "reference")
+        for got, oracle in zip(self.results(arguments, upstream, "amx"), oracles, strict=True):
+            torch.testing.assert_close(got.double(), oracle, rtol=1e-5, atol=2e-6 * oracle.abs().max().item())
+
+    def results(self, arguments, upstream, backend):
+        """The result and its gradients."""
+        leaves = {key: arguments[key].clone().requires_grad_() for key in _TENSORS}
+        out = ops.linear_act(**(arguments | leaves), backend=backend)
+        return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), upstream)]
+
+    def test_long_sums_stay_exact(self):
+        """The weight's gradient over 24,576 rows, all of one sign, where roundings do not cancel."""
+        torch.manual_seed(0)
+        x, g = torch.rand(24576, 64), torch.rand(24576, 48)
+        grads = {}
+        for backend, kind in (("amx", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+            weight = torch.zeros(48, 64, dtype=kind, requires_grad=True)
+            ops.linear_act(x.to(kind), weight, backend=backend).backward(g.to(kind))
+            grads[backend, kind] = weight.grad
+        oracle = grads["reference", torch.float64]
+        got, plain = ((grads[name, torch.float32] - oracle).abs().max() for name in ("amx", "reference"))
+        assert got <= 3 * plain + 2 * torch.finfo(torch.float32).eps * oracle.max()
+
+    def test_high_precision_keeps_16_bits(self):
+        torch.manual_seed(0)
+        x, weight = torch.randn(300, 512), torch.randn(512, 512) * 512**-0.5
+        oracle, errors = x.double() @ weight.double().T, {}
+        try:
+            for precision in ("highest", "high"):
+                torch.set_float32_matmul_precision(precision)
+                errors[precision] = (ops.linear_act(x, weight, backend="amx") - oracle).abs().max().item()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        # What is left out of a product is at most 3 * 2^-18 of it, and 512 of those add up at random.
+        assert errors["highest"] < 2e-6 < 1e-5 < errors["high"] < 3 * 2**-18 * 4
+
+    def test_is_chosen_where_it_is_faster(self):
+        for rows, width, chosen in ((1024, 256, True), (1023, 256, False), (1024, 255, False)):
+            layer = (torch.zeros(rows, 256), torch.zeros(width, 256), *_LAYER[2:])
+            assert _dispatch.why_not("linear_act", "amx", *layer) is None  # it serves whoever asks for it
+            assert (_dispatch.why_not_chosen("linear_act", "amx", *layer) is None) == chosen
+
+    def test_serves_float32_alone(self):
+        layer = (torch.zeros(1024, 256), torch.zeros(256, 256), *_LAYER[2:])
+        double = (layer[0].double(), layer[1].double(), *_LAYER[2:])
+        assert "float32" in _dispatch.why_not("linear_act", "amx", *double)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "float32" in _dispatch.why_not("linear_act", "amx", *layer)
 
 
 @pytest.fixture

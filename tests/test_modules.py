@@ -166,7 +166,7 @@ def test_use_backend_leaves_alone_what_has_no_such_backend():
 
 def test_use_backend_refuses_an_unknown_name():
     with (
-        pytest.raises(ValueError, match="unknown backend 'fpga'; one of cuda, triton, cpp, reference"),
+        pytest.raises(ValueError, match="unknown backend 'fpga'; one of cuda, triton, amx, cpp, reference"),
         use_backend("fpga"),
     ):
         pass

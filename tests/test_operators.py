@@ -16,6 +16,7 @@ from avadclip_fast import _build, ops
 pytestmark = pytest.mark.skipif(_build.CPP_MISSING is not None, reason=str(_build.CPP_MISSING))
 
 OPS = torch.ops.avadclip_fast
+AMX = not _build.CPP_MISSING and OPS.has_amx()
 CSRC = Path(__file__).parents[1] / "csrc"
 B, T, D, C, N = 3, 6, 4, 2, 11  # all different, so that a size tells what it is of
 LENGTHS = [6, 1, 4]  # their sum is N
@@ -28,7 +29,15 @@ def calls() -> dict[str, tuple]:
     labels = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
     graph = torch.rand(B, T, T)
     index = torch.tensor([5, -1, -1, -1, -1], dtype=torch.int32).repeat(B, C, 1)
-    return {
+    x, weight, bias = torch.randn(B, T, D), torch.randn(C, D, 5), torch.randn(C)
+    y = torch.randn(B, T, C)
+    tiles = {
+        "linear_act_tiles": (x, weight, bias, "quick_gelu", y, 1, False, lengths, None, True, False),
+        "linear_act_tiles_backward": (
+            *(y[..., 0], x, weight, "quick_gelu", 1, False, lengths, bias, y, [True] * 4, False),
+        ),
+    }
+    return (tiles if AMX else {}) | {
         "topk_mean": (torch.randn(B, T, C), lengths, 2),
         "topk_mean_backward": (torch.randn(B, C), index, T),
         "mil_loss": (torch.randn(B, T), labels, lengths, 2),
@@ -68,6 +77,7 @@ FREE = {
     *(("similarity_graph", x, 2) for x in ("features", "values")),
     ("similarity_graph_backward", "features", 2),
     ("similarity_mix", "values", 2),
+    *((f"linear_act_tiles{which}", "weight", 2) for which in ("", "_backward")),
 }
 ANY_RANK = {("mil_loss_backward", "slope"), *(("mil_align_loss_backward", x) for x in ("slope", "alpha_slope"))}
 
@@ -99,7 +109,8 @@ def refuses(name: str, arguments: dict, words: str = "must") -> None:
 @pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not here")
 def test_every_operator_is_here():
     sources = "".join(path.read_text() for path in CSRC.glob("*_cpu.cpp"))
-    assert NAMES == sorted(re.findall(r'm\.impl\("(\w+)"', sources))
+    tiles = set() if AMX else {name for name in re.findall(r'm\.impl\("(\w+)"', sources) if "_tiles" in name}
+    assert {*NAMES, "has_amx"} == set(re.findall(r'm\.impl\("(\w+)"', sources)) - tiles
     assert all(out.isfinite().all() for name in NAMES for out in call(name, arguments_of(name)))
 
 
@@ -154,9 +165,17 @@ class TestRefusals:
 
     def test_numbers(self, name):
         for key, _, arguments in changes(name, False):
-            if key == "threshold":
-                continue  # any is a graph
-            bad = {"scale": (0.0, -1.0, math.nan), "divisor": (0, -1), "rows": (0, -1), "total": (0, -1, N - 1, N + 1)}
+            if key in ("threshold", "causal", "dot", "save_y", "high"):
+                continue  # any will do
+            bad = {
+                "scale": (0.0, -1.0, math.nan),
+                "divisor": (0, -1),
+                "rows": (0, -1),
+                "total": (0, -1, N - 1, N + 1),
+                "dilation": (0, -1),
+                "activation": ("", "gelu"),
+                "needs": ([], [True] * 3, [True] * 5),
+            }
             for value in bad[key]:
                 refuses(name, {**arguments, key: value})
 

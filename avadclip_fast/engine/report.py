@@ -81,7 +81,7 @@ def environment() -> str:
     lines += ["", f"{'op':<20}{'backend':<12}because"]
     for op, arguments in _examples("cuda" if torch.cuda.is_available() else "cpu").items():
         order = [name for name in _dispatch.ORDER if name in _dispatch.TABLE[op]]
-        reasons = {name: _dispatch.why_not(op, name, *arguments) for name in order}
+        reasons = {name: _dispatch.why_not_chosen(op, name, *arguments) for name in order}
         chosen = next(name for name, reason in reasons.items() if reason is None)
         before = order[: order.index(chosen)]
         because = "; ".join(f"not {name}: {reasons[name]}" for name in before) or "the first choice"
@@ -91,10 +91,10 @@ def environment() -> str:
 
 def _examples(device: str) -> dict[str, tuple]:
     """Ordinary arguments of each op, for asking who would serve them."""
-    x = torch.zeros(2, 256, 512, device=device)
-    lengths = torch.tensor([256, 100], device=device)
+    x = torch.zeros(4, 256, 512, device=device)
+    lengths = torch.tensor([256, 100, 7, 31], device=device)
     square, double, bias = (torch.zeros(*shape, device=device) for shape in ((512, 512), (512, 1024), (512,)))
-    labels, alpha = torch.ones(2, 7, device=device), torch.ones(7, device=device)
+    labels, alpha = torch.ones(4, 7, device=device), torch.ones(7, device=device)
     return {
         "gated_fusion": (x, x, double, bias, double, bias, square, bias),
         "linear_act": (x, square, bias, "none", None, None, 1, False, None),

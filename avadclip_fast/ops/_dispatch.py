@@ -10,7 +10,7 @@ import torch
 
 from .. import profiling
 
-ORDER = ("cuda", "triton", "cpp", "reference")  # the automatic choice: the first that can serve
+ORDER = ("cuda", "triton", "amx", "cpp", "reference")  # the automatic choice: the first that can serve, and should
 TABLE: dict[str, dict[str, "Backend"]] = {}
 
 _forced: str | None = os.environ.get("AVADCLIP_FAST_BACKEND") or None
@@ -24,17 +24,32 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op: the function, and why it cannot serve given arguments (None: it can)."""
+    """One implementation of an op: the function, why it cannot serve given arguments, and why it should not unless it
+    is asked for (None: it can, it should)."""
 
     function: Callable
     supports: Callable[..., str | None]
+    declines: Callable[..., str | None]
 
 
-def register(op: str, backend: str, function: Callable, supports: Callable[..., str | None] = lambda *a, **k: None):
-    """Adds a row to the table. `supports` takes the op's arguments and must be cheap: no launch, no sync."""
+def _never(*args, **kwargs) -> None:
+    return None
+
+
+def register(
+    op: str,
+    backend: str,
+    function: Callable,
+    supports: Callable[..., str | None] = _never,
+    declines: Callable[..., str | None] = _never,
+):
+    """Adds a row to the table. `supports` and `declines` take the op's arguments and must be cheap: no launch, no sync.
+
+    What `declines` finds a reason against, only a call that asks for this backend gets: another one is faster there.
+    """
     if backend not in ORDER:
         raise ValueError(f"{op}: unknown backend {backend!r}; one of {', '.join(ORDER)}")
-    TABLE.setdefault(op, {})[backend] = Backend(function, supports)
+    TABLE.setdefault(op, {})[backend] = Backend(function, supports, declines)
 
 
 def run(op: str, backend: str | None, *args, **kwargs):
@@ -52,7 +67,7 @@ def run(op: str, backend: str | None, *args, **kwargs):
             raise BackendError(f"{op}: backend {wanted!r} cannot serve this call: {reason}")
         return _call(op, wanted, args, kwargs)
     for name in ORDER:
-        if name in TABLE[op] and TABLE[op][name].supports(*args, **kwargs) is None:
+        if name in TABLE[op] and why_not_chosen(op, name, *args, **kwargs) is None:
             if not torch.compiler.is_compiling() and (op, name) not in _logged:
                 _logged.add((op, name))
                 _log.info("%s is served by %s", op, name)
@@ -77,6 +92,12 @@ def why_not(op: str, backend: str, *args, **kwargs) -> str | None:
     if backend not in TABLE[op]:
         return f"not implemented for this op, which has: {', '.join(TABLE[op])}"
     return TABLE[op][backend].supports(*args, **kwargs)
+
+
+def why_not_chosen(op: str, backend: str, *args, **kwargs) -> str | None:
+    """The reason why the automatic choice passes `backend` by for these arguments, or None."""
+    row = TABLE[op][backend]
+    return row.supports(*args, **kwargs) or row.declines(*args, **kwargs)
 
 
 @contextlib.contextmanager

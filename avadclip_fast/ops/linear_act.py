@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import _dispatch
+from . import _dispatch, _linear_act_amx
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
 from ._triton import triton_reason
 
@@ -32,6 +32,7 @@ def _supports(x, weight, bias, activation, residual, norm, dilation, causal, len
 
 
 _dispatch.register("linear_act", "triton", _triton, _supports)
+_dispatch.register("linear_act", "amx", _linear_act_amx.linear_act, _linear_act_amx.supports, _linear_act_amx.declines)
 
 # y: the value before the activation with save_y, else empty: the backward pass then has no use for it, or finds
 # relu's sign in out. stats: LayerNorm's mean and 1/std, float32 (2, B, T), empty without norm.

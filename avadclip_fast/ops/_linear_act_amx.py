@@ -1,0 +1,120 @@
+"""linear_act in C++ on a processor's tile units (AMX), as registered: float32 rows enough to be worth packing."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _build
+from ..reference._numerics import zero_padding
+from ..reference.linear_act import LAYER_NORM_EPS
+
+ROWS, WIDTH = 1024, 256  # what it takes to be faster than torch: weights are packed in every call
+
+
+def linear_act(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> Tensor:
+    if activation == "gelu":  # torch's erf
+        y = F.gelu(linear_act(x, weight, bias, "none", None, norm, dilation, causal, lengths))
+        return y @ dot if dot is not None else y if residual is None else y + residual
+    leading = x.shape[:-1]
+    if weight.ndim == 2:
+        lengths = None
+        x, residual = (None if t is None else t.reshape(1, -1, t.shape[-1]) for t in (x, residual))
+    if norm is not None:
+        x = zero_padding(x, lengths)  # before the norm too: what padding holds may be NaN
+        x = F.layer_norm(x, x.shape[-1:], norm[0], norm[1], LAYER_NORM_EPS)
+    # What the activation was applied to is worth saving for its gradient, unless relu's result shows the same sign.
+    asked = dot is not None or activation == "quick_gelu" or (activation == "relu" and residual is not None)
+    learned = (x, weight, bias, dot)
+    save_y = asked and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
+    out, _ = torch.ops.avadclip_fast.linear_act_amx(
+        x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y
+    )
+    return out.reshape(leading if dot is not None else (*leading, weight.shape[0]))
+
+
+def supports(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> str | None:
+    tensors = [t for t in (x, weight, bias, residual, *(norm or ()), dot) if t is not None]
+    if reason := _build.cpp_reason(*tensors):
+        return reason
+    if not _HAS_AMX:
+        return "it runs on a processor's tile units (AMX), and this one has none"
+    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+        return "it computes in float32"
+    if torch.compiler.is_exporting():
+        return "an exported graph must run on any processor"
+    return None
+
+
+def declines(x, weight, *_, **__) -> str | None:
+    few = min(weight.shape[:2]) < WIDTH or x.shape[:-1].numel() < ROWS
+    return f"with fewer than {ROWS} rows, or less than {WIDTH} wide, torch is as fast" if few else None
+
+
+torch.library.define("avadclip_fast::has_amx", "() -> bool")
+_HAS_AMX: bool = not _build.CPP_MISSING and torch.ops.avadclip_fast.has_amx()
+# y: the value before the activation with save_y, else empty: the backward pass then has no use for it, or finds
+# relu's sign in out.
+_FORWARD = (
+    "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, int dilation, bool causal,"
+    " Tensor? lengths, Tensor? dot, bool save_y{}) -> (Tensor out, Tensor y)"
+)
+_BACKWARD = (
+    "(Tensor grad, Tensor x, Tensor weight, str activation, int dilation, bool causal, Tensor? lengths, Tensor? dot,"
+    " Tensor kept, bool[] needs{}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+torch.library.define("avadclip_fast::linear_act_amx", _FORWARD.format(""))
+torch.library.define("avadclip_fast::linear_act_amx_backward", _BACKWARD.format(""))
+# In C++. high: of a number's 24 bits only the first 16 count.
+torch.library.define("avadclip_fast::linear_act_tiles", _FORWARD.format(", bool high"))
+torch.library.define("avadclip_fast::linear_act_tiles_backward", _BACKWARD.format(", bool high"))
+
+
+def _high() -> bool:
+    """As torch's own products do, the setting is read when they run."""
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+@torch.library.impl("avadclip_fast::linear_act_amx", "CPU")
+def _(*args):
+    return torch.ops.avadclip_fast.linear_act_tiles(*args, _high())
+
+
+@torch.library.impl("avadclip_fast::linear_act_amx_backward", "CPU")
+def _(*args):
+    return torch.ops.avadclip_fast.linear_act_tiles_backward(*args, _high())
+
+
+@torch.library.register_fake("avadclip_fast::linear_act_amx")
+def _(x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y):
+    shape = (*x.shape[:2], weight.shape[0])
+    return x.new_empty(shape if dot is None else shape[:2]), x.new_empty(shape if save_y else 0)
+
+
+@torch.library.register_fake("avadclip_fast::linear_act_amx_backward")
+def _(grad, x, weight, activation, dilation, causal, lengths, dot, kept, needs):
+    shapes = x.shape, weight.shape, weight.shape[:1], weight.shape[:1]
+    return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, ctx.activation, _, ctx.dilation, ctx.causal, lengths, dot, save_y = inputs
+    out, y = output
+    ctx.mark_non_differentiable(y)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, lengths, dot, y if save_y or ctx.activation == "none" else out)
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 10
+    x, weight, lengths, dot, kept = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
+    grads = torch.ops.avadclip_fast.linear_act_amx_backward(
+        grad, x, weight, ctx.activation, ctx.dilation, ctx.causal, lengths, dot, kept, needs
+    )
+    dx, dw, db, d_dot = (g if need else None for g, need in zip(grads, needs, strict=True))
+    residual = grad if ctx.needs_input_grad[4] else None
+    return dx, dw, db, None, residual, None, None, None, d_dot, None
+
+
+torch.library.register_autograd("avadclip_fast::linear_act_amx", _backward, setup_context=_save)

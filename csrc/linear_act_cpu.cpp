@@ -1,0 +1,447 @@
+// linear_act on a processor with tile units (amx.h), in float32: linear layers and convolutions over time with what
+// surrounds them, forward and backward. Three products make it up, each of them cut into tasks of 256 rows by 512
+// columns whose sums stay in a core's cache; the factors are packed 128 numbers deep, one slab after the other.
+//   y_t = sum_k W_k x_(t + shift_k) + b;   dx_t = sum_k W_k' g_(t - shift_k);   dW_k = sum_t g_t x_(t + shift_k)'
+#include <torch/csrc/stable/accelerator.h>
+
+#include <cstdlib>
+#include <memory>
+
+#include "amx.h"
+#include "stable.h"
+
+namespace avadclip {
+namespace {
+
+#ifdef AVADCLIP_AMX
+
+using namespace amx;
+
+constexpr int64_t STEPS = 4;                 // tiles in a slab's depth: 32 rows of it, 24 KB, stay in the first cache
+constexpr int64_t SLAB = STEPS * DEPTH;      // numbers
+constexpr int64_t ROWS = 256, COLUMNS = 512;  // of a task at most
+constexpr int64_t COLUMN_TILES = STEPS * PARTS * TILE;  // bytes of a slab's 16 columns
+
+constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+constexpr int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+template <class T>
+std::unique_ptr<T[], Free> aligned(int64_t count) {
+  void* memory = std::aligned_alloc(64, round_up(std::max<int64_t>(count, 1) * sizeof(T), 64));
+  STD_TORCH_CHECK(memory != nullptr, "out of memory");
+  return std::unique_ptr<T[], Free>(static_cast<T*>(memory));
+}
+
+enum class Activation { NONE, RELU, QUICK_GELU };
+
+Activation activation_of(const std::string& name) {
+  if (name == "none") return Activation::NONE;
+  if (name == "relu") return Activation::RELU;
+  STD_TORCH_CHECK(name == "quick_gelu", "activation must be none, relu or quick_gelu, got ", name);
+  return Activation::QUICK_GELU;
+}
+
+// Videos of `rows` rows, of which those before valid[b] count; the rest are read as zeros.
+struct Videos {
+  const float* data;
+  int64_t count, rows, width;
+  const int64_t* valid;  // null: all rows of all videos
+  const float* zeros;
+  int64_t end(int64_t b) const { return valid ? valid[b] : rows; }
+  const float* row(int64_t b, int64_t t) const {
+    return 0 <= t && t < end(b) ? data + (b * rows + t) * width : zeros;
+  }
+};
+
+// Row i of a task's sums, as 32 numbers of each of its blocks.
+struct Sums {
+  Block* block;
+  int64_t blocks;  // in a row of them
+  const float* row(int64_t i, int64_t column) const {
+    return block[i / BLOCK * blocks + column / BLOCK][i % BLOCK] + column % BLOCK;
+  }
+};
+
+// What is done with the sums of a row, and where they go. dot: act(y) is not written, but its product with dot: a number
+// for every row and task of columns, (task, row) in `out`.
+struct Epilogue {
+  const float *bias, *residual, *dot;
+  Activation activation;
+  float *y, *out;
+};
+
+CLONES void activate(float* value, int64_t count, Activation activation) {
+  if (activation == Activation::RELU)
+    for (int64_t i = 0; i < count; ++i) value[i] = value[i] < 0 ? 0.f : value[i];  // NaN stays
+  else if (activation == Activation::QUICK_GELU)
+    for (int64_t i = 0; i < count; ++i) value[i] *= sigmoid(1.702f * value[i]);
+}
+
+// The numbers `at`.. of (rows, columns) from `column` on. Returns their part of the product with dot.
+CLONES float finish(const float* sum, int64_t count, const Epilogue& to, int64_t at, int64_t column) {
+  float value[BLOCK];
+  for (int64_t i = 0; i < count; ++i) value[i] = to.bias ? sum[i] + to.bias[column + i] : sum[i];
+  if (to.y) std::copy(value, value + count, to.y + at);
+  activate(value, count, to.activation);
+  if (!to.dot) {
+    for (int64_t i = 0; i < count; ++i) to.out[at + i] = to.residual ? value[i] + to.residual[at + i] : value[i];
+    return 0;
+  }
+  float product = 0;
+#pragma omp simd reduction(+ : product)
+  for (int64_t i = 0; i < count; ++i) product += value[i] * to.dot[column + i];
+  return product;
+}
+
+// Every tap's matrix [outputs, inputs] of a weight (O, I, K), where it lies if there is one.
+struct Taps {
+  Taps(const Tensor& weight)
+      : outputs(weight.size(0)), inputs(weight.size(1)), count(weight.dim() == 3 ? weight.size(2) : 1) {
+    data = avadclip::data<float>(weight);
+    if (count == 1) return;
+    room = aligned<float>(count * outputs * inputs);
+    torch::stable::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = 0; k < count; ++k)
+        for (int64_t i = begin * inputs; i < end * inputs; ++i) room[k * outputs * inputs + i] = data[i * count + k];
+    });
+    data = room.get();
+  }
+  const float* row(int64_t tap, int64_t output) const { return data + (tap * outputs + output) * inputs; }
+
+  int64_t outputs, inputs, count;
+  const float* data;
+  std::unique_ptr<float[], Free> room;
+};
+
+// The taps as second factors: [slab][tap][16 columns][step][part] tiles. transposed: from outputs to inputs.
+std::unique_ptr<char[], Free> pack(const Taps& taps, bool transposed, const float* zeros) {
+  const int64_t depth = transposed ? taps.outputs : taps.inputs, width = transposed ? taps.inputs : taps.outputs;
+  const int64_t groups = round_up(width, BLOCK) / LANES, slabs = divide_up(depth, SLAB);
+  auto packed = aligned<char>(slabs * taps.count * groups * COLUMN_TILES);
+  torch::stable::parallel_for(0, slabs * taps.count * groups, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t column = at % groups * LANES, tap = at / groups % taps.count, slab = at / groups / taps.count;
+      for (int64_t s = 0; s < STEPS; ++s) {
+        const int64_t k = slab * SLAB + s * DEPTH;
+        char* to = packed.get() + at * COLUMN_TILES + s * PARTS * TILE;
+        const float* row[DEPTH];
+        if (transposed) {
+          for (int64_t i = 0; i < DEPTH; ++i) row[i] = k + i < depth ? taps.row(tap, k + i) : zeros;
+          pack_across(row, column, width - column, false, to, TILE);
+        } else {
+          for (int64_t i = 0; i < LANES; ++i) row[i] = column + i < width ? taps.row(tap, column + i) : zeros;
+          pack_along(row, k, depth - k, true, to, TILE);
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+// How many rows a task has, so that every thread has one.
+int64_t rows_a_task(int64_t rows) {
+  const int64_t threads = torch::stable::get_num_threads();
+  return std::clamp(round_up(divide_up(rows, threads), BLOCK), BLOCK, ROWS);
+}
+
+// out_t = epilogue(sum_k x_(t + shift_k) taps_k), rows t >= ends[b] being 0.
+void rows_product(const Videos& x, const Taps& taps, bool transposed, const std::vector<int64_t>& shift, bool high,
+                  const int64_t* ends, const Epilogue& to) {
+  const int64_t width = transposed ? taps.inputs : taps.outputs, depth = x.width;
+  const auto weight = pack(taps, transposed, x.zeros);
+  const auto [low, top] = std::minmax_element(shift.begin(), shift.end());
+  const int64_t before = *low, reach = *top - *low;
+  const int64_t groups = round_up(width, BLOCK) / LANES;
+  const int64_t rows = rows_a_task(x.rows), row_tasks = divide_up(x.rows, rows), column_tasks = divide_up(width, COLUMNS);
+  const int64_t packed_rows = round_up(rows + reach, LANES), stride = packed_rows * DEPTH * 2;
+
+  torch::stable::parallel_for(0, x.count * row_tasks * column_tasks, 1, [&](int64_t begin, int64_t end) {
+    const Units units;
+    const auto slab = aligned<char>(STEPS * PARTS * stride);
+    const auto block = aligned<Block>(rows * COLUMNS / (BLOCK * BLOCK));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / column_tasks / row_tasks, column = task % column_tasks * COLUMNS;
+      const int64_t first = task / column_tasks % row_tasks * rows, count = std::min(rows, x.rows - first);
+      const int64_t columns = std::min(COLUMNS, width - column);
+      const Sums sums{block.get(), divide_up(columns, BLOCK)};
+      if (depth == 0) std::fill_n(&block[0][0][0], rows * COLUMNS, 0.f);
+      for (int64_t k = 0; k < depth; k += SLAB) {
+        for (int64_t r = 0; r < round_up(count, BLOCK) + reach; r += LANES) {
+          const float* row[LANES];
+          for (int64_t i = 0; i < LANES; ++i) row[i] = x.row(b, first + before + r + i);
+          for (int64_t s = 0; s < STEPS; ++s) {
+            const int64_t at = k + s * DEPTH;
+            pack_along(row, at, depth - at, false, slab.get() + s * PARTS * stride + r * DEPTH * 2, stride);
+          }
+        }
+        for (int64_t tap = 0; tap < taps.count; ++tap) {
+          const char* second = weight.get() + (k / SLAB * taps.count + tap) * groups * COLUMN_TILES;
+          for (int64_t r = 0; r < count; r += BLOCK)
+            for (int64_t c = 0; c < columns; c += BLOCK)
+              multiply_add({slab.get() + (shift[tap] - before + r) * DEPTH * 2, PARTS * stride, stride, TILE},
+                           {second + (column + c) / LANES * COLUMN_TILES, PARTS * TILE, TILE, COLUMN_TILES}, STEPS,
+                           high, k == 0 && tap == 0, sums.block[r / BLOCK * sums.blocks + c / BLOCK]);
+        }
+      }
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t row = b * x.rows + first + r, at = row * width + column;
+        float product = 0;
+        if (ends && first + r >= ends[b])
+          std::fill_n(to.out + at, columns, 0.f);
+        else
+          for (int64_t c = 0; c < columns; c += BLOCK)
+            product += finish(sums.row(r, c), std::min(BLOCK, columns - c), to, at + c, column + c);
+        if (to.dot) to.out[column / COLUMNS * x.count * x.rows + row] = product;
+      }
+    }
+  });
+}
+
+// out (O, I, K) = sum over videos and t of g_t x_(t + shift_k)'
+void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>& shift, bool high, float* out) {
+  const int64_t taps = shift.size(), depth = g.count * g.rows, outputs = g.width, inputs = x.width;
+  // Columns are whole blocks of one tap each.
+  const int64_t tap_columns = round_up(inputs, BLOCK), width = taps * tap_columns;
+  int64_t rows = std::min(ROWS, round_up(outputs, BLOCK)), columns = std::min(COLUMNS, width);
+  if (width == 0 || outputs == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  while (divide_up(outputs, rows) * divide_up(width, columns) < threads && std::max(rows, columns) > 2 * BLOCK)
+    (rows >= columns ? rows : columns) = round_up(std::max(rows, columns) / 2, BLOCK);
+  const int64_t row_tasks = divide_up(outputs, rows), column_tasks = divide_up(width, columns);
+  const int64_t stride = rows * DEPTH * 2;
+
+  torch::stable::parallel_for(0, row_tasks * column_tasks, 1, [&](int64_t begin, int64_t end) {
+    const Units units;
+    const auto first = aligned<char>(STEPS * PARTS * stride), second = aligned<char>(columns / LANES * COLUMN_TILES);
+    const auto block = aligned<Block>(rows * columns / (BLOCK * BLOCK));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t o = task / column_tasks * rows, from = task % column_tasks * columns;
+      const int64_t count = std::min(rows, round_up(outputs - o, BLOCK)), some = std::min(columns, width - from);
+      const Sums sums{block.get(), some / BLOCK};
+      if (depth == 0) std::fill_n(&block[0][0][0], rows * columns, 0.f);
+      for (int64_t k = 0; k < depth; k += SLAB) {
+        for (int64_t s = 0; s < STEPS; ++s) {
+          const float* row[DEPTH];
+          for (int64_t i = 0; i < DEPTH; ++i) {
+            const int64_t at = k + s * DEPTH + i;
+            row[i] = at < depth ? g.row(at / g.rows, at % g.rows) : g.zeros;
+          }
+          for (int64_t r = 0; r < count; r += LANES)
+            pack_across(row, o + r, outputs - o - r, true, first.get() + s * PARTS * stride + r * DEPTH * 2, stride);
+          for (int64_t c = 0, tap = -1; c < some; c += LANES) {
+            if ((from + c) / tap_columns != tap) {
+              tap = (from + c) / tap_columns;
+              for (int64_t i = 0; i < DEPTH; ++i) {
+                const int64_t at = k + s * DEPTH + i;
+                row[i] = at < depth ? x.row(at / g.rows, at % g.rows + shift[tap]) : x.zeros;
+              }
+            }
+            const int64_t input = (from + c) % tap_columns;
+            pack_across(row, input, inputs - input, false,
+                        second.get() + c / LANES * COLUMN_TILES + s * PARTS * TILE, TILE);
+          }
+        }
+        for (int64_t r = 0; r < count; r += BLOCK)
+          for (int64_t c = 0; c < some; c += BLOCK)
+            multiply_add({first.get() + r * DEPTH * 2, PARTS * stride, stride, TILE},
+                         {second.get() + c / LANES * COLUMN_TILES, PARTS * TILE, TILE, COLUMN_TILES}, STEPS, high,
+                         k == 0, sums.block[r / BLOCK * sums.blocks + c / BLOCK]);
+      }
+      for (int64_t r = 0; r < std::min(rows, outputs - o); ++r)
+        for (int64_t c = 0; c < some; ++c) {
+          const int64_t tap = (from + c) / tap_columns, input = (from + c) % tap_columns;
+          if (input < inputs) out[((o + r) * inputs + input) * taps + tap] = *sums.row(r, c);
+        }
+    }
+  });
+}
+
+// g = dL/dy of out = act(y), from what `linear_act` kept: y, or for relu out itself. dot: of <act(y), dot>, by *grad.
+CLONES void activation_slope(const float* grad, const float* dot, const float* kept, int64_t count,
+                             Activation activation, float* g) {
+  if (dot) {
+    for (int64_t i = 0; i < count; ++i) g[i] = *grad * dot[i];
+    grad = g;
+  }
+  if (activation == Activation::NONE) {
+    if (grad != g) std::copy(grad, grad + count, g);
+  } else if (activation == Activation::RELU)
+    for (int64_t i = 0; i < count; ++i) g[i] = kept[i] <= 0 ? 0.f : grad[i];
+  else
+    for (int64_t i = 0; i < count; ++i) {
+      const float s = sigmoid(1.702f * kept[i]);
+      g[i] = grad[i] * s * (1 + 1.702f * kept[i] * (1 - s));
+    }
+}
+
+CLONES void add_row(const float* row, int64_t count, double* sum) {
+  for (int64_t i = 0; i < count; ++i) sum[i] += row[i];
+}
+// sum += grad act(y)
+CLONES void add_activated(float grad, const float* y, int64_t count, Activation activation, double* sum) {
+  float value[BLOCK];
+  std::copy(y, y + count, value);
+  activate(value, count, activation);
+  for (int64_t i = 0; i < count; ++i) sum[i] += grad * value[i];
+}
+
+// out_c = sum over rows of what add(row, column, count, sums) adds up, 32 columns at a time.
+template <class F>
+void column_sums(int64_t rows, int64_t columns, float* out, F add) {
+  torch::stable::parallel_for(0, divide_up(columns, BLOCK), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t column = begin * BLOCK; column < std::min(columns, end * BLOCK); column += BLOCK) {
+      const int64_t count = std::min(BLOCK, columns - column);
+      double sum[BLOCK] = {};
+      for (int64_t r = 0; r < rows; ++r) add(r, column, count, sum);
+      std::copy(sum, sum + count, out + column);
+    }
+  });
+}
+
+struct Layer {
+  int64_t B, T, I, O, K;
+  std::vector<int64_t> shift;
+};
+
+// x (B, T, I), weight (O, I) or (O, I, K)
+Layer layer_of(const Tensor& x, const Tensor& weight, int64_t dilation, bool causal) {
+  check_dims("x", x, "[B, T, I]", 3);
+  STD_TORCH_CHECK(weight.dim() == 2 || weight.dim() == 3, "weight must have shape [O, I] or [O, I, K], got ",
+                  shape_of(weight.sizes()));
+  Layer l{x.size(0), x.size(1), x.size(2), weight.size(0), weight.dim() == 3 ? weight.size(2) : 1, {}};
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "x must be float32, got ", x.scalar_type());
+  if (weight.dim() == 3)
+    check("weight", weight, {l.O, l.I, l.K}, ScalarType::Float, x);
+  else
+    check("weight", weight, {l.O, l.I}, ScalarType::Float, x);
+  STD_TORCH_CHECK(dilation >= 1 && l.K >= 1, "dilation and taps must be positive");
+  for (int64_t k = 0; k < l.K; ++k) l.shift.push_back((k - (causal ? l.K - 1 : l.K / 2)) * dilation);
+  return l;
+}
+
+const float* optional_data(const std::optional<Tensor>& x) { return x ? data<float>(*x) : nullptr; }
+std::optional<Tensor> dense_if_any(const std::optional<Tensor>& x) {
+  return x ? std::optional(dense(*x)) : std::nullopt;
+}
+
+// out (B, T, O), with dot (B, T); y: what the activation was applied to, or empty without save_y. lengths: rows of x
+// that count.
+std::tuple<Tensor, Tensor> linear_act_tiles(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                          const std::string& activation, const std::optional<Tensor>& residual,
+                                          int64_t dilation, bool causal, const std::optional<Tensor>& lengths,
+                                          const std::optional<Tensor>& dot, bool save_y, bool high) {
+  STD_TORCH_CHECK(amx::available(), "this processor has no tile units (AMX)");
+  Layer l = layer_of(x, weight, dilation, causal);
+  if (bias) check("bias", *bias, {l.O}, ScalarType::Float, x);
+  if (residual) check("residual", *residual, {l.B, l.T, l.O}, ScalarType::Float, x);
+  if (dot) check("dot", *dot, {l.O}, ScalarType::Float, x);
+  STD_TORCH_CHECK(!dot || !residual, "residual must be none where dot is given");
+  const Tensor from = dense(x), w = dense(weight);
+  const std::optional<Tensor> b = dense_if_any(bias), r = dense_if_any(residual), d = dense_if_any(dot);
+  const int64_t rows = l.B * l.T, column_tasks = divide_up(l.O, COLUMNS);
+  Tensor out = dot ? empty(x, {l.B, l.T}, ScalarType::Float) : empty(x, {l.B, l.T, l.O}, ScalarType::Float);
+  const auto parts = aligned<float>(dot ? column_tasks * rows : 0);
+  Tensor y = save_y ? empty(x, {l.B, l.T, l.O}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
+  const auto valid = lengths ? read_lengths(*lengths, l.B, l.T) : std::vector<int64_t>();
+  const std::vector<float> zeros(std::max(l.I, l.O));
+  Videos videos{data<float>(from), l.B, l.T, l.I, lengths ? valid.data() : nullptr, zeros.data()};
+  if (l.K == 1 && !lengths) videos.rows *= std::exchange(videos.count, 1);  // rows then know nothing of videos
+  rows_product(videos, Taps(w), false, l.shift, high, nullptr,
+               {optional_data(b), optional_data(r), optional_data(d), activation_of(activation),
+                save_y ? mutable_data<float>(y) : nullptr, dot ? parts.get() : mutable_data<float>(out)});
+  for (int64_t row = 0; dot && row < rows; ++row) {
+    float sum = 0;
+    for (int64_t task = 0; task < column_tasks; ++task) sum += parts[task * rows + row];
+    mutable_data<float>(out)[row] = sum;
+  }
+  return {out, y};
+}
+
+// grad (B, T, O), with dot (B, T) -> dL/dx, dL/dweight, dL/dbias, dL/ddot, each empty where it is not needed
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_tiles_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, const std::string& activation, int64_t dilation,
+    bool causal, const std::optional<Tensor>& lengths, const std::optional<Tensor>& dot, const Tensor& kept,
+    std::vector<bool> needs, bool high) {
+  STD_TORCH_CHECK(amx::available(), "this processor has no tile units (AMX)");
+  Layer l = layer_of(x, weight, dilation, causal);
+  if (dot) {
+    check("grad", grad, {l.B, l.T}, ScalarType::Float, x);
+    check("dot", *dot, {l.O}, ScalarType::Float, x);
+  } else {
+    check("grad", grad, {l.B, l.T, l.O}, ScalarType::Float, x);
+  }
+  STD_TORCH_CHECK(needs.size() == 4, "needs must be four flags, of x, weight, bias and dot");
+  STD_TORCH_CHECK(dot || !needs[3], "needs must not have dot's flag where there is none");
+  const Activation act = activation_of(activation);
+  if (act != Activation::NONE || dot) check("kept", kept, {l.B, l.T, l.O}, ScalarType::Float, x);
+  const Tensor from = dense(x), w = dense(weight), given = dense(grad), y = dense(kept);
+  Tensor dx = empty(x, {0}, ScalarType::Float), dw = empty(x, {0}, ScalarType::Float);
+  Tensor db = empty(x, {0}, ScalarType::Float), d_dot = empty(x, {0}, ScalarType::Float);
+  const std::optional<Tensor> d = dense_if_any(dot);
+  const auto valid = lengths ? read_lengths(*lengths, l.B, l.T) : std::vector<int64_t>();
+  const std::vector<float> zeros(std::max(l.I, l.O));
+
+  const int64_t rows = l.B * l.T;
+  const float* g = data<float>(given);
+  std::unique_ptr<float[], Free> room;
+  if (needs[3]) {
+    d_dot = empty(x, {l.O}, ScalarType::Float);
+    column_sums(rows, l.O, mutable_data<float>(d_dot), [&](int64_t r, int64_t column, int64_t count, double* sum) {
+      add_activated(g[r], data<float>(y) + r * l.O + column, count, act, sum);
+    });
+  }
+  if (act != Activation::NONE || dot) {
+    room = aligned<float>(rows * l.O);
+    torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        activation_slope(g + r * (dot ? 1 : l.O), optional_data(d), data<float>(y) + r * l.O, l.O, act,
+                         room.get() + r * l.O);
+    });
+    g = room.get();
+  }
+  if (needs[2]) {
+    db = empty(x, {l.O}, ScalarType::Float);
+    column_sums(rows, l.O, mutable_data<float>(db), [&](int64_t r, int64_t column, int64_t count, double* sum) {
+      add_row(g + r * l.O + column, count, sum);
+    });
+  }
+  Videos seen{data<float>(from), l.B, l.T, l.I, lengths ? valid.data() : nullptr, zeros.data()};
+  Videos slopes{g, l.B, l.T, l.O, nullptr, zeros.data()};
+  if (l.K == 1 && !lengths)
+    for (Videos* v : {&seen, &slopes}) v->rows *= std::exchange(v->count, 1);
+  if (needs[1]) {
+    dw = torch::stable::empty_like(w);
+    weight_product(slopes, seen, l.shift, high, mutable_data<float>(dw));
+  }
+  if (needs[0]) {
+    dx = empty(x, {l.B, l.T, l.I}, ScalarType::Float);
+    std::vector<int64_t> back;
+    for (int64_t s : l.shift) back.push_back(-s);
+    rows_product(slopes, Taps(w), true, back, high, seen.valid,
+                 {nullptr, nullptr, nullptr, Activation::NONE, nullptr, mutable_data<float>(dx)});
+  }
+  return {dx, dw, db, d_dot};
+}
+
+bool has_amx() { return amx::available(); }
+
+#else
+
+bool has_amx() { return false; }
+
+#endif
+
+}  // namespace
+
+#ifdef AVADCLIP_AMX
+STABLE_TORCH_LIBRARY_IMPL(avadclip_fast, CPU, m) {
+  m.impl("linear_act_tiles", TORCH_BOX(&linear_act_tiles));
+  m.impl("linear_act_tiles_backward", TORCH_BOX(&linear_act_tiles_backward));
+}
+#endif
+STABLE_TORCH_LIBRARY_IMPL(avadclip_fast, CompositeExplicitAutograd, m) { m.impl("has_amx", TORCH_BOX(&has_amx)); }
+
+}  // namespace avadclip
