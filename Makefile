@@ -40,13 +40,13 @@ sanitize: $(VENV)/installed
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	export LD_PRELOAD="$(foreach name,$(RUNTIMES),$$(c++ -print-file-name=$(name)))" ASAN_OPTIONS=detect_leaks=0; \
 	$(BIN)/python -c 'from avadclip_fast import _build; assert "sanitize" in _build.__file__ and not _build.CPP_MISSING' && \
-	$(BIN)/python -m pytest --capture=sys -k 'cpp or Operators' tests/test_csrc.py \
-		$(addprefix tests/test_,$(addsuffix .py,operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows)) $(ARGS)
+	$(BIN)/python -m pytest --capture=sys -k 'cpp or amx or Tiles or Operators' tests/test_csrc.py \
+		$(addprefix tests/test_,$(addsuffix .py,operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows linear_act)) $(ARGS)
 
 # The source distribution, a wheel built from it alone, and tests on the wheel where there is no source. Only what it
 # depends on comes from here: a path in a .pth file brings packages, not the editable install that lies beside them.
 # A program that uses all of it is checked against the types that the wheel brings.
-AWAY_TESTS := operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows modules checkpoints
+AWAY_TESTS := operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows linear_act modules checkpoints
 wheel-test: export PYTHONSAFEPATH = 1
 wheel-test: $(VENV)/installed
 	rm -rf dist && mkdir -p build
@@ -87,7 +87,7 @@ docs: $(VENV)/installed
 
 # Paired ratios against loops and plain PyTorch, into bench/results/*.json.
 bench-cpu: $(VENV)/installed
-	for op in topk_mean mil_loss distance_graph similarity_graph uniform_pool folds; do \
+	for op in topk_mean mil_loss distance_graph similarity_graph uniform_pool linear_act folds; do \
 		$(BIN)/python -m bench.bench_$$op --json || exit 1; done
 	for whole in step inference; do $(BIN)/python -m bench.bench_$$whole --rounds 4 --json || exit 1; done
 

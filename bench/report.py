@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-OPERATIONS = ("topk_mean", "mil_loss", "distance_graph", "similarity_graph", "uniform_pool")
+OPERATIONS = ("topk_mean", "mil_loss", "distance_graph", "similarity_graph", "uniform_pool", "linear_act")
 
 
 def read(name: str) -> dict:

@@ -92,7 +92,9 @@ TILES inline void turn(__m512i r[16]) {
 
 // The first `count` of 16 floats; the rest are 0.
 TILES inline __m512 load(const float* from, int64_t count) {
-  return _mm512_maskz_loadu_ps(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1, from);
+  return _mm512_maskz_loadu_ps(count >= 16 ? 0xffff : count <= 0 ? 0
+                                                                 : (1u << count) - 1,
+                               from);
 }
 
 // A tile of each part, `stride` bytes apart, from numbers that are summed over along a row: lane i is 32 numbers of

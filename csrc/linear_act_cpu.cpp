@@ -21,6 +21,7 @@ constexpr int64_t STEPS = 4;                 // tiles in a slab's depth: 32 rows
 constexpr int64_t SLAB = STEPS * DEPTH;      // numbers
 constexpr int64_t ROWS = 256, COLUMNS = 512;  // of a task at most
 constexpr int64_t COLUMN_TILES = STEPS * PARTS * TILE;  // bytes of a slab's 16 columns
+constexpr int64_t SUMMED = 128;                         // columns whose sums are made at a time
 
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
@@ -35,7 +36,9 @@ std::unique_ptr<T[], Free> aligned(int64_t count) {
   return std::unique_ptr<T[], Free>(static_cast<T*>(memory));
 }
 
-enum class Activation { NONE, RELU, QUICK_GELU };
+enum class Activation { NONE,
+                        RELU,
+                        QUICK_GELU };
 
 Activation activation_of(const std::string& name) {
   if (name == "none") return Activation::NONE;
@@ -141,10 +144,10 @@ std::unique_ptr<char[], Free> pack(const Taps& taps, bool transposed, const floa
   return packed;
 }
 
-// How many rows a task has, so that every thread has one.
-int64_t rows_a_task(int64_t rows) {
-  const int64_t threads = torch::stable::get_num_threads();
-  return std::clamp(round_up(divide_up(rows, threads), BLOCK), BLOCK, ROWS);
+// How many rows of a video a task has, so that every thread has one.
+int64_t rows_a_task(const Videos& x) {
+  const int64_t share = divide_up(x.count * x.rows, torch::stable::get_num_threads());
+  return std::clamp(round_up(std::min(x.rows, share), BLOCK), BLOCK, ROWS);
 }
 
 // out_t = epilogue(sum_k x_(t + shift_k) taps_k), rows t >= ends[b] being 0.
@@ -155,7 +158,7 @@ void rows_product(const Videos& x, const Taps& taps, bool transposed, const std:
   const auto [low, top] = std::minmax_element(shift.begin(), shift.end());
   const int64_t before = *low, reach = *top - *low;
   const int64_t groups = round_up(width, BLOCK) / LANES;
-  const int64_t rows = rows_a_task(x.rows), row_tasks = divide_up(x.rows, rows), column_tasks = divide_up(width, COLUMNS);
+  const int64_t rows = rows_a_task(x), row_tasks = divide_up(x.rows, rows), column_tasks = divide_up(width, COLUMNS);
   const int64_t packed_rows = round_up(rows + reach, LANES), stride = packed_rows * DEPTH * 2;
 
   torch::stable::parallel_for(0, x.count * row_tasks * column_tasks, 1, [&](int64_t begin, int64_t end) {
@@ -250,11 +253,13 @@ void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>
                          {second.get() + c / LANES * COLUMN_TILES, PARTS * TILE, TILE, COLUMN_TILES}, STEPS, high,
                          k == 0, sums.block[r / BLOCK * sums.blocks + c / BLOCK]);
       }
-      for (int64_t r = 0; r < std::min(rows, outputs - o); ++r)
-        for (int64_t c = 0; c < some; ++c) {
-          const int64_t tap = (from + c) / tap_columns, input = (from + c) % tap_columns;
-          if (input < inputs) out[((o + r) * inputs + input) * taps + tap] = *sums.row(r, c);
+      for (int64_t c = 0; c < some; c += BLOCK) {
+        const int64_t tap = (from + c) / tap_columns, input = (from + c) % tap_columns;
+        for (int64_t r = 0; r < std::min(rows, outputs - o); ++r) {
+          float* to = out + ((o + r) * inputs + input) * taps + tap;
+          for (int64_t i = 0; i < std::min(BLOCK, inputs - input); ++i) to[i * taps] = sums.row(r, c)[i];
         }
+      }
     }
   });
 }
@@ -282,19 +287,19 @@ CLONES void add_row(const float* row, int64_t count, double* sum) {
 }
 // sum += grad act(y)
 CLONES void add_activated(float grad, const float* y, int64_t count, Activation activation, double* sum) {
-  float value[BLOCK];
+  float value[SUMMED];
   std::copy(y, y + count, value);
   activate(value, count, activation);
   for (int64_t i = 0; i < count; ++i) sum[i] += grad * value[i];
 }
 
-// out_c = sum over rows of what add(row, column, count, sums) adds up, 32 columns at a time.
+// out_c = sum over rows of what add(row, column, count, sums) adds up, some columns at a time.
 template <class F>
 void column_sums(int64_t rows, int64_t columns, float* out, F add) {
-  torch::stable::parallel_for(0, divide_up(columns, BLOCK), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t column = begin * BLOCK; column < std::min(columns, end * BLOCK); column += BLOCK) {
-      const int64_t count = std::min(BLOCK, columns - column);
-      double sum[BLOCK] = {};
+  torch::stable::parallel_for(0, divide_up(columns, SUMMED), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t column = begin * SUMMED; column < std::min(columns, end * SUMMED); column += SUMMED) {
+      const int64_t count = std::min(SUMMED, columns - column);
+      double sum[SUMMED] = {};
       for (int64_t r = 0; r < rows; ++r) add(r, column, count, sum);
       std::copy(sum, sum + count, out + column);
     }
@@ -318,6 +323,7 @@ Layer layer_of(const Tensor& x, const Tensor& weight, int64_t dilation, bool cau
   else
     check("weight", weight, {l.O, l.I}, ScalarType::Float, x);
   STD_TORCH_CHECK(dilation >= 1 && l.K >= 1, "dilation and taps must be positive");
+  dilation = std::min(dilation, l.T);  // a tap further away than the video is long sees nothing, however far
   for (int64_t k = 0; k < l.K; ++k) l.shift.push_back((k - (causal ? l.K - 1 : l.K / 2)) * dilation);
   return l;
 }
@@ -330,9 +336,9 @@ std::optional<Tensor> dense_if_any(const std::optional<Tensor>& x) {
 // out (B, T, O), with dot (B, T); y: what the activation was applied to, or empty without save_y. lengths: rows of x
 // that count.
 std::tuple<Tensor, Tensor> linear_act_tiles(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                          const std::string& activation, const std::optional<Tensor>& residual,
-                                          int64_t dilation, bool causal, const std::optional<Tensor>& lengths,
-                                          const std::optional<Tensor>& dot, bool save_y, bool high) {
+                                            const std::string& activation, const std::optional<Tensor>& residual,
+                                            int64_t dilation, bool causal, const std::optional<Tensor>& lengths,
+                                            const std::optional<Tensor>& dot, bool save_y, bool high) {
   STD_TORCH_CHECK(amx::available(), "this processor has no tile units (AMX)");
   Layer l = layer_of(x, weight, dilation, causal);
   if (bias) check("bias", *bias, {l.O}, ScalarType::Float, x);

@@ -158,7 +158,7 @@ class TestTiles:
         assert errors["highest"] < 2e-6 < 1e-5 < errors["high"] < 3 * 2**-18 * 4
 
     def test_is_chosen_where_it_is_faster(self):
-        for rows, width, chosen in ((1024, 256, True), (1023, 256, False), (1024, 255, False)):
+        for rows, width, chosen in ((512, 256, True), (511, 256, False), (512, 255, False)):
             layer = (torch.zeros(rows, 256), torch.zeros(width, 256), *_LAYER[2:])
             assert _dispatch.why_not("linear_act", "amx", *layer) is None  # it serves whoever asks for it
             assert (_dispatch.why_not_chosen("linear_act", "amx", *layer) is None) == chosen

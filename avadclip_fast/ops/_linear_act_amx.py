@@ -8,7 +8,7 @@ from .. import _build
 from ..reference._numerics import zero_padding
 from ..reference.linear_act import LAYER_NORM_EPS
 
-ROWS, WIDTH = 1024, 256  # what it takes to be faster than torch: weights are packed in every call
+ROWS, WIDTH = 512, 256  # what it takes to be faster than torch: weights are packed in every call
 
 
 def linear_act(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> Tensor:
