@@ -29,7 +29,7 @@ def loop(features: Tensor, lengths: Tensor) -> Tensor:
 
 def cases(dtype: torch.dtype) -> Iterator[Bench]:
     on_host = {
-        "loop": loop,
+        "loops": loop,
         "numpy": lambda x, n: torch.from_numpy(pool(x.numpy(), ROWS)[0])[None],
     }
     for count in (300, 1000, 4000):

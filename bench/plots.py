@@ -5,8 +5,9 @@ from pathlib import Path
 
 from avadclip_fast.engine.plots import COLOURS, DPI, save
 
-MARKS = "osD^vP"
+MARKS = "osD^vPX*<"
 ROW = 0.24  # inches of a case
+LEGEND = 5  # names in a line
 
 
 def ratios(path: Path, rows: Sequence[dict]) -> None:
@@ -34,7 +35,7 @@ def ratios(path: Path, rows: Sequence[dict]) -> None:
     ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(axis="x", color="0.9", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, ncols=len(names), loc="lower center", bbox_to_anchor=(0.4, 1))
+    figure.legend(frameon=False, fontsize=8, ncols=min(len(names), LEGEND), loc="outside upper center")
     save(figure, path)
 
 

@@ -91,9 +91,13 @@ def curves(tmp_path_factory):
     return curve
 
 
+# The last two: all products on the processor's tile units, of 24 bits and of 16.
+@pytest.mark.parametrize(("backend", "precision"), [(None, "fp32"), ("amx", "fp32"), ("amx", "tf32")])
 @pytest.mark.parametrize("kind", ["teacher", "student"])
-def test_sixty_steps_follow_the_plain_float32_model(curves, kind):
-    expected, found = curves(kind, "reference"), curves(kind, None)
+def test_sixty_steps_follow_the_plain_float32_model(curves, kind, backend, precision):
+    if backend == "amx" and not torch.ops.avadclip_fast.has_amx():
+        pytest.skip("this processor has no tile units (AMX)")
+    expected, found = curves(kind, "reference"), curves(kind, backend, precision)
     assert expected[-1]["total"] < 0.97 * expected[0]["total"]  # they learn
     for plain, fast in zip(expected, found, strict=True):
         assert fast == pytest.approx(plain, rel=1e-4)

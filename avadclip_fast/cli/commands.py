@@ -154,7 +154,7 @@ HeldOutList = Annotated[
 TestList = Annotated[Path | None, Option(help="For --select test.", show_default=False)]
 TestTruth = Annotated[Path | None, Option(help="Frame ground truth of the test list.", show_default=False)]
 Every = Annotated[int, Option(min=1, help="Steps between saved states; one is saved after each epoch in any case.")]
-PrecisionOf = Annotated[Precision, Option(help="Of products: bf16, or CUDA's tf32; weights and losses stay float32.")]
+PrecisionOf = Annotated[Precision, Option(help="Of products: bf16, or tf32 (GPU, AMX); weights, losses: float32.")]
 Exact = Annotated[bool, Option("--deterministic", help="Only operations that give the same bits in each run.")]
 Resume = Annotated[bool, Option("--resume", help="Go on from the run's saved state, exactly.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bars.")]

@@ -24,7 +24,7 @@ class Recipe:
     distill_weight: float = 1e-8
     select: str = "last"  # "last", "val" (lowest held-out loss) or "test" (highest frame AP, as the official code)
     checkpoint_every: int = 100  # steps
-    # Of the products: "tf32" (CUDA's, of float32), or "bf16" (autocast). Weights, moments and losses stay float32.
+    # Of the products: "tf32" (of float32, on a GPU or AMX), "bf16" (autocast). Weights, moments, losses stay float32.
     precision: str = "fp32"
     # Against learning the training videos' sights by heart (docs/training-that-hears.md):
     temporal_lr: float = 1.0  # of the temporal encoder, through which sight alone passes, as a share of lr

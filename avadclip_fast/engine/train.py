@@ -19,6 +19,7 @@ from ..data.atomic import atomic_write
 from ..data.packed import Field, open_packed, write_packed
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
+from ..ops._linear_act_amx import HAS_AMX
 from ..profiling import span, trace
 from ..reference._numerics import valid_mask
 from . import distributed, residency
@@ -79,9 +80,12 @@ def trim(batch: Batch, *models: Detector, longest: int | None = None) -> Batch:
 
 @contextlib.contextmanager
 def float32_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Lets float32 products be tf32 inside the block, or forbids it. Raises RecipeError where there is no tf32."""
-    if precision == "tf32" and device.type != "cuda":
-        raise RecipeError(f"precision tf32 is CUDA's; on {device.type} choose fp32 or bf16")
+    """Lets float32 products be tf32 inside the block, or forbids it. Raises RecipeError where there is no tf32.
+
+    On a processor's tile units it is better than its name: of each number the first 16 bits count, not 11.
+    """
+    if precision == "tf32" and device.type != "cuda" and not HAS_AMX:
+        raise RecipeError("precision tf32 needs a GPU, or a processor with tile units (AMX); choose fp32 or bf16")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:

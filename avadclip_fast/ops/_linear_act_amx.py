@@ -36,7 +36,7 @@ def supports(x, weight, bias, activation, residual, norm, dilation, causal, leng
     tensors = [t for t in (x, weight, bias, residual, *(norm or ()), dot) if t is not None]
     if reason := _build.cpp_reason(*tensors):
         return reason
-    if not _HAS_AMX:
+    if not HAS_AMX:
         return "it runs on a processor's tile units (AMX), and this one has none"
     if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return "it computes in float32"
@@ -51,7 +51,7 @@ def declines(x, weight, *_, **__) -> str | None:
 
 
 torch.library.define("avadclip_fast::has_amx", "() -> bool")
-_HAS_AMX: bool = not _build.CPP_MISSING and torch.ops.avadclip_fast.has_amx()
+HAS_AMX: bool = not _build.CPP_MISSING and torch.ops.avadclip_fast.has_amx()
 # y: the value before the activation with save_y, else empty: the backward pass then has no use for it, or finds
 # relu's sign in out.
 _FORWARD = (
