@@ -9,8 +9,10 @@
 
 #if defined(__x86_64__) && defined(__linux__)
 #define AVADCLIP_AMX 1
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wuninitialized"  // in GCC 12's own header
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>

@@ -17,11 +17,11 @@ namespace {
 
 using namespace amx;
 
-constexpr int64_t STEPS = 4;                 // tiles in a slab's depth: 32 rows of it, 24 KB, stay in the first cache
-constexpr int64_t SLAB = STEPS * DEPTH;      // numbers
-constexpr int64_t ROWS = 256, COLUMNS = 512;  // of a task at most
+constexpr int64_t ROWS = 256, COLUMNS = 512;            // of a task at most
+constexpr int64_t STEPS = 4;                            // tiles deep is a slab: 32 rows, 24 KB, stay in the first cache
+constexpr int64_t SLAB = STEPS * DEPTH;                 // numbers deep
 constexpr int64_t COLUMN_TILES = STEPS * PARTS * TILE;  // bytes of a slab's 16 columns
-constexpr int64_t SUMMED = 128;                         // columns whose sums are made at a time
+constexpr int64_t PIECE = 256;                          // of a row, that stays in the first cache
 
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
@@ -264,46 +264,53 @@ void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>
   });
 }
 
-// g = dL/dy of out = act(y), from what `linear_act` kept: y, or for relu out itself. dot: of <act(y), dot>, by *grad.
-CLONES void activation_slope(const float* grad, const float* dot, const float* kept, int64_t count,
-                             Activation activation, float* g) {
-  if (dot) {
-    for (int64_t i = 0; i < count; ++i) g[i] = *grad * dot[i];
-    grad = g;
-  }
-  if (activation == Activation::NONE) {
-    if (grad != g) std::copy(grad, grad + count, g);
-  } else if (activation == Activation::RELU)
-    for (int64_t i = 0; i < count; ++i) g[i] = kept[i] <= 0 ? 0.f : grad[i];
-  else
-    for (int64_t i = 0; i < count; ++i) {
-      const float s = sigmoid(1.702f * kept[i]);
-      g[i] = grad[i] * s * (1 + 1.702f * kept[i] * (1 - s));
+// What the backward pass makes of a row of gradients before it multiplies: g = dL/dy of out = act(y), and its share of
+// the gradients of bias and dot; each may be null. kept: y, or for relu out itself. With dot, *grad is <act(y), dot>'s.
+CLONES void row_slopes(const float* grad, const float* kept, const float* dot, int64_t width, Activation activation,
+                       float* g, double* d_bias, double* d_dot) {
+  float slope[PIECE], value[PIECE];
+  for (int64_t at = 0; at < width; at += PIECE) {
+    const int64_t count = std::min(PIECE, width - at);
+    for (int64_t i = 0; i < count; ++i) slope[i] = dot ? *grad * dot[at + i] : grad[at + i];
+    if (activation == Activation::RELU)
+      for (int64_t i = 0; i < count; ++i) slope[i] = kept[at + i] <= 0 ? 0.f : slope[i];
+    else if (activation == Activation::QUICK_GELU)
+      for (int64_t i = 0; i < count; ++i) {
+        const float s = sigmoid(1.702f * kept[at + i]);
+        slope[i] *= s * (1 + 1.702f * kept[at + i] * (1 - s));
+      }
+    if (g) std::copy(slope, slope + count, g + at);
+    if (d_bias)
+      for (int64_t i = 0; i < count; ++i) d_bias[at + i] += slope[i];
+    if (d_dot) {
+      std::copy(kept + at, kept + at + count, value);
+      activate(value, count, activation);
+      for (int64_t i = 0; i < count; ++i) d_dot[at + i] += *grad * value[i];
     }
+  }
 }
 
-CLONES void add_row(const float* row, int64_t count, double* sum) {
-  for (int64_t i = 0; i < count; ++i) sum[i] += row[i];
-}
-// sum += grad act(y)
-CLONES void add_activated(float grad, const float* y, int64_t count, Activation activation, double* sum) {
-  float value[SUMMED];
-  std::copy(y, y + count, value);
-  activate(value, count, activation);
-  for (int64_t i = 0; i < count; ++i) sum[i] += grad * value[i];
-}
-
-// out_c = sum over rows of what add(row, column, count, sums) adds up, some columns at a time.
-template <class F>
-void column_sums(int64_t rows, int64_t columns, float* out, F add) {
-  torch::stable::parallel_for(0, divide_up(columns, SUMMED), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t column = begin * SUMMED; column < std::min(columns, end * SUMMED); column += SUMMED) {
-      const int64_t count = std::min(SUMMED, columns - column);
-      double sum[SUMMED] = {};
-      for (int64_t r = 0; r < rows; ++r) add(r, column, count, sum);
-      std::copy(sum, sum + count, out + column);
+// The same of all rows, in blocks whose sums are added up in their order.
+void slopes(const float* grad, const float* kept, const float* dot, int64_t rows, int64_t width, Activation activation,
+            float* g, float* d_bias, float* d_dot) {
+  const int64_t blocks = divide_up(rows, ROWS);
+  std::vector<double> bias(d_bias ? blocks * width : 0), dots(d_dot ? blocks * width : 0);
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin * ROWS; r < std::min(rows, end * ROWS); ++r) {
+      const int64_t at = r * width, sums = r / ROWS * width;
+      row_slopes(grad + (dot ? r : at), kept ? kept + at : nullptr, dot, width, activation, g ? g + at : nullptr,
+                 d_bias ? &bias[sums] : nullptr, d_dot ? &dots[sums] : nullptr);
     }
   });
+  const auto add_up = [&](const std::vector<double>& parts, float* out) {
+    for (int64_t i = 0; out && i < width; ++i) {
+      double sum = 0;
+      for (int64_t block = 0; block < blocks; ++block) sum += parts[block * width + i];
+      out[i] = sum;
+    }
+  };
+  add_up(bias, d_bias);
+  add_up(dots, d_dot);
 }
 
 struct Layer {
@@ -393,27 +400,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_tiles_backward(
   const int64_t rows = l.B * l.T;
   const float* g = data<float>(given);
   std::unique_ptr<float[], Free> room;
-  if (needs[3]) {
-    d_dot = empty(x, {l.O}, ScalarType::Float);
-    column_sums(rows, l.O, mutable_data<float>(d_dot), [&](int64_t r, int64_t column, int64_t count, double* sum) {
-      add_activated(g[r], data<float>(y) + r * l.O + column, count, act, sum);
-    });
-  }
-  if (act != Activation::NONE || dot) {
-    room = aligned<float>(rows * l.O);
-    torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        activation_slope(g + r * (dot ? 1 : l.O), optional_data(d), data<float>(y) + r * l.O, l.O, act,
-                         room.get() + r * l.O);
-    });
-    g = room.get();
-  }
-  if (needs[2]) {
-    db = empty(x, {l.O}, ScalarType::Float);
-    column_sums(rows, l.O, mutable_data<float>(db), [&](int64_t r, int64_t column, int64_t count, double* sum) {
-      add_row(g + r * l.O + column, count, sum);
-    });
-  }
+  if (needs[2]) db = empty(x, {l.O}, ScalarType::Float);
+  if (needs[3]) d_dot = empty(x, {l.O}, ScalarType::Float);
+  const bool changes = act != Activation::NONE || dot;
+  if (changes) room = aligned<float>(rows * l.O);
+  if (changes || needs[2])
+    slopes(g, changes ? data<float>(y) : nullptr, optional_data(d), rows, l.O, act, room.get(),
+           needs[2] ? mutable_data<float>(db) : nullptr, needs[3] ? mutable_data<float>(d_dot) : nullptr);
+  if (changes) g = room.get();
   Videos seen{data<float>(from), l.B, l.T, l.I, lengths ? valid.data() : nullptr, zeros.data()};
   Videos slopes{g, l.B, l.T, l.O, nullptr, zeros.data()};
   if (l.K == 1 && !lengths)

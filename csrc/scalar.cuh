@@ -12,8 +12,10 @@
 #define HD inline __attribute__((always_inline))
 #endif
 
-// One vectorised function per processor generation, chosen by the loader: a wheel then needs no -march.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__CUDACC__) && !defined(AVADCLIP_ONE_TARGET)
+// One vectorised function per processor generation, chosen by the loader: a wheel then needs no -march. (GCC's alone:
+// Clang has no clones of templates.)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__CUDACC__) && !defined(__clang__) && \
+    !defined(AVADCLIP_ONE_TARGET)
 #define CLONES __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CLONES
