@@ -11,6 +11,13 @@ from ..reference.linear_act import LAYER_NORM_EPS
 ROWS, WIDTH = 512, 256  # what it takes to be faster than torch: weights are packed in every call
 
 
+def saves_y(activation: str, residual: Tensor | None, dot: Tensor | None, *learned: Tensor | None) -> bool:
+    """Whether what the activation was applied to is worth saving: its gradient needs it, and relu's result, to which
+    nothing was added, does not show the same sign."""
+    asked = dot is not None or activation in ("gelu", "quick_gelu") or (activation == "relu" and residual is not None)
+    return asked and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*learned, dot))
+
+
 def linear_act(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> Tensor:
     if activation == "gelu":  # torch's erf
         y = F.gelu(linear_act(x, weight, bias, "none", None, norm, dilation, causal, lengths))
@@ -22,10 +29,7 @@ def linear_act(x, weight, bias, activation, residual, norm, dilation, causal, le
     if norm is not None:
         x = zero_padding(x, lengths)  # before the norm too: what padding holds may be NaN
         x = F.layer_norm(x, x.shape[-1:], norm[0], norm[1], LAYER_NORM_EPS)
-    # What the activation was applied to is worth saving for its gradient, unless relu's result shows the same sign.
-    asked = dot is not None or activation == "quick_gelu" or (activation == "relu" and residual is not None)
-    learned = (x, weight, bias, dot)
-    save_y = asked and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
+    save_y = saves_y(activation, residual, dot, x, weight, bias)
     out, _ = torch.ops.avadclip_fast.linear_act_amx(
         x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y
     )

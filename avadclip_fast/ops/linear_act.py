@@ -17,10 +17,7 @@ def _triton(x, weight, bias, activation, residual, norm, dilation, causal, lengt
         weight, bias, dot = (None if t is None else t.to(dtype) for t in (weight, bias, dot))
         x = x if norm is not None else x.to(dtype)
     scale, shift = norm or (None, None)
-    learned = (x, weight, bias, residual, scale, shift, dot)
-    # What the activation was applied to is worth saving for its gradient, unless relu's result shows the same sign.
-    asked = dot is not None or activation in ("gelu", "quick_gelu") or (activation == "relu" and residual is not None)
-    save_y = asked and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learned)
+    save_y = _linear_act_amx.saves_y(activation, residual, dot, x, weight, bias, residual, scale, shift)
     return torch.ops.avadclip_fast.linear_act(
         x, weight, bias, activation, residual, scale, shift, dilation, causal, lengths, dot, save_y
     )[0]
