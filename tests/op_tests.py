@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from avadclip_fast import BackendError, ops
 from avadclip_fast.ops import _dispatch
+from avadclip_fast.ops._linear_act_amx import HAS_AMX
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,6 +30,7 @@ DEVICES = {
 }
 VANISHES = 1e-14  # a gradient this small in float64, of summands of about 1, is zero
 ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
+ON_TILES = pytest.mark.skipif(not HAS_AMX, reason="needs a processor with tile units (AMX)")
 
 
 def _name(value: Any) -> str:
@@ -36,7 +38,8 @@ def _name(value: Any) -> str:
 
 
 def _parameter(*values: Any, device: str) -> Any:
-    return pytest.param(*values, device, marks=ON_GPU if device == "cuda" else (), id="-".join(map(_name, values)))
+    marks = ON_GPU if device == "cuda" else ON_TILES if "amx" in values else ()
+    return pytest.param(*values, device, marks=marks, id="-".join(map(_name, values)))
 
 
 class Recorder(TorchDispatchMode):

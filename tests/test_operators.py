@@ -200,7 +200,11 @@ class TestServes:
             shifted = torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)  # starts where no 16 bytes do
             for same in (turned, strided, shifted):
                 got = call(name, {**arguments, key: same})
-                assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), key
+                if name.startswith("similarity_") and same is shifted:
+                    # Its products are torch's, whose order of summation may depend on where a row starts.
+                    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+                else:
+                    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)), key
 
     def test_lengths_of_32_bits(self, name):
         arguments = arguments_of(name)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from op_tests import ON_TILES
 from test_train import CLASSES, SMALL, features, teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,7 +15,6 @@ from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.engine.train import PROFILED, fit, noisy, spread, teacher_features, train_step, trim
 from avadclip_fast.models import avadclip
 from avadclip_fast.ops._dispatch import use_backend
-from avadclip_fast.ops._linear_act_amx import HAS_AMX
 
 READS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2")
 RECIPE = Recipe(epochs=20, batch_size=6, lr=1e-4, milestones=(), distill_weight=1e-2)  # of 18 samples: 60 steps
@@ -93,11 +93,12 @@ def curves(tmp_path_factory):
 
 
 # The last two: all products on the processor's tile units, of 24 bits and of 16.
-@pytest.mark.parametrize(("backend", "precision"), [(None, "fp32"), ("amx", "fp32"), ("amx", "tf32")])
+@pytest.mark.parametrize(
+    ("backend", "precision"),
+    [(None, "fp32"), *(pytest.param("amx", precision, marks=ON_TILES) for precision in ("fp32", "tf32"))],
+)
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_sixty_steps_follow_the_plain_float32_model(curves, kind, backend, precision):
-    if backend == "amx" and not HAS_AMX:
-        pytest.skip("this processor has no tile units (AMX)")
     expected, found = curves(kind, "reference"), curves(kind, backend, precision)
     assert expected[-1]["total"] < 0.97 * expected[0]["total"]  # they learn
     for plain, fast in zip(expected, found, strict=True):
