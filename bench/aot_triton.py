@@ -214,7 +214,7 @@ def main() -> None:
             wrong += worse(chip, name, found, kept.get(name, {}).get(chip)) if check else []
     if not check:
         report["triton"] = {"sources": source_hash(), "triton": triton.__version__, "kernels": kernels}
-        REPORT.write_text(json.dumps(report, indent=1) + "\n")
+        REPORT.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
     sys.exit("\n".join(wrong) or 0)
 
 
