@@ -1,11 +1,12 @@
 """Teacher and student on a real, weakly labelled audio-visual set, by the robust recipe: frame AP over three seeds.
 
-    python -m bench.fightsurv FOLDER --ablate     each choice on held-out clips of the training videos
+    python -m bench.fightsurv FOLDER --ablate     each choice on held-out sources of the training videos
     python -m bench.fightsurv FOLDER              the recipe on all training videos, scored on the test videos
     python -m bench.fightsurv FOLDER --plots docs the plots of both, from their JSON
 
-FOLDER: train.csv, test.csv, gt.npy, gt_segments.json. Every choice is made on clips held out of the training videos
+FOLDER: train.csv, test.csv, gt.npy, gt_segments.json. Every choice is made on sources held out of the training videos
 (bench/fightsurv_folds.py), a fold a seed. Text weights are random: the features are not CLIP's.
+--ablate can be called in several processes at once by --folds, each with folds of its own, and at last without it.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import functools
 import json
 import platform
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ from avadclip_fast.engine.evaluate import at_threshold, evaluate, score_videos
 from avadclip_fast.engine.metrics import frame_ap
 from avadclip_fast.engine.missing import missing_sound
 from avadclip_fast.engine.plots import bar_groups, reliability_plot
-from avadclip_fast.engine.recipe import ROBUST, ROBUST_STUDENT, Recipe
+from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER, Recipe
 from avadclip_fast.engine.train import HISTORY, fit
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent, objective
 
@@ -67,6 +68,7 @@ class Row(NamedTuple):
     model: dict = {}
     change: Callable[[AVadCLIP], None] = lambda model: None  # done to the weights that were drawn
     student: bool = False
+    guide: str = "robust"  # a student's teacher, by its row
 
 
 def _louder(model: AVadCLIP) -> None:
@@ -89,36 +91,43 @@ def _open_ended(model: AVadCLIP) -> None:
 
 
 PLAIN = {"temporal_lr": 1.0, "noise": 0.0, "lr": 1e-4}
-AS_IT_IS = {"standardize": []}
+BOTH = {"standardize": ["audio", "visual"], "motion": True}  # what the robust teacher takes
+SIGHT = {"standardize": ["audio"], "motion": False}
+AS_IT_IS = {"standardize": [], "motion": False}
 TEACHERS = {
     "robust": Row(),
-    "temporal encoder at the full rate": Row({"temporal_lr": 1.0}),
+    "without motion": Row(model=SIGHT),
+    "without motion, noise 1": Row({"noise": 1.0}, SIGHT),
     "without noise": Row({"noise": 0.0}),
-    "neither": Row({"temporal_lr": 1.0, "noise": 0.0}),
-    "sound not standardised": Row(model=AS_IT_IS),
-    "sight standardised too": Row(model={"standardize": ["audio", "visual"]}),
-    "8 epochs": Row({"epochs": 8, "milestones": (7,)}),
+    "noise 1": Row({"noise": 1.0}),
+    "temporal encoder at the full rate": Row({"temporal_lr": 1.0}),
+    "sound not standardised": Row(model={**BOTH, "standardize": ["visual"]}),
 }
 WHY = {
     "official, lr 1e-4": Row(PLAIN, AS_IT_IS),
-    "+ sound standardised": Row(PLAIN),
-    "+ and weight norm louder": Row(PLAIN, change=_louder),
-    "+ and no ReLU at the TCN's levels' ends": Row(PLAIN, change=_open_ended),
-    "+ and temporal encoder frozen": Row({**PLAIN, "temporal_lr": 0.0}),
+    "+ sound standardised": Row(PLAIN, SIGHT),
+    "+ and weight norm louder": Row(PLAIN, SIGHT, _louder),
+    "+ and no ReLU at the TCN's levels' ends": Row(PLAIN, SIGHT, _open_ended),
+    "+ and temporal encoder frozen": Row({**PLAIN, "temporal_lr": 0.0}, SIGHT),
 }
-SLOW = {"temporal_lr": ROBUST["temporal_lr"]}
+ALONE, LIGHT, FAST = {"distill_weight": 0.0}, {"distill_weight": 1.0}, {"temporal_lr": 1.0}
 STUDENTS = {
-    "alone": Row({"distill_weight": 0.0}, student=True),
-    "distilled, weight 0.1": Row({"distill_weight": 0.1}, student=True),
-    "distilled, weight 1": Row({"distill_weight": 1.0}, student=True),
-    "distilled, weight 10": Row({"distill_weight": 10.0}, student=True),
-    "alone, without noise": Row({"distill_weight": 0.0, "noise": 0.0}, student=True),
-    "alone, slow temporal encoder": Row({"distill_weight": 0.0, **SLOW}, student=True),
-    "distilled, weight 1, slow temporal encoder": Row({"distill_weight": 1.0, **SLOW}, student=True),
-    "hears instead, alone": Row({"distill_weight": 0.0}, {"modality": "audio"}, student=True),
+    "alone": Row(ALONE, student=True),
+    "distilled, weight 1": Row(LIGHT, student=True),
+    "distilled, weight 10": Row(student=True),
+    "alone, temporal encoder at the full rate": Row({**ALONE, **FAST}, student=True),
+    "distilled, weight 1, temporal encoder at the full rate": Row({**LIGHT, **FAST}, student=True),
+    "distilled, weight 10, temporal encoder at the full rate": Row(FAST, student=True),
+    "alone, without motion": Row(ALONE, student=True, guide="without motion"),
+    "distilled, weight 1, without motion": Row(LIGHT, student=True, guide="without motion"),
+    "hears instead, alone": Row(
+        {**ROBUST_HEARER, **ALONE}, {"modality": "audio", "standardize": ["audio"]}, student=True
+    ),
 }
+WAYS = {"videos": folds.by_videos, "clips": folds.by_clips, "sources": folds.by_sources}
+STREAMS = {"sight": ("sight",), "motion": ("motion",), "sound": ("sound",), "motion and sound": ("motion", "sound")}
 GROUPS = {"teacher": TEACHERS, "student": STUDENTS, "why": WHY}
-CHOSEN_STUDENT = "distilled, weight 1"
+CHOSEN_STUDENT = "distilled, weight 10"
 NAMES = ("teacher", "student, distilled", "student alone", "teacher, sound withheld")
 
 
@@ -126,6 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--ablate", action="store_true")
+    parser.add_argument(
+        "--folds", type=int, nargs="+", default=SEEDS, metavar="K", help="of --ablate: train these alone"
+    )
     parser.add_argument("--plots", type=Path, metavar="DIR")
     parser.add_argument("--output", "-o", type=Path, default=Path("runs/fightsurv"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -133,47 +145,49 @@ def main() -> None:
     if options.plots:
         plot(options.plots)
     elif options.ablate:
-        ablate(options.folder, options.output / "ablation", options.device)
+        ablate(options.folder, options.output / "ablation", options.device, options.folds)
     else:
         final(options.folder, options.output / "final", options.device)
 
 
-# --- every choice, on clips held out of the training videos ---
+# --- every choice, on sources held out of the training videos ---
 
 
-def ablate(folder: Path, output: Path, device: str) -> None:
-    """Trains every row on every fold; writes fightsurv_ablation.json after each row. A call that was cut goes on."""
+def ablate(folder: Path, output: Path, device: str, chosen: Sequence[int] = SEEDS) -> None:
+    """Trains every row on every fold; with all of them, writes fightsurv_ablation.json. A call that was cut goes on."""
     videos = folds.load(folder)
     clips = folds.find_clips(videos)
-    parts = {seed: folds.by_clips(videos, clips, seed) for seed in SEEDS}
+    parts = {seed: folds.by_sources(videos, clips, seed) for seed in chosen}
     report = {"command": "python -m bench.fightsurv FOLDER --ablate", **_setting()}
     report["repeats"] = _repeats(videos, clips)
-    report["linear"] = _cached(output / "linear.json", lambda: _linear(videos, clips))
     report["rows"] = []
     for group, rows in GROUPS.items():
         for name, row in rows.items():
-            runs = [_row(name, row, group, seed, *parts[seed], output, device) for seed in SEEDS]
+            runs = [_row(name, row, group, seed, *parts[seed], output, device) for seed in chosen]
             report["rows"].append({"group": group, "name": name, "seeds": runs})
             _say(f"{group}, {name}", runs)
-            _write("fightsurv_ablation", report)
+    if tuple(chosen) != SEEDS:
+        return
+    report["linear"] = _cached(output / "linear.json", lambda: _linear(videos, clips))
     report["calibration"] = {kind: _pooled_calibration(kind, parts, output, device) for kind in ("teacher", "student")}
     _write("fightsurv_ablation", report)
 
 
 def _row(name: str, row: Row, group: str, seed: int, kept, held, output: Path, device: str) -> dict:
     """Trains and scores one row on one fold."""
-    folder = output / f"{group}-{name.replace(' ', '_').replace(chr(39), '')}-{seed}"
+    folder = _folder(output, group, name, seed)
 
     def run() -> dict:
-        features = folds.feature_set(kept, LENGTH)
         guide = None
         if row.student:
-            guide = AVadCLIP.from_pretrained(output / f"teacher-robust-{seed}" / "model")
+            guide = AVadCLIP.from_pretrained(_folder(output, "teacher", row.guide, seed) / "model")
+        motion = {**BOTH, **row.model}["motion"] if guide is None else guide.motion
+        features = folds.feature_set(kept, LENGTH, motion)
         model = _made(row, seed, features, guide)
         before = {} if row.student else _measures(model, features)
         start = {name: p.detach().clone() for name, p in model.named_parameters()}
         recipe = _recipe(seed, row)
-        history = _fit(model, features, recipe, folder, guide, folds.feature_set(held, LENGTH), device)
+        history = _fit(model, features, recipe, folder, guide, folds.feature_set(held, LENGTH, motion), device)
         result = {"epochs": [{key: round(e[key], 4) for key in ("mil", "align", "val")} for e in history]}
         result["ap"] = _score(model, held, device)
         if not row.student:
@@ -191,20 +205,20 @@ def _row(name: str, row: Row, group: str, seed: int, kept, held, output: Path, d
 def _made(row: Row, seed: int, features, guide: AVadCLIP | None):
     torch.manual_seed(seed)
     if row.student:
-        model = AVadCLIPStudent.beside(guide, **{"window": STUDENT_WINDOW, **row.model, **_heard(row.model)})
+        model = AVadCLIPStudent.beside(guide, **{"window": STUDENT_WINDOW, **row.model})
     else:
-        model = AVadCLIP(CLASSES, length=LENGTH, text_weights="random", **{"standardize": ["audio"], **row.model})
+        model = AVadCLIP(CLASSES, length=LENGTH, text_weights="random", **{**BOTH, **row.model})
         row.change(model)
     model.fit_inputs(features.batches())
     return model
 
 
-def _heard(settings: dict) -> dict:
-    return {"standardize": ["audio"]} if settings.get("modality") == "audio" else {}
+def _folder(output: Path, group: str, name: str, seed: int) -> Path:
+    return output / f"{group}-{name.replace(' ', '_').replace(chr(39), '')}-{seed}"
 
 
 def _recipe(seed: int, row: Row) -> Recipe:
-    return Recipe(**{**(ROBUST_STUDENT if row.student else ROBUST), "seed": seed, "select": "last", **row.recipe})
+    return Recipe(**{**ROBUST, "seed": seed, "select": "last", **row.recipe})
 
 
 def _fit(model, features, recipe: Recipe, folder: Path, guide, held, device) -> list[dict]:
@@ -216,7 +230,8 @@ def _fit(model, features, recipe: Recipe, folder: Path, guide, held, device) -> 
 
 def _score(model, held, device: str, silent: bool = False) -> dict:
     """Frame AP of both outputs, of fights that follow from the labels."""
-    scores = score_videos(model, folds.test_videos(held, LENGTH), device, silent=silent, progress=False)
+    videos = folds.test_videos(held, LENGTH, model.motion)
+    scores = score_videos(model, videos, device, silent=silent, progress=False)
     truth = np.concatenate([v.fights for v in held])
     align = np.concatenate([1 - s.probabilities[:, 0] for s in scores])
     return {"align": frame_ap(align, truth), "binary": frame_ap(np.concatenate([s.anomaly for s in scores]), truth)}
@@ -278,25 +293,32 @@ def _repeats(videos, clips: folds.Clips) -> dict:
 
 
 def _linear(videos, clips: folds.Clips) -> list[dict]:
-    """Logistic regression of the bag label on standardised snippets: frame AP, held out by videos and by clips."""
+    """Logistic regression of the bag label on standardised snippets: frame AP, by what is held out."""
     records = []
-    for way, split in (("videos", folds.by_videos), ("clips", folds.by_clips)):
-        for name, streams in (("sight", [0]), ("sound", [1]), ("both", [0, 1])):
+    for way, split in WAYS.items():
+        for name, streams in STREAMS.items():
             found = []
             for seed in SEEDS:
                 kept, held = split(videos, clips, seed)
                 x = _side_by_side(kept, streams)
                 mean, std = x.mean(0), x.std(0) + 1e-6
                 labels = np.concatenate([np.full(len(v.visual), v.abnormal) for v in kept])
-                model = LogisticRegression(C=1e-3, max_iter=60).fit((x - mean) / std, labels)
+                model = LogisticRegression(C=1e-4, max_iter=60).fit((x - mean) / std, labels)
                 score = model.decision_function((_side_by_side(held, streams) - mean) / std)
                 found.append(frame_ap(score, np.concatenate([v.fights for v in held])))
             records.append({"held_out": way, "streams": name, "ap": found})
     return records
 
 
-def _side_by_side(videos, streams: list[int]) -> np.ndarray:
-    return np.concatenate([np.concatenate([v[s] for s in streams], 1) for v in videos])
+def _side_by_side(videos, streams: tuple[str, ...]) -> np.ndarray:
+    def rows(video: folds.Video) -> np.ndarray:
+        width = video.visual.shape[1]
+        parts = {"sight": video.visual, "sound": video.audio}
+        if "motion" in streams:
+            parts["motion"] = data.with_motion(video.visual)[:, width:]
+        return np.concatenate([parts[stream] for stream in streams], 1)
+
+    return np.concatenate([rows(v) for v in videos])
 
 
 def _pooled_calibration(kind: str, parts: dict, output: Path, device: str) -> dict:
@@ -307,10 +329,10 @@ def _pooled_calibration(kind: str, parts: dict, output: Path, device: str) -> di
     logits: dict = {head: [] for head in HEADS}
     abnormal = []
     for seed, (_, held) in parts.items():
-        name = "teacher-robust" if kind == "teacher" else f"student-{CHOSEN_STUDENT.replace(' ', '_')}"
+        name = "robust" if kind == "teacher" else CHOSEN_STUDENT
         of = AVadCLIP if kind == "teacher" else AVadCLIPStudent
-        model = of.from_pretrained(output / f"{name}-{seed}" / "model").to(device)
-        found = held_out_logits(model, folds.feature_set(held, LENGTH), 32, device)
+        model = of.from_pretrained(_folder(output, kind, name, seed) / "model").to(device)
+        found = held_out_logits(model, folds.feature_set(held, LENGTH, model.motion), 32, device)
         for head in HEADS:
             logits[head] += found[head]
         abnormal += [v.abnormal for v in held]
@@ -330,7 +352,7 @@ def _pooled_calibration(kind: str, parts: dict, output: Path, device: str) -> di
 def final(folder: Path, output: Path, device: str) -> None:
     """Trains on all training videos, scores the test videos, and writes fightsurv.json."""
     ablation = read("fightsurv_ablation")
-    features = folds.feature_set(folds.load(folder), LENGTH)
+    features = folds.feature_set(folds.load(folder), LENGTH, BOTH["motion"])
     test = data.read_list(folder / "test.csv")
     truth = data.read_frame_gt(folder / "gt.npy")
     spans = data.read_spans(folder / "gt_segments.json")
@@ -352,7 +374,7 @@ def final(folder: Path, output: Path, device: str) -> None:
         for name, model in zip(NAMES, models, strict=True):
             kind = "teacher" if model is teacher else "student"
             scored[name] = score_videos(
-                model, data.test_videos(test, LENGTH), device, silent=name.endswith("withheld"),
+                model, data.test_videos(test, LENGTH, motion=model.motion), device, silent=name.endswith("withheld"),
                 calibration=calibrations[kind], progress=False,
             )  # fmt: skip
             result = evaluate(scored[name], truth, CLASSES, PRESET.frames_per_snippet, spans, PRESET.codes)
@@ -380,7 +402,7 @@ def _setting() -> dict:
         "length": LENGTH,
         "student_window": STUDENT_WINDOW,
         "recipe": ROBUST,
-        "student": ROBUST_STUDENT,
+        "model": BOTH,
         "seeds": SEEDS,
     }
     return {
@@ -414,12 +436,10 @@ def _cached(path: Path, make: Callable):
 
 
 def _say(name: str, runs: list[dict]) -> None:
-    deaf = (
-        f", without sound {_spread([100 * r['ap_without_sound']['align'] for r in runs])}"
-        if "before" in runs[0]
-        else ""
-    )
-    print(f"{name}: AP {_spread([100 * r['ap']['align'] for r in runs])}{deaf}", flush=True)
+    """Frame AP of each run by the align output."""
+    found = {"AP": "ap"} | ({"without sound": "ap_without_sound"} if "ap_without_sound" in runs[0] else {})
+    for label, key in found.items():
+        print(f"{name}, {label}:", *(f"{100 * run[key]['align']:.1f}" for run in runs), flush=True)
 
 
 def table(report: dict) -> str:
@@ -462,16 +482,15 @@ def repeats_table(report: dict) -> str:
 
 
 def linear_table(report: dict) -> str:
-    names = ("sight", "sound", "both")
-    lines = [f"| held out | {' | '.join(names)} |", "|---|---|---|---|"]
-    for way in ("videos", "clips"):
+    lines = [f"| held out | {' | '.join(STREAMS)} |", "|---" * (1 + len(STREAMS)) + "|"]
+    for way in WAYS:
         found = {row["streams"]: row["ap"] for row in report["linear"] if row["held_out"] == way}
-        lines.append(f"| {way} | {' | '.join(_spread([100 * ap for ap in found[name]]) for name in names)} |")
+        lines.append(f"| {way} | {' | '.join(_spread([100 * ap for ap in found[name]]) for name in STREAMS)} |")
     return "\n".join(lines)
 
 
 def ablation_table(report: dict, group: str) -> str:
-    """Frame AP on held-out clips: mean and standard deviation over the folds, in percent."""
+    """Frame AP on held-out sources: mean and standard deviation over the folds, in percent."""
     lines = ["| | align | binary | sound withheld: align | binary | training loss |", "|---|---|---|---|---|---|"]
     for row in (row for row in report["rows"] if row["group"] == group):
         runs = row["seeds"]
@@ -557,9 +576,9 @@ def plot(folder: Path) -> None:
             for row in ablation["linear"]
             if row["held_out"] == way
         }
-        for way in ("videos", "clips")
+        for way in WAYS
     }
-    title = "frame AP on held-out clips, %"
+    title = "frame AP on held-out sources, %"
     bar_groups(folder / "fightsurv-linear.png", {"linear model: frame AP, %": linear})
     bar_groups(folder / "fightsurv-why.png", {f"why: {title}": bars("why")})
     bar_groups(folder / "fightsurv-ablation.png", {f"teacher: {title}": bars("teacher"), "student": bars("student")})

@@ -1,9 +1,10 @@
-"""Held-out parts of FightSurv that share no clip with the part that is trained on.
+"""Held-out parts of FightSurv that share no clip, or no source, with the part that is trained on.
 
 Its training videos are composed of a few clips each, and a clip comes back in many videos with its visual rows the
 same to the bit. Held-out videos are then made of clips that training has seen, and tell how well those were learnt by
-heart. Here whole clips are held out: training videos lose their rows, and other videos, of these rows alone, are
-scored. That a clip shows a fight follows from the videos' labels: no normal video contains it.
+heart. Here whole clips are held out, or whole sources, which are clips of one camera or place that look alike:
+training videos lose their rows, and other videos, of these rows alone, are scored. That a clip shows a fight follows
+from the videos' labels: no normal video contains it.
 """
 
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.cluster import AgglomerativeClustering
 
 from avadclip_fast import data
 from avadclip_fast.data.dataset import load_row
-from avadclip_fast.data.features import chunk, pool
+from avadclip_fast.data.features import chunk, pool, with_motion
 
 FOLDS = 4
+ALIKE = 0.6  # cosine of two clips of one source: their mean rows less the mean of all clips
 LEAST_ROWS = 8  # of a training video that has lost its held-out clips
 
 
@@ -68,12 +71,35 @@ def find_clips(videos: Sequence[Video]) -> Clips:
     return Clips(np.split(clip, np.flatnonzero(np.diff(video)) + 1), fight)
 
 
+def find_sources(videos: Sequence[Video], clips: Clips) -> np.ndarray:
+    """The source of each clip, (clips,) int: clips that look alike, or are linked by others that do."""
+    sums, counts = np.zeros((len(clips.fight), videos[0].visual.shape[1])), np.zeros((len(clips.fight), 1))
+    for video, of in zip(videos, clips.of, strict=True):
+        np.add.at(sums, of, video.visual)
+        np.add.at(counts, of, 1)
+    means = sums / counts
+    linked = AgglomerativeClustering(None, metric="cosine", linkage="single", distance_threshold=1 - ALIKE)
+    return linked.fit_predict(means - means.mean(0))
+
+
 def by_clips(videos: Sequence[Video], clips: Clips, number: int) -> tuple[list[Video], list[Video]]:
     """Fold `number`: three in four videos without the rows of a quarter of the clips, and the others of these alone.
 
     Neither part holds a video or a clip of the other. Abnormal videos that lose all their fights are left out.
     """
-    held_clip, held_video = _parts(clips.fight), _parts([v.abnormal for v in videos])
+    return _without(videos, clips, _parts(clips.fight), number)
+
+
+def by_sources(videos: Sequence[Video], clips: Clips, number: int) -> tuple[list[Video], list[Video]]:
+    """As `by_clips`, a quarter of the sources being held out with all their clips."""
+    source = find_sources(videos, clips)
+    fights = np.bincount(source, clips.fight) / np.bincount(source)
+    kinds = np.ceil(fights) + np.floor(fights)  # 0: no fights, 1: some, 2: nothing else
+    return _without(videos, clips, _parts(kinds)[source], number)
+
+
+def _without(videos: Sequence[Video], clips: Clips, held_clip: np.ndarray, number: int):
+    held_video = _parts([v.abnormal for v in videos])
     kept, held = [], []
     for video, of, part in zip(videos, clips.of, held_video, strict=True):
         fights, out = clips.fight[of], held_clip[of] == number
@@ -95,28 +121,32 @@ def by_videos(videos: Sequence[Video], clips: Clips, number: int) -> tuple[list[
     ]
 
 
-def _parts(kinds: Sequence[bool]) -> np.ndarray:
-    """A fold for each, with the same share of both kinds."""
+def _parts(kinds: Sequence[float] | np.ndarray) -> np.ndarray:
+    """A fold for each, with the same share of every kind."""
     rng, parts = np.random.default_rng(7), np.empty(len(kinds), int)
-    for kind in (False, True):
+    for kind in np.unique(kinds):
         chosen = np.flatnonzero(np.asarray(kinds) == kind)
         parts[chosen] = rng.permutation(len(chosen)) % FOLDS
     return parts
 
 
-def feature_set(videos: Sequence[Video], length: int) -> data.FeatureSet:
+def feature_set(videos: Sequence[Video], length: int, motion: bool = False) -> data.FeatureSet:
     """As training takes them: pooled to `length` rows, with a label each."""
-    seen, sizes = zip(*(pool(v.visual, length) for v in videos), strict=True)
+    seen, sizes = zip(*(pool(_sight(v, motion), length) for v in videos), strict=True)
     heard = [pool(v.audio, length)[0] for v in videos]
     labels = np.array([[not v.abnormal, v.abnormal] for v in videos], np.float32)
     streams = (torch.from_numpy(np.stack(x)) for x in (seen, heard))
     return data.FeatureSet(*streams, torch.tensor(sizes), torch.from_numpy(labels))
 
 
-def test_videos(videos: Sequence[Video], length: int) -> list[data.TestVideo]:
+def test_videos(videos: Sequence[Video], length: int, motion: bool = False) -> list[data.TestVideo]:
     """As scoring takes them: in chunks of `length`."""
     made = []
     for i, v in enumerate(videos):
-        visual, lengths = chunk(v.visual, length)
+        visual, lengths = chunk(_sight(v, motion), length)
         made.append(data.TestVideo(str(i), "", visual, chunk(v.audio, length)[0], lengths, len(v.visual)))
     return made
+
+
+def _sight(video: Video, motion: bool) -> np.ndarray:
+    return with_motion(video.visual) if motion else video.visual

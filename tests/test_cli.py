@@ -13,7 +13,7 @@ from avadclip_fast import cli
 from avadclip_fast.data import make_synthetic
 from avadclip_fast.engine import demo
 from avadclip_fast.engine.calibrate import Calibration
-from avadclip_fast.engine.recipe import ROBUST, ROBUST_STUDENT
+from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER
 from avadclip_fast.engine.train import HISTORY
 from avadclip_fast.models import AVadCLIP
 
@@ -86,13 +86,27 @@ def test_the_robust_recipe_sets_defaults_and_yields_to_options(videos, tmp_path)
     recipe = json.loads((tmp_path / "t" / HISTORY).read_text())["run"]["recipe"]
     assert recipe["temporal_lr"] == ROBUST["temporal_lr"] and recipe["noise"] == ROBUST["noise"]
     assert (recipe["epochs"], recipe["batch_size"], recipe["lr"]) == (1, 4, ROBUST["lr"])
-    assert json.loads((tmp_path / "t/model/config.json").read_text())["standardize"] == ["audio"]
+    config = json.loads((tmp_path / "t/model/config.json").read_text())
+    assert config["motion"] and config["standardize"] == ["audio", "visual"]
     teacher = "--teacher", tmp_path / "t", "--noise", 0.25, "--classes", CLASSES, "-q"
     assert call("distill", videos / "train.csv", "-o", tmp_path / "s", "--recipe", "robust", *teacher, *few) == 0
     recipe = json.loads((tmp_path / "s" / HISTORY).read_text())["run"]["recipe"]
-    assert (recipe["noise"], recipe["distill_weight"]) == (0.25, ROBUST_STUDENT["distill_weight"])
-    assert recipe["temporal_lr"] == ROBUST_STUDENT["temporal_lr"] != ROBUST["temporal_lr"]
-    assert json.loads((tmp_path / "s/model/config.json").read_text())["standardize"] == []
+    assert (recipe["noise"], recipe["distill_weight"]) == (0.25, ROBUST["distill_weight"])
+    assert recipe["temporal_lr"] == ROBUST["temporal_lr"]
+    config = json.loads((tmp_path / "s/model/config.json").read_text())
+    assert config["motion"] and config["standardize"] == ["visual"]
+    score = "--gt", videos / "gt.npy", "--student", tmp_path / "s", "--missing-sound", "50", "--classes", CLASSES, "-q"
+    assert call("eval", videos / "test.csv", "--model", tmp_path / "t", *score) == 0
+    hears = "--recipe", "robust", "--modality", "audio", *teacher, *few
+    assert call("distill", videos / "train.csv", "-o", tmp_path / "h", *hears) == 0
+    recipe = json.loads((tmp_path / "h" / HISTORY).read_text())["run"]["recipe"]
+    assert recipe["temporal_lr"] == ROBUST_HEARER["temporal_lr"] != ROBUST["temporal_lr"]
+    config = json.loads((tmp_path / "h/model/config.json").read_text())
+    assert not config["motion"] and config["standardize"] == ["audio"]
+    plain = "--recipe", "robust", "--no-motion", *few, *QUICK
+    assert call("train", videos / "train.csv", "-o", tmp_path / "u", *plain) == 0
+    config = json.loads((tmp_path / "u/model/config.json").read_text())
+    assert not config["motion"] and config["standardize"] == ["audio"]
 
 
 def test_a_held_out_list_takes_the_place_of_a_share(videos, tmp_path):

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from avadclip_fast.data import DataError, atomic_write, chunk, load_features, pool, snippet_count, write_features
+from avadclip_fast.data import (
+    DataError,
+    atomic_write,
+    chunk,
+    load_features,
+    pool,
+    snippet_count,
+    with_motion,
+    write_features,
+)
 
 
 def plain_pool(features, length):
@@ -21,6 +30,19 @@ def plain_pool(features, length):
     for i, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         out[i] = features[start] if start == end else np.mean(features[start:end], axis=0)
     return out, length
+
+
+def plain_motion(features):
+    """The definition, row by row."""
+    last = len(features) - 1
+    change = np.array([np.abs(features[max(t, 1)] - features[max(t, 1) - 1]) if last else 0 * features[0]
+                       for t in range(last + 1)])  # fmt: skip
+
+    def at(x, t):
+        return x[min(max(t, 0), last)]
+
+    steady = np.array([np.median([at(change, t + k) for k in (-1, 0, 1)], axis=0) for t in range(last + 1)])
+    return np.array([np.mean([at(steady, t + k) for k in range(-4, 5)], axis=0) for t in range(last + 1)])
 
 
 def rows(n, width=8, seed=0):
@@ -62,6 +84,26 @@ def test_chunks_are_the_video_and_zeros(n, length):
     assert lengths.min() >= 1 and lengths.sum() == n
     np.testing.assert_array_equal(np.concatenate([c[:m] for c, m in zip(chunks, lengths, strict=True)]), features)
     assert all(not c[m:].any() for c, m in zip(chunks, lengths, strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 40])
+def test_motion_is_the_plain_loop_whatever_rows_are_asked_for(n):
+    features = rows(n)
+    whole = with_motion(features)
+    assert whole.dtype == np.float32 and whole.shape == (n, 16)
+    np.testing.assert_array_equal(whole[:, :8], features)
+    np.testing.assert_allclose(whole[:, 8:], plain_motion(features), rtol=1e-6, atol=1e-6)
+    for start, end in ((0, n), (n // 2, n), (n - 1, n), (0, 1), (n // 3, 2 * n // 3 + 1)):
+        np.testing.assert_allclose(with_motion(features, start, end), whole[start:end], rtol=1e-6)
+
+
+def test_a_cut_is_no_motion_and_shaking_is():
+    still = np.repeat(rows(2), 20, axis=0)  # two scenes of 20 rows
+    assert not with_motion(still)[:, 8:].any()
+    shaking = still.copy()
+    shaking[20:] += rows(20, seed=1)
+    motion = with_motion(shaking)[:, 8:].mean(1)
+    assert not motion[:14].any() and motion[26:].min() > 0.5
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])

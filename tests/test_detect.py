@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from standins import AXES, NAMED, overlap, seen
 from test_cli import call, mistake
 from videos import BAD, bad_videos, forbid, make_video
@@ -18,6 +19,7 @@ from avadclip_fast.engine.evaluate import stream_scores
 from avadclip_fast.engine.timeline import _apart
 from avadclip_fast.media import decode
 from avadclip_fast.media.features import VideoFeatures
+from avadclip_fast.models import AVadCLIPStudent
 
 pytest.importorskip("av")
 
@@ -178,6 +180,20 @@ def test_hours_are_scored_in_parts(pair):
     (whole,) = stream_scores(scorer.model, [video], calibration=scorer.calibration)
     np.testing.assert_allclose(found.probabilities, whole.probabilities, atol=1e-6)
     np.testing.assert_allclose(found.anomaly, whole.anomaly, atol=1e-6)
+
+
+def test_motion_is_that_of_the_whole_video_in_every_part(pair):
+    """Of a model that takes it: what is computed in parts sees the rows before and after them."""
+    (scorer,) = detect.load_scorers(pair / "student")
+    torch.manual_seed(0)
+    model = AVadCLIPStudent.beside(scorer.model, motion=True, standardize=["visual"]).eval()
+    x = seen(np.random.default_rng(0).uniform(15, 220, 32 * 20 + 5)).numpy()
+    found = detect.score(scorer._replace(model=model), x, None, "cpu")
+    chunks, lengths = data.chunk(data.with_motion(x), 32)
+    (whole,) = stream_scores(
+        model, [data.TestVideo("", "", chunks, None, lengths, len(x))], calibration=scorer.calibration, text=scorer.text
+    )
+    np.testing.assert_allclose(found.probabilities, whole.probabilities, atol=1e-6)
 
 
 def test_names_in_the_plot_do_not_cover_one_another():

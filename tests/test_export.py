@@ -33,11 +33,19 @@ def heard():
     return model
 
 
+def moving():
+    """A teacher that takes sight with its motion."""
+    model = teacher(layers=1, motion=True, standardize=["visual"])
+    model.standardize["visual"].std.fill_(1.4)
+    return model
+
+
 MODELS = {
     "teacher": lambda: teacher(layers=1),
     "teacher, official padding": lambda: teacher(layers=1, padding="official", fusion="cross_attention"),
     "student, official padding": lambda: student(padding="official", prompt="paper", window=5),
     "student of sound": heard,
+    "teacher of motion": moving,
 }
 
 
@@ -77,6 +85,7 @@ def expected(model, streams, lengths, calibration=CALIBRATION):
 def inputs_of(model, lengths, rows, seed=5):
     """Of the model's streams, with 50 for padding."""
     visual, audio, _, lengths = batch(lengths, rows, seed=seed)
+    visual = torch.cat([visual, audio], -1)[..., : model.width_of("visual")]
     streams = [visual, audio][: len(model.streams())]
     for x in streams:
         for b, n in enumerate(lengths):
@@ -108,7 +117,7 @@ def test_onnx_and_torch_are_the_model(kind, tmp_path, traced_once):
     assert_is_the_model(run, model)
     streams = list(model.streams())
     assert [(x.name, x.shape) for x in session.get_inputs()] == [
-        *((name, ["batch", "snippets", 32]) for name in streams),
+        *((name, ["batch", "snippets", model.width_of(name)]) for name in streams),
         ("lengths", ["batch"]),
     ]
     assert [(x.name, x.shape) for x in session.get_outputs()] == [
@@ -120,6 +129,7 @@ def test_onnx_and_torch_are_the_model(kind, tmp_path, traced_once):
     assert facts["threshold"] == {"align": 0.3, "binary": 0.4}
     assert facts["temperature"] == {"align": 0.5, "binary": 2.0}
     assert (facts["length"], facts["width"], facts["model"]) == (24, 32, type(model).__name__)
+    assert facts["motion"] == model.motion
 
     assert export_model(model, tmp_path / "m.pt2", calibration=CALIBRATION, every=4) < TOLERANCE / 10
     extra = {METADATA: ""}

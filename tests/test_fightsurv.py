@@ -33,6 +33,26 @@ def test_clips_and_fights_are_found_from_labels_alone(videos):
         assert clips.fight[of].any() == video.abnormal
 
 
+def test_a_source_is_held_out_with_all_its_clips():
+    """Twelve places of two clips each, which differ a little: one shows a fight, or both, or neither."""
+    rng = np.random.default_rng(0)
+    places = np.repeat(np.eye(12, dtype=np.float32), 2, axis=0)[:, None]
+    clips = places + 0.05 * rng.standard_normal((24, ROWS, 12)).astype(np.float32)
+    fights = np.arange(24) % 3 == 0
+    made = []
+    for i in range(80):
+        chosen = rng.choice(24, 5, replace=False) if i % 2 else rng.choice(np.flatnonzero(~fights), 5, replace=False)
+        visual = clips[chosen].reshape(-1, 12)
+        made.append(folds.Video(visual, visual, bool(fights[chosen].any())))
+    found = folds.find_clips(made)
+    assert len(found.fight) == 24 and folds.find_sources(made, found).max() == 11
+    for number in range(folds.FOLDS):
+        kept, held = (
+            {int(place) for v in part for place in v.visual.argmax(1)} for part in folds.by_sources(made, found, number)
+        )
+        assert kept and held and not kept & held
+
+
 @pytest.mark.parametrize("number", range(folds.FOLDS))
 def test_neither_part_has_a_clip_or_a_sound_of_the_other(videos, number):
     clips = folds.find_clips(videos)
@@ -69,6 +89,6 @@ def test_plots_are_made_from_the_committed_json(tmp_path):
 def test_the_committed_numbers_are_of_the_recipe_that_is_shipped():
     for name in ("fightsurv", "fightsurv_ablation"):
         settings = fightsurv.read(name)["settings"]
-        shipped = {"recipe": fightsurv.ROBUST, "student": fightsurv.ROBUST_STUDENT}
+        shipped = {"recipe": fightsurv.ROBUST, "model": fightsurv.BOTH}
         for key, recipe in json.loads(json.dumps(shipped)).items():
             assert settings[key] == recipe, f"{name}.json is of another recipe; run the bench"

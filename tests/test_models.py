@@ -365,6 +365,40 @@ def test_silence_is_what_standardised_features_call_silence():
     assert not torch.allclose(model(visual, torch.zeros_like(audio), lengths).features, silent)
 
 
+MOVES = {"motion": True, "standardize": ["audio", "visual"]}
+
+
+def test_sight_with_its_motion_is_the_sum_of_both_standardised(tmp_path):
+    """Of sight and motion as they are, a model without motion sees their standardised sum; padding stays padding."""
+    model, plain = teacher(**MOVES).eval(), teacher(standardize=["audio"]).eval()
+    visual, audio, _, lengths = batch([16, 9], 16)
+    motion = 5 + 0.2 * batch([16, 9], 16, seed=1)[0]
+    motion[1, 9:] = 0
+    both = torch.cat([visual, motion], -1)
+    model.fit_inputs([SimpleNamespace(lengths=lengths, visual=both, audio=audio)])
+    plain.fit_inputs([SimpleNamespace(lengths=lengths, visual=visual, audio=audio)])
+    valid = torch.cat([both[0], both[1, :9]])
+    scaled = (both - valid.mean(0)) / valid.std(0, correction=0)
+    seen = scaled[..., :32] + scaled[..., 32:]
+    expected = plain(seen, audio, lengths)
+    both[1, 9:] = torch.nan
+    for out, known in (
+        (model(both, audio, lengths), expected),
+        (model(both, None, lengths), plain(seen, None, lengths)),
+    ):
+        for n, b in ((16, 0), (9, 1)):
+            torch.testing.assert_close(out.class_logits[b, :n], known.class_logits[b, :n], rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AVadCLIP.from_pretrained(tmp_path / "model")
+    assert loaded.motion and torch.equal(loaded(both, audio, lengths).features, model(both, audio, lengths).features)
+    sees, hears = (AVadCLIPStudent.beside(model, modality=modality) for modality in ("visual", "audio"))
+    assert sees.motion and list(sees.standardize) == ["visual"] and not hears.motion
+    with pytest.raises(ValueError, match=r"visual must have shape \[B, T, 64\], sight and its motion.*\[2, 16, 32\]"):
+        model(visual, audio, lengths)
+    with pytest.raises(ValueError, match="motion and sight are standardised and added up: add 'visual'"):
+        teacher(motion=True, standardize=["audio"])
+
+
 def test_a_dimension_that_never_varies_stays_finite():
     model = teacher(standardize=["audio"]).eval()
     visual, audio, _, lengths = batch([8, 8], 8)

@@ -189,6 +189,25 @@ def test_a_packed_file_that_does_not_fit(made, tmp_path):
         FeatureSet.open(path, CODES, 16)
 
 
+def test_a_list_packed_with_motion(made, tmp_path):
+    rows = data.read_list(made / "train.csv")
+    plain = FeatureSet.load(rows, CODES, 16, motion=True)
+    assert plain.visual.shape == (len(rows), 16, 1024) and plain.audio.shape == (len(rows), 16, 512)
+    for b, row in enumerate(rows):
+        expected, n = data.pool(data.with_motion(data.load_features(row.visual)), 16)
+        assert n == plain.lengths[b] and torch.equal(plain.visual[b], torch.from_numpy(expected))
+    path = tmp_path / "a.safetensors"
+    data.pack(path, rows, CODES, 16, motion=True, dtype="float32")
+    packed, _ = FeatureSet.open(path, CODES, 16, motion=True)
+    assert packed.fingerprint() == plain.fingerprint()
+    with pytest.raises(DataError, match="packed with motion; pack it again without --motion"):
+        FeatureSet.open(path, CODES, 16)
+    without = tmp_path / "b.safetensors"
+    data.pack(without, rows, CODES, 16)
+    with pytest.raises(DataError, match="packed without motion; pack it again with --motion"):
+        FeatureSet.open(without, CODES, 16, motion=True)
+
+
 def test_training_from_a_packed_file(made, tmp_path, capsys):
     """Same weights as from the list, held-out videos included."""
     assert call("pack", made / "train.csv", "-o", tmp_path / "p.safetensors", "--length", 16, "--float32", "-q",

@@ -291,6 +291,24 @@ def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
         run(tmp_path / "stale")
 
 
+def test_a_student_learns_from_a_teacher_that_takes_motion(tmp_path):
+    """Both from the same features, twice as wide; features without motion are refused before a step."""
+    torch.manual_seed(0)
+    guide = AVadCLIP(CLASSES, **SMALL, motion=True, standardize=["visual"])
+    plain = features()
+    both = dataclasses.replace(plain, visual=torch.cat([plain.visual, plain.visual.abs()], -1))
+    for modality in ("visual", "audio"):
+        student = AVadCLIPStudent.beside(guide, modality=modality)
+        student.fit_inputs(both.batches())
+        recipe = dataclasses.replace(RECIPE, noise=0.5)
+        history = fit(student, both, recipe, tmp_path / modality, teacher=guide, progress=False)
+        assert np.isfinite(history[-1]["distill"])
+    with pytest.raises(RecipeError, match="sight has 32 numbers a row; the model takes 64, with motion"):
+        fit(guide, plain, RECIPE, tmp_path / "teacher", progress=False)
+    with pytest.raises(RecipeError, match="sight has 64 numbers a row; the model takes 32, without motion"):
+        fit(teacher(), both, RECIPE, tmp_path / "teacher", progress=False)
+
+
 def test_cached_teacher_features_are_those_of_the_whole_model():
     guide, data = teacher().eval(), features()
     batch = data.batch(torch.arange(4))

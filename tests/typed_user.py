@@ -82,7 +82,9 @@ def functions(x: Tensor, lengths: Tensor, labels: Tensor) -> None:
 
 
 def models(visual: Tensor, audio: Tensor, lengths: Tensor, labels: Tensor) -> Tensor:
-    teacher = AVadCLIP(["normal", "fighting"], window=4, text_weights="random", standardize=("audio",))
+    teacher = AVadCLIP(
+        ["normal", "fighting"], window=4, text_weights="random", standardize=("audio", "visual"), motion=True
+    )
     out = teacher.forward(visual, audio, lengths)
     assert_type(out, Output)
     assert_type(teacher.fuse(visual, None, lengths), Tensor)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +20,7 @@ from ..engine.evaluate import at_threshold, evaluate, load_model, score_rows
 from ..engine.metrics import format_table
 from ..engine.missing import format_missing, missing_sound
 from ..engine.plots import reliability_plot
-from ..engine.recipe import ROBUST, ROBUST_STUDENT, Recipe
+from ..engine.recipe import ROBUST, ROBUST_HEARER, Recipe
 from ..engine.train import fit
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 
@@ -115,7 +114,7 @@ TemporalRate = Annotated[
     Option(
         "--temporal-lr",
         min=0.0,
-        help=f"The temporal encoder's, as a share of --lr: 1; robust {ROBUST['temporal_lr']:g}, students 1.",
+        help=f"The temporal encoder's, as a share of --lr: 1; robust {ROBUST['temporal_lr']:g}, students of sound 1.",
         show_default=False,
     ),
 ]
@@ -132,11 +131,19 @@ Length = Annotated[int, Option(min=1, help="Snippets per training sample and tes
 Window = Annotated[int | None, Option(min=1, help="Snippets that attend to one another: teacher 4, student 64.")]
 PaddingMode = Annotated[Padding, Option(help="masked: padding changes nothing; official: as the authors' code.")]
 PromptMode = Annotated[Prompt, Option(help="Form of the audio-visual prompt.")]
+Motion = Annotated[
+    bool | None,
+    Option(
+        "--motion/--no-motion",
+        help="Sight with its motion, which tells of places that training has not seen: off; robust on.",
+        show_default=False,
+    ),
+]
 Standard = Annotated[
     list[Modality] | None,
     Option(
         help="Streams to bring to mean 0, variance 1 first: for features whose mean outweighs what varies. "
-        "None; robust: audio.",
+        "None; robust: audio; visual with --motion.",
     ),
 ]
 TextWeights = Annotated[str, Option(help="openai (downloaded), random (tests, demonstrations), or CLIP's file.")]
@@ -193,6 +200,7 @@ def train(
     padding: PaddingMode = Padding.masked,
     prompt: PromptMode = Prompt.official,
     standardize: Standard = None,
+    motion: Motion = None,
     text_weights: TextWeights = "openai",
     text_layers: TextLayers = 12,
     select: SelectBy = Select.val,
@@ -216,14 +224,16 @@ def train(
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     _seed(seed, deterministic)
-    heard = not student or modality == Modality.audio
-    scaled = _scaled(standardize, recipe, heard)
-    shape: dict[str, Any] = {"length": length, "padding": padding, "prompt": prompt, "standardize": scaled}
+    heard, seen = (not student or modality == stream for stream in (Modality.audio, Modality.visual))
+    motion = recipe == RecipeName.robust and seen if motion is None else motion
+    scaled = _scaled(standardize, recipe, heard, motion)
+    shape: dict[str, Any] = {"length": length, "padding": padding, "prompt": prompt}
+    shape |= {"standardize": scaled, "motion": motion}
     if window is not None:
         shape["window"] = window
     shape |= {"text_weights": text_weights, "text_layers": text_layers}
     settings = _recipe(
-        recipe, student, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
+        recipe, seen, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
     )  # fmt: skip
     test, held = (test_list, gt, frames, root), (held_out, held_out_list)
@@ -293,9 +303,9 @@ def distill(
     if distill_weight is None and recipe == RecipeName.official:
         distill_weight = weight
     settings = _recipe(
-        recipe, True, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
-        noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
-        distill_weight=distill_weight,
+        recipe, modality == Modality.visual, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr,
+        temporal_lr=temporal_lr, noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every,
+        precision=precision, distill_weight=distill_weight,
     )  # fmt: skip
     test, held = (test_list, gt, frames, root), (held_out, held_out_list)
     how = {"profile": profile, "graph": graph, "resume": resume}
@@ -435,6 +445,7 @@ def pack(
     classes: Classes = None,
     root: Root = None,
     audio: Annotated[bool, Option(help="Whether to pack the sound too.")] = True,
+    motion: Annotated[bool, Option("--motion", help="Pack sight with its motion, for models that take it.")] = False,
     width: Annotated[int, Option(help="Feature width.")] = 512,
     full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
     quiet: Quiet = False,
@@ -449,7 +460,7 @@ def pack(
     rows = data.read_list(list_, root, audio=audio)
     progress = None if quiet else report.bar("packing", "block")
     dtype = "float32" if full else "float16"
-    data.pack(output, rows, codes, length, width, audio, dtype, progress=progress)
+    data.pack(output, rows, codes, length, width, audio, motion, dtype, progress=progress)
     typer.echo(f"wrote {output}: {len(rows)} rows")
 
 
@@ -484,11 +495,12 @@ def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, dev
     """Reads the lists before anything long begins, trains, and says where the model lies."""
     quiet = quiet or not distributed.is_main()
     wants_audio = "audio" in model.streams() or teacher is not None
-    features, rows = _training_set(list_, root, codes, model, wants_audio, quiet)
+    moves = model.motion or (teacher is not None and teacher.motion)
+    features, rows = _training_set(list_, root, codes, model, wants_audio, moves, quiet)
     share, separate = held_out
     held = None
     if separate is not None:
-        held, _ = _training_set(separate, root, codes, model, wants_audio, quiet)
+        held, _ = _training_set(separate, root, codes, model, wants_audio, moves, quiet)
     elif recipe.select == "val":
         kept, out = data.split(rows, share, recipe.seed)
         if not kept or not out:
@@ -516,14 +528,14 @@ def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, dev
         typer.echo(f"model: {output / 'model'}")
 
 
-def _training_set(list_: Path, root, codes, model, audio: bool, quiet: bool):
+def _training_set(list_: Path, root, codes, model, audio: bool, motion: bool, quiet: bool):
     """The features of a list, or of the file that `pack` made of it, and their rows."""
-    length, width = model.temporal.positions.weight.shape
+    length = model.temporal.positions.num_embeddings
     if list_.suffix == PACKED:
-        return data.FeatureSet.open(list_, codes, length, width, audio)
+        return data.FeatureSet.open(list_, codes, length, model.width, audio, motion)
     rows = data.read_list(list_, root, audio=audio)
     progress = None if quiet else report.bar("reading features", "file")
-    return data.FeatureSet.load(rows, codes, length, width, audio, progress=progress), rows
+    return data.FeatureSet.load(rows, codes, length, model.width, audio, motion, progress=progress), rows
 
 
 def _test_ap(list_: Path | None, gt: Path | None, frames: int, root: Path | None, wants_audio: bool, device):
@@ -560,19 +572,20 @@ def _same_classes(model, codes: dict[str, str], path: Path) -> None:
         )
 
 
-def _recipe(name: RecipeName, student: bool, milestones: str | None, **options) -> Recipe:
+def _recipe(name: RecipeName, sees: bool, milestones: str | None, **options) -> Recipe:
     """A recipe by name; what the user gave goes before it."""
-    defaults = {} if name == RecipeName.official else ROBUST_STUDENT if student else ROBUST
+    defaults = {} if name == RecipeName.official else ROBUST if sees else ROBUST_HEARER
     given = {key: value for key, value in options.items() if value is not None}
     if milestones is not None:
         given["milestones"] = _epochs(milestones)
     return Recipe(**{**defaults, **given})
 
 
-def _scaled(standardize: list[Modality] | None, recipe: RecipeName, hears: bool) -> Sequence[str]:
+def _scaled(standardize: list[Modality] | None, recipe: RecipeName, hears: bool, motion: bool = False) -> list[str]:
+    chosen: list[str] = ["audio"] if recipe == RecipeName.robust and hears else []
     if standardize is not None:
-        return standardize
-    return ["audio"] if recipe == RecipeName.robust and hears else []
+        chosen = [stream.value for stream in standardize]
+    return [*chosen, "visual"] if motion and "visual" not in chosen else chosen
 
 
 def _epochs(milestones: str) -> tuple[int, ...]:

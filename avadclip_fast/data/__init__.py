@@ -4,7 +4,7 @@ from .atomic import atomic_write
 from .check import check_list
 from .dataset import Batch, FeatureSet, TestVideo, batches, epoch_order, pack, test_videos
 from .errors import DataError, LabelError
-from .features import chunk, load_features, pool, snippet_count, write_features
+from .features import chunk, load_features, pool, snippet_count, with_motion, write_features
 from .ground_truth import (
     Span,
     frame_vector,
@@ -55,6 +55,7 @@ __all__ = [
     "split",
     "test_videos",
     "videos",
+    "with_motion",
     "write_features",
     "write_list",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError, LabelError
-from .features import chunk, load_features, pool
+from .features import chunk, load_features, pool, with_motion
 from .labels import encode
 from .lists import Row
 from .packed import Field, open_packed, write_packed
@@ -23,7 +23,7 @@ Progress = Callable[[Iterable], Iterable]  # wraps what is iterated, as tqdm doe
 class Batch(NamedTuple):
     """B videos of T snippets; rows past `lengths` are zero."""
 
-    visual: Tensor  # (B, T, D) float32
+    visual: Tensor  # (B, T, D) float32, or (B, T, 2 D) with motion
     audio: Tensor | None  # (B, T, D) float32
     lengths: Tensor  # (B,) int64
     labels: Tensor  # (B, C) float32, multi-hot
@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 class FeatureSet:
     """A training set pooled to T snippets a row: in memory, or mapped from a packed file."""
 
-    visual: Tensor  # (N, T, D)
+    visual: Tensor  # (N, T, D), or (N, T, 2 D) with motion
     audio: Tensor | None  # (N, T, D)
     lengths: Tensor  # (N,) int64
     labels: Tensor  # (N, C) float32, multi-hot
@@ -62,6 +62,7 @@ class FeatureSet:
         length: int,
         width: int = 512,
         audio: bool = True,
+        motion: bool = False,
         dtype: torch.dtype = torch.float32,
         progress: Progress | None = None,
         workers: int = 4,
@@ -69,6 +70,7 @@ class FeatureSet:
         """Reads and pools the features of `rows`.
 
         codes: code -> class name, the first being normal. length: T. audio: whether to read the sound.
+        motion: whether sight is to have its motion beside it, (N, T, 2 D), as `with_motion` gives it.
         dtype: what they are kept in; float16 halves the memory, and loses nothing of files that are float16 and no
         longer than T. progress: wraps the iteration over rows. workers: threads that read.
         Raises DataError (LabelError for a label) of the first bad row; labels are looked at before any file is read.
@@ -76,12 +78,12 @@ class FeatureSet:
         if not rows:
             raise DataError("no videos to load: the list, or this part of it, is empty")
         labels = np.stack([_encode(row, codes) for row in rows])
-        visual = torch.zeros(len(rows), length, width, dtype=dtype)
-        heard = torch.zeros_like(visual) if audio else None
+        visual = torch.zeros(len(rows), length, (1 + motion) * width, dtype=dtype)
+        heard = torch.zeros(len(rows), length, width, dtype=dtype) if audio else None
         lengths = torch.zeros(len(rows), dtype=torch.int64)
 
         def fill(i: int) -> None:
-            seen, sound, lengths[i] = _pooled(rows[i], length, width, audio)
+            seen, sound, lengths[i] = _pooled(rows[i], length, width, audio, motion)
             visual[i] = torch.from_numpy(seen)
             if heard is not None:
                 heard[i] = torch.from_numpy(sound)
@@ -94,19 +96,32 @@ class FeatureSet:
 
     @classmethod
     def open(
-        cls, path: str | Path, codes: dict[str, str], length: int, width: int = 512, audio: bool = True
+        cls,
+        path: str | Path,
+        codes: dict[str, str],
+        length: int,
+        width: int = 512,
+        audio: bool = True,
+        motion: bool = False,
     ) -> tuple["FeatureSet", list[Row]]:
         """A set that `pack` has written, mapped from its file, and the rows of its list.
 
         Arguments as for `load`. Returns (FeatureSet, list of Row).
-        Raises DataError: not such a file, or one packed with other classes, another length or width, or no sound.
+        Raises DataError: not such a file, or one packed with other classes, another length or width, no sound, or
+        without motion where it is wanted.
         """
         tensors, info = open_packed(path)
         if info.get("codes") != codes:
             raise DataError(f"{path}: packed with the classes {info.get('codes')}; now they are {codes}. Pack it again")
-        if list(tensors["visual"].shape[1:]) != [length, width]:
-            found = " x ".join(map(str, tensors["visual"].shape[1:]))
-            raise DataError(f"{path}: packed as {found}, {length} x {width} is wanted; pack it again with --length")
+        found = list(tensors["visual"].shape[1:])
+        if found != [length, (1 + motion) * width]:
+            if found == [length, (2 - motion) * width]:
+                without, again = ("without", "with") if motion else ("with", "without")
+                raise DataError(f"{path}: packed {without} motion; pack it again {again} --motion")
+            shape = " x ".join(map(str, found))
+            raise DataError(
+                f"{path}: packed as {shape}, {length} x {(1 + motion) * width} is wanted; pack it again with --length"
+            )
         if audio and "audio" not in tensors:
             raise DataError(f"{path}: packed without sound, which is wanted; pack it again with --audio")
         rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
@@ -169,6 +184,7 @@ def pack(
     length: int,
     width: int = 512,
     audio: bool = True,
+    motion: bool = False,
     dtype: str = "float16",
     progress: Progress | None = None,
     workers: int = 4,
@@ -180,14 +196,15 @@ def pack(
     if not rows:
         raise DataError("no videos to pack: the list is empty")
     labels = np.stack([_encode(row, codes) for row in rows])
-    fields = {name: Field(dtype, (length, width)) for name in (("visual", "audio") if audio else ("visual",))}
+    fields = {"visual": Field(dtype, (length, (1 + motion) * width))}
+    fields |= {"audio": Field(dtype, (length, width))} if audio else {}
     fields |= {"lengths": Field("int64", ()), "labels": Field("float32", labels.shape[1:])}
     info = {"codes": codes, "rows": [[str(row.visual), str(row.audio or ""), row.label] for row in rows]}
     with ThreadPoolExecutor(workers) as threads:
 
         def fill(start: int, stop: int) -> dict[str, np.ndarray]:
             visual, heard, lengths = zip(
-                *threads.map(lambda row: _pooled(row, length, width, audio), rows[start:stop]), strict=True
+                *threads.map(lambda row: _pooled(row, length, width, audio, motion), rows[start:stop]), strict=True
             )
             arrays = {"visual": np.stack(visual), "lengths": np.array(lengths), "labels": labels[start:stop]}
             return arrays | ({"audio": np.stack(heard)} if audio else {})
@@ -195,9 +212,9 @@ def pack(
         write_packed(path, fields, len(rows), fill, info, progress=progress)
 
 
-def _pooled(row: Row, length: int, width: int, audio: bool) -> tuple[np.ndarray, np.ndarray | None, int]:
+def _pooled(row: Row, length: int, width: int, audio: bool, motion: bool) -> tuple[np.ndarray, np.ndarray | None, int]:
     """Both streams of a row at T = length, and its valid snippets."""
-    visual, heard = load_row(row, width, audio)
+    visual, heard = load_row(row, width, audio, motion)
     seen, valid = pool(visual, length)
     return seen, None if heard is None else pool(heard, length)[0], valid
 
@@ -219,16 +236,18 @@ class TestVideo(NamedTuple):
 
     name: str  # of the visual file, without its suffix
     label: str
-    visual: np.ndarray  # (K, T, D) float32
+    visual: np.ndarray  # (K, T, D) float32; (K, T, 2 D) with motion
     audio: np.ndarray | None  # (K, T, D) float32
     lengths: np.ndarray  # (K,) int64, valid rows of each chunk
     snippets: int
 
 
-def test_videos(rows: Iterable[Row], length: int, width: int = 512, audio: bool = True) -> Iterator[TestVideo]:
+def test_videos(
+    rows: Iterable[Row], length: int, width: int = 512, audio: bool = True, motion: bool = False
+) -> Iterator[TestVideo]:
     """The videos of a test list in order, each read when it is asked for. Raises DataError of a bad one."""
     for row in rows:
-        visual, heard = load_row(row, width, audio)
+        visual, heard = load_row(row, width, audio, motion)
         chunks, lengths = chunk(visual, length)
         yield TestVideo(
             row.visual.stem, row.label, chunks, None if heard is None else chunk(heard, length)[0], lengths, len(visual)
@@ -239,16 +258,21 @@ def test_videos(rows: Iterable[Row], length: int, width: int = 512, audio: bool 
 test_videos.__test__ = TestVideo.__test__ = False  # type: ignore[attr-defined]
 
 
-def load_row(row: Row, width: int, audio: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Both streams of a row, (n, D) float32 each. Raises DataError, also where their lengths differ."""
+def load_row(row: Row, width: int, audio: bool, motion: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    """Both streams of a row, (n, D) float32 each; sight with its motion (n, 2 D).
+
+    Raises DataError, also where their lengths differ.
+    """
+    seen = load_features(row.visual, width)
+    seen = with_motion(seen) if motion else seen
     if not audio:
-        return load_features(row.visual, width), None
+        return seen, None
     if row.audio is None:
         raise DataError(f"{row.visual} (list line {row.line}): the list names no sound for it; add it as audio_path")
-    visual, heard = load_features(row.visual, width), load_features(row.audio, width)
-    if len(visual) != len(heard):
-        raise DataError(unequal(row, len(visual), len(heard)))
-    return visual, heard
+    heard = load_features(row.audio, width)
+    if len(seen) != len(heard):
+        raise DataError(unequal(row, len(seen), len(heard)))
+    return seen, heard
 
 
 def unequal(row: Row, visual: int, audio: int) -> str:

@@ -13,6 +13,7 @@ from .errors import DataError
 from .npy import bytes_left, read_header
 
 _DTYPES = (np.float16, np.float32, np.float64)
+MOTION_ROWS = 9  # odd
 
 
 def load_features(path: str | Path, width: int | None = None) -> np.ndarray:
@@ -67,6 +68,31 @@ def _open(path: str | Path, width: int | None) -> Iterator[tuple[IO[bytes], tupl
         if bytes_left(file) < math.prod(shape) * dtype.itemsize:
             raise DataError(f"{path}: cut short: fewer bytes than its shape {shape} takes; copy or extract it again")
         yield file, shape, fortran, dtype
+
+
+def with_motion(features: np.ndarray, start: int = 0, end: int | None = None) -> np.ndarray:
+    """Sight, and beside it how it moves: [x | m], to be taken before `pool`, whose rows are too far apart.
+
+    The motion of row t is m_t = |x_t - x_{t-1}| in every dimension (row 0 has that of row 1), first the median of three
+    rows, since a cut is no motion, then the mean of the MOTION_ROWS rows about t; the ends are repeated.
+
+    features: (n, D) float32 of a whole video; start, end: the rows that are wanted, all of them by default.
+    Returns (end - start, 2 D) float32.
+    """
+    end = len(features) if end is None else end
+    half = MOTION_ROWS // 2
+    first = max(0, start - half - 2)  # as far as a row's motion reaches
+    x = features[first : end + half + 1]
+    change = np.zeros_like(x)
+    if len(x) > 1:
+        np.abs(np.diff(x, axis=0), out=change[1:])
+        change[0] = change[1]
+    before, after = (change[np.clip(np.arange(len(x)) + k, 0, len(x) - 1)] for k in (-1, 1))
+    steady = np.maximum(np.minimum(before, change), np.minimum(np.maximum(before, change), after))
+    around = np.pad(steady, ((half, half), (0, 0)), mode="edge")
+    motion = np.lib.stride_tricks.sliding_window_view(around, MOTION_ROWS, axis=0).mean(-1)
+    rows = slice(start - first, end - first)
+    return np.concatenate([x[rows], motion[rows]], 1)
 
 
 def pool(features: np.ndarray, length: int) -> tuple[np.ndarray, int]:

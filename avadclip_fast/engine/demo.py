@@ -13,7 +13,7 @@ from ..data.atomic import atomic_write
 from ..models import AVadCLIP, AVadCLIPStudent
 from .evaluate import evaluate, score_videos
 from .plots import score_grid
-from .recipe import ROBUST, ROBUST_STUDENT, Recipe
+from .recipe import ROBUST, Recipe
 from .state import StateError
 from .train import fit
 
@@ -22,9 +22,11 @@ FRAMES = 16
 SEED = 0
 # Random text weights and videos of 48 snippets at most: two layers of text and 48 rows are enough, and quick.
 LENGTH, TEXT_LAYERS = 48, 2
-SETTINGS: dict[str, Any] = {"epochs": 6, "milestones": (5,), "seed": SEED}
+# Every video has a scene of its own, so that there is less to learn by heart, and less noise will do.
+SETTINGS: dict[str, Any] = {"epochs": 6, "milestones": (5,), "noise": 1.0, "seed": SEED}
 RECIPE = Recipe(**{**ROBUST, **SETTINGS})
-STUDENT_RECIPE = Recipe(**{**ROBUST_STUDENT, **SETTINGS, "distill_weight": 10.0})
+# What is heard leaves but a trace in sight: a temporal encoder that stays as it was drawn would not find it.
+STUDENT_RECIPE = Recipe(**{**ROBUST, **SETTINGS, "temporal_lr": 1.0})
 
 INTRODUCTION = """# AVadCLIP on a made-up set
 
@@ -43,16 +45,18 @@ def run(folder: Path, device: torch.device) -> str:
         raise StateError(f"{folder} holds a demo already: remove it, or choose another --output")
     data.make_synthetic(folder / "data", seed=SEED)
     rows = data.read_list(folder / "data" / "train.csv")
-    features = data.FeatureSet.load(rows, CODES, LENGTH)
+    features = data.FeatureSet.load(rows, CODES, LENGTH, motion=True)
     torch.manual_seed(SEED)
     classes = list(CODES.values())
-    teacher = AVadCLIP(classes, length=LENGTH, text_weights="random", text_layers=TEXT_LAYERS, standardize=["audio"])
+    settings: dict[str, Any] = {"length": LENGTH, "text_weights": "random", "text_layers": TEXT_LAYERS}
+    teacher = AVadCLIP(classes, motion=True, standardize=["audio", "visual"], **settings)
     teacher.fit_inputs(features.batches())
     fit(teacher, features, RECIPE, folder / "teacher", device=device)
     students = {}
     for name, guide in (("baseline", None), ("student", teacher)):
         torch.manual_seed(SEED)
         students[name] = AVadCLIPStudent.beside(teacher)
+        students[name].fit_inputs(features.batches())
         fit(students[name], features, STUDENT_RECIPE, folder / name, teacher=guide, device=device)
 
     test = data.read_list(folder / "data" / "test.csv")
@@ -66,7 +70,8 @@ def run(folder: Path, device: torch.device) -> str:
     }
     results, curves = {}, {}
     for name, (model, silent) in cases.items():
-        scores = score_videos(model, data.test_videos(test, LENGTH), device, silent=silent, total=len(test))
+        videos = data.test_videos(test, LENGTH, motion=True)
+        scores = score_videos(model, videos, device, silent=silent, total=len(test))
         result = evaluate(scores, truth, classes, FRAMES, spans, CODES)
         results[name] = result["align"] | {"detection": result["detection"]["average"]}
         curves[name] = scores

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..data import DataError, TestVideo, chunk
+from ..data import DataError, TestVideo, chunk, with_motion
 from ..data.atomic import atomic_write
 from ..media.features import VideoFeatures
 from ..models.avadclip import Detector
@@ -179,9 +179,8 @@ def check_widths(model: Detector, visual: int, audio: int | None) -> None:
     """Raises DataError where a model cannot take what encoders of these widths give."""
     if model.streams() == ("audio",):
         raise DataError("a student of the sound alone cannot look at videos: give a teacher, or a student of sight")
-    width = model.temporal.positions.embedding_dim
-    if wrong := [given for given in (visual, audio) if given not in (width, None)]:
-        raise DataError(f"the encoders give {wrong[0]} numbers a snippet, the model takes {width}")
+    if wrong := [given for given in (visual, audio) if given not in (model.width, None)]:
+        raise DataError(f"the encoders give {wrong[0]} numbers a snippet, the model takes {model.width}")
 
 
 def deaf_name(scorers: Sequence[Scorer]) -> str:
@@ -191,17 +190,18 @@ def deaf_name(scorers: Sequence[Scorer]) -> str:
 
 def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: str | torch.device) -> VideoScores:
     """One video's scores; no audio is silence to a teacher."""
-    full = PACKED_CHUNKS * scorer.model.temporal.positions.num_embeddings  # rows that are computed in one pass
+    model, calibration, text = scorer
+    full = PACKED_CHUNKS * model.temporal.positions.num_embeddings  # rows that are computed in one pass
 
     def parts() -> Iterator[TestVideo]:
         """Of hours, one after the other: padding copies a part, not the whole."""
         for start in range(0, len(visual), full):
-            here = slice(start, start + full)
-            chunks, lengths = chunk(visual[here], full // PACKED_CHUNKS)
+            here = slice(start, min(start + full, len(visual)))
+            seen = with_motion(visual, here.start, here.stop) if model.motion else visual[here]
+            chunks, lengths = chunk(seen, full // PACKED_CHUNKS)
             heard = None if audio is None else chunk(audio[here], full // PACKED_CHUNKS)[0]
-            yield TestVideo("", "", chunks, heard, lengths, len(visual[here]))
+            yield TestVideo("", "", chunks, heard, lengths, len(seen))
 
-    model, calibration, text = scorer
     found = list(stream_scores(model, parts(), device, silent=audio is None, calibration=calibration, text=text))
     return VideoScores(
         "", np.concatenate([part.anomaly for part in found]), np.concatenate([part.probabilities for part in found])

@@ -84,14 +84,14 @@ def score_rows(
     The processes of a run (`distributed.joined`) share the list, and each returns all scores. They are dealt whole
     packs, the very ones that a single process makes, so that the scores are the same to the bit. Raises DataError.
     """
-    length, width = model.temporal.positions.weight.shape
+    length, width = model.temporal.positions.num_embeddings, model.width
     rank, world = distributed.rank(), distributed.world()
     own = list(range(len(rows)))
     if world > 1:
         snippets = [snippet_count(row.visual, width) for row in rows]  # of the headers alone
         packs = list(_packs(own, lambda i: -(-snippets[i] // length), PACKED_CHUNKS))
         own = [i for pack in packs[rank::world] for i in pack]
-    videos = test_videos([rows[i] for i in own], length, width, audio)
+    videos = test_videos([rows[i] for i in own], length, width, audio, model.motion)
     scores = score_videos(
         model, videos, device, silent=silent, calibration=calibration, total=len(own), progress=progress and rank == 0
     )

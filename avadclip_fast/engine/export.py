@@ -133,11 +133,11 @@ def export_model(
 def metadata(model: Detector, calibration: Calibration, every: int | None = None) -> dict[str, str]:
     """What a file says of itself: by name, a value in JSON.
 
-    inputs, outputs; classes, normal first; length (the largest T) and width (D); every: frames a snippet, or null;
+    inputs, outputs; classes, normal first; length (the largest T) and width (D); motion: whether visual is [x | m] of
+    width 2 D, sight and its motion as `data.with_motion` gives them; every: frames a snippet, or null;
     temperature: in the scores already; threshold: align's of 1 - probabilities[..., 0], binary's of anomaly.
     It stands in metadata_props (onnx), in the extra file metadata.json (torch), in get_metadata() (aoti).
     """
-    length, width = model.temporal.positions.weight.shape
     heads = {"align": calibration.align, "binary": calibration.binary}
     facts = {
         "model": type(model).__name__,
@@ -145,8 +145,9 @@ def metadata(model: Detector, calibration: Calibration, every: int | None = None
         "inputs": [*model.streams(), "lengths"],
         "outputs": OUTPUTS,
         "classes": model.classes,
-        "length": length,
-        "width": width,
+        "length": model.temporal.positions.num_embeddings,
+        "width": model.width,
+        "motion": model.motion,
         "every": every,
         "padding": model.padding,
         "temperature": {name: head.temperature for name, head in heads.items()},
@@ -158,9 +159,8 @@ def metadata(model: Detector, calibration: Calibration, every: int | None = None
 def trace(model: Detector, calibration: Calibration | None = None) -> ExportedProgram:
     """`Scores` of a model in eval mode as a graph of ATen operators, batch and T free."""
     scores = Scores(model, calibration).eval()
-    width = model.temporal.positions.embedding_dim
     lengths = torch.full((2,), scores.length)
-    inputs = (*(torch.zeros(2, scores.length, width) for _ in model.streams()), lengths)
+    inputs = (*(torch.zeros(2, scores.length, model.width_of(stream)) for stream in model.streams()), lengths)
     with torch.no_grad():
         return torch.export.export(scores, inputs, dynamic_shapes=_free(model))
 
@@ -248,13 +248,13 @@ def largest_difference(run: Run, model: Detector, calibration: Calibration) -> f
 
     Videos of one snippet, of an odd number and of the whole length, alone and three in a batch, with NaN for padding.
     """
-    length, width = model.temporal.positions.weight.shape
+    length = model.temporal.positions.num_embeddings
     odd = (length + 1) // 2 | 1 if length > 1 else 1
     generator = np.random.default_rng(0)
     worst = []
     for lengths, rows in [([length], length), ([odd], odd), ([1], 1), ([odd, length, 1], length), ([1, odd, 1], odd)]:
         drawn = [_draw(model, calibration, n, generator) for n in lengths]
-        streams = [torch.full((len(lengths), rows, width), torch.nan) for _ in model.streams()]
+        streams = [torch.full((len(lengths), rows, model.width_of(name)), torch.nan) for name in model.streams()]
         anomaly, probabilities = np.zeros((len(drawn), rows)), np.zeros((len(drawn), rows, len(model.classes)))
         for b, (n, (video, scores)) in enumerate(zip(lengths, drawn, strict=True)):
             for x, name in zip(streams, model.streams(), strict=True):
@@ -275,7 +275,7 @@ def _draw(model: Detector, calibration: Calibration, n: int, generator) -> tuple
     The similarity graph drops cosines of up to 0.7, where the last bit of a sum can decide: of several videos, the one
     whose cosines stay clearest of that is taken.
     """
-    length, width = model.temporal.positions.weight.shape
+    length = model.temporal.positions.num_embeddings
     graph = model.temporal.aggregator.simAdj
     margin = np.inf
 
@@ -288,10 +288,11 @@ def _draw(model: Detector, calibration: Calibration, n: int, generator) -> tuple
     hook = graph.register_forward_pre_hook(look)
     try:
         for _ in range(DRAWS):
-            streams = np.zeros((2, 1, length, width), np.float32)
-            scenes = generator.standard_normal((2, 4, width))[:, np.arange(n) * 4 // n]  # [2, n, D]
             unlike = generator.uniform(0.2, 1, (n, 1))  # cosines on both sides of 0.7
-            streams[:, 0, :n] = scenes + unlike * generator.standard_normal((2, n, width))
+            streams = [np.zeros((1, length, model.width_of(stream)), np.float32) for stream in ("visual", "audio")]
+            for x in streams:
+                scenes = generator.standard_normal((4, x.shape[2]))[np.arange(n) * 4 // n]  # [n, D]
+                x[0, :n] = scenes + unlike * generator.standard_normal((n, x.shape[2]))
             video = TestVideo("", "", streams[0], streams[1], np.array([n]), n)
             (scores,) = stream_scores(model, [video], calibration=calibration)
             drawn.append((margin, video, scores))

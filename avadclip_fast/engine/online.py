@@ -115,7 +115,7 @@ class OnlineDetector:
             loud = bool(audible(samples)[0])
             self._heard.append(self._embedded(self.audio, samples))
         else:
-            self._heard.append(np.zeros(self.scorers[0].model.temporal.positions.embedding_dim, np.float32))
+            self._heard.append(np.zeros(self.scorers[0].model.width, np.float32))
         self._silent = 0.0 if loud else self._silent + self.seconds
         if loud or (self._sounding and self._silent < PAUSE):
             self._sounding += 1

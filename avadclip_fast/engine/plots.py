@@ -77,9 +77,11 @@ def bar_groups(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, 
 
     panels: title -> group -> label -> (value, spread); a label has the same colour in every group.
     """
+    from matplotlib.patches import Patch
+
     labels = list(dict.fromkeys(label for groups in panels.values() for bars in groups.values() for label in bars))
     rows = max(len(groups) for groups in panels.values())
-    figure, axes = _figure((5.4, 0.9 + 0.42 * rows), len(panels))
+    figure, axes = _figure((5.4, 1.1 + 0.42 * rows), len(panels))
     height = 0.8 / len(labels)
     for ax, (title, groups) in zip(axes, panels.items(), strict=True):
         for i, label in enumerate(labels):
@@ -89,7 +91,11 @@ def bar_groups(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, 
         ax.set_yticks([j + 0.4 - height / 2 for j in range(len(groups))], list(groups))
         ax.invert_yaxis()
         ax.set_title(title, fontsize=10)
-    axes[-1].legend(frameon=False, fontsize=8)
+    # Below the panels, where no bar is, and in the order and colours of all of them.
+    figure.legend(
+        [Patch(color=COLOURS[i]) for i in range(len(labels))], labels, loc="outside lower center", ncols=len(labels),
+        frameon=False, fontsize=8,
+    )  # fmt: skip
     save(figure, path)
 
 

@@ -133,6 +133,10 @@ def fit(
     main, progress = distributed.is_main(), progress and distributed.is_main()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    for one in (model, teacher):
+        if one is not None and "visual" in one.streams() and data.visual.shape[2] != one.width_of("visual"):
+            wanted = f"{one.width_of('visual')}, {'with' if one.motion else 'without'} motion"
+            raise RecipeError(f"sight has {data.visual.shape[2]} numbers a row; the model takes {wanted}")
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
         raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
     reason = refusal(device)
@@ -477,7 +481,7 @@ def _teacher_features(
     """
     teacher.to(device).eval().requires_grad_(False)
     distributed.share_weights(teacher)
-    _, rows, width = data.visual.shape
+    rows, width = data.visual.shape[1], teacher.width
     field, lengths = Field("float32", (rows, width)), data.valid().cpu()
     size = len(data) * field.row_bytes
     chosen = residency.decide(size, size > CACHE_LIMIT, (rows, width), device, batch_size)

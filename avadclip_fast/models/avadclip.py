@@ -51,6 +51,7 @@ class Detector(Checkpointed):
         padding: str,
         prompt: str,
         standardize: Collection[str],
+        motion: bool,
         text_width: int,
         text_layers: int,
         text_weights: str | None,
@@ -67,7 +68,12 @@ class Detector(Checkpointed):
         self.classes, self.padding = classes, padding
         if not set(standardize) <= set(self.streams()):
             raise ValueError(f"standardize takes streams of the model, {self.streams()}; got {standardize!r}")
-        self.standardize = nn.ModuleDict({stream: Standardize(width) for stream in standardize})
+        if motion and "visual" not in standardize:
+            raise ValueError(
+                f"motion and sight are standardised and added up: add 'visual' to standardize={standardize!r}"
+            )
+        self.motion, self.width = motion, width
+        self.standardize = nn.ModuleDict({stream: Standardize(self.width_of(stream)) for stream in standardize})
         self.temporal = TemporalEncoder(width, length, window, layers, heads, padding, backend)
         self.mlp2 = MLP(width, backend=backend)
         self.classifier = nn.Linear(width, 1)
@@ -86,6 +92,10 @@ class Detector(Checkpointed):
     def streams(self) -> tuple[str, ...]:
         """The streams that the model takes, in the order of `forward`'s arguments."""
         raise NotImplementedError
+
+    def width_of(self, stream: str) -> int:
+        """The last dimension of a stream as `forward` takes it: of sight with its motion, twice the model's."""
+        return 2 * self.width if stream == "visual" and self.motion else self.width
 
     def fit_inputs(self, batches: Iterable) -> None:
         """Takes the statistics of a training set for `standardize`, in one pass; without it nothing is read.
@@ -106,7 +116,12 @@ class Detector(Checkpointed):
             cast(Standardize, scale).fit(total, squares, rows)
 
     def _input(self, stream: str, x: Tensor, lengths: Tensor | None) -> Tensor:
-        return self.standardize[stream](x, lengths) if stream in self.standardize else x
+        moves = stream == "visual" and self.motion
+        if moves and (x.ndim != 3 or x.shape[2] != self.width_of(stream)):
+            expected = f"[B, T, {self.width_of(stream)}], sight and its motion as data.with_motion gives them"
+            raise ValueError(f"visual must have shape {expected}; got {list(x.shape)}")
+        x = self.standardize[stream](x, lengths) if stream in self.standardize else x
+        return x[..., : self.width] + x[..., self.width :] if moves else x
 
     def infer(
         self, *streams: Tensor | None, lengths: Tensor | None = None, text_features: Tensor | None = None
@@ -149,6 +164,7 @@ class AVadCLIP(Detector):
     padding: "masked" (padding and batch-mates never change a video's result) or "official" (the authors' code).
     prompt: "official" or "paper", see `AVPrompt`. fusion: see `AVFusion`. dropout: in the audio encoder.
     standardize: streams to bring to mean 0 and variance 1 first, by the statistics that `fit_inputs` takes.
+    motion: visual is (B, T, 2 D), sight and its motion as `data.with_motion` gives them; their sum is what is seen.
     text_weights: "openai", "random", a path, or None to leave the text side unset; text_width, text_layers: its size.
     class_tokens: the names' CLIP codes, where open_clip is absent. backend: forces one for every op.
     Raises ValueError on settings that do not fit, TextWeightsError where the text weights cannot be had.
@@ -165,6 +181,7 @@ class AVadCLIP(Detector):
         padding: str = "masked",
         prompt: str = "official",
         standardize: Collection[str] = (),
+        motion: bool = False,
         fusion: str = "gated",
         dropout: float = 0.1,
         text_width: int = 512,
@@ -174,7 +191,7 @@ class AVadCLIP(Detector):
         backend: str | None = None,
     ):
         super().__init__(
-            classes, window, layers, length, width, heads, padding, prompt, standardize,
+            classes, window, layers, length, width, heads, padding, prompt, standardize, motion,
             text_width, text_layers, text_weights, class_tokens, backend,
         )  # fmt: skip
         self.audio = TemporalConvNet(width, dropout=dropout, backend=backend)
@@ -188,7 +205,7 @@ class AVadCLIP(Detector):
 
         def fused(visual: Tensor, audio: Tensor | None, lengths: Tensor | None) -> tuple[Tensor]:
             seen = self.temporal(self._input("visual", visual, lengths), lengths)
-            heard = torch.zeros_like(visual) if audio is None else self._input("audio", audio, lengths)
+            heard = torch.zeros_like(seen) if audio is None else self._input("audio", audio, lengths)
             return (self.fusion(seen, self.audio(heard), lengths),)
 
         return self._each(fused, (visual, audio), lengths)[0]
@@ -227,6 +244,7 @@ class AVadCLIPStudent(Detector):
         padding: str = "masked",
         prompt: str = "official",
         standardize: Collection[str] = (),
+        motion: bool = False,
         modality: str = "visual",
         text_width: int = 512,
         text_layers: int = 12,
@@ -238,7 +256,7 @@ class AVadCLIPStudent(Detector):
             raise ValueError(f"modality must be 'visual' or 'audio', got {modality!r}")
         self.modality = modality
         super().__init__(
-            classes, window, layers, length, width, heads, padding, prompt, standardize,
+            classes, window, layers, length, width, heads, padding, prompt, standardize, motion,
             text_width, text_layers, text_weights, class_tokens, backend,
         )  # fmt: skip
         self.uncertainty = UncertaintyHead(width, backend=backend)
@@ -249,10 +267,16 @@ class AVadCLIPStudent(Detector):
 
     @classmethod
     def beside(cls, teacher: AVadCLIP, **settings: Any) -> "AVadCLIPStudent":
-        """A new student of a teacher's classes and sizes, with its frozen text weights; settings as for the class."""
+        """A new student of a teacher's classes and sizes, with its frozen text weights; settings as for the class.
+
+        Where the teacher takes motion, a student that sees takes it too: they are trained on the same features.
+        """
         positions, text = teacher.temporal.positions, teacher.text
         text_width = text.positional_embedding.shape[1]
         sizes = {"length": positions.num_embeddings, "width": positions.embedding_dim, "text_width": text_width}
+        if teacher.motion and settings.get("modality", "visual") == "visual":
+            scaled = {*settings.get("standardize", ()), "visual"}
+            settings |= {"motion": True, "standardize": sorted(scaled)}
         student = cls(
             teacher.classes,
             **cast(dict[str, Any], sizes),
