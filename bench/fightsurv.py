@@ -40,7 +40,7 @@ from avadclip_fast.engine.evaluate import at_threshold, evaluate, score_videos
 from avadclip_fast.engine.metrics import frame_ap
 from avadclip_fast.engine.missing import missing_sound
 from avadclip_fast.engine.plots import bar_groups, reliability_plot
-from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER, Recipe
+from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER, ROBUST_STREAMS, Recipe
 from avadclip_fast.engine.train import HISTORY, fit
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent, objective
 
@@ -91,7 +91,6 @@ def _open_ended(model: AVadCLIP) -> None:
 
 
 PLAIN = {"temporal_lr": 1.0, "noise": 0.0, "lr": 1e-4}
-BOTH = {"standardize": ["audio", "visual"], "motion": True}  # what the robust teacher takes
 SIGHT = {"standardize": ["audio"], "motion": False}
 AS_IT_IS = {"standardize": [], "motion": False}
 TEACHERS = {
@@ -101,7 +100,7 @@ TEACHERS = {
     "without noise": Row({"noise": 0.0}),
     "noise 1": Row({"noise": 1.0}),
     "temporal encoder at the full rate": Row({"temporal_lr": 1.0}),
-    "sound not standardised": Row(model={**BOTH, "standardize": ["visual"]}),
+    "sound not standardised": Row(model={**ROBUST_STREAMS, "standardize": ["visual"]}),
 }
 WHY = {
     "official, lr 1e-4": Row(PLAIN, AS_IT_IS),
@@ -181,7 +180,7 @@ def _row(name: str, row: Row, group: str, seed: int, kept, held, output: Path, d
         guide = None
         if row.student:
             guide = AVadCLIP.from_pretrained(_folder(output, "teacher", row.guide, seed) / "model")
-        motion = {**BOTH, **row.model}["motion"] if guide is None else guide.motion
+        motion = {**ROBUST_STREAMS, **row.model}["motion"] if guide is None else guide.motion
         features = folds.feature_set(kept, LENGTH, motion)
         model = _made(row, seed, features, guide)
         before = {} if row.student else _measures(model, features)
@@ -207,7 +206,7 @@ def _made(row: Row, seed: int, features, guide: AVadCLIP | None):
     if row.student:
         model = AVadCLIPStudent.beside(guide, **{"window": STUDENT_WINDOW, **row.model})
     else:
-        model = AVadCLIP(CLASSES, length=LENGTH, text_weights="random", **{**BOTH, **row.model})
+        model = AVadCLIP(CLASSES, length=LENGTH, text_weights="random", **{**ROBUST_STREAMS, **row.model})
         row.change(model)
     model.fit_inputs(features.batches())
     return model
@@ -352,7 +351,7 @@ def _pooled_calibration(kind: str, parts: dict, output: Path, device: str) -> di
 def final(folder: Path, output: Path, device: str) -> None:
     """Trains on all training videos, scores the test videos, and writes fightsurv.json."""
     ablation = read("fightsurv_ablation")
-    features = folds.feature_set(folds.load(folder), LENGTH, BOTH["motion"])
+    features = folds.feature_set(folds.load(folder), LENGTH, ROBUST_STREAMS["motion"])
     test = data.read_list(folder / "test.csv")
     truth = data.read_frame_gt(folder / "gt.npy")
     spans = data.read_spans(folder / "gt_segments.json")
@@ -402,7 +401,7 @@ def _setting() -> dict:
         "length": LENGTH,
         "student_window": STUDENT_WINDOW,
         "recipe": ROBUST,
-        "model": BOTH,
+        "model": ROBUST_STREAMS,
         "seeds": SEEDS,
     }
     return {

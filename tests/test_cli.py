@@ -109,6 +109,15 @@ def test_the_robust_recipe_sets_defaults_and_yields_to_options(videos, tmp_path)
     assert not config["motion"] and config["standardize"] == ["audio"]
 
 
+def test_a_stream_that_a_student_does_not_take(videos, trained, tmp_path, capsys):
+    start = "train", videos / "train.csv", "-o", tmp_path / "run", "--student", *QUICK
+    said = mistake(capsys, *start, "--modality", "audio", "--motion")
+    assert "--motion is of sight, which a student of the sound does not take" in said
+    assert "--standardize audio: the student takes visual alone" in mistake(capsys, *start, "--standardize", "audio")
+    guided = "distill", videos / "train.csv", "--teacher", trained, "-o", tmp_path / "run", "--classes", CLASSES
+    assert "the student takes visual alone" in mistake(capsys, *guided, "--standardize", "audio")
+
+
 def test_a_held_out_list_takes_the_place_of_a_share(videos, tmp_path):
     separate = "--held-out-list", videos / "test.csv", "--epochs", 1
     assert call("train", videos / "train.csv", "-o", tmp_path / "run", *separate, *QUICK) == 0

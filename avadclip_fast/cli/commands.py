@@ -224,9 +224,10 @@ def train(
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     _seed(seed, deterministic)
-    heard, seen = (not student or modality == stream for stream in (Modality.audio, Modality.visual))
+    streams = [modality] if student else list(Modality)
+    seen = Modality.visual in streams
     motion = recipe == RecipeName.robust and seen if motion is None else motion
-    scaled = _scaled(standardize, recipe, heard, motion)
+    scaled = _scaled(standardize, recipe, streams, motion)
     shape: dict[str, Any] = {"length": length, "padding": padding, "prompt": prompt}
     shape |= {"standardize": scaled, "motion": motion}
     if window is not None:
@@ -295,8 +296,8 @@ def distill(
         raise CheckpointError(f"{teacher} holds a student; --teacher wants an AVadCLIP teacher")
     _same_classes(known, codes, teacher)
     _seed(seed, deterministic)
-    heard = modality == Modality.audio
-    shape: dict[str, Any] = {"padding": padding, "prompt": prompt, "standardize": _scaled(standardize, recipe, heard)}
+    shape: dict[str, Any] = {"padding": padding, "prompt": prompt}
+    shape["standardize"] = _scaled(standardize, recipe, [modality])
     if window is not None:
         shape["window"] = window
     model = AVadCLIPStudent.beside(known, modality=modality, **shape)
@@ -581,11 +582,17 @@ def _recipe(name: RecipeName, sees: bool, milestones: str | None, **options) -> 
     return Recipe(**{**defaults, **given})
 
 
-def _scaled(standardize: list[Modality] | None, recipe: RecipeName, hears: bool, motion: bool = False) -> list[str]:
-    chosen: list[str] = ["audio"] if recipe == RecipeName.robust and hears else []
-    if standardize is not None:
-        chosen = [stream.value for stream in standardize]
-    return [*chosen, "visual"] if motion and "visual" not in chosen else chosen
+def _scaled(
+    standardize: list[Modality] | None, recipe: RecipeName, streams: list[Modality], motion: bool = False
+) -> list[str]:
+    """The streams that a model standardises, of those that it takes."""
+    if standardize is None:
+        standardize = [Modality.audio] if recipe == RecipeName.robust and Modality.audio in streams else []
+    if motion and Modality.visual not in streams:
+        raise DataError("--motion is of sight, which a student of the sound does not take")
+    if foreign := [stream for stream in standardize if stream not in streams]:
+        raise DataError(f"--standardize {foreign[0]}: the student takes {streams[0]} alone")
+    return [*standardize, *([Modality.visual] if motion and Modality.visual not in standardize else [])]
 
 
 def _epochs(milestones: str) -> tuple[int, ...]:

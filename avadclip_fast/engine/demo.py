@@ -13,7 +13,7 @@ from ..data.atomic import atomic_write
 from ..models import AVadCLIP, AVadCLIPStudent
 from .evaluate import evaluate, score_videos
 from .plots import score_grid
-from .recipe import ROBUST, Recipe
+from .recipe import ROBUST, ROBUST_STREAMS, Recipe
 from .state import StateError
 from .train import fit
 
@@ -48,8 +48,7 @@ def run(folder: Path, device: torch.device) -> str:
     features = data.FeatureSet.load(rows, CODES, LENGTH, motion=True)
     torch.manual_seed(SEED)
     classes = list(CODES.values())
-    settings: dict[str, Any] = {"length": LENGTH, "text_weights": "random", "text_layers": TEXT_LAYERS}
-    teacher = AVadCLIP(classes, motion=True, standardize=["audio", "visual"], **settings)
+    teacher = AVadCLIP(classes, length=LENGTH, text_weights="random", text_layers=TEXT_LAYERS, **ROBUST_STREAMS)
     teacher.fit_inputs(features.batches())
     fit(teacher, features, RECIPE, folder / "teacher", device=device)
     students = {}

@@ -40,7 +40,7 @@ class Recipe:
 
 
 # What differs from the defaults where there are hundreds of videos, not thousands; measured on FightSurv, see
-# docs/training-that-hears.md. Models are to take motion besides, and both streams standardised.
+# docs/training-that-hears.md.
 ROBUST: dict[str, Any] = {
     "epochs": 5,
     "batch_size": 16,
@@ -52,3 +52,4 @@ ROBUST: dict[str, Any] = {
 }
 # Of a student of the sound alone: it passes through the temporal encoder too, and is not learnt by heart.
 ROBUST_HEARER = {**ROBUST, "temporal_lr": 1.0}
+ROBUST_STREAMS: dict[str, Any] = {"motion": True, "standardize": ["audio", "visual"]}  # how a teacher is to take them
