@@ -88,8 +88,9 @@ def test_the_robust_recipe_sets_defaults_and_yields_to_options(videos, tmp_path)
     assert (recipe["epochs"], recipe["batch_size"], recipe["lr"]) == (1, 4, ROBUST["lr"])
     config = json.loads((tmp_path / "t/model/config.json").read_text())
     assert config["motion"] and config["standardize"] == ["audio", "visual"]
-    teacher = "--teacher", tmp_path / "t", "--noise", 0.25, "--classes", CLASSES, "-q"
-    assert call("distill", videos / "train.csv", "-o", tmp_path / "s", "--recipe", "robust", *teacher, *few) == 0
+    teacher = "--teacher", tmp_path / "t", "--classes", CLASSES, "-q"
+    noisy = "--recipe", "robust", "--noise", 0.25, *teacher, *few
+    assert call("distill", videos / "train.csv", "-o", tmp_path / "s", *noisy) == 0
     recipe = json.loads((tmp_path / "s" / HISTORY).read_text())["run"]["recipe"]
     assert (recipe["noise"], recipe["distill_weight"]) == (0.25, ROBUST["distill_weight"])
     assert recipe["temporal_lr"] == ROBUST["temporal_lr"]
@@ -116,14 +117,23 @@ def test_a_stream_that_a_student_does_not_take(videos, trained, tmp_path, capsys
     assert "--standardize audio: the student takes visual alone" in mistake(capsys, *start, "--standardize", "audio")
     guided = "distill", videos / "train.csv", "--teacher", trained, "-o", tmp_path / "run", "--classes", CLASSES
     assert "the student takes visual alone" in mistake(capsys, *guided, "--standardize", "audio")
+    assert "--noise is on sight" in mistake(capsys, *guided, "--modality", "audio", "--noise", "1")
+    assert "--fusion add is of a teacher" in mistake(capsys, *start, "--fusion", "add")
+    whole = "train", videos / "train.csv", "-o", tmp_path / "run", *QUICK
+    assert "--modality audio is of a --student" in mistake(capsys, *whole, "--modality", "audio")
 
 
-def test_a_held_out_list_takes_the_place_of_a_share(videos, tmp_path):
+def test_a_held_out_list_takes_the_place_of_a_share(videos, tmp_path, capsys):
     separate = "--held-out-list", videos / "test.csv", "--epochs", 1
     assert call("train", videos / "train.csv", "-o", tmp_path / "run", *separate, *QUICK) == 0
     history = json.loads((tmp_path / "run" / HISTORY).read_text())
     assert history["run"]["samples"] == 12 and "val" in history["epochs"][0]
     assert Calibration.load(tmp_path / "run").videos == 6
+    lines = (videos / "test.csv").read_text() + (videos / "train.csv").read_text().splitlines()[3] + "\n"
+    (videos / "both.csv").write_text(lines)
+    separate = "--held-out-list", videos / "both.csv"
+    said = mistake(capsys, "train", videos / "train.csv", "-o", tmp_path / "other", *separate, *QUICK)
+    assert "both.csv: " in said and "and not held out" in said
 
 
 def test_missing_sound(videos, trained, tmp_path, capsys):
@@ -140,6 +150,9 @@ def test_missing_sound(videos, trained, tmp_path, capsys):
     assert heard["teacher"]["align"] == heard["automatic"]["align"] == result["align"]["ap"]
     assert none["automatic"] == none["student"] and half["missing"] == 50
     assert "--student" in mistake(capsys, *ask, "--missing-sound", "50", *options)
+    assert "hears" in mistake(capsys, *ask, "--student", trained, "--missing-sound", "50", *options)
+    assert "--student is for --missing-sound" in mistake(capsys, *ask, "--student", student, *options)
+    assert "--plots" in mistake(capsys, *ask, "--plot", "video", *options)
     assert "percents" in mistake(capsys, *ask, "--student", student, "--missing-sound", "half", *options)
 
 
@@ -205,10 +218,18 @@ def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):
     assert "nothing.csv" in mistake(capsys, "train", tmp_path / "nothing.csv", "-o", run, *QUICK)
     assert "preset" in mistake(capsys, "train", train, "-o", run, "--preset", "ucf", "-q")
     assert "--classes" in mistake(capsys, "train", train, "-o", run, "--classes", "A", "-q")
+    for wrong in ("A=normal", "A=normal,B1=violence,B2=violence", "A=normal,B1=a,B1=b"):
+        assert "each once" in mistake(capsys, "train", train, "-o", run, "--classes", wrong, "-q")
     assert "cuda:99" in mistake(capsys, "train", train, "-o", run, "--device", "cuda:99", *QUICK)
     assert "weights" in mistake(capsys, "train", train, "-o", run, "--text-weights", tmp_path / "no.pt", "-q")
     assert "--test-list" in mistake(capsys, "train", train, "-o", run, "--select", "test", *QUICK)
     gt = ["--gt", videos / "gt.npy"]
+    assert "for --select test" in mistake(capsys, "train", train, "-o", run, "--test-list", test, *gt, *QUICK)
+    np.save(tmp_path / "normal.npy", np.zeros_like(np.load(videos / "gt.npy")))
+    np.save(tmp_path / "short.npy", np.load(videos / "gt.npy")[16:])
+    for name, said in (("normal", "all of one kind"), ("short", "the truth has")):
+        asked = "--select", "test", "--test-list", test, "--gt", tmp_path / f"{name}.npy"
+        assert said in mistake(capsys, "train", train, "-o", run, *asked, *QUICK)
     assert "no model" in mistake(capsys, "eval", test, "--model", tmp_path / "nowhere", *gt, "--classes", CLASSES, "-q")
     assert "classes" in mistake(capsys, "eval", test, "--model", trained, *gt, "-q")
     bad = ["--classes", CLASSES, "--frames-per-snippet", 4, "-q"]

@@ -64,6 +64,13 @@ def test_truth_of_another_snippet_length(made):
     assert "--frames-per-snippet 16" in problem and str(made / "gt.npy") in problem
 
 
+def test_a_normal_label_may_be_filled_up(made):
+    text = (made / "test.csv").read_text()
+    assert ",A\n" in text
+    (made / "filled.csv").write_text(text.replace(",A\n", ",A-0-0\n"))
+    assert check(made, "filled.csv", frame_gt=made / "gt.npy") == []
+
+
 def test_truth_of_other_videos(made):
     truth = np.load(made / "gt.npy")
     np.save(made / "gt.npy", truth[:-1])

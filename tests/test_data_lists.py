@@ -119,7 +119,7 @@ def crops(videos, anomalous):
 
 def test_split_never_parts_the_crops_of_a_video():
     rows = crops(40, 10)
-    train, held = split(rows, 0.2, seed=3)
+    train, held = split(rows, 0.2, 3, CODES)
     assert sorted(train + held, key=rows.index) == rows and not set(train) & set(held)
     assert train == sorted(train, key=rows.index) and held == sorted(held, key=rows.index)
     names = [{str(row.visual).split("__")[0] for row in part} for part in (train, held)]
@@ -127,22 +127,30 @@ def test_split_never_parts_the_crops_of_a_video():
     assert len(held) == 80 and sum(row.label != "A" for row in held) == 20
 
 
+@pytest.mark.parametrize("normal", ["N", "N-0-0"])
+def test_split_goes_by_what_a_label_means(normal):
+    rows = [Row(data.lists.Path(f"v{i}.npy"), None, normal if i < 36 else "F", 2 + i) for i in range(40)]
+    for seed in range(20):
+        _, held = split(rows, 0.2, seed, {"N": "normal", "F": "fighting"})
+        assert [row.label for row in held].count("F") == 1 and len(held) == 8
+
+
 def test_split_depends_on_the_seed_alone():
     rows = crops(40, 20)
-    assert split(rows, 0.2, 1) == split(rows, 0.2, 1)
-    assert split(rows, 0.2, 1) != split(rows, 0.2, 2)
-    assert split(rows, 0.2, -1) == split(rows, 0.2, -1)
+    assert split(rows, 0.2, 1, CODES) == split(rows, 0.2, 1, CODES)
+    assert split(rows, 0.2, 1, CODES) != split(rows, 0.2, 2, CODES)
+    assert split(rows, 0.2, -1, CODES) == split(rows, 0.2, -1, CODES)
 
 
 def test_split_at_the_edges():
     rows = crops(3, 1)
-    assert split(rows, 0, 0) == (rows, [])
-    train, held = split(rows, 0.01, 0)  # one of the two normal videos, and the only anomalous one stays
+    assert split(rows, 0, 0, CODES) == (rows, [])
+    train, held = split(rows, 0.01, 0, CODES)  # one of the two normal videos, and the only anomalous one stays
     assert len(held) == 10 and {row.label for row in held} == {"A"}
-    train, held = split(rows, 0.99, 0)
+    train, held = split(rows, 0.99, 0, CODES)
     assert {row.label for row in train} == {"A", "B1-0-0"}
     with pytest.raises(ValueError, match="fraction"):
-        split(rows, 1, 0)
+        split(rows, 1, 0, CODES)
 
 
 def test_write_and_read_again(tmp_path):

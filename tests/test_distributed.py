@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_train import CLASSES, SMALL, features, same, teacher, weights
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, data
+from avadclip_fast.device import device_of
 from avadclip_fast.engine import distributed, train
 from avadclip_fast.engine.calibrate import CALIBRATION
 from avadclip_fast.engine.recipe import Recipe
@@ -151,6 +152,8 @@ def test_two_processes_leave_what_one_does(both, run):
     first, second = (json.loads((folder / HISTORY).read_text()) for folder in (one, two))
     for expected, found in zip(first["epochs"], second["epochs"], strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
+    for history in (first, second):
+        history["run"].pop("teacher")  # which the two have trained too: its bits differ
     assert first["run"] == second["run"] and first["selected_epoch"] == second["selected_epoch"]
     # AdamW divides a gradient by its own size: where that is rounding alone, as a key's bias has, a step of lr may go
     # either way. Others agree: on average to a thousandth of one step, of which there were six.
@@ -167,6 +170,18 @@ def test_two_processes_leave_what_one_does(both, run):
 
 def test_one_process_is_asked_to_end_and_all_save_and_go_on(both):
     assert same(weights(both[1] / "unbroken"), weights(both[1] / "broken"))
+
+
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # there may be no GPU here to ask
+    for name in ("auto", "cuda", "cuda:0", "cpu"):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        alone = device_of(name)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert (str(alone), str(device_of(name))) == {
+            "auto": ("cuda", "cuda:1"), "cuda": ("cuda", "cuda:1"), "cuda:0": ("cuda:0",) * 2, "cpu": ("cpu",) * 2,
+        }[name]  # fmt: skip
 
 
 def test_training_through_the_command_line(tmp_path):

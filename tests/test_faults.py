@@ -113,7 +113,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
 
 
 def test_it_is_told_in_one_line(tmp_path, capsys):
-    from test_cli import CLASSES, QUICK, mistake  # a second of imports, which the process above need not spend
+    from test_cli import QUICK, mistake  # a second of imports, which the process above need not spend
 
     data.make_synthetic(tmp_path, videos=12, test_videos=1, min_snippets=16, max_snippets=20)
     few = tmp_path / "train.csv", "--epochs", 1, "--select", "last", *QUICK
@@ -123,7 +123,7 @@ def test_it_is_told_in_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     message = mistake(capsys, "train", *few, "-o", tmp_path / "file" / "run")
     assert "file/run: cannot be written: Not a directory" in message
-    pack = "pack", tmp_path / "train.csv", "--length", 16, "--classes", CLASSES, "-q", "-o"
+    pack = "pack", tmp_path / "train.csv", "--length", 16, "-q", "-o"
     packed = tmp_path / "p.safetensors"
     packed.write_bytes(b"an earlier one")
     with file_limit(100_000):

@@ -36,5 +36,7 @@ def test_shares_choices_and_the_oracle():
     assert none["automatic"] == none["student"] and none["teacher"]["align"] < 0.4
     for record in records:
         assert record["oracle"]["binary"] == max(record[name]["binary"] for name in CHOICES)
+    with pytest.raises(DataError, match="one kind"):
+        missing_sound(hearing, deaf, student, np.zeros(30 * 8 * 4), classes, 4, [50], seed=0)
     text = format_missing(records)
     assert "50 %" in text and f"{100 * half['automatic']['align']:.2f}" in text

@@ -19,9 +19,10 @@ from avadclip_fast import data
 from avadclip_fast.data import FeatureSet
 from avadclip_fast.engine.recipe import Recipe, RecipeError
 from avadclip_fast.engine.state import StateError, frozen_digest
-from avadclip_fast.engine.stop import Stopped
+from avadclip_fast.engine.stop import Stopped, listening
 from avadclip_fast.engine.train import BEST, HISTORY, MODEL, STATE, fit, noisy, spread, teacher_features, trim
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
+from avadclip_fast.reference._numerics import zero_padding
 
 CLASSES = ["normal", "fighting", "explosion"]
 SMALL = {"length": 16, "width": 32, "text_width": 64, "text_layers": 1, "text_weights": "random"}
@@ -155,6 +156,19 @@ def test_sigterm_saves_and_ends(tmp_path, monkeypatch):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
+def test_signals_again():
+    """A second SIGTERM comes from torchrun, which got the first one too; a second Ctrl-C is meant."""
+    with listening() as request:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert request.number == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.number == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_sigterm_through_the_command_line(tmp_path):
     data.make_synthetic(tmp_path, videos=12, test_videos=1, min_snippets=16, max_snippets=20)
     command = "train", tmp_path / "train.csv", "-o", tmp_path / "run", "--epochs", "1000", "--select", "last"
@@ -232,6 +246,17 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
     student = AVadCLIPStudent(CLASSES, **SMALL)
     with pytest.raises(StateError, match="other settings"):
         fit(student, features(), RECIPE, tmp_path, resume=True, progress=False)
+    for change, settings in (("padding", {"padding": "official"}), ("window", {"window": 8})):
+        torch.manual_seed(0)
+        with pytest.raises(StateError, match=rf"other settings \({change}\)"):
+            fit(AVadCLIP(CLASSES, **SMALL, **settings), features(), RECIPE, tmp_path, resume=True, progress=False)
+    relabelled = features()
+    relabelled.labels[:] = relabelled.labels.roll(1, 0)
+    for videos in (features(seed=1), relabelled):
+        with pytest.raises(StateError, match=r"other settings \(training videos\)"):
+            fit(teacher(), videos, RECIPE, tmp_path, resume=True, progress=False)
+    with pytest.raises(StateError, match=r"other settings \(held-out videos\)"):
+        fit(teacher(), features(), RECIPE, tmp_path, held_out=features(5), resume=True, progress=False)
     (tmp_path / STATE).write_bytes(b"not a state")
     with pytest.raises(StateError, match="cannot be read"):
         fit(teacher(), features(), RECIPE, tmp_path, resume=True, progress=False)
@@ -312,7 +337,17 @@ def test_a_student_learns_from_a_teacher_that_takes_motion(tmp_path):
 def test_cached_teacher_features_are_those_of_the_whole_model():
     guide, data = teacher().eval(), features()
     batch = data.batch(torch.arange(4))
-    assert torch.equal(teacher_features(guide, batch), guide(batch.visual, batch.audio, batch.lengths).features)
+    whole = guide(batch.visual, batch.audio, batch.lengths).features
+    assert torch.equal(teacher_features(guide, batch), zero_padding(whole, batch.lengths))
+
+
+def test_what_a_masked_teacher_says_of_padding_is_nothing():
+    """A student whose padding is "official" is held to it, whatever else is in the batch."""
+    guide, data = teacher().eval(), features()
+    padding = torch.arange(16) >= data.lengths[:, None]
+    for index in (torch.arange(12), torch.tensor([3]), torch.tensor([7, 3])):
+        found = teacher_features(guide, data.batch(index))
+        assert padding[index].any() and (found[padding[index]] == 0).all()
 
 
 def test_trimming_changes_nothing_in_masked_mode():
@@ -332,6 +367,48 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="no longer finite.*epoch 1"):
         fit(teacher(), data, RECIPE, tmp_path, progress=False)
     assert not (tmp_path / MODEL).exists()
+
+
+def test_a_held_out_loss_that_is_not_finite_stops_the_run(tmp_path):
+    """Else no epoch would be better than the first."""
+    held_out = features(5, seed=1)
+    held_out.audio[2, 0, 0] = float("inf")
+    recipe = dataclasses.replace(RECIPE, select="val")
+    with pytest.raises(FloatingPointError, match=r"no longer finite \(val\) at epoch 1"):
+        fit(teacher(), features(), recipe, tmp_path, held_out=held_out, progress=False)
+    assert not (tmp_path / MODEL).exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
+    """The step after the last saved one goes wrong: its loss was that of the weights before."""
+    from avadclip_fast.engine import train
+
+    plain, steps = train.train_step, 0
+
+    def spoilt(model, *rest):
+        nonlocal steps
+        steps += 1
+        found = plain(model, *rest)
+        if steps == 2:
+            model.mlp2.c_fc.weight.data[0, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(train, "train_step", spoilt)
+    with pytest.raises(FloatingPointError, match=r"\(weights\) at epoch 1, step 2"):
+        fit(teacher(), features(), RECIPE, tmp_path, progress=False)
+    assert all(x.isfinite().all() for x in load_file(tmp_path / STATE).values())
+
+
+def test_what_a_kill_left_in_the_middle_of_a_write_is_removed(tmp_path):
+    (tmp_path / MODEL).mkdir()
+    old, model, new = (tmp_path / name for name in (".0123456789abcdef.tmp", "model/.0123456789abcdef.tmp", ".a.tmp"))
+    fresh = tmp_path / ".fedcba9876543210.tmp"
+    for path in (old, model, new, fresh):
+        path.write_bytes(b"half")
+        os.utime(path, (0, 0))
+    os.utime(fresh)  # another process may be writing it
+    fit(teacher(), features(), dataclasses.replace(RECIPE, epochs=1), tmp_path, progress=False)
+    assert not old.exists() and not model.exists() and new.exists() and fresh.exists()
 
 
 def test_an_audio_student_hears_and_does_not_see(tmp_path):

@@ -17,7 +17,7 @@ from ..device import device_of
 from ..engine import distributed, report
 from ..engine.calibrate import Calibration
 from ..engine.evaluate import at_threshold, evaluate, load_model, score_rows
-from ..engine.metrics import format_table
+from ..engine.metrics import format_table, positive_frames
 from ..engine.missing import format_missing, missing_sound
 from ..engine.plots import reliability_plot
 from ..engine.recipe import ROBUST, ROBUST_HEARER, Recipe
@@ -223,6 +223,10 @@ def train(
     On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli train ..., where --batch-size is that of all.
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
+    if student and fusion != Fusion.gated:
+        raise DataError(f"--fusion {fusion} is of a teacher; a --student takes one stream alone")
+    if not student and modality != Modality.visual:
+        raise DataError(f"--modality {modality} is of a --student; a teacher takes both streams")
     _seed(seed, deterministic)
     streams = [modality] if student else list(Modality)
     seen = Modality.visual in streams
@@ -349,6 +353,12 @@ def evaluate_(
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     detector = load_model(model, list(codes.values()), window)
     _same_classes(detector, codes, model)
+    if silent and "visual" not in detector.streams():
+        raise DataError(f"--silent: {model} takes the sound alone")
+    if student is not None and missing is None:
+        raise DataError("--student is for --missing-sound; score it alone as --model")
+    if plot and plots is None:
+        raise DataError("--plot names videos to draw into the folder --plots")
     truth = data.read_frame_gt(gt)
     spans = None if segments is None else data.read_spans(segments, segment_labels)
     hears = "audio" in detector.streams() and not silent
@@ -358,6 +368,8 @@ def evaluate_(
             raise DataError("--missing-sound compares a teacher that hears, --model, with a --student: give both")
         other, percents = load_model(student, list(codes.values()), window), _percents(missing)
         _same_classes(other, codes, student)
+        if "audio" in other.streams():
+            raise DataError(f"--student {student} hears; where sound is missing, one that sees alone takes over")
 
     def scored(of, path: Path, silent: bool = silent):
         calibration, progress = Calibration.load(path), not quiet
@@ -442,8 +454,6 @@ def pack(
     list_: List_,
     output: Annotated[Path, Option("--output", "-o", help=f"The file to write, NAME{PACKED}.", show_default=False)],
     length: Length = 256,
-    preset: PresetName = "xd-violence",
-    classes: Classes = None,
     root: Root = None,
     audio: Annotated[bool, Option(help="Whether to pack the sound too.")] = True,
     motion: Annotated[bool, Option("--motion", help="Pack sight with its motion, for models that take it.")] = False,
@@ -455,13 +465,12 @@ def pack(
 
     A call that was cut short is gone on with by the same call. `check` reads the file against its checksum.
     """
-    codes, _, _ = _preset(preset, classes, None)
     if output.suffix != PACKED:
         raise DataError(f"--output {output}: a packed file's name ends in {PACKED}")
     rows = data.read_list(list_, root, audio=audio)
     progress = None if quiet else report.bar("packing", "block")
     dtype = "float32" if full else "float16"
-    data.pack(output, rows, codes, length, width, audio, motion, dtype, progress=progress)
+    data.pack(output, rows, length, width, audio, motion, dtype, progress=progress)
     typer.echo(f"wrote {output}: {len(rows)} rows")
 
 
@@ -501,17 +510,22 @@ def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, dev
     share, separate = held_out
     held = None
     if separate is not None:
-        held, _ = _training_set(separate, root, codes, model, wants_audio, moves, quiet)
+        held, others = _training_set(separate, root, codes, model, wants_audio, moves, quiet)
+        names = [{os.path.abspath(data.video_of(row)) for row in part} for part in (rows, others)]
+        if both := set.intersection(*names):
+            raise DataError(f"{separate}: {min(both)} is in {list_} too, and not held out; remove it from one of them")
     elif recipe.select == "val":
-        kept, out = data.split(rows, share, recipe.seed)
+        kept, out = data.split(rows, share, recipe.seed, codes)
         if not kept or not out:
             raise DataError(f"{list_}: too few videos to hold out {share:g} of them; use --select last")
         at = {row: i for i, row in enumerate(rows)}
         held, features = (features.subset(torch.tensor([at[row] for row in part])) for part in (out, kept))
     test_ap = None
+    test_list, gt, frames, test_root = test
     if recipe.select == "test":
-        test_list, gt, frames, test_root = test
-        test_ap = _test_ap(test_list, gt, frames, test_root, wants_audio, device_of(device))
+        test_ap = _test_ap(test_list, gt, frames, test_root, model, device_of(device))
+    elif test_list is not None or gt is not None:
+        raise DataError("--test-list and --gt are for --select test; `eval` scores a test list")
     model.fit_inputs(features.batches())
     fit(
         model,
@@ -539,13 +553,20 @@ def _training_set(list_: Path, root, codes, model, audio: bool, motion: bool, qu
     return data.FeatureSet.load(rows, codes, length, model.width, audio, motion, progress=progress), rows
 
 
-def _test_ap(list_: Path | None, gt: Path | None, frames: int, root: Path | None, wants_audio: bool, device):
+def _test_ap(list_: Path | None, gt: Path | None, frames: int, root: Path | None, model, device):
     if list_ is None or gt is None:
         raise DataError("--select test needs --test-list and --gt")
-    rows, truth = data.read_list(list_, root, audio=wants_audio), data.read_frame_gt(gt)
+    hears = "audio" in model.streams()
+    rows, truth = data.read_list(list_, root, audio=hears), data.read_frame_gt(gt)
+    try:
+        positive = positive_frames(truth, sum(data.snippet_count(row.visual, model.width) for row in rows), frames)
+    except ValueError as error:
+        raise DataError(f"{gt}: {error}") from error
+    if not 0 < positive.sum() < len(truth):
+        raise DataError(f"{gt}: the frames are all of one kind, of which there is no AP to select by")
 
     def ap(model) -> float:
-        scores = score_rows(model, rows, device, audio=wants_audio, progress=False)
+        scores = score_rows(model, rows, device, audio=hears, progress=False)
         return evaluate(scores, truth, model.classes, frames)["align"]["ap"]
 
     return ap
@@ -562,6 +583,8 @@ def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[st
         if not all(code.strip() and sign and label.strip() for code, sign, label in pairs):
             raise DataError(f'--classes wants CODE=name pairs such as "A=normal,B1=fighting", got {classes!r}')
         codes = {code.strip(): label.strip() for code, _, label in pairs}
+        if len(pairs) < 2 or not len(codes) == len(set(codes.values())) == len(pairs):
+            raise DataError(f"--classes wants two classes or more, normal first, each once; got {classes!r}")
     return codes, frames or preset.frames_per_snippet, preset.distill_weight
 
 
@@ -577,6 +600,8 @@ def _recipe(name: RecipeName, sees: bool, milestones: str | None, **options) -> 
     """A recipe by name; what the user gave goes before it."""
     defaults = {} if name == RecipeName.official else ROBUST if sees else ROBUST_HEARER
     given = {key: value for key, value in options.items() if value is not None}
+    if given.get("noise") and not sees:
+        raise DataError("--noise is on sight, which a student of the sound does not take")
     if milestones is not None:
         given["milestones"] = _epochs(milestones)
     return Recipe(**{**defaults, **given})

@@ -17,7 +17,7 @@ from typer import Argument, Option
 from ..data import DataError, pack
 from ..data.atomic import atomic_write
 from ..device import device_of
-from .commands import PACKED, Classes, Device, PresetName, Quiet, Root, _preset, app
+from .commands import PACKED, Device, Quiet, Root, app
 
 if TYPE_CHECKING:  # imported when a command runs: the others go without PyAV, and start sooner
     from ..engine.detect import Event, Scorer
@@ -115,8 +115,6 @@ def extract(
         Engine.threads
     ),
     full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
-    preset: PresetName = "xd-violence",
-    classes: Classes = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -173,8 +171,7 @@ def extract(
     for failure in record["failed"]:
         typer.echo(f"failed: {failure['reason']}", err=True)
     if packed is not None and rows:
-        codes, _, _ = _preset(preset, classes, None)
-        pack(packed, rows, codes, 256, seen.width, audio=all(row.audio is not None for row in rows))
+        pack(packed, rows, 256, seen.width, audio=all(row.audio is not None for row in rows))
         typer.echo(f"wrote {packed}")
     if record["failed"]:
         raise typer.Exit(1)

@@ -16,7 +16,7 @@ from .ground_truth import (
     segments,
 )
 from .labels import CCTV_FIGHTS, PRESETS, XD_VIOLENCE, Preset, encode
-from .lists import Row, read_list, split, videos, write_list
+from .lists import Row, read_list, split, video_of, videos, write_list
 from .packed import check_packed
 from .synthetic import make_synthetic
 
@@ -54,6 +54,7 @@ __all__ = [
     "snippet_count",
     "split",
     "test_videos",
+    "video_of",
     "videos",
     "with_motion",
     "write_features",

@@ -3,9 +3,12 @@
 import contextlib
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+LEFT = 3600  # seconds after which a temporary file is no longer being written
 
 
 @contextlib.contextmanager
@@ -27,3 +30,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         except BaseException:
             os.unlink(temporary)
             raise
+
+
+def remove_left(folder: str | Path) -> None:
+    """Removes the temporary files of `atomic_write` that a kill has left in a folder."""
+    for path in Path(folder).glob(f".{'[0-9a-f]' * 16}.tmp"):
+        if time.time() - path.stat().st_mtime > LEFT:
+            path.unlink(missing_ok=True)

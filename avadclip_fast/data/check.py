@@ -8,7 +8,7 @@ from .dataset import Progress, unequal
 from .errors import DataError, LabelError
 from .features import load_features, snippet_count
 from .ground_truth import read_frame_gt
-from .labels import encode
+from .labels import encode, is_normal
 from .lists import Row, scan_list, videos
 
 
@@ -45,7 +45,7 @@ def check_list(
             return [*problems, str(error)]
         known = [count for count in counts if count is not None]
         if whole and len(known) == len(counts):
-            problems += _check_truth(path, rows, known, truth, frame_gt, frames_per_snippet, next(iter(codes)))
+            problems += _check_truth(path, rows, known, truth, frame_gt, frames_per_snippet, codes)
     return problems
 
 
@@ -76,7 +76,7 @@ def _check_truth(
     truth: np.ndarray,
     frame_gt: str | Path,
     frames: int,
-    normal: str,
+    codes: dict[str, str],
 ) -> list[str]:
     snippets = sum(counts)
     if len(truth) != snippets * frames:
@@ -94,7 +94,11 @@ def _check_truth(
     ends = np.cumsum(counts) * frames
     for row, end, count in zip(rows, ends, counts, strict=True):
         positive = int(truth[end - count * frames : end].sum())
-        if (row.label == normal) == (positive > 0):
+        try:
+            normal = is_normal(row.label, codes)
+        except LabelError:  # told already
+            continue
+        if normal == (positive > 0):
             problems.append(
                 f"{path}, line {row.line}: labelled {row.label}, but {positive} frames are anomalous in {frame_gt}; "
                 "is the list in the order of the ground truth?"

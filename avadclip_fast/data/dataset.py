@@ -15,7 +15,7 @@ from .errors import DataError, LabelError
 from .features import chunk, load_features, pool, with_motion
 from .labels import encode
 from .lists import Row
-from .packed import Field, open_packed, write_packed
+from .packed import Field, checksum, open_packed, write_packed
 
 Progress = Callable[[Iterable], Iterable]  # wraps what is iterated, as tqdm does
 
@@ -53,6 +53,7 @@ class FeatureSet:
     labels: Tensor  # (N, C) float32, multi-hot
     index: Tensor | None = None  # (M,) int64: the rows that the set consists of; all of them by default
     mapped: bool = False  # whether the streams lie in a file, of which a step reads its rows
+    checksum: str | None = None  # of the packed file that they are from
 
     @classmethod
     def load(
@@ -83,7 +84,7 @@ class FeatureSet:
         lengths = torch.zeros(len(rows), dtype=torch.int64)
 
         def fill(i: int) -> None:
-            seen, sound, lengths[i] = _pooled(rows[i], length, width, audio, motion)
+            seen, sound, lengths[i] = _pooled(rows[i], length, width, audio, motion, torch.finfo(dtype).max)
             visual[i] = torch.from_numpy(seen)
             if heard is not None:
                 heard[i] = torch.from_numpy(sound)
@@ -107,12 +108,10 @@ class FeatureSet:
         """A set that `pack` has written, mapped from its file, and the rows of its list.
 
         Arguments as for `load`. Returns (FeatureSet, list of Row).
-        Raises DataError: not such a file, or one packed with other classes, another length or width, no sound, or
-        without motion where it is wanted.
+        Raises DataError: not such a file, or one packed with another length or width, without sound or motion where
+        they are wanted; LabelError for a label.
         """
         tensors, info = open_packed(path)
-        if info.get("codes") != codes:
-            raise DataError(f"{path}: packed with the classes {info.get('codes')}; now they are {codes}. Pack it again")
         found = list(tensors["visual"].shape[1:])
         if found != [length, (1 + motion) * width]:
             if found == [length, (2 - motion) * width]:
@@ -125,8 +124,10 @@ class FeatureSet:
         if audio and "audio" not in tensors:
             raise DataError(f"{path}: packed without sound, which is wanted; pack it again with --audio")
         rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
+        labels = torch.from_numpy(np.stack([_encode(row, codes) for row in rows]))
         heard = tensors["audio"] if audio else None
-        return cls(tensors["visual"], heard, tensors["lengths"], tensors["labels"], mapped=True), rows
+        streams = tensors["visual"], heard, tensors["lengths"]
+        return cls(*streams, labels, mapped=True, checksum=checksum(path)), rows
 
     def __len__(self) -> int:
         return len(self.lengths if self.index is None else self.index)
@@ -161,8 +162,13 @@ class FeatureSet:
         return (self.batch(index) for index in torch.arange(len(self)).split(size))
 
     def fingerprint(self) -> str:
-        """Of what the set holds: the sums of every row, its length and its labels, in order."""
+        """Of what the set holds, in order: of a packed file by its checksum, else by the sums of every row."""
         digest = hashlib.sha256()
+        if self.checksum is not None:
+            index = torch.arange(len(self)) if self.index is None else self.index.cpu()
+            for held in (index, self.labels.cpu(), torch.tensor(self.audio is not None)):
+                digest.update(held.numpy().tobytes())
+            return hashlib.sha256(self.checksum.encode() + digest.digest()).hexdigest()
         for batch in self.batches():
             for x in batch:
                 if x is not None:
@@ -174,13 +180,13 @@ class FeatureSet:
     def to(self, device: str | torch.device) -> "FeatureSet":
         """The whole set on a device, where batches are then gathered."""
         audio, index = (None if x is None else x.to(device) for x in (self.audio, self.index))
-        return FeatureSet(self.visual.to(device), audio, self.lengths.to(device), self.labels.to(device), index)
+        visual, lengths, labels = (x.to(device) for x in (self.visual, self.lengths, self.labels))
+        return FeatureSet(visual, audio, lengths, labels, index, checksum=self.checksum)
 
 
 def pack(
     path: str | Path,
     rows: Sequence[Row],
-    codes: dict[str, str],
     length: int,
     width: int = 512,
     audio: bool = True,
@@ -191,30 +197,35 @@ def pack(
 ) -> None:
     """Pools the features of `rows` once, into one file that `FeatureSet.open` maps; goes on where a killed call was.
 
-    Arguments as for `FeatureSet.load`; dtype "float16" or "float32". Raises DataError.
+    Labels are kept as they are written, and become columns when classes are known. Arguments as for `FeatureSet.load`;
+    dtype "float16" or "float32". Raises DataError.
     """
     if not rows:
         raise DataError("no videos to pack: the list is empty")
-    labels = np.stack([_encode(row, codes) for row in rows])
+    limit = float(np.finfo(dtype).max)
     fields = {"visual": Field(dtype, (length, (1 + motion) * width))}
     fields |= {"audio": Field(dtype, (length, width))} if audio else {}
-    fields |= {"lengths": Field("int64", ()), "labels": Field("float32", labels.shape[1:])}
-    info = {"codes": codes, "rows": [[str(row.visual), str(row.audio or ""), row.label] for row in rows]}
+    fields["lengths"] = Field("int64", ())
+    info = {"rows": [[str(row.visual), str(row.audio or ""), row.label] for row in rows]}
     with ThreadPoolExecutor(workers) as threads:
 
         def fill(start: int, stop: int) -> dict[str, np.ndarray]:
-            visual, heard, lengths = zip(
-                *threads.map(lambda row: _pooled(row, length, width, audio, motion), rows[start:stop]), strict=True
-            )
-            arrays = {"visual": np.stack(visual), "lengths": np.array(lengths), "labels": labels[start:stop]}
+            some = threads.map(lambda row: _pooled(row, length, width, audio, motion, limit), rows[start:stop])
+            visual, heard, lengths = zip(*some, strict=True)
+            arrays = {"visual": np.stack(visual), "lengths": np.array(lengths)}
             return arrays | ({"audio": np.stack(heard)} if audio else {})
 
         write_packed(path, fields, len(rows), fill, info, progress=progress)
 
 
-def _pooled(row: Row, length: int, width: int, audio: bool, motion: bool) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Both streams of a row at T = length, and its valid snippets."""
+def _pooled(
+    row: Row, length: int, width: int, audio: bool, motion: bool, limit: float
+) -> tuple[np.ndarray, np.ndarray | None, int]:
+    """Both streams of a row at T = length, and its valid snippets. limit: the largest number that can be kept."""
     visual, heard = load_row(row, width, audio, motion)
+    for file, x in ((row.visual, visual), (row.audio, heard)):
+        if x is not None and (largest := np.abs(x).max(initial=0)) > limit:
+            raise DataError(f"{file} holds {largest:g}, and float16 nothing beyond {limit:g}; keep float32 (--float32)")
     seen, valid = pool(visual, length)
     return seen, None if heard is None else pool(heard, length)[0], valid
 

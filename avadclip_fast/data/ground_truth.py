@@ -24,6 +24,8 @@ class Span(NamedTuple):
 def read_spans(path: str | Path, labels: str | Path | None = None) -> list[list[Span]]:
     """Spans per video, from a `.json` file or from the official pair of `.npy` files. Raises DataError."""
     if Path(path).suffix == ".json":
+        if labels is not None:
+            raise DataError(f"{path} holds the labels of its spans itself; leave out {labels}")
         return read_segments_json(path)
     if labels is None:
         raise DataError(f"{path}: the official form has the labels of its spans in a second file; name that as well")

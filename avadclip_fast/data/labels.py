@@ -58,3 +58,8 @@ def encode(label: str, codes: dict[str, str]) -> np.ndarray:
     if order[0] in found and len(found) > 1:
         raise LabelError(f"label {label!r} is normal ({order[0]}) and anomalous at once; remove one of the two")
     return np.isin(order, list(found)).astype(np.float32)
+
+
+def is_normal(label: str, codes: dict[str, str]) -> bool:
+    """Whether a label is that of a normal video. Arguments and errors as for `encode`."""
+    return bool(encode(label, codes)[0])

@@ -11,6 +11,7 @@ import numpy as np
 
 from .atomic import atomic_write
 from .errors import DataError
+from .labels import is_normal
 
 _CROP = re.compile(r"__\d$")
 
@@ -116,22 +117,27 @@ def videos(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows by video, in order of first appearance: crops `NAME__0.npy` ... `NAME__9.npy` are one video."""
     groups: dict[Path, list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.visual.with_name(_CROP.sub("", row.visual.stem)), []).append(row)
+        groups.setdefault(video_of(row), []).append(row)
     return list(groups.values())
 
 
-def split(rows: Sequence[Row], fraction: float, seed: int, normal: str = "A") -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows, each in list order; it depends on the rows, `fraction` and `seed` alone.
+def video_of(row: Row) -> Path:
+    """The video of a row: its visual file without suffix and crop."""
+    return row.visual.with_name(_CROP.sub("", row.visual.stem))
 
-    Whole videos are held out, the same share of normal ones (label `normal`) as of anomalous ones: the nearest
-    number, but at least one where there are two, and never all.
+
+def split(rows: Sequence[Row], fraction: float, seed: int, codes: dict[str, str]) -> tuple[list[Row], list[Row]]:
+    """Training rows and held-out rows, each in list order; it depends on the arguments alone.
+
+    Whole videos are held out, the same share of normal ones as of anomalous ones: the nearest number, but at least one
+    where there are two, and never all. codes: code -> class name, the first being normal. Raises LabelError.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction}")
     rng = np.random.default_rng(seed % 2**64)
     strata: dict[bool, list[list[Row]]] = {True: [], False: []}
     for video in videos(rows):
-        strata[video[0].label == normal].append(video)
+        strata[is_normal(video[0].label, codes)].append(video)
     held = set()
     for members in strata.values():
         count = min(max(round(fraction * len(members)), 1), len(members) - 1) if fraction and members else 0

@@ -63,7 +63,7 @@ def write_packed(
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise DataError(f"{path}: another process is writing it; wait for that one, or end it") from error
-            done = _done(journal, begun)
+            done = _done(journal, begun) if os.fstat(file.fileno()).st_size == size else 0
             if done == 0:
                 file.truncate(0)
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told now, not after hours
@@ -77,8 +77,8 @@ def write_packed(
                     json.dump({"begun": begun, "rows": stop}, note)
             os.pwrite(file.fileno(), _header(fields, rows, info, _digest(file, len(header))), 0)
             os.fsync(file.fileno())
+            journal.unlink(missing_ok=True)  # before it could tell of a file that is no longer called so
             os.replace(part, path)
-        journal.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be written: {error.strerror}; what is there stays, and is gone on with"
@@ -102,9 +102,14 @@ def check_packed(path: str | Path) -> None:
     open_packed(path)
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        expected = json.loads(file.read(length))["__metadata__"].get("sha256")
-        if _digest(file, 8 + length) != expected:
+        if _digest(file, 8 + length) != checksum(path):
             raise DataError(f"{path}: its bytes are not those that were written (SHA-256 differs); pack it again")
+
+
+def checksum(path: str | Path) -> str | None:
+    """What the header of a packed file gives as the SHA-256 of the rest."""
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get("sha256")
 
 
 def _header(fields: dict[str, Field], rows: int, info: dict, checksum: str) -> bytes:

@@ -35,6 +35,8 @@ def missing_sound(
     teacher hears the videos that have sound, and is deaf on the others; automatic takes the student there; oracle is
     the best of the three, chosen by the truth. Raises DataError on shares or a truth that do not fit.
     """
+    if not 0 < np.count_nonzero(truth) < len(truth):
+        raise DataError("the frames of the ground truth are all of one kind, of which there is no AP to compare")
     records = []
     for percent in percents:
         silent = mute(len(student), percent, seed)

@@ -22,7 +22,9 @@ class Request:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Request]:
-    """Inside the block SIGTERM and SIGINT are noted instead of obeyed; a second one is obeyed at once.
+    """Inside the block SIGTERM and SIGINT are noted instead of obeyed. A second SIGINT is obeyed at once.
+
+    A second SIGTERM is not: who ends a job by a signal to all its processes reaches those of torchrun twice.
 
     Outside the main thread, where Python hears no signals, nothing is changed.
     """
@@ -34,7 +36,8 @@ def listening() -> Iterator[Request]:
 
     def note(number, frame):
         request.number = number
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
 
     for number in before:
         signal.signal(number, note)

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,19 +17,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Batch, FeatureSet, epoch_order
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, remove_left
 from ..data.packed import Field, open_packed, write_packed
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
 from ..ops._linear_act_amx import HAS_AMX
 from ..profiling import span, trace
-from ..reference._numerics import valid_mask
+from ..reference._numerics import valid_mask, zero_padding
 from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
 from .distributed import WHOLE, Part
 from .graph import StepGraph, changed_by, refusal
 from .recipe import Recipe, RecipeError
-from .state import StateError, frozen_digest, load_state, save_state, weights_digest, writing
+from .state import StateError, frozen_digest, load_state, save_state, trained, weights_digest, writing
 from .stop import Request, Stopped, listening
 
 STATE, BEST, MODEL, HISTORY = "state.safetensors", "best.safetensors", "model", "history.json"
@@ -96,8 +98,12 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def teacher_features(teacher: AVadCLIP, batch: Batch) -> Tensor:
-    """The frozen teacher's fused features (B, T, D): they depend on the sample alone."""
-    return teacher.fuse(batch.visual, batch.audio, batch.lengths)
+    """The frozen teacher's fused features (B, T, D): they depend on the sample alone.
+
+    What a masked teacher says of padding does not, and is 0: a student whose padding is "official" asks for it.
+    """
+    features = teacher.fuse(batch.visual, batch.audio, batch.lengths)
+    return features if teacher.padding == "official" else zero_padding(features, batch.lengths)
 
 
 def fit(
@@ -133,6 +139,9 @@ def fit(
     main, progress = distributed.is_main(), progress and distributed.is_main()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        if main:
+            for left in (folder, folder / MODEL):
+                remove_left(left)
     for one in (model, teacher):
         if one is not None and "visual" in one.streams() and data.visual.shape[2] != one.width_of("visual"):
             wanted = f"{one.width_of('visual')}, {'with' if one.motion else 'without'} motion"
@@ -145,18 +154,19 @@ def fit(
     graph = reason is None if graph is None else graph
     model.to(device)
     distributed.share_weights(model)
+    if teacher is not None:
+        teacher.to(device).eval().requires_grad_(False)
+        distributed.share_weights(teacher)
     optimizer = adamw(model, recipe, device, graph)
     noise = recipe.noise * spread(data).to(device) if recipe.noise else None
-    run: dict = {"recipe": _plain(asdict(recipe)), "samples": len(data), "frozen": frozen_digest(model)}
+    run = _settings(model, teacher, data, held_out, recipe)
     info: dict = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
     state = folder / STATE
     if state.exists():
         if not resume:
             raise StateError(f"{folder} holds a run already: go on with --resume, or choose another output folder")
         info = load_state(state, model, optimizer)
-        if info["run"] != run:
-            changed = [k for k in run["recipe"] if info["run"]["recipe"].get(k) != run["recipe"][k]]
-            changed += [k for k in ("samples", "frozen") if info["run"][k] != run[k]]
+        if changed := _differing(info["run"], run):
             raise StateError(
                 f"{folder} was started with other settings ({', '.join(changed)}); resume with the same ones"
             )
@@ -165,7 +175,6 @@ def fit(
     with contextlib.ExitStack() as stack:
         board = stack.enter_context(contextlib.closing(_Board(folder, first * steps + info["step"]))) if main else None
         stack.enter_context(float32_products(recipe.precision, device))
-        request = stack.enter_context(listening())
         part = -(-recipe.batch_size // distributed.world())
         lengths = data.valid().cpu()  # the host's, which is asked for the longest of a batch
         source, told = residency.place(data, device, part)
@@ -178,6 +187,7 @@ def fit(
             lines.append("steps: one CUDA graph")
         if progress:
             tqdm.write("\n".join(lines))
+        request = stack.enter_context(listening())  # what came before is made anew, or goes on from its own file
         step_done = stack.enter_context(trace(profile, PROFILED)) if profile is not None and main else None
         loop = _Loop(
             model, teacher, cache, source, lengths, recipe, optimizer, noise, state, board, device, progress, request,
@@ -193,6 +203,7 @@ def fit(
                 record["val"] = validation_loss(model, held_out, recipe.batch_size, device)
             if test_ap is not None and recipe.select == "test":
                 record["test_ap"] = distributed.agreed(test_ap(model))
+            _check_finite({k: v for k, v in record.items() if k in ("val", "test_ap")}, model, epoch, steps - 1)
             for name in ("val", "test_ap"):
                 if name in record and board is not None:
                     board.add_scalar(f"epoch/{name}", record[name], (epoch + 1) * steps)
@@ -215,6 +226,8 @@ def fit(
             model.save_pretrained(folder / MODEL)
             if held_out is not None and has_both_kinds(held_out):
                 calibrate(model, held_out, recipe.batch_size, device).save(folder / MODEL)
+            elif held_out is not None:
+                _log.warning("not calibrated: the held-out videos are all normal, or all abnormal")
             with atomic_write(folder / HISTORY) as file:
                 file.write(json.dumps(history, indent=1).encode())
     distributed.share_weights(model.eval())  # and all are there until the folder is whole
@@ -343,7 +356,7 @@ class _Loop:
                 self.board.note(self.names, losses.clone(), number + 1)
             if (due or self._stops(asked, due)) and not last:
                 info |= {"step": step + 1, "sums": self._named(sums)}
-                _check_finite(info["sums"], epoch, step)
+                _check_finite(info["sums"], self.model, epoch, step)
                 if self.board is not None:
                     self.board.write()
                     save_state(self.state, self.model, self.optimizer, info)
@@ -353,7 +366,7 @@ class _Loop:
                 self.step_done()
         bar.close()
         totals = self._named(sums)
-        _check_finite(totals, epoch, len(chunks) - 1)
+        _check_finite(totals, self.model, epoch, len(chunks) - 1)
         if self.board is not None:
             self.board.write()
         info["last"] = {name: total / len(self.lengths) for name, total in totals.items()}
@@ -479,8 +492,6 @@ def _teacher_features(
 
     source: the same data where it is read from. Processes share the work, block by block; rank 0 writes.
     """
-    teacher.to(device).eval().requires_grad_(False)
-    distributed.share_weights(teacher)
     rows, width = data.visual.shape[1], teacher.width
     field, lengths = Field("float32", (rows, width)), data.valid().cpu()
     size = len(data) * field.row_bytes
@@ -533,8 +544,37 @@ def _teacher_features(
     return features, told
 
 
-def _check_finite(sums: dict[str, float], epoch: int, step: int) -> None:
-    bad = [name for name, value in sums.items() if value != value or abs(value) == float("inf")]
+def _settings(model, teacher, data: FeatureSet, held_out: FeatureSet | None, recipe: Recipe) -> dict[str, Any]:
+    """What must be the same for a run to be gone on with, by the names that are told where it is not."""
+    shape = {k: v for k, v in model.settings().items() if k not in ("text_weights", "class_tokens", "backend")}
+    settings = {
+        "recipe": asdict(recipe),
+        "model": shape,
+        "samples": len(data),
+        "training videos": data.fingerprint(),
+        "held-out videos": None if held_out is None else held_out.fingerprint(),
+        "teacher": None if teacher is None else weights_digest(teacher),
+        "frozen": frozen_digest(model),
+    }
+    return json.loads(json.dumps(settings))  # as a state gives it back: tuples are lists there
+
+
+def _differing(before: dict, now: dict) -> list[str]:
+    """The names in `now` that are otherwise in `before`, also of dictionaries inside."""
+    names = []
+    for name, value in now.items():
+        if isinstance(value, dict):
+            names += _differing(before.get(name, {}), value)
+        elif before.get(name) != value:
+            names.append(name)
+    return names
+
+
+def _check_finite(losses: dict[str, float], model: torch.nn.Module, epoch: int, step: int) -> None:
+    """Before a state is saved: the loss is that of weights before a step, which can go wrong in the very step."""
+    bad = [name for name, value in losses.items() if not math.isfinite(value)]
+    if not torch.stack([p.isfinite().all() for p in trained(model).values()]).all():
+        bad.append("weights")
     if bad:
         raise FloatingPointError(
             f"the loss is no longer finite ({', '.join(bad)}) at epoch {epoch + 1}, step {step + 1}; "
@@ -546,8 +586,3 @@ def _say(progress: bool, record: dict) -> None:
     if progress:
         parts = (f"{k} {v:.4g}" for k, v in record.items() if k not in ("epoch", "lr"))
         tqdm.write(f"epoch {record['epoch']}: " + "  ".join(parts))
-
-
-def _plain(settings: dict) -> dict:
-    """As JSON gives it back: tuples are lists there."""
-    return json.loads(json.dumps(settings))

@@ -148,13 +148,17 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
         known = cast(dict[str, Any], self._hub_mixin_config or {})
         self._hub_mixin_config = {**known, "text_weights": None, **settings}
 
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as config.json holds them, and what `remember` has added."""
+        return dict(cast(dict[str, Any], self._hub_mixin_config))
+
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save
 
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(save_directory / WEIGHTS) as file:
             file.write(save(state, metadata={"format": "pt", "model": type(self).__name__}))
-        config = {**cast(dict[str, Any], self._hub_mixin_config), "model": type(self).__name__}
+        config = {**self.settings(), "model": type(self).__name__}
         with atomic_write(save_directory / CONFIG) as file:
             file.write(json.dumps(config, indent=1, sort_keys=True).encode())
 
