@@ -27,7 +27,7 @@ def pool_kernel(
     d = tl.program_id(1) * COLS + tl.arange(0, COLS)
     valid = rows
     if lengths is not None:
-        valid = tl.load(lengths + video).to(tl.int32)
+        valid = tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
     total = tl.zeros((ROWS, COLS), tl.float32)
     for first in range(0, valid, ROWS):
         t = first + tl.arange(0, ROWS)
@@ -70,7 +70,7 @@ def pool_grad_kernel(
     t = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     valid = rows
     if lengths is not None:
-        valid = tl.load(lengths + video).to(tl.int32)
+        valid = tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
     squares = tl.zeros((COLS,), tl.float32)
     for first in range(0, width, COLS):
         d = first + tl.arange(0, COLS)

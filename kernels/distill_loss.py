@@ -64,9 +64,10 @@ def forward(
     count = batch * rows
     d_student = student.new_empty(student.shape, dtype=kept(student))
     d_theta = theta.new_empty(theta.shape, dtype=kept(theta))
-    terms = (
-        student.new_full((), count * width, dtype=torch.float32) if lengths is None else lengths.sum() * float(width)
-    )
+    if lengths is None:
+        terms = student.new_full((), count * width, dtype=torch.float32)
+    else:
+        terms = lengths.clamp(max=rows).sum() * float(width)
     if count == 0 or width == 0:
         return student.new_zeros((), dtype=torch.float32) / terms, d_student, d_theta, terms
     tile = (8, 128)

@@ -103,7 +103,7 @@ def gates(
     """Launches gates_kernel: v, a [1, M, D] -> gate, hidden and y [M, D]."""
     _, count, width = v.shape
     halves = [w.unflatten(1, (2, width)).transpose(0, 1) for w in (gate_weight, hidden_weight)]  # [2, D, D]
-    c = config("gates", v, count, width, 2 * width)
+    c = config("gates", v, a, count, width, 2 * width)
     tma = c["tma"] and all(describable(x) for x in (v, a, *halves))
     gates_kernel[(triton.cdiv(count, c["rows"]) * triton.cdiv(width, c["cols"]),)](
         *(describe(x, c["rows"], c["depth"]) if tma else x for x in (v, a)),

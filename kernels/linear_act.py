@@ -109,7 +109,7 @@ def _tile(
     first_n = tile % tiles_n * COLS  # columns run fastest: the weight stays in L2, each row of x comes in once
     video = tile // tiles_n // tiles_t
     first_t = tile // tiles_n % tiles_t * ROWS
-    length = rows if lengths is None else tl.load(lengths + video).to(tl.int32)
+    length = rows if lengths is None else tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
     valid = length if MASK == "input" else rows
 
     steps = tl.cdiv(width, DEPTH)
@@ -216,7 +216,7 @@ def weight_grad_kernel(
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for block in range(split, videos * tiles_t, splits):
         video, t = block // tiles_t, block % tiles_t * DEPTH
-        valid = rows if lengths is None else tl.load(lengths + video).to(tl.int32)
+        valid = rows if lengths is None else tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
         a = load_rows(
             g, video, t, first_n, rows, rows, outputs, stride_gb, stride_gt, stride_gd,
             mean, rstd, scale, shift, DEPTH, ROWS, TMA, False,
@@ -336,7 +336,8 @@ def _chip(device: torch.device) -> tuple[str, int]:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 is multiplied: as torch's own matrix products are told to."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # not allow_tf32, which raises once someone has set fp32_precision; this one follows both
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs: int) -> dict:
@@ -351,16 +352,20 @@ def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs:
     return {"rows": 128, "cols": 64 * wide, "depth": 64, "warps": 8} | common
 
 
-def bucket(kind: str, dtype: torch.dtype, rows: int, outputs: int, width: int) -> str:
-    """The problem's name in the configuration table: its rows count up to the next power of two."""
-    return f"{kind} {str(dtype).removeprefix('torch.')} {triton.next_power_of_2(rows)}x{outputs}x{width}"
+def bucket(kind: str, dtype: torch.dtype, x_dtype: torch.dtype, rows: int, outputs: int, width: int) -> str:
+    """The problem's name in the configuration table: its rows count up to the next power of two.
+
+    Under autocast what a norm takes is float32, twice as large in shared memory as what it is multiplied with.
+    """
+    dtypes = "-".join(str(d).removeprefix("torch.") for d in dict.fromkeys((x_dtype, dtype)))
+    return f"{kind} {dtypes} {triton.next_power_of_2(rows)}x{outputs}x{width}"
 
 
-def config(kind: str, x: Tensor, rows: int, outputs: int, width: int) -> dict:
-    """Tile sizes for a problem on x's device and dtype. kind: gemm, weight_grad or gates; width: of the sum."""
-    chip, _ = _chip(x.device)
-    measured = _table().get(chip, {}).get(bucket(kind, x.dtype, rows, outputs, width))
-    return measured or default_config(kind, chip, x.dtype, rows, outputs)
+def config(kind: str, w: Tensor, x: Tensor, rows: int, outputs: int, width: int) -> dict:
+    """Tile sizes for a problem on w's device, in w's dtype. kind: gemm, weight_grad or gates; width: of the sum."""
+    chip, _ = _chip(w.device)
+    measured = _table().get(chip, {}).get(bucket(kind, w.dtype, x.dtype, rows, outputs, width))
+    return measured or default_config(kind, chip, w.dtype, rows, outputs)
 
 
 def describable(x: Tensor) -> bool:
@@ -398,7 +403,7 @@ def gemm(
     """
     videos, rows, width = x.shape
     taps, outputs, _ = w.shape
-    c = config("gemm", w, videos * rows, outputs, width * taps)
+    c = config("gemm", w, x, videos * rows, outputs, width * taps)
     tiles_n = triton.cdiv(outputs, c["cols"])
     tiles = videos * triton.cdiv(rows, c["rows"]) * tiles_n
     if dot is not None:
@@ -439,7 +444,7 @@ def weight_grad(
     """Launches weight_grad_kernel: g [B, T, N], x [B, T, I] -> float32 [N, I, taps]. The rows' order is fixed."""
     videos, rows, width = x.shape
     outputs = g.shape[2]
-    c = config("weight_grad", g, videos * rows, outputs, width * taps)
+    c = config("weight_grad", g, x, videos * rows, outputs, width * taps)
     tiles = taps * triton.cdiv(outputs, c["rows"]) * triton.cdiv(width, c["cols"])
     blocks = videos * triton.cdiv(rows, c["depth"])
     splits = max(1, min(2 * _chip(x.device)[1] // tiles, blocks))  # about two programs a multiprocessor

@@ -38,7 +38,7 @@ def weights_kernel(
     PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     video, i = place(rows, ROWS)
-    valid = tl.load(lengths + video).to(tl.int32)
+    valid = tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
     own = video * stride_b + i.to(tl.int64)[:, None] * stride_t
     total = tl.zeros((ROWS,), tl.float32)
     size_i = tl.zeros((ROWS,), tl.float32)
@@ -84,7 +84,7 @@ def softmax_grad_kernel(
     ROWS: tl.constexpr,
 ):  # fmt: skip
     video, i = place(rows, ROWS)
-    valid = tl.load(lengths + video).to(tl.int32)
+    valid = tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
     along = tl.zeros((ROWS,), tl.float32)  # sum_j A_ij dA_ij
     for first in range(0, rows, ROWS):
         j = first + tl.arange(0, ROWS)
@@ -114,7 +114,7 @@ def features_grad_kernel(
     """A program has a block of rows and a slice of channels."""
     video, i = place(rows, ROWS)
     d = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
-    valid = tl.load(lengths + video).to(tl.int32)
+    valid = tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
     size_i = tl.load(norms + video * rows + i, mask=i < valid, other=0.0)
     total = tl.load(sums + video * rows + i, mask=i < valid, other=1.0)
     pull = tl.zeros((ROWS, DEPTH), tl.float32)  # sum_j m_ij x_j / |x_j|
@@ -158,7 +158,7 @@ def product_kernel(
     """
     video, m = place(rows, ROWS)
     n = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    valid = tl.load(lengths + video).to(tl.int32)
+    valid = tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
     depth = valid if INNER_VALID else inner
     breadth = valid if COLUMNS_VALID else columns
     acc = tl.zeros((ROWS, COLS), tl.float32)

@@ -61,7 +61,7 @@ def window_kernel(
     first = head * head_width
     valid = rows
     if lengths is not None:
-        valid = tl.load(lengths + video).to(tl.int32)
+        valid = tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
     scores = tl.zeros((ROWS, ROWS), tl.float32)
     for channel in range(0, head_width, DEPTH):
         d = channel + tl.arange(0, DEPTH)
@@ -91,7 +91,7 @@ def window_grad_kernel(
     first = head * head_width
     valid = rows
     if lengths is not None:
-        valid = tl.load(lengths + video).to(tl.int32)
+        valid = tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
     scores = tl.zeros((ROWS, ROWS), tl.float32)
     dp = tl.zeros((ROWS, ROWS), tl.float32)
     for channel in range(0, head_width, DEPTH):

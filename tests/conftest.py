@@ -1,7 +1,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 from standins import pair  # noqa: F401  a fixture
+
+# What a GPU's float32 is held to: cuDNN's convolutions are tf32 by default.
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(scope="session")

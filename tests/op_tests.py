@@ -5,6 +5,7 @@ A backend is tested on the devices it can run on, as soon as it has a row in the
 
 import os
 import re
+import sys
 from typing import Any, ClassVar
 
 import numpy as np
@@ -254,6 +255,21 @@ class OpTests:
             if name in ROWS[self.op]:
                 grad, other = grad[~padding], other[~padding]
             torch.testing.assert_close(other, grad, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"gradient of {n}: {m}")
+
+    def test_a_length_past_the_rows_is_that_of_all(self, case: Case, backend: str, device: str, monkeypatch):
+        """A GPU's lengths are not looked at before a kernel has them: it must not read on into the next video."""
+        arguments = self.make(case, backend, device=device)
+        if backend not in ("triton", "cuda") or arguments.get("lengths") is None or self.packed:
+            pytest.skip("lengths are looked at, or there are none")
+        monkeypatch.setattr(sys.modules[f"avadclip_fast.ops.{self.op}"], "check_lengths", lambda *_: None)
+        rows = arguments[ROWS[self.op][0]].shape[1]
+        results = []
+        for length in (rows, rows + 3):
+            lengths = arguments["lengths"].clone()
+            lengths[0] = length
+            results.append(self.run({**arguments, "lengths": lengths}, backend))
+        (whole, grads), (past, others) = results
+        assert torch.equal(past, whole) and all(torch.equal(others[name], grad) for name, grad in grads.items())
 
     def test_not_a_number_propagates(self, case: Case, backend: str, device: str):
         """What a NaN in a valid row reaches is what it reaches in the reference."""

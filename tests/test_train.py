@@ -20,7 +20,18 @@ from avadclip_fast.data import FeatureSet
 from avadclip_fast.engine.recipe import Recipe, RecipeError
 from avadclip_fast.engine.state import StateError, frozen_digest
 from avadclip_fast.engine.stop import Stopped, listening
-from avadclip_fast.engine.train import BEST, HISTORY, MODEL, STATE, fit, noisy, spread, teacher_features, trim
+from avadclip_fast.engine.train import (
+    BEST,
+    HISTORY,
+    MODEL,
+    STATE,
+    fit,
+    float32_products,
+    noisy,
+    spread,
+    teacher_features,
+    trim,
+)
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 from avadclip_fast.reference._numerics import zero_padding
 
@@ -231,6 +242,22 @@ def test_a_precision_that_is_not_to_be_had(tmp_path, monkeypatch):
         Recipe(precision="fp8")
     with pytest.raises(RecipeError, match="tf32 needs a GPU, or a processor with tile units"):
         fit(teacher(), features(), dataclasses.replace(RECIPE, precision="tf32"), tmp_path, progress=False)
+
+
+def test_float32_is_float32_also_to_cudnn():
+    """Whichever way its convolutions' precision was set before, it is the same afterwards."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    try:
+        for setting in ("tf32", "ieee"):
+            cudnn.conv.fp32_precision = setting
+            with float32_products("fp32", torch.device("cpu")):
+                assert not cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+            with float32_products("tf32", torch.device("cuda")):
+                assert cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+            assert (cudnn.conv.fp32_precision == "tf32") == (setting == "tf32")
+    finally:
+        cudnn.allow_tf32 = before == "tf32"
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):

@@ -82,7 +82,9 @@ def trim(batch: Batch, *models: Detector, longest: int | None = None) -> Batch:
 
 @contextlib.contextmanager
 def float32_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Lets float32 products be tf32 inside the block, or forbids it. Raises RecipeError where there is no tf32.
+    """Lets float32 products be tf32 inside the block, or forbids it, also to cuDNN, whose convolutions are by default.
+
+    Raises RecipeError where there is no tf32.
 
     On a processor's tile units it is better than its name: of each number the first 16 bits count, not 11.
     """
@@ -90,10 +92,14 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
         raise RecipeError("precision tf32 needs a GPU, or a processor with tile units (AMX); choose fp32 or bf16")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    cudnn: Any = torch.backends.cudnn
+    convolutions = cudnn.conv.fp32_precision == "tf32"  # asked for allow_tf32, torch raises where both ways were used
+    cudnn.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        cudnn.allow_tf32 = convolutions
 
 
 @torch.no_grad()
