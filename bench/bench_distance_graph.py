@@ -56,9 +56,9 @@ def by_length(options: argparse.Namespace) -> list[dict]:
     return harness.compare(f"f+b {rows}, by length", harness.measure(timers, 3 * options.rounds), f"T={SHAPES[0][1]}")
 
 
-def run(options: argparse.Namespace) -> list[dict]:
-    rows = harness.run(cases, getattr(torch, options.dtype), options.device, options.rounds)
-    return rows + by_length(options)
+def run(options: argparse.Namespace) -> Iterator[list[dict]]:
+    yield from harness.run(cases, getattr(torch, options.dtype), options.device, options.rounds)
+    yield by_length(options)
 
 
 if __name__ == "__main__":

@@ -27,27 +27,28 @@ def official(features: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
 
 def cases(dtype: torch.dtype) -> Iterator[Bench]:
     for case, shortest in (("lengths 1..256", 1), ("lengths 256", ROWS)):
+        lengths = torch.randint(shortest, ROWS + 1, (BATCH,))
 
-        def make(shortest=shortest) -> tuple:
+        def make(lengths=lengths) -> tuple:
             base = torch.randn(BATCH, 1, DIM)  # so that some edges lie above the threshold, and some below
             features = base + torch.randn(BATCH, ROWS, DIM) * torch.rand(BATCH, ROWS, 1)
             return (
                 features.to(dtype).requires_grad_(),
                 torch.randn(BATCH, ROWS, WIDTH, dtype=dtype, requires_grad=True),
-                torch.randint(shortest, ROWS + 1, (BATCH,)),
+                lengths,
             )
 
-        inputs = make()
-        rows, pairs = BATCH * ROWS, int((inputs[2] ** 2).sum())
+        rows, valid, pairs = BATCH * ROWS, int(lengths.sum()), int((lengths**2).sum())
+        read, written = 2 * valid * (DIM + WIDTH), rows * (DIM + 2 * WIDTH)  # zeros are written in padding, too
         yield Bench(
             case,
             make,
             {"official": official}
             | harness.compiled(reference.similarity_graph)
-            | harness.served("similarity_graph", ops.similarity_graph, inputs),
-            Work(rows * (DIM + 2 * WIDTH) * dtype.itemsize, pairs * (2 * DIM + 2 * WIDTH)),
+            | harness.served("similarity_graph", ops.similarity_graph, make()),
+            Work((valid * (DIM + WIDTH) + rows * WIDTH) * dtype.itemsize, pairs * (2 * DIM + 2 * WIDTH)),
             # backward: the weights' gradient, the values', and the features' from the symmetric sum
-            Work(rows * (3 * DIM + 4 * WIDTH) * dtype.itemsize, pairs * (2 * DIM + 2 * WIDTH + 4 * WIDTH + 2 * DIM)),
+            Work((read + written) * dtype.itemsize, pairs * (2 * DIM + 2 * WIDTH + 4 * WIDTH + 2 * DIM)),
         )
 
 

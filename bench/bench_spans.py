@@ -50,18 +50,15 @@ def timer(way: Callable[[], contextlib.AbstractContextManager], call: Callable[[
     return seconds
 
 
-def run(options: argparse.Namespace) -> list[dict]:
+def run(options: argparse.Namespace) -> Iterator[list[dict]]:
     scores, lengths = (x.to(options.device) for x in (torch.randn(1, 1, 1), torch.ones(1, dtype=torch.long)))
-    rows = []
     for backend in harness.served("topk_mean", ops.topk_mean, (scores, lengths)):
         timers = {
             name: timer(way, lambda backend=backend: ops.topk_mean(scores, lengths, backend=backend))
             for name, way in WAYS.items()
         }
-        rows += harness.compare(
-            f"topk_mean [1, 1, 1], {backend}", harness.measure(timers, options.rounds), "no check", calls=CALLS
-        )
-    return rows
+        case = f"topk_mean [1, 1, 1], {backend}"
+        yield harness.compare(case, harness.measure(timers, options.rounds), "no check", calls=CALLS)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 Both sides start from the same weights. First it is checked, without dropout, that they compute the same loss, and of a
 few samples the same gradients: in float64, since in float32 a cosine at the graph's threshold may fall on either side.
 A step is forward, backward and AdamW. The distilling step looks up its teacher's features, which the official code
-computes again in each step. bfloat16 is autocast's, over float32 weights. On a GPU our steps are CUDA graphs, and three
-more stand beside them: without a graph, by the references, and by what torch.compile makes of these.
+computes again in each step. bfloat16 is autocast's, over float32 weights. On a GPU our steps are CUDA graphs, and in
+bfloat16 they are held against three more: without a graph, by the references, and by what torch.compile makes of these,
+in a graph like ours. That one comes last: compiling a whole step may take longer than all the rest.
 
 "masked" computes what training does by default, padding="masked": not the same function, and rows of padding need no
 computing. It is checked by the tests alone.
@@ -12,6 +13,9 @@ computing. It is checked by the tests alone.
 
 import argparse
 import copy
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +40,7 @@ TOLERANCE = 1e-6  # relative, of whole gradients in float64: the official distan
 
 
 Sample = tuple[tuple[Tensor, ...], Tensor, Tensor]  # streams [B, T, D] each, labels [B, C], lengths [B]
+Step = Callable[[], Tensor]
 
 
 def official_weights(model: torch.nn.Module) -> eager_model.Weights:
@@ -59,8 +64,26 @@ def official_step(weights: eager_model.Weights, loss):
     return step
 
 
-def our_step(model, sample: Sample, guide=None, precision="fp32", graph=False, compiled=False):
-    """A step as `fit` makes it. graph: recorded. compiled: what torch.compile makes of the model, by its defaults."""
+def our_step(model, sample: Sample, guide=None, precision="fp32", graph=False) -> Step:
+    """A step as `fit` makes it. graph: recorded."""
+    step, update = unrecorded(model, sample, guide, precision, graph)
+    return recorded(step, update) if graph else step
+
+
+def compiled_step(model, sample: Sample, guide: Tensor | None) -> Step:
+    """What torch.compile makes of the references, by its defaults, in bfloat16; recorded, where it lets itself be."""
+    torch.compiler.reset()
+    step, update = unrecorded(model, sample, guide, "bf16", graph=True, compiled=True)
+    step = plainly(step)
+    try:
+        return recorded(step, update)
+    except RuntimeError as error:
+        print(f"torch.compile's step is timed without a graph: {str(error).partition(chr(10))[0]}", flush=True)
+        return step
+
+
+def unrecorded(model, sample: Sample, guide, precision: str, graph: bool, compiled: bool = False):
+    """A step, and its optimizer. graph: it is to be recorded."""
     streams, labels, lengths = sample
     model, recipe = copy.deepcopy(model).train(), Recipe(precision=precision)
     batch = Batch(streams[0], streams[1] if len(streams) > 1 else None, lengths, labels)
@@ -71,11 +94,13 @@ def our_step(model, sample: Sample, guide=None, precision="fp32", graph=False, c
         losses, _ = train_step(model, update, batch, guide, recipe)
         return losses["total"].detach()
 
-    if not graph:
-        return step
-    recorded = StepGraph(step, lambda: changed_by(update))
-    recorded.record()
-    return recorded
+    return step, update
+
+
+def recorded(step: Step, update: torch.optim.Optimizer) -> StepGraph:
+    graph = StepGraph(step, lambda: changed_by(update))
+    graph.record()
+    return graph
 
 
 def check(model, sample: Sample, guide: Tensor | None, official) -> None:
@@ -134,15 +159,23 @@ def launches(step) -> dict[str, int]:
     return {"kernels": sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events), "waits": waits}
 
 
-def peak_memory(step) -> int:
-    """Bytes of GPU memory that are in use at once."""
-    torch.cuda.reset_peak_memory_stats()
-    step()
+def peak_memory(step: Step) -> int:
+    """Bytes of GPU memory that a step takes at its peak, beyond what was there before: weights, moments, other steps.
+
+    A replay allocates nothing: what its graph was recorded of is asked.
+    """
+    plain = step.function if isinstance(step, StepGraph) else step
+    plain()  # has its moments made
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    plain()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
-def run(options: argparse.Namespace) -> list[dict]:
+def run(options: argparse.Namespace) -> Iterator[list[dict]]:
+    began = time.monotonic()
     device = options.device
     teacher = AVadCLIP(CLASSES, text_weights="random", padding="official").eval().to(device)
     student = AVadCLIPStudent.beside(teacher, padding="official").eval().to(device)
@@ -156,7 +189,7 @@ def run(options: argparse.Namespace) -> list[dict]:
         (visual, audio), labels, lengths = sample
         return eager_model.teacher_loss(weights, tokens, visual, audio, labels, lengths, dropout=dropout)
 
-    rows = []
+    compiled = []
     for batch in BATCHES[options.device]:
         lengths = torch.randint(16, ROWS + 1, (batch,), device=device)
         valid = (torch.arange(ROWS, device=device) < lengths[:, None])[..., None]
@@ -172,9 +205,19 @@ def run(options: argparse.Namespace) -> list[dict]:
             return eager_model.distil_loss(weights, known, tokens, visual, heard, labels, lengths)
 
         heard_and_seen, seen = ((visual, audio), labels, lengths), ((visual,), labels, lengths)
-        rows += case(options.rounds, f"teacher, B={batch}", teacher, masked[False], heard_and_seen, None, teacher_loss)
-        rows += case(options.rounds, f"distil, B={batch}", student, masked[True], seen, guide, distil_loss)
-    return rows
+        for name, model, own, sample, known, official in (
+            (f"teacher, B={batch}", teacher, masked[False], heard_and_seen, None, teacher_loss),
+            (f"distil, B={batch}", student, masked[True], seen, guide, distil_loss),
+        ):
+            yield case(options.rounds, name, model, own, sample, known, official)
+            if device == "cuda":
+                yield in_bfloat16(options.rounds, name, model, sample, known)
+                compiled.append(partial(beside_compiled, options.rounds, name, model, sample, known))
+    for rows in compiled:
+        if time.monotonic() - began > harness.COMPILING:
+            print(f"without torch.compile, {harness.COMPILING} s are up", flush=True)
+            return
+        yield rows()
 
 
 def case(rounds: int, name: str, model, masked, sample: Sample, guide: Tensor | None, official) -> list[dict]:
@@ -188,18 +231,32 @@ def case(rounds: int, name: str, model, masked, sample: Sample, guide: Tensor | 
         "ours, masked": our_step(masked, sample, guide, graph=gpu),
         "ours, masked, bfloat16": our_step(masked, sample, guide, "bf16", graph=gpu),
     }
-    counts: dict[str, dict] = {key: {} for key in steps}
-    if gpu:
-        plain = our_step(model, sample, guide)
-        steps["ours, bfloat16, no graph"] = our_step(model, sample, guide, "bf16")
-        steps["reference, bfloat16"] = plainly(our_step(model, sample, guide, "bf16"))
-        steps["torch.compile, bfloat16"] = plainly(our_step(model, sample, guide, "bf16", compiled=True))
-        counts = {key: launches(step) | {"memory_bytes": peak_memory(step)} for key, step in steps.items()}
-    else:
-        plain = steps["ours"]
+    plain = our_step(model, sample, guide) if gpu else steps["ours"]
     both = {"official_flops": flops(steps["official"]), "ours_flops": flops(plainly(plain))}  # fused, none are seen
+    return timed(rounds, name, steps, gpu, **both)
+
+
+def in_bfloat16(rounds: int, name: str, model, sample: Sample, guide: Tensor | None) -> list[dict]:
+    """Our step against what it would be without its graph, and without its kernels."""
+    steps = {
+        "reference, no graph": plainly(our_step(model, sample, guide, "bf16")),
+        "ours, no graph": our_step(model, sample, guide, "bf16"),
+        "ours": our_step(model, sample, guide, "bf16", graph=True),
+    }
+    return timed(rounds, f"{name}, bfloat16", steps, gpu=True)
+
+
+def beside_compiled(rounds: int, name: str, model, sample: Sample, guide: Tensor | None) -> list[dict]:
+    compiled = compiled_step(model, sample, guide)
+    called = "torch.compile" if isinstance(compiled, StepGraph) else "torch.compile, no graph"
+    steps = {called: compiled, "ours": our_step(model, sample, guide, "bf16", graph=True)}
+    return timed(rounds, f"{name}, bfloat16, against torch.compile", steps, gpu=True)
+
+
+def timed(rounds: int, name: str, steps: dict[str, Step], gpu: bool, **counted: float) -> list[dict]:
+    counts = {key: launches(step) | {"memory_bytes": peak_memory(step)} if gpu else {} for key, step in steps.items()}
     timers = {key: harness.host_timer(step) for key, step in steps.items()}
-    rows = harness.compare(name, harness.measure(timers, rounds), "ours", **both)
+    rows = harness.compare(name, harness.measure(timers, rounds), "ours", **counted)
     return [row | counts[row["alternative"]] for row in rows]
 
 

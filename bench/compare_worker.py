@@ -20,6 +20,7 @@ def timers(op: str, device: str) -> dict[str, harness.Timer]:
         for bench in import_module(f"bench.bench_{op}").cases(dtype):
             yield bench.only(("reference", bench.ours))
 
+    harness.whole_float32()
     torch.manual_seed(0)
     found = {}
     for bench, sets in harness.prepared(cases, torch.float32 if device == "cpu" else torch.bfloat16, device):

@@ -1,21 +1,33 @@
 """All that needs a GPU in one command: build, tests, sanitizers, benchmarks. `make gpu`, or python -m bench.gpu.
 
 Each stage is a process of its own under a time limit. One that fails does not stop the next: the exit status, and
-OUT/gpu.json, say so at the end. Logs, the test report and every benchmark's JSON go to OUT.
+OUT/gpu.json, say so at the end. Logs, the test report and every benchmark's JSON are kept in build/gpu, and after every
+stage packed into OUT/gpu.tar.gz: two files are easily brought from one machine to another.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TOTAL = 480  # seconds for everything
+WORK = ROOT / "build/gpu"
+CONFIGS = ROOT / "kernels/configs"
+TOTAL = 470  # seconds for all stages: eight minutes with what comes before and after
+GRACE = 10  # seconds of a limit for ending: pytest then tells what has failed so far
+# Most of a test's time goes into compiling kernels, by one thread each. Each process computes references with a few.
+PARALLEL = ["-n", "8", "--dist", "load"]
+THREADS = ["env", "OMP_NUM_THREADS=2"]
+FEW_ROUNDS = {"step": "4", "inference": "4"}  # of what takes long, as `make bench-cpu` has it
 # What a whole step costs comes first: where time runs out, the small ops are missing.
 BENCHES = (
     "step", "training", "inference", "similarity_graph", "linear_act", "gated_fusion", "window_attention",
@@ -32,11 +44,14 @@ class Stage:
     why: str = ""
 
 
-def stages(out: Path, tune: bool) -> list[Stage]:
+def stages(work: Path, tune: bool) -> list[Stage]:
     python = sys.executable
+    tests = [python, "-m", "pytest", "-m", "gpu", "-rfE", "--tb=short", f"--junitxml={work}/tests.xml"]
+    if importlib.util.find_spec("xdist"):
+        tests = [*THREADS, *tests, *PARALLEL]
     found = [
         Stage("build", [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."], 150),
-        Stage("tests", [python, "-m", "pytest", "-m", "gpu", f"--junitxml={out}/tests.xml"], 180),
+        Stage("tests", tests, 180),
     ]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
@@ -45,22 +60,38 @@ def stages(out: Path, tune: bool) -> list[Stage]:
     if tune:
         found.append(Stage("tune", [python, "-m", "avadclip_fast.cli", "tune"], 300))
     for name in BENCHES:
-        found.append(
-            Stage(f"bench_{name}", [python, "-m", f"bench.bench_{name}", "--device", "cuda", "--json", str(out)], 90)
-        )
+        command = [python, "-m", f"bench.bench_{name}", "--device", "cuda", "--json", str(work)]
+        if name in FEW_ROUNDS:
+            command += ["--rounds", FEW_ROUNDS[name]]
+        found.append(Stage(f"bench_{name}", command, 90))
     return found
 
 
-def run(stages: list[Stage], out: Path, total: float = TOTAL) -> dict[str, dict]:
-    """Runs the stages in turn; each gets its limit, or what is left of the total. Writes OUT/gpu.json after each."""
-    out.mkdir(parents=True, exist_ok=True)
+def run(stages: list[Stage], out: Path, total: float = TOTAL, work: Path = WORK) -> dict[str, dict]:
+    """Runs the stages in turn; each gets its limit, or what is left of the total. Writes OUT's files after each."""
+    shutil.rmtree(work, ignore_errors=True)  # of an earlier run
+    for folder in (work, out):
+        folder.mkdir(parents=True, exist_ok=True)
     began, record = time.monotonic(), {}
     for stage in stages:
         left = total - (time.monotonic() - began)
-        record[stage.name] = outcome = one(stage, min(stage.limit, left), out / f"{stage.name}.log")
+        record[stage.name] = outcome = one(stage, min(stage.limit, left), work / f"{stage.name}.log")
         print(f"{stage.name:<24} {outcome['seconds']:>6.1f} s   {outcome['result']}", flush=True)
-        (out / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+        if stage.name == "tune":
+            shutil.copytree(CONFIGS, work / "configs", dirs_exist_ok=True)
+        (work / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+        bring(work, out)
     return record
+
+
+def bring(work: Path, out: Path) -> None:
+    """Copies gpu.json, and packs all there is; a reader finds the old files or the new ones, whole."""
+    shutil.copy(work / "gpu.json", out / "gpu.json.new")
+    with tarfile.open(out / "gpu.tar.gz.new", "w:gz") as tar:
+        for path in sorted(work.iterdir()):
+            tar.add(path, path.name)
+    for name in ("gpu.json", "gpu.tar.gz"):
+        (out / f"{name}.new").replace(out / name)
 
 
 def one(stage: Stage, limit: float, log: Path) -> dict:
@@ -70,27 +101,41 @@ def one(stage: Stage, limit: float, log: Path) -> dict:
         return {"result": "no time left", "seconds": 0.0}
     start = time.monotonic()
     with log.open("w") as file:
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
         try:
-            done = subprocess.run(stage.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit)
-            result = "ok" if done.returncode == 0 else f"failed ({done.returncode}), see {log}"
+            code = process.wait(limit - min(GRACE, limit / 2))
+            result = "ok" if code == 0 else f"failed ({code}), see {log.name}"
         except subprocess.TimeoutExpired:
-            result = f"stopped after {limit:.0f} s, see {log}"
+            result = f"stopped after {limit:.0f} s, see {log.name}"
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(min(GRACE, limit / 2))
+        finally:  # with all that it has started: nothing runs on beside the next one
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return {"result": result, "seconds": round(time.monotonic() - start, 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu")
-    parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or ROOT / "bench/results/gpu")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "bench/results/gpu"))
     parser.add_argument("--bench", action="store_true", help="benchmarks alone: no build, tests or sanitizers")
     parser.add_argument("--tune", action="store_true", help="first find the fastest tiles, and write kernels/configs/")
     options = parser.parse_args()
+    if options.out.resolve().is_relative_to(WORK):
+        parser.error(f"--out: {WORK} is emptied, choose another folder")
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("bench.gpu: no CUDA device here; `make test` and `make bench-cpu` need none")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.gpu: stopped"))  # and with it the stage that is running
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
-    chosen = [s for s in stages(Path(options.out), options.tune) if not options.bench or s.name.startswith("bench_")]
-    record = run(chosen, Path(options.out), TOTAL + 300 * options.tune)
+    chosen = [s for s in stages(WORK, options.tune) if not options.bench or s.name.startswith("bench_")]
+    record = run(chosen, options.out, TOTAL + 300 * options.tune)
     bad = [name for name, outcome in record.items() if not outcome["result"].startswith(("ok", "left out"))]
     sys.exit(f"not well: {', '.join(bad)}" if bad else 0)
 

@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def operations() -> str:
             *others, ours = [row for row in rows if row["case"] == case]
             ratios = ", ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in others)
             lines.append(f"| `{op}` | {case} | {ours['median_ms']:.2f} | {ratios} |")
-    return "\n".join(lines) + _where(read(f"bench_{OPERATIONS[0]}"))
+    records = [read(f"bench_{op}") for op in OPERATIONS]
+    return "\n".join(lines) + _where(*records)
 
 
 def steps() -> str:
@@ -44,6 +46,8 @@ def steps() -> str:
     ]
     for case in dict.fromkeys(row["case"] for row in record["rows"]):
         rows = {row["alternative"]: row for row in record["rows"] if row["case"] == case}
+        if "official" not in rows:
+            continue  # a GPU's comparison of steps in bfloat16
         ours = ("ours", "ours, bfloat16", "ours, masked", "ours, masked, bfloat16")
         times = " | ".join(f"{rows[name]['median_ms'] / 1e3:.2f}" for name in ("official", *ours))
         ratios = ", ".join(f"{rows['official']['over_ours'] / rows[name]['over_ours']:.2f}" for name in ours)
@@ -71,13 +75,20 @@ def demo() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _where(record: dict) -> str:
-    """What it was measured on; and whether the kernels have changed since."""
-    setting = record["setting"]
-    device = "cuda" if setting["gpu"] else "cpu"
-    where = setting["gpu"] or f"{setting['cpu']}, {setting['threads']} threads"
-    old = "" if setting.get("source") == harness.source_hash(device) else " **Stale**: the kernels have changed since."
-    return f"\n\n{where}, torch {setting['torch']}.{old}\n"
+def _where(*records: dict) -> str:
+    """What they were measured on; whether the kernels have changed since, and whether cases are missing."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        setting, name = record["setting"], record["bench"]
+        device = "cuda" if setting["gpu"] else "cpu"
+        machine = setting["gpu"] or f"{setting['cpu']}, {setting['threads']} threads"
+        where = f"{machine}, torch {setting['torch']}."
+        stale = setting.get("source") != harness.source_hash(device, name)
+        where += " **Stale**: the kernels have changed since." * stale
+        where += f" **Cut short**: cases of {name} are missing." * bool(record.get("cut"))
+        found.setdefault(where, []).append(f"`{name.removeprefix('bench_')}`")
+    lines = list(found) if len(found) == 1 else [f"{', '.join(names)}: {where}" for where, names in found.items()]
+    return "\n\n" + "\n\n".join(textwrap.fill(line, 120) for line in lines) + "\n"
 
 
 FIGURES: dict[str, Callable[[], str]] = {
@@ -92,6 +103,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "fightsurv-linear": lambda: fightsurv.linear_table(read("fightsurv_ablation")) + "\n",
     "fightsurv-teacher": lambda: fightsurv.ablation_table(read("fightsurv_ablation"), "teacher") + "\n",
     "fightsurv-student": lambda: fightsurv.ablation_table(read("fightsurv_ablation"), "student") + "\n",
+    "fightsurv-told": lambda: fightsurv.told_table(read("fightsurv_ablation"), read("fightsurv_told")) + "\n",
     "fightsurv-why": lambda: fightsurv.ablation_table(read("fightsurv_ablation"), "why") + "\n",
     "fightsurv-measures": lambda: fightsurv.measures_table(read("fightsurv_ablation")) + "\n",
     "fightsurv-calibration": lambda: fightsurv.calibration_table(read("fightsurv_ablation"), read("fightsurv")) + "\n",

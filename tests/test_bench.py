@@ -1,16 +1,26 @@
 """The benchmarks' own machinery: nothing wrong is timed, ratios are of one round, a stage that fails does not hide."""
 
 import json
+import os
 import shutil
 import sys
+import tarfile
+import time
 from importlib import import_module
+from pathlib import Path
 
 import pytest
+import small_models
 import torch
+from torch import Tensor
 
+from avadclip_fast.data import FeatureSet
+from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.ops import _dispatch
-from bench import compare, gpu, harness, plots
+from bench import bench_step, bench_training, compare, gpu, harness, plots
 from bench.harness import Bench, Work
+
+FOREVER = "import time; time.sleep(60)"
 
 
 def bench(**alternatives) -> Bench:
@@ -20,9 +30,12 @@ def bench(**alternatives) -> Bench:
     return Bench("[3, 4]", make, {"reference": lambda x: x.exp(), **alternatives}, Work(96), Work(144, 12))
 
 
+def timed(*cases: Bench, rounds: int = 2) -> list[dict]:
+    return [row for rows in harness.run(lambda dtype: cases, torch.float32, "cpu", rounds) for row in rows]
+
+
 def test_a_row_an_alternative_and_ours_is_the_last():
-    cases = bench(ours=lambda x: torch.exp(x))
-    rows = harness.run(lambda dtype: [cases], torch.float32, "cpu", rounds=3)
+    rows = timed(bench(ours=lambda x: torch.exp(x)), rounds=3)
     assert [row["alternative"] for row in rows] == ["reference", "ours"]
     assert rows[1]["over_ours"] == 1 and rows[0]["case"] == "f+b [3, 4]"
     assert rows[0]["bytes"] == 144 and rows[0]["flops"] == 12
@@ -35,9 +48,114 @@ def test_a_row_an_alternative_and_ours_is_the_last():
     ids=["result", "gradient", "nan"],
 )
 def test_what_is_wrong_is_not_timed(wrong):
-    cases = bench(ours=wrong)
     with pytest.raises(AssertionError, match=r"\[3, 4\], ours: (result|gradient 1)"):
-        harness.run(lambda dtype: [cases], torch.float32, "cpu", rounds=2)
+        timed(bench(ours=wrong))
+
+
+class Wrong(torch.autograd.Function):
+    """x·|x|, with something done to the result, or to its gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, spoil, backward: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.spoil = spoil if backward else None
+        return x * x.abs() if backward else spoil(x * x.abs())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x,) = ctx.saved_tensors
+        grad = 2 * x.abs() * grad
+        return (grad if ctx.spoil is None else ctx.spoil(grad)), None, None
+
+
+def zeroed(at: tuple):
+    def spoil(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[at] = 0
+        return x
+
+    return spoil
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["result", "gradient"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda x: x * 1.05, zeroed((..., 100)), zeroed((slice(None), 100))],
+    ids=["5 %", "a channel of 512", "a row of 256"],
+)
+def test_what_is_wrong_in_bfloat16_is_not_timed(spoil, backward):
+    def bench(ours) -> Bench:
+        def make() -> tuple:
+            return (torch.randn(2, 256, 512, dtype=torch.bfloat16, requires_grad=True),)
+
+        return Bench("x", make, {"reference": lambda x: x * x.abs(), "ours": ours}, Work(0), Work(0))
+
+    torch.manual_seed(0)
+    right = bench(lambda x: Wrong.apply(x, lambda x: x, backward))
+    harness.check(right, right.make())
+    wrong = bench(lambda x: Wrong.apply(x, spoil, backward))
+    with pytest.raises(AssertionError, match="x, ours: gradient 1" if backward else "x, ours: result"):
+        harness.check(wrong, wrong.make())
+
+
+@pytest.mark.parametrize("op", [op for op in compare.ops() if op not in ("folds", "linear_act", "gated_fusion")])
+def test_what_is_right_in_bfloat16_is_timed(op, monkeypatch):
+    """The ops' own kernels for a processor, and the authors' code, which is held to it in float32."""
+    module = import_module(f"bench.bench_{op}")
+    for name in {"BATCH", "SHAPES"} & vars(module).keys():
+        monkeypatch.setattr(module, name, {"BATCH": 2, "SHAPES": ((2, 256), (1, 512))}[name])
+    torch.manual_seed(0)
+    for case in module.cases(torch.bfloat16):
+        harness.check(case.only(name for name in case.alternatives if name != "numpy"), case.make())
+
+
+def test_the_json_is_there_after_every_case(tmp_path, monkeypatch):
+    def rows_of(options):
+        yield from harness.run(lambda dtype: [bench(ours=torch.exp)], torch.float32, "cpu", options.rounds)
+        found.append(json.loads(path.read_text()))
+        yield harness.compare("second", {"ours": [1.0]}, "ours")
+
+    found, path = [], tmp_path / "bench_two.json"
+    monkeypatch.setattr(sys, "argv", ["bench_two", "--rounds", "2", "--json", str(tmp_path)])
+    harness.command("bench_two", rows_of)
+    (first,), whole = found, json.loads(path.read_text())
+    assert first == whole | {"cut": True, "rows": whole["rows"][:2]} and "cut" not in whole
+    assert whole["rows"][2] == {
+        "case": "second", "alternative": "ours", "median_ms": 1e3, "p20_ms": 1e3, "p80_ms": 1e3, "over_ours": 1.0,
+        "rounds": 1,
+    }  # fmt: skip
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((gpu.ROOT / "bench/schema.json").read_text())
+    on_gpu = {"clock": "host", "call_ms": 1.0, "in_cache": True}
+    for record in (first, whole, whole | {"rows": [row | on_gpu for row in whole["rows"]]}):
+        jsonschema.validate(record, schema)
+
+
+def test_what_waits_is_compared_by_the_hosts_clock(monkeypatch):
+    """Both clocks count calls here: a graph's says 1, and the host's 10, or for the authors' loops 40."""
+    monkeypatch.setattr(harness, "graph_timer", lambda calls: lambda: 1.0)
+    monkeypatch.setattr(harness, "host_timer", lambda call: lambda: call())
+    case = bench(loops=None, ours=None)
+    calls = {"reference": [lambda: 10.0], "loops": [lambda: 40.0], "ours": [lambda: 10.0]}
+    rows = harness.on_both_clocks("x", calls, case, rounds=2)
+    told = [(row["alternative"], row["median_ms"], row["over_ours"], row["clock"], row["call_ms"]) for row in rows]
+    assert told == [
+        ("reference", 1e3, 1.0, "graph", 10e3), ("loops", 40e3, 4.0, "host", 40e3), ("ours", 1e3, 1.0, "graph", 10e3)
+    ]  # fmt: skip
+    roofs = {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": 1e9}
+    floors = harness.with_floor(rows, Work(0.5), roofs, in_cache=False)
+    assert [row.get("of_floor") for row in floors] == [0.5, None, 0.5]
+    assert not any("of_floor" in row for row in harness.with_floor(rows, Work(0.5), roofs, in_cache=True))
+
+
+def test_inputs_are_more_than_the_cache_holds(monkeypatch):
+    monkeypatch.setattr(harness, "cache_size", lambda: 1000)
+    case = bench()  # of 48 bytes
+    assert 2 * 1000 < harness.size_of(harness.input_sets(case)) <= 2 * 1000 + 48
+    monkeypatch.setattr(harness, "MOST_SETS", 5)
+    assert len(harness.input_sets(case)) == 5
+    monkeypatch.setattr(harness, "cache_size", lambda: 10)
+    assert len(harness.input_sets(case)) == 1
 
 
 def test_ratios_are_taken_within_a_round():
@@ -82,7 +200,7 @@ def test_torch_compile_by_default_and_tuned_is_beside_every_op(as_on_gpu, op):
 
 def test_no_case_is_compiled_when_the_time_is_up(as_on_gpu, monkeypatch, capsys):
     monkeypatch.setattr(harness, "COMPILING", -1)
-    rows = harness.run(import_module("bench.bench_attention_pool").cases, torch.float32, "cpu", rounds=2)
+    (rows,) = harness.run(import_module("bench.bench_attention_pool").cases, torch.float32, "cpu", rounds=2)
     assert [row["alternative"] for row in rows] == ["official", "reference"]
     assert "without torch.compile" in capsys.readouterr().out
 
@@ -93,11 +211,12 @@ def test_stages_end_and_are_told(tmp_path):
         [
             gpu.Stage("good", [python, "-c", "print('hello')"], 30),
             gpu.Stage("bad", [python, "-c", "raise SystemExit(3)"], 30),
-            gpu.Stage("endless", [python, "-c", "import time; time.sleep(60)"], 0.5),
+            gpu.Stage("endless", [python, "-c", FOREVER], 0.5),
             gpu.Stage("absent", None, 30, "no such tool"),
             gpu.Stage("after", [python, "-c", ""], 30),
         ],
-        tmp_path,
+        tmp_path / "out",
+        work=tmp_path / "work",
     )
     assert [outcome["result"].split(",")[0] for outcome in record.values()] == [
         "ok",
@@ -106,13 +225,45 @@ def test_stages_end_and_are_told(tmp_path):
         "left out: no such tool",
         "ok",
     ]
-    assert json.loads((tmp_path / "gpu.json").read_text()) == record
-    assert (tmp_path / "good.log").read_text() == "hello\n"
+    assert json.loads((tmp_path / "out/gpu.json").read_text()) == record
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.tar.gz"]
+    with tarfile.open(tmp_path / "out/gpu.tar.gz") as tar:
+        assert sorted(tar.getnames()) == ["after.log", "bad.log", "endless.log", "good.log", "gpu.json"]
+        assert tar.extractfile("good.log").read() == b"hello\n"
+        assert json.load(tar.extractfile("gpu.json")) == record
+
+
+def test_what_was_tuned_is_brought_as_well(tmp_path):
+    gpu.run([gpu.Stage("tune", [sys.executable, "-c", ""], 30)], tmp_path / "out", work=tmp_path / "work")
+    with tarfile.open(tmp_path / "out/gpu.tar.gz") as tar:
+        assert "configs/linear_act.json" in tar.getnames()
 
 
 def test_nothing_starts_when_the_time_is_up(tmp_path):
-    record = gpu.run([gpu.Stage("late", [sys.executable, "-c", ""], 30)], tmp_path, total=0)
+    late = gpu.Stage("late", [sys.executable, "-c", ""], 30)
+    record = gpu.run([late], tmp_path / "out", total=0, work=tmp_path / "work")
     assert record["late"]["result"] == "no time left"
+
+
+def running(process: int) -> bool:
+    """Not so of one that has ended, and whom nobody has asked for its status yet."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux which processes run")
+@pytest.mark.parametrize("end", ["time.sleep(60)", "sys.exit()"], ids=["stopped", "ended"])
+def test_a_stage_ends_with_all_that_it_has_started(tmp_path, end):
+    start = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {FOREVER!r}]).pid); {end}"
+    outcome = gpu.one(gpu.Stage("parent", [sys.executable, "-c", start], 4), 4, tmp_path / "log")
+    assert outcome["result"] == ("ok" if end == "sys.exit()" else "stopped after 4 s, see log")
+    child = int((tmp_path / "log").read_text().split()[0])
+    for _ in range(100):
+        if not running(child):
+            return
+        time.sleep(0.1)
+    os.kill(child, 9)
+    pytest.fail("what the stage had started runs on")
 
 
 def test_every_stage_is_there(tmp_path):
@@ -120,8 +271,54 @@ def test_every_stage_is_there(tmp_path):
     for stage in stages:
         if stage.name.startswith("bench_"):
             assert (gpu.ROOT / f"bench/{stage.name}.py").exists()
+    commands = {stage.name: stage.command for stage in stages}
+    for name in ("step", "inference"):  # as the Makefile has it
+        assert commands[f"bench_{name}"][-2:] == ["--rounds", "4"]
     names = {stage.name for stage in stages}
     assert {path.stem for path in (gpu.ROOT / "bench").glob("bench_*.py")} <= names
+
+
+@pytest.mark.parametrize("records", [True, False])
+def test_a_gpus_steps_in_bfloat16(monkeypatch, capsys, records):
+    """Which stand beside which; of a small model on the processor, where nothing is recorded or compiled."""
+    fails = iter([False, not records, False])
+
+    class Graph:
+        def __init__(self, function, changed):
+            self.function, self.changed = function, changed
+
+        def record(self) -> None:
+            if next(fails):
+                raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+        def __call__(self) -> Tensor:
+            return self.function()
+
+    monkeypatch.setattr(bench_step, "StepGraph", Graph)
+    monkeypatch.setattr(bench_step, "launches", lambda step: {"kernels": 1})
+    monkeypatch.setattr(bench_step, "peak_memory", lambda step: 1)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    model = small_models.teacher(padding="official")
+    visual, audio, labels, lengths = small_models.batch([24, 7], 24)
+    sample = (visual, audio), labels, lengths
+    plain = bench_step.in_bfloat16(2, "teacher", model, sample, None)
+    assert [row["alternative"] for row in plain] == ["reference, no graph", "ours, no graph", "ours"]
+    beside = bench_step.beside_compiled(2, "teacher", model, sample, None)
+    assert [row["alternative"] for row in beside] == ["torch.compile" + ", no graph" * (not records), "ours"]
+    assert all(row["over_ours"] == 1 for row in (plain[-1], beside[-1]))
+    assert plain[0]["case"] != beside[0]["case"] and {"kernels", "memory_bytes"} <= beside[0].keys()
+    told = "without a graph: operation not permitted\n"
+    assert capsys.readouterr().out.endswith(told) != records
+
+
+def test_epochs_are_timed_until_the_time_is_up(monkeypatch, capsys):
+    model, recipe = small_models.teacher(length=16), Recipe(epochs=3, batch_size=4, select="test")
+    visual, audio, labels, lengths = small_models.batch([16, 7, 3, 5], 16)
+    features, device = FeatureSet(visual, audio, lengths, labels, checksum="x"), torch.device("cpu")
+    assert len(bench_training.epochs(model, features, recipe, None, device)) == 3
+    monkeypatch.setattr(bench_training, "SECONDS", -1)
+    assert len(bench_training.epochs(model, features, recipe, None, device)) == 1
+    assert "1 of 3 epochs were timed" in capsys.readouterr().out
 
 
 def test_slower_is_what_exceeds_the_limit_and_the_spread():
@@ -156,7 +353,7 @@ def test_two_versions_take_turns(monkeypatch, capsys, tmp_path):
 
 
 def test_plots_of_timings(tmp_path):
-    rows = harness.run(lambda dtype: [bench(ours=lambda x: torch.exp(x))], torch.float32, "cpu", rounds=3)
+    rows = timed(bench(ours=lambda x: torch.exp(x)), rounds=3)
     plots.ratios(tmp_path / "ratios.png", rows)
     with pytest.raises(ValueError, match="measured on a GPU"):
         plots.roofline(tmp_path / "roofline.png", [{"bench": "bench_exp", "rows": rows}])

@@ -3,7 +3,6 @@
 import json
 import re
 
-import jsonschema
 import numpy as np
 import pytest
 from PIL import Image
@@ -32,22 +31,48 @@ def test_a_figure_without_json_fails():
 
 
 def test_a_figure_older_than_the_kernels_says_so(monkeypatch):
-    record = {"setting": {"gpu": None, "cpu": "A", "threads": 2, "torch": "2", "source": harness.source_hash("cpu")}}
-    assert report._where(record) == "\n\nA, 2 threads, torch 2.\n"
-    monkeypatch.setattr(harness, "source_hash", lambda device: "another")
-    assert "Stale" in report._where(record)
+    def record(op: str, cpu: str) -> dict:
+        setting = {"gpu": None, "cpu": cpu, "threads": 2, "torch": "2"}
+        return {"bench": op, "setting": setting | {"source": harness.source_hash("cpu", op)}}
+
+    one, two = record("topk_mean", "A"), record("mil_loss", "A")
+    assert report._where(one, two) == "\n\nA, 2 threads, torch 2.\n"
+    told = report._where(one, two, record("linear_act", "B")).split("\n\n")
+    assert told[1:] == ["`topk_mean`, `mil_loss`: A, 2 threads, torch 2.", "`linear_act`: B, 2 threads, torch 2.\n"]
+    monkeypatch.setattr(harness, "source_hash", lambda device, bench: "another")
+    assert "Stale" in report._where(one)
+
+
+def test_what_was_cut_short_says_so(monkeypatch):
+    whole = report.read
+    monkeypatch.setattr(report, "read", lambda name: whole(name) | {"cut": True})
+    for name in ("operations", "steps", "inference"):
+        assert "**Cut short**" in report.FIGURES[name]()
 
 
 def test_a_kernels_source_is_in_its_hash(tmp_path, monkeypatch):
-    for file in ("csrc/x_cpu.cpp", "csrc/x.cu", "kernels/x.py", "kernels/configs/x.json"):
+    """In that of its own bench on its own device, and of a whole step's."""
+    sources = "csrc/x_cpu.cpp", "csrc/x.cu", "kernels/x.py", "kernels/configs/x.json"
+    for file in (*sources, "avadclip_fast/reference/x.py", "avadclip_fast/reference/y.py"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("1")
     monkeypatch.setattr(harness, "ROOT", tmp_path)
-    before = {device: harness.source_hash(device) for device in ("cpu", "cuda")}
-    (tmp_path / "kernels/configs/x.json").write_text("2")
-    assert harness.source_hash("cpu") == before["cpu"] and harness.source_hash("cuda") != before["cuda"]
-    (tmp_path / "csrc/x_cpu.cpp").write_text("2")
-    assert harness.source_hash("cpu") != before["cpu"]
+
+    def hashes() -> dict:
+        return {
+            (device, op): harness.source_hash(device, op) for device in ("cpu", "cuda") for op in ("x", "y", "step")
+        }
+
+    def changed(file: str, text: str) -> set:
+        before = hashes()
+        (tmp_path / file).write_text(text)
+        return {key for key, value in hashes().items() if value != before[key]}
+
+    assert changed("kernels/configs/x.json", "2") == {("cuda", "x"), ("cuda", "y"), ("cuda", "step")}
+    assert changed("csrc/x_cpu.cpp", "2") == {("cpu", "x"), ("cpu", "step")}
+    assert changed("avadclip_fast/reference/y.py", "2") == {(d, op) for d in ("cpu", "cuda") for op in ("y", "step")}
+    emulated = "2\n#ifdef AVADCLIP_EMULATED_TILES\n3\n#else\n#endif\n"
+    assert changed("csrc/x_cpu.cpp", emulated) and not changed("csrc/x_cpu.cpp", emulated.replace("3", "4"))
 
 
 def test_plots_are_those_of_the_json(tmp_path):
@@ -64,6 +89,7 @@ def test_plots_are_those_of_the_json(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(report.RESULTS.glob("bench_*.json")), ids=lambda path: path.stem)
 def test_results_keep_to_the_schema(path):
+    jsonschema = pytest.importorskip("jsonschema")
     record, schema = json.loads(path.read_text()), json.loads((report.ROOT / "bench/schema.json").read_text())
     jsonschema.validate(record, schema)
     assert record["bench"] == path.stem and any(row["over_ours"] == 1 for row in record["rows"])

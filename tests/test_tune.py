@@ -1,6 +1,8 @@
 """Tuning: the fastest tiles go into the table, and noise does not."""
 
 import json
+import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -8,9 +10,10 @@ from test_cli import mistake
 
 pytest.importorskip("triton")
 
-from avadclip_fast.kernels import linear_act  # noqa: E402
+from avadclip_fast.kernels import gated_fusion, linear_act  # noqa: E402
 
 from avadclip_fast.engine import tune  # noqa: E402
+from bench.aot_triton import recorded  # noqa: E402
 
 DEFAULT = {"rows": 128, "cols": 128, "depth": 64, "warps": 8, "stages": 3, "persistent": False, "tma": True}
 
@@ -43,6 +46,41 @@ def test_noise_changes_nothing(table, monkeypatch):
     monkeypatch.setattr(tune, "microseconds", lambda launch, config: 20.0 if config == DEFAULT else 19.9)
     found = tune.tune(say=lambda line: None)["gemm bf16"]
     assert {key: found[key] for key in DEFAULT} == DEFAULT
+
+
+def test_candidates_are_compiled_side_by_side(monkeypatch):
+    """A launch under each configuration asks for its kernel once, and launches nothing."""
+    together, seen = threading.Barrier(2, timeout=60), []
+
+    class Kernel:
+        def warmup(self, *args, grid, **named):
+            together.wait()
+            seen.append((grid, named["ROWS"], named["num_warps"]))
+
+    monkeypatch.setattr(tune.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(linear_act, "gemm_kernel", Kernel())
+    x, w = torch.ones(1, 256, 64), torch.ones(1, 128, 64)
+    configs = [{**DEFAULT, "rows": rows, "warps": rows // 16, "tma": False} for rows in (64, 128)]
+    tune.compile_ahead(lambda: linear_act.gemm(x, w), configs)
+    assert sorted(seen) == [((2,), 128, 8), ((4,), 64, 4)]
+
+
+def test_what_is_tuned_is_what_a_step_asks_for():
+    """Under autocast what a norm takes is float32: those launches, and no others, are named after two types."""
+    found: dict[str, list] = {}
+
+    def note(kind, w, x, rows, outputs, width):
+        asked.append(linear_act.bucket(kind, w.dtype, x.dtype, rows, outputs, width))
+        return DEFAULT
+
+    patches = [mock.patch.object(module, "config", note) for module in (linear_act, gated_fusion)]
+    with recorded("sm_90"), patches[0], patches[1]:
+        for name, run in tune.gemms(torch.bfloat16, "meta"):
+            asked = found[name] = []
+            run()
+    mixed = {name for name, buckets in found.items() if any("float32-bfloat16" in bucket for bucket in buckets)}
+    assert mixed == {"qkv", "mlp"} and "gemm float32-bfloat16 32768x1536x512" in found["qkv"]
+    assert "gemm bfloat16 32768x512x512" in found["projection"] and "gates bfloat16" in str(found["fusion"])
 
 
 def test_the_command_says_what_it_needs(capsys):

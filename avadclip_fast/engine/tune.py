@@ -1,12 +1,16 @@
 """Finds the fastest tiles of the GEMM family on this GPU, and writes them into its table, configs/linear_act.json.
 
 A launch keeps the default where nothing is faster by 2 %: less is noise. A configuration that spills registers is not
-taken. A developer runs the tests and bench.aot_triton after it: both cover the committed table.
+taken. Compiling takes longer than timing: candidates are compiled side by side. A developer runs the tests and
+bench.aot_triton after it: both cover the committed table.
 """
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 from unittest import mock
 
 import torch
@@ -33,9 +37,12 @@ TILES = {  # rows, cols, depth, warps
 
 
 def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, forward and backward pass) of each call; device "meta" makes tensors without memory."""
+    """(name, forward and backward pass) of each call; device "meta" makes tensors without memory.
 
-    def draw(*shape: int) -> Tensor:
+    As under autocast: what a norm takes and the stream that an encoder's layers are added to are float32.
+    """
+
+    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
     def linear(
@@ -43,11 +50,11 @@ def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], N
         dilation=1, causal=False, lengths=False, transposed=False, shape=(B, T),
     ) -> Callable[[], None]:  # fmt: skip
         def run() -> None:
-            x = draw(*shape, width)
+            x = draw(*shape, width, dtype=torch.float32 if norm else dtype)
             weight = draw(width, outputs).T if transposed else draw(outputs, width, *((taps,) if taps else ()))
             u = draw(outputs) if dot else None
-            r = draw(*shape, outputs) if residual else None
-            scale, shift = (draw(width), draw(width)) if norm else (None, None)
+            r = draw(*shape, outputs, dtype=dtype if taps else torch.float32) if residual else None
+            scale, shift = draw(2, width, dtype=torch.float32) if norm else (None, None)
             n = torch.full((B,), T, device=device) if lengths else None
             keep = dot or activation == "quick_gelu" or (activation == "relu" and residual)
             out, y, stats = linear_act.forward(
@@ -98,10 +105,10 @@ def launches(dtype: torch.dtype, only: str) -> dict[str, tuple[str, dict, Callab
     found: dict[str, tuple[str, dict, Callable]] = {}
     asked: list[tuple[str, str, dict]] = []
 
-    def note(kind, x, rows, outputs, width):
-        chip, _ = linear_act._chip(x.device)
-        default = linear_act.default_config(kind, chip, x.dtype, rows, outputs)
-        asked.append((linear_act.bucket(kind, x.dtype, rows, outputs, width), kind, default))
+    def note(kind, w, x, rows, outputs, width):
+        chip, _ = linear_act._chip(w.device)
+        default = linear_act.default_config(kind, chip, w.dtype, rows, outputs)
+        asked.append((linear_act.bucket(kind, w.dtype, x.dtype, rows, outputs, width), kind, default))
         return default
 
     def keep(launcher):
@@ -137,15 +144,43 @@ class Spills:
         return launch
 
 
-def microseconds(launch: Callable[[], object], config: dict) -> float | None:
-    """Median time under a configuration, by graph replay; None where it spills or does not fit the chip."""
+class Ahead:
+    """Stands before a kernel, and has it compiled for each launch, which is not made."""
+
+    def __init__(self, kernel, pool: Executor):
+        self.kernel, self.pool = kernel, pool
+
+    def __getitem__(self, grid):
+        def launch(*args, **named):
+            self.pool.submit(self.kernel.warmup, *args, grid=grid, **named)
+
+        return launch
+
+
+@contextlib.contextmanager
+def under(config: dict, stand_in: Callable[[Any], Any]) -> Iterator[list]:
+    """Launches inside the block take this configuration, and meet what stands before each kernel."""
     with contextlib.ExitStack() as stack:
         for module in (linear_act, gated_fusion):
             stack.enter_context(mock.patch.object(module, "config", lambda *_: config))
-        watched = [
-            stack.enter_context(mock.patch.object(module, name, Spills(getattr(module, name))))
+        yield [
+            stack.enter_context(mock.patch.object(module, name, stand_in(getattr(module, name))))
             for module, name in KERNELS
         ]
+
+
+def compile_ahead(launch: Callable[[], object], configs: Iterable[dict]) -> None:
+    """Compiles a launch under all configurations side by side. One that fails does so again, and is told, when it is
+    timed."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for config in configs:
+            with under(config, lambda kernel: Ahead(kernel, pool)):
+                launch()
+
+
+def microseconds(launch: Callable[[], object], config: dict) -> float | None:
+    """Median time under a configuration, by graph replay; None where it spills or does not fit the chip."""
+    with under(config, Spills) as watched:
         try:
             launch()
         except triton.runtime.errors.OutOfResources:
@@ -168,7 +203,9 @@ def tune(dtype: torch.dtype = torch.bfloat16, only: str = "", say: Callable[[str
         assert base is not None, f"{bucket}: the default spills, or does not fit this chip"
         best = base
         chosen = default
-        for config in [*candidates(kind, default), None]:
+        worth_trying = list(candidates(kind, default))
+        compile_ahead(launch, worth_trying)
+        for config in [*worth_trying, None]:
             config = config or {**chosen, "tma": False}  # last of all, what is best without descriptors
             took = microseconds(launch, config)
             if took is not None and took * GAIN < best:
