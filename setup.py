@@ -1,7 +1,8 @@
 """Packages are listed by hand: `kernels/` stands at the top level and installs as `avadclip_fast.kernels`.
 
-`_C` (operators for the CPU) is built where there is a C++ compiler, `_C_cuda` where there is nvcc as well. What is
-missing is said in a line, and left out. CXX, CUDA_HOME ("none": no CUDA part) and TORCH_CUDA_ARCH_LIST are honoured.
+`_C` (operators for the CPU) is built where there is a C++ compiler, `_C_cuda` where there is nvcc as well, of the CUDA
+that torch was built with. What is missing is said in a line, and left out. CXX, CUDA_HOME ("none": no CUDA part) and
+TORCH_CUDA_ARCH_LIST are honoured.
 """
 
 import os
@@ -32,7 +33,7 @@ CUDA_FLAGS = [
     "--expt-relaxed-constexpr",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wno-unknown-pragmas",
 ]
-DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
+BLACKWELL = (12, 8)  # the first nvcc that knows 10.0
 
 
 def find_torch() -> Path | None:
@@ -45,8 +46,17 @@ def find_torch() -> Path | None:
     return None
 
 
+def torch_version(torch: Path, name: str) -> str:
+    """`__version__` or `cuda` of torch/version.py; "" for None."""
+    found = re.search(rf"^{name}\b.*= '([^']*)'", (torch / "version.py").read_text(), re.MULTILINE)
+    return found[1] if found else ""
+
+
 def find_cuda() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME if set, else nvcc's on the path, or NVIDIA's packages (the extra `cuda-build`)."""
+    """The CUDA toolkit: CUDA_HOME if set, else nvcc's on the path, or NVIDIA's packages (the extra `cuda-build`).
+
+    Of several the first of torch's CUDA, else the first.
+    """
     on_path = shutil.which("nvcc")
     candidates = [
         on_path and Path(on_path).resolve().parents[1],
@@ -55,8 +65,41 @@ def find_cuda() -> Path | None:
     ]
     if os.environ.get("CUDA_HOME"):
         candidates = [os.environ["CUDA_HOME"]]
+    roots = [Path(root) for root in candidates if root]
     # nvvm tells a toolkit from a folder whose bin/nvcc is a script or a link
-    return next((Path(root) for root in candidates if root and (Path(root) / "nvvm").is_dir()), None)
+    toolkits = [root for root in roots if (root / "nvvm").is_dir() and (root / "bin/nvcc").exists()]
+    torch = find_torch()
+    fitting = [root for root in toolkits if torch and fits(release(root), torch)]
+    return next(iter(fitting or toolkits), None)
+
+
+def release(toolkit: Path) -> tuple[int, int]:
+    """nvcc's."""
+    major, minor = re.findall(r"\d+", version_of([f"{toolkit}/bin/nvcc", "--version"], r"release \d+\.\d+"))
+    return int(major), int(minor)
+
+
+def fits(nvcc: tuple[int, int], torch: Path) -> bool:
+    """Whether the CUDA runtime that it links is torch's: one library for all releases of a major version."""
+    return torch_version(torch, "cuda").split(".")[0] == str(nvcc[0])
+
+
+def default_archs(nvcc: tuple[int, int]) -> str:
+    return "8.0;9.0;10.0+PTX" if nvcc >= BLACKWELL else "8.0;9.0+PTX"
+
+
+def no_cuda_because(torch: Path, toolkit: Path | None, runtime: Path | None) -> str | None:
+    """Why the CUDA operators cannot be built, or None."""
+    if toolkit is None:
+        return "no nvcc (install a CUDA toolkit, or the extra `cuda-build`)"
+    wanted, nvcc = torch_version(torch, "cuda"), release(toolkit)
+    if not wanted or not (torch / "lib/libtorch_cuda.so").exists():
+        return "this torch is built without CUDA"
+    if not fits(nvcc, torch):
+        return f"torch is built with CUDA {wanted}, and {toolkit} is {nvcc[0]}.{nvcc[1]} (CUDA_HOME chooses another)"
+    if runtime is None:
+        return f"no libcudart.so in {toolkit}/lib64 or lib"
+    return None
 
 
 def gencode(archs: str) -> list[str]:
@@ -84,6 +127,13 @@ class BuildExt(build_ext):
         name = super().get_ext_filename(fullname)
         # The operators use no Python, so that their file names carry no Python version.
         return name if fullname.endswith("_build_facts") else re.sub(r"\.cpython[^.]*", "", name)
+
+    def run(self) -> None:
+        for name in ("_C", "_C_cuda"):
+            # An earlier editable install's, left out by this one, would still be loaded.
+            if self.inplace and not any(ext.name == f"avadclip_fast.{name}" for ext in self.extensions):
+                Path(f"avadclip_fast/{name}.so").unlink(missing_ok=True)
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
@@ -113,27 +163,29 @@ def extensions() -> list[Extension]:
     built = [extension("_C", CPU_SOURCES, [*cxx, *CPU_FLAGS, *includes], link, libraries)]
 
     archs, nvcc = "", find_cuda()
-    if nvcc is None:
-        missing("CUDA operators", "no nvcc (install a CUDA toolkit, or the extra `cuda-build`)")
-    elif not (torch / "lib/libtorch_cuda.so").exists():
-        missing("CUDA operators", "this torch is built without CUDA")
+    runtimes = [path for lib in ("lib64", "lib") if nvcc for path in sorted((nvcc / lib).glob("libcudart.so*"))]
+    runtime = next(iter(runtimes), None)
+    if why := no_cuda_because(torch, nvcc, runtime):
+        missing("CUDA operators", why)
     elif CUDA_SOURCES:
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(release(nvcc))
         compile = [f"{nvcc}/bin/nvcc", *COMMON_FLAGS, *CUDA_FLAGS, *gencode(archs), *includes]
-        runtime = next(path for lib in ("lib64", "lib") for path in sorted((nvcc / lib).glob("libcudart.so*")))
         built.append(extension("_C_cuda", CUDA_SOURCES, compile, link, [*libraries, "-ltorch_cuda", str(runtime)]))
 
+    python = Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").exists():
+        missing("facts of the build", f"no Python.h in {python} (Debian has it in python3-dev)")
+        return built
     facts = {
         "COMPILER": version_of([*cxx, "--version"], r".*"),
         "FLAGS": shlex.join(CPU_FLAGS),
-        "TORCH": re.search(r"__version__ = '([^']*)'", (torch / "version.py").read_text())[1],
+        "TORCH": torch_version(torch, "__version__"),
         "NVCC": version_of([f"{nvcc}/bin/nvcc", "--version"], r"release [\d.]+, V[\d.]+") if archs else "",
         "ARCHS": archs,
     }
     defines = [f'-DAVADCLIP_{name}="{value}"' for name, value in facts.items()]
     # pybind11's headers come with torch, and are not for the stable ABI: no TORCH_TARGET_VERSION.
-    compile = [*cxx, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", *includes, *defines]
-    compile.append(f"-I{sysconfig.get_path('include')}")
+    compile = [*cxx, "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", *includes, f"-I{python}", *defines]
     built.append(extension("_build_facts", ["csrc/build_facts.cpp"], compile, [*cxx, "-shared"]))
     return built
 

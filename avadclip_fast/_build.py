@@ -30,14 +30,14 @@ def _load(name: str, needs: str) -> str | None:
 def facts() -> dict[str, str]:
     """compiler, flags, torch (of the headers), nvcc, cuda_archs; empty where nothing was built."""
     if importlib.util.find_spec("avadclip_fast._build_facts") is None:
-        return {}
+        return {} if CPP_MISSING else {"built": "without a record of how: there was no Python.h"}
     built = importlib.import_module("avadclip_fast._build_facts")
     return {name: getattr(built, name) for name in ("compiler", "flags", "torch", "nvcc", "cuda_archs")}
 
 
 CPP_MISSING = _load("_C", "a C++ compiler")
 # A torch without CUDA has none of the symbols that _C_cuda needs. Loading asks no GPU anything.
-CUDA_MISSING = _load("_C_cuda", "nvcc") if torch.version.cuda else "this torch is built without CUDA"
+CUDA_MISSING = _load("_C_cuda", "nvcc of torch's CUDA") if torch.version.cuda else "this torch is built without CUDA"
 
 
 def cpp_reason(*tensors: torch.Tensor) -> str | None:

@@ -19,6 +19,9 @@
 #include <unistd.h>
 
 #define TILES __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512bf16")))
+#ifdef AVADCLIP_EMULATED_TILES
+#include "amx_emulated.h"
+#endif
 
 namespace avadclip::amx {
 
@@ -34,6 +37,9 @@ inline bool available() {
     unsigned a, b, c, d, a1;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     const bool tiles = d >> 24 & d >> 22 & 1, avx512 = b >> 16 & b >> 30 & b >> 31 & 1;
+#ifdef AVADCLIP_EMULATED_TILES
+    return avx512 && __get_cpuid_count(7, 1, &a1, &b, &c, &d) && a1 >> 5 & 1;
+#endif
     if (!tiles || !avx512 || !__get_cpuid_count(7, 1, &a1, &b, &c, &d) || !(a1 >> 5 & 1)) return false;
     constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
     return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
@@ -43,6 +49,9 @@ inline bool available() {
 
 // The units are a thread's own while this lives.
 struct Units {
+#ifdef AVADCLIP_EMULATED_TILES
+  Units() {}
+#else
   TILES Units() {
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -52,6 +61,7 @@ struct Units {
     asm volatile("ldtilecfg %0" ::"m"(config));  // the intrinsic lets GCC 12 drop what was written
   }
   TILES ~Units() { _tile_release(); }
+#endif
   Units(const Units&) = delete;
 };
 

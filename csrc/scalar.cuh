@@ -12,9 +12,9 @@
 #define HD inline __attribute__((always_inline))
 #endif
 
-// One vectorised function per processor generation, chosen by the loader: a wheel then needs no -march. (GCC's alone:
-// Clang has no clones of templates.)
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__CUDACC__) && !defined(__clang__) && \
+// One vectorised function per processor generation, chosen by the loader: a wheel then needs no -march. (GCC's alone,
+// from 12 on: Clang has no clones of templates, older ones no generations.)
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__CUDACC__) && !defined(__clang__) && __GNUC__ >= 12 && \
     !defined(AVADCLIP_ONE_TARGET)
 #define CLONES __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -57,7 +57,10 @@ HD float widen(f16 x) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(x.bits));
 #else
-  return float(bits_as<_Float16>(x.bits));
+  // In bits, as GCC 11 has no such type. Exponent and fraction at float32's place are 2^-112 of the number.
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
+  const bool finite = rest < 0x0f800000;
+  return bits_as<float>(sign | (finite ? bits_as<uint32_t>(bits_as<float>(rest) * 0x1p112f) : rest | 0x7f800000));
 #endif
 }
 
@@ -73,7 +76,12 @@ HD void narrow(float x, f16& out) {
 #ifdef __CUDA_ARCH__
   out.bits = __half_as_ushort(__float2half_rn(x));
 #else
-  out.bits = bits_as<uint16_t>(_Float16(x));
+  const uint32_t b = bits_as<uint32_t>(x), size = b & 0x7fffffff;
+  const uint32_t below_normal = bits_as<uint32_t>(bits_as<float>(size) + 0.5f) - 0x3f000000;  // 0.5's ulp is 2^-24
+  const uint32_t normal = (size - (112u << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+  const uint32_t infinite = size > 0x7f800000 ? 0x7e00 : 0x7c00;  // or NaN
+  const uint32_t rounded = size < 0x38800000 ? below_normal : size < 0x47800000 ? normal : infinite;
+  out.bits = uint16_t((b >> 16 & 0x8000) | rounded);
 #endif
 }
 

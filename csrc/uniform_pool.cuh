@@ -25,21 +25,29 @@ HD int64_t first_pool_row(int64_t t, int64_t n, int64_t rows) {
   return row < 0 ? 0 : row;
 }
 
+constexpr int64_t PART = 64;  // rows that are added in float32: more would lose digits, and their sums go on in float64
+
 // out (D) = the mean of the range's rows of video (n, D). D = WIDTH * vectors.
 template <class T, int WIDTH, class Team>
 HD void pool_row(const Team& team, const T* video, Range range, int64_t D, T* out) {
   using V = Vector<T, WIDTH>;
   team.each([&](int rank) {
     for (int64_t d = rank * WIDTH; d < D; d += team.size() * WIDTH) {
-      float sum[WIDTH] = {};
-      for (int64_t t = range.begin; t < range.end(); ++t) {
-        const V row = load<WIDTH>(video + t * D + d);
+      double sum[WIDTH] = {};
+      for (int64_t begin = range.begin; begin < range.end(); begin += PART) {
+        const int64_t end = begin + PART < range.end() ? begin + PART : range.end();
+        float part[WIDTH] = {};
+        for (int64_t t = begin; t < end; ++t) {
+          const V row = load<WIDTH>(video + t * D + d);
 #pragma unroll
-        for (int e = 0; e < WIDTH; ++e) sum[e] += widen(row.at[e]);
+          for (int e = 0; e < WIDTH; ++e) part[e] += widen(row.at[e]);
+        }
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e) sum[e] += part[e];
       }
       V mean;
 #pragma unroll
-      for (int e = 0; e < WIDTH; ++e) narrow(sum[e] / float(range.count), mean.at[e]);
+      for (int e = 0; e < WIDTH; ++e) narrow(float(sum[e]) / float(range.count), mean.at[e]);
       store(mean, out + d);
     }
   });
@@ -51,7 +59,7 @@ HD void pool_row_backward(const Team& team, const T* grad, int64_t t, int64_t n,
   using V = Vector<T, WIDTH>;
   team.each([&](int rank) {
     for (int64_t d = rank * WIDTH; d < D; d += team.size() * WIDTH) {
-      float sum[WIDTH] = {};
+      double sum[WIDTH] = {};  // a short video's row can be in any number of ranges
       for (int64_t r = first_pool_row(t, n, rows); r < rows; ++r) {
         const Range range = pool_range(r, n, rows);
         if (range.begin > t) break;
@@ -62,7 +70,7 @@ HD void pool_row_backward(const Team& team, const T* grad, int64_t t, int64_t n,
       }
       V out;
 #pragma unroll
-      for (int e = 0; e < WIDTH; ++e) narrow(sum[e], out.at[e]);
+      for (int e = 0; e < WIDTH; ++e) narrow(float(sum[e]), out.at[e]);
       store(out, slope + d);
     }
   });

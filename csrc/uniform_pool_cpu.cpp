@@ -19,11 +19,25 @@ std::vector<int64_t> starts(const std::vector<int64_t>& lengths) {
 constexpr int WIDTH = 64;  // channels whose sums stay in registers
 
 template <class T, class Width>
-HD void mean_of_channels(const T* rows, int64_t count, int64_t stride, Width width, T* out) {
-  acc_t<T> sum[WIDTH];
+HD void sum_of_channels(const T* rows, int64_t count, int64_t stride, Width width, acc_t<T>* sum) {
   for (int d = 0; d < width; ++d) sum[d] = widen(rows[d]);
   for (int64_t t = 1; t < count; ++t)
     for (int d = 0; d < width; ++d) sum[d] += widen(rows[t * stride + d]);
+}
+
+template <class T, class Width>
+HD void mean_of_channels(const T* rows, int64_t count, int64_t stride, Width width, T* out) {
+  acc_t<T> sum[WIDTH];
+  sum_of_channels(rows, std::min(count, PART), stride, width, sum);
+  if (count > PART) {
+    double whole[WIDTH];
+    for (int d = 0; d < width; ++d) whole[d] = sum[d];
+    for (int64_t begin = PART; begin < count; begin += PART) {
+      sum_of_channels(rows + begin * stride, std::min(count - begin, PART), stride, width, sum);
+      for (int d = 0; d < width; ++d) whole[d] += sum[d];
+    }
+    for (int d = 0; d < width; ++d) sum[d] = acc_t<T>(whole[d]);
+  }
   for (int d = 0; d < width; ++d) narrow(sum[d] / acc_t<T>(count), out[d]);
 }
 
@@ -37,12 +51,12 @@ CLONES void mean_of_rows(const T* rows, int64_t count, int64_t width, T* out) {
 
 // What a row gets from one range that it is in.
 template <class T>
-CLONES void add_share(const T* grad, int64_t count, int64_t width, acc_t<T>* sum) {
+CLONES void add_share(const T* grad, int64_t count, int64_t width, double* sum) {
   for (int64_t d = 0; d < width; ++d) sum[d] += widen(grad[d]) / acc_t<T>(count);
 }
 template <class T>
-CLONES void narrow_row(const acc_t<T>* sum, int64_t width, T* out) {
-  for (int64_t d = 0; d < width; ++d) narrow(sum[d], out[d]);
+CLONES void narrow_row(const double* sum, int64_t width, T* out) {
+  for (int64_t d = 0; d < width; ++d) narrow(acc_t<T>(sum[d]), out[d]);
 }
 
 Tensor uniform_pool(const Tensor& features, const Tensor& lengths, int64_t rows) {
@@ -77,7 +91,7 @@ Tensor uniform_pool_backward(const Tensor& grad, const Tensor& lengths, int64_t 
   by_dtype(grad.scalar_type(), [&](auto type) {
     using S = decltype(type);
     torch::stable::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<acc_t<S>[]> sum(new acc_t<S>[D]);
+      const std::unique_ptr<double[]> sum(new double[D]);
       for (int64_t b = begin; b < end; ++b) {
         const int64_t n = first[b + 1] - first[b];
         for (int64_t t = 0, row = 0; t < n; ++t) {

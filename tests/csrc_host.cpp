@@ -97,6 +97,29 @@ static void test_keys() {
   for (double v : {-1e-320, -2.5, 0., 1e300}) CHECK(value_of(key_of(v)) == v, "of %g", v);
 }
 
+// Every finite number of 16 bits, and numbers between two: they go to the nearer, from the middle to the even one.
+static void test_half() {
+  const auto narrowed = [](double x) {
+    f16 out;
+    narrow(float(x), out);
+    return int(out.bits);
+  };
+  for (int sign : {0, 0x8000})
+    for (int bits = 0; bits < 0x7c00; ++bits) {
+      const int exponent = bits >> 10, fraction = bits & 1023;
+      const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+      const double x = sign ? -size : size, ulp = std::ldexp(sign ? -1 : 1, std::max(exponent, 1) - 25);
+      CHECK(widen(f16{uint16_t(sign | bits)}) == x && narrowed(x) == (sign | bits), "at %x", sign | bits);
+      const int next = sign | (bits + 1);  // infinity after the largest
+      CHECK(narrowed(x + ulp * 0.499) == (sign | bits) && narrowed(x + ulp * 0.501) == next, "beside %x", sign | bits);
+      CHECK(narrowed(x + ulp / 2) == (bits % 2 ? next : sign | bits), "between %x and %x", sign | bits, next);
+    }
+  for (float x : {INFINITY, -INFINITY, NAN, 1e30f, -1e-30f, 65520.f}) {
+    const float got = widen(f16{uint16_t(narrowed(x))}), expected = std::abs(x) < 1 ? 0 : std::copysign(INFINITY, x);
+    CHECK(std::isnan(x) ? std::isnan(got) : got == expected, "%g of %g", got, x);
+  }
+}
+
 static void test_exponential() {
   double worst = 0;
   for (double x = -87; x < 88.7; x += 0.00123) {
@@ -220,6 +243,19 @@ static void test_pool(int n, int rows, int D) {
     CHECK(std::abs(widen(g[i]) - right[i]) <= (sizeof(T) == 4 ? 1e-5 : 2e-2) * (1 + right[i]), "gradient, n %d", n);
 }
 
+// Ranges of thousands of rows, and rows in thousands of ranges, all numbers of one sign: no digit is lost on the way.
+static void test_long_pool() {
+  const int n = 20000;
+  std::vector<float> x(n), y(n), slope(1);
+  double mean = 0, sum = 0;
+  for (auto& value : x) mean += double(value = 1 + float(std::abs(normal()))) / n;
+  pool_row<float, 1>(Emulated{32}, x.data(), pool_range(0, n, 1), 1, y.data());
+  CHECK(std::abs(y[0] - mean) <= 1.2e-7 * mean, "mean %.9g, expected %.9g", y[0], mean);
+  for (float value : x) sum += value;
+  pool_row_backward<float, 1>(Emulated{32}, x.data(), 0, 1, n, 1, slope.data());
+  CHECK(std::abs(slope[0] - sum) <= 1.2e-7 * sum, "gradient %.9g, expected %.9g", slope[0], sum);
+}
+
 // Arrays that start anywhere: every element is visited once, and nothing else is written.
 template <class T>
 static void test_vectors() {
@@ -289,6 +325,7 @@ static void test_hostile_numbers() {
 
 int main() {
   test_keys();
+  test_half();
   test_exponential();
   test_topk<float>();
   test_topk<double>();
@@ -309,6 +346,7 @@ int main() {
       test_pool<float, 1>(n, rows, 3);
       test_pool<bf16, 8>(n, rows, 8);
     }
+  test_long_pool();
   test_hostile_numbers();
   test_vectors<float>();
   test_vectors<bf16>();

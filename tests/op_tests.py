@@ -256,6 +256,28 @@ class OpTests:
                 grad, other = grad[~padding], other[~padding]
             torch.testing.assert_close(other, grad, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"gradient of {n}: {m}")
 
+    @pytest.mark.filterwarnings("error")  # torch's, of a derivative that is not there
+    def test_second_derivatives_are_right_or_refused(self, case: Case, backend: str, device: str):
+        """Of a function of the result and of the arguments: a term is there even where the op's own would be lost."""
+        arguments = self.make(case, backend, device=device)
+        without = FIXED.get(self.op, ())
+
+        def second(arguments: dict[str, Any], backend: str) -> list[Tensor]:
+            given = convert(arguments, lambda name, x: x.detach().clone().requires_grad_(name not in without))
+            wanted = [x for _, x in leaves(given) if x.requires_grad]
+            loss = self.call(given, backend).square().sum() + sum(x.square().sum() for x in wanted)
+            grads = torch.autograd.grad(loss, wanted, create_graph=True)
+            return list(torch.autograd.grad(sum((g * draw_like(g)).sum() for g in grads), wanted))
+
+        oracle = second(convert(arguments, lambda _, x: x.double()), "reference")
+        try:
+            found = second(arguments, backend)
+        except BackendError as error:
+            assert str(error) == f"{self.op} is not differentiable twice here; use backend='reference'"
+            return
+        for x, exact in zip(found, oracle, strict=True):
+            torch.testing.assert_close(x.double(), exact, rtol=1e-4, atol=1e-4 * max(1.0, exact.abs().max().item()))
+
     def test_a_length_past_the_rows_is_that_of_all(self, case: Case, backend: str, device: str, monkeypatch):
         """A GPU's lengths are not looked at before a kernel has them: it must not read on into the next video."""
         arguments = self.make(case, backend, device=device)

@@ -1,9 +1,11 @@
 """The compiled extension: device code run on the CPU, what nvcc made of it, loading, and corners of its operators."""
 
+import importlib.util
 import json
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,84 @@ class TestAheadOfTime:
                 assert all(re.search(rf"\b{one}\.[\w.]*128", body) for one in instructions), name
 
 
+class TestWhatIsBuilt:
+    """setup.py's choice, from a torch and toolkits that are folders with little in them."""
+
+    @pytest.fixture
+    def build(self, tmp_path, monkeypatch):
+        spec = importlib.util.spec_from_file_location("avadclip_fast_setup", ROOT / "setup.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(module, "find_torch", lambda: tmp_path / "torch")
+        monkeypatch.setattr(module, "version_of", self.said(module.version_of))
+        monkeypatch.setenv("CXX", "sh -c")  # there, and never run
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        self.folder = tmp_path
+        self.torch("13.0")
+        return module
+
+    def said(self, version_of):
+        return lambda command, pattern: version_of(command, pattern) if "nvcc" in command[0] else "a compiler"
+
+    def torch(self, cuda: str | None) -> None:
+        (self.folder / "torch/lib").mkdir(parents=True, exist_ok=True)
+        (self.folder / "torch/lib/libtorch_cuda.so").touch()
+        text = f"__version__ = '2.11.0'\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\n"
+        (self.folder / "torch/version.py").write_text(text)
+
+    def toolkit(self, release: str, runtime: bool = True) -> Path:
+        root = self.folder / f"site-{release}/nvidia/cu13"
+        for name in ("nvvm", "bin", "lib"):
+            (root / name).mkdir(parents=True)
+        (root / "bin/nvcc").write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.99'\n")
+        (root / "bin/nvcc").chmod(0o755)
+        if runtime:
+            (root / "lib/libcudart.so.9").touch()
+        return root
+
+    def cuda_part(self, build) -> list[str] | None:
+        """The compiler's command of _C_cuda, if it is built."""
+        return {ext.name: ext.compile for ext in build.extensions()}.get("avadclip_fast._C_cuda")
+
+    @pytest.mark.parametrize("first, second", [("12.6", "13.1"), ("13.1", "12.6")])
+    def test_a_toolkit_of_torchs_cuda_goes_first(self, build, monkeypatch, first, second):
+        """One is on the path, one is NVIDIA's packages; there may be a third, of either version, in /usr/local."""
+        monkeypatch.delenv("CUDA_HOME", raising=False)
+        monkeypatch.setenv("PATH", f"{self.toolkit(first)}/bin:/usr/bin:/bin")
+        monkeypatch.syspath_prepend(str(self.toolkit(second).parents[1]))
+        assert build.release(build.find_cuda())[0] == 13
+
+    def test_a_toolkit_of_another_cuda_is_left_out(self, build, monkeypatch, capsys):
+        monkeypatch.setenv("CUDA_HOME", str(self.toolkit("12.8")))
+        assert self.cuda_part(build) is None
+        assert "CUDA operators are left out: torch is built with CUDA 13.0, and /" in (said := capsys.readouterr().err)
+        assert "site-12.8/nvidia/cu13 is 12.8" in said
+
+    def test_an_old_nvcc_is_not_asked_for_blackwell(self, build, monkeypatch):
+        self.torch("12.9")
+        for release, known in (("12.6", False), ("12.8", True)):
+            monkeypatch.setenv("CUDA_HOME", str(self.toolkit(release)))
+            flags = " ".join(self.cuda_part(build))
+            assert "sm_90" in flags and ("sm_100" in flags) == known
+            newest = "100" if known else "90"
+            assert f"arch=compute_{newest},code=compute_{newest}" in flags  # for what comes after
+
+    @pytest.mark.parametrize(
+        "cuda, runtime, words", [("13.0", False, "no libcudart.so in /"), (None, True, "without CUDA")]
+    )
+    def test_what_else_is_missing_is_said(self, build, monkeypatch, capsys, cuda, runtime, words):
+        self.torch(cuda)
+        monkeypatch.setenv("CUDA_HOME", str(self.toolkit("13.0", runtime)))
+        assert self.cuda_part(build) is None
+        assert words in capsys.readouterr().err
+
+    def test_operators_need_no_python_headers(self, build, monkeypatch, capsys):
+        monkeypatch.setenv("CUDA_HOME", "none")
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(self.folder))
+        assert [ext.name for ext in build.extensions()] == ["avadclip_fast._C"]
+        assert "facts of the build are left out: no Python.h in /" in capsys.readouterr().err
+
+
 class TestLoading:
     def test_an_absent_extension_gives_a_reason(self):
         assert "_nothing is not built: it needs a friend" in _build._load("_nothing", "a friend")
@@ -102,6 +182,8 @@ class TestLoading:
     @compiled
     def test_build_facts(self):
         facts = _build.facts()
+        if "built" in facts:
+            pytest.skip(facts["built"])
         assert "-O3" in facts["flags"] and facts["torch"] and facts["compiler"]
 
 

@@ -83,6 +83,12 @@ class TestMILAlignLoss(OpTests):
             torch.testing.assert_close(out.cpu(), torch.tensor(0.0 if right == 0 else (300 + 75) / 2))
             assert all(grad.isfinite().all() for grad in grads.values())
 
+    def test_of_no_video_alpha_has_no_slope(self, case, backend, device):
+        logits, labels, alpha = (torch.zeros(shape, device=device) for shape in ((0, 4, 2), (0, 2), (2,)))
+        lengths = torch.zeros(0, dtype=torch.long, device=device)
+        out, grads = self.run({"logits": logits, "labels": labels, "lengths": lengths, "alpha": alpha}, backend)
+        assert out.isnan() and (grads["alpha"] == 0).all()
+
     def test_integer_labels(self, case, backend, device):
         arguments = self.make(case, backend, device=device)
         expected, grads = self.run(arguments, backend)

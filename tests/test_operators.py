@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import convert, leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_tests import ON_TILES
 from torch import Tensor
 
 from avadclip_fast import _build, ops
@@ -332,3 +334,29 @@ def test_gradients_of_pooling_and_packing_in_float64():
         (lambda x: OPS.unpack_rows(x, lengths, T), packed),
     ):
         assert torch.autograd.gradcheck(function, x.requires_grad_())
+
+
+def test_gradients_of_what_is_linear_have_their_own():
+    torch.manual_seed(0)
+    lengths = torch.tensor(LENGTHS)
+    index = OPS.topk_mean(torch.randn(B, T, C), lengths, 2)[1]
+    for function, grad in (
+        (lambda g: OPS.uniform_pool_backward(g, lengths, N), torch.randn(B, 4, 2)),
+        (lambda g: OPS.topk_mean_backward(g, index, T), torch.randn(B, C)),
+    ):
+        grad = grad.double().requires_grad_()
+        assert torch.autograd.gradcheck(function, grad) and torch.autograd.gradgradcheck(function, grad)
+
+
+@ON_TILES
+@pytest.mark.parametrize("inputs, outputs, rows", [(0, 5, 3), (4, 0, 3), (4, 5, 0)])
+def test_a_layer_without_inputs_outputs_or_rows(inputs, outputs, rows):
+    x, weight = torch.randn(2, rows, inputs), torch.randn(outputs, inputs)
+    for bias, residual in ((None, None), (torch.randn(outputs), torch.randn(2, rows, outputs))):
+        layer = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+        results = []
+        for backend in ("reference", "amx"):
+            leaf = convert(layer, lambda _, x: x.clone().requires_grad_())
+            out = ops.linear_act(**leaf, backend=backend)
+            results.append([out, *torch.autograd.grad(out.square().sum(), [x for _, x in leaves(leaf)])])
+        torch.testing.assert_close(*results)

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import _build
 from ..reference._numerics import zero_padding
 from ..reference.linear_act import LAYER_NORM_EPS
+from ._once import differentiable_once
 
 ROWS, WIDTH = 512, 256  # what it takes to be faster than torch: weights are packed in every call
 
@@ -25,7 +26,7 @@ def linear_act(x, weight, bias, activation, residual, norm, dilation, causal, le
     leading = x.shape[:-1]
     if weight.ndim == 2:
         lengths = None
-        x, residual = (None if t is None else t.reshape(1, -1, t.shape[-1]) for t in (x, residual))
+        x, residual = (None if t is None else t.reshape(1, leading.numel(), t.shape[-1]) for t in (x, residual))
     if norm is not None:
         x = zero_padding(x, lengths)  # before the norm too: what padding holds may be NaN
         x = F.layer_norm(x, x.shape[-1:], norm[0], norm[1], LAYER_NORM_EPS)
@@ -122,3 +123,4 @@ def _backward(ctx, grad, _):
 
 
 torch.library.register_autograd("avadclip_fast::linear_act_amx", _backward, setup_context=_save)
+differentiable_once("linear_act", "linear_act_amx_backward")

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
+from ._once import differentiable_once
 
 
 def similarity_graph(
@@ -94,3 +95,5 @@ def _mix_backward(ctx, grad):
 
 torch.library.register_autograd("avadclip_fast::similarity_graph", _backward, setup_context=_save)
 torch.library.register_autograd("avadclip_fast::similarity_mix", _mix_backward, setup_context=_save_mix)
+differentiable_once("similarity_graph", "similarity_graph_backward")
+differentiable_once("similarity_graph", "similarity_mix_backward")

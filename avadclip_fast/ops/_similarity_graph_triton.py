@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ._once import differentiable_once
 from ._triton import triton_reason
 
 LOWEST = 0.01  # below it the weight of an edge, exp(s), cannot be told from that of no edge, 1
@@ -120,3 +121,5 @@ def _product_backward(ctx, grad):
 
 torch.library.register_autograd("avadclip_fast::similarity_weights", _backward, setup_context=_save)
 torch.library.register_autograd("avadclip_fast::similarity_product", _product_backward, setup_context=_save_product)
+differentiable_once("similarity_graph", "similarity_weights_backward")
+differentiable_once("similarity_graph", "similarity_product_backward")

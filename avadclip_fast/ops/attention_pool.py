@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch
 from ._check import check_lengths, check_tensors
+from ._once import differentiable_once
 from ._triton import triton_reason
 
 
@@ -64,6 +65,7 @@ def _backward(ctx, grad, _):
 
 
 torch.library.register_autograd("avadclip_fast::attention_pool", _backward, setup_context=_save)
+differentiable_once("attention_pool", "attention_pool_backward")
 
 
 def attention_pool(

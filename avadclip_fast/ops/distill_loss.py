@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch
 from ._check import check_lengths, check_tensors
+from ._once import differentiable_once
 from ._triton import triton_reason
 
 
@@ -28,6 +29,10 @@ torch.library.define(
     "(Tensor teacher, Tensor student, Tensor log_variance, Tensor? lengths)"
     " -> (Tensor loss, Tensor by_student, Tensor by_theta, Tensor terms)",
 )
+torch.library.define(
+    "avadclip_fast::distill_loss_backward",
+    "(Tensor grad, Tensor by_student, Tensor by_theta, Tensor terms) -> (Tensor, Tensor)",
+)
 
 
 @torch.library.impl("avadclip_fast::distill_loss", ("CPU", "CUDA"))  # CPU: Triton's interpreter
@@ -35,6 +40,17 @@ def _(*args):
     from ..kernels import distill_loss as kernel
 
     return kernel.forward(*args)
+
+
+@torch.library.impl("avadclip_fast::distill_loss_backward", ("CPU", "CUDA"))
+def _(grad, by_student, by_theta, terms):
+    scale = grad / terms
+    return scale * by_student, scale * by_theta
+
+
+@torch.library.register_fake("avadclip_fast::distill_loss_backward")
+def _(grad, by_student, by_theta, terms):
+    return torch.empty_like(by_student), torch.empty_like(by_theta)
 
 
 @torch.library.register_fake("avadclip_fast::distill_loss")
@@ -47,7 +63,7 @@ def _(teacher, student, log_variance, lengths):
 
 def _save(ctx, inputs, output):
     _, by_student, by_theta, terms = output
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(terms)
     ctx.set_materialize_grads(False)
     ctx.dtypes = inputs[1].dtype, inputs[2].dtype
     ctx.save_for_backward(by_student, by_theta, terms)
@@ -56,13 +72,12 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 4
-    by_student, by_theta, terms = ctx.saved_tensors
-    scale = grad / terms
-    grads = ((scale * by).to(dtype) for by, dtype in zip((by_student, by_theta), ctx.dtypes, strict=True))
-    return None, *grads, None
+    grads = torch.ops.avadclip_fast.distill_loss_backward(grad, *ctx.saved_tensors)
+    return None, *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None
 
 
 torch.library.register_autograd("avadclip_fast::distill_loss", _backward, setup_context=_save)
+differentiable_once("distill_loss", "distill_loss_backward")
 
 
 def distill_loss(

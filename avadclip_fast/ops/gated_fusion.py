@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch
 from ._check import check_tensors
+from ._once import differentiable_once
 from ._triton import triton_reason
 
 _dispatch.register("gated_fusion", "reference", reference.gated_fusion)
@@ -80,6 +81,7 @@ def _backward(ctx, grad, *_):
 
 
 torch.library.register_autograd("avadclip_fast::gated_fusion", _backward, setup_context=_save)
+differentiable_once("gated_fusion", "gated_fusion_backward")
 
 
 def gated_fusion(

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch, _linear_act_amx
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
+from ._once import differentiable_once
 from ._triton import triton_reason
 
 _dispatch.register("linear_act", "reference", reference.linear_act)
@@ -101,6 +102,7 @@ def _backward(ctx, grad, *_):
 
 
 torch.library.register_autograd("avadclip_fast::linear_act", _backward, setup_context=_save)
+differentiable_once("linear_act", "linear_act_backward")
 
 
 def linear_act(

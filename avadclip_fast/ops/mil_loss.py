@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _build, reference
 from . import _dispatch
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
+from ._once import differentiable_once
 
 
 def _compiled(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int) -> Tensor:
@@ -90,11 +91,15 @@ def _align_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 5
     logits, alpha = torch.ops.avadclip_fast.mil_align_loss_backward(grad, *ctx.saved_tensors)
+    if not logits.numel():  # the mean of no video is NaN; alpha has no part in it
+        alpha = torch.zeros_like(alpha)
     return logits.to(ctx.dtype), None, None, alpha, None
 
 
 torch.library.register_autograd("avadclip_fast::mil_loss", _backward, setup_context=_save)
 torch.library.register_autograd("avadclip_fast::mil_align_loss", _align_backward, setup_context=_save)
+differentiable_once("mil_loss", "mil_loss_backward")
+differentiable_once("mil_align_loss", "mil_align_loss_backward")
 
 
 def mil_loss(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int = 16, backend: str | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch
 from ._check import check_positive, check_tensors
+from ._once import differentiable_once
 from ._triton import triton_reason
 
 MOST_CLASSES = 128  # a program of Triton's holds a video's prompts in registers
@@ -75,6 +76,7 @@ def _backward(ctx, grad, *_):
 
 
 torch.library.register_autograd("avadclip_fast::prompt_similarity", _backward, setup_context=_save)
+differentiable_once("prompt_similarity", "prompt_similarity_backward")
 
 
 def prompt_similarity(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _build, reference
+from ..reference._numerics import at_least_float32
 from . import _dispatch
 from ._check import check_counts, check_lengths, check_tensors
 
@@ -45,7 +46,19 @@ def _backward(ctx, grad, _):
     return torch.ops.avadclip_fast.topk_mean_backward(grad, index, ctx.rows), None, None
 
 
+def _save_backward(ctx, inputs, output):
+    ctx.save_for_backward(inputs[1])
+
+
+def _twice(ctx, grad):
+    (index,) = ctx.saved_tensors
+    index = index.transpose(1, 2).long()  # [B, K, C]
+    chosen = torch.where(index >= 0, at_least_float32(grad).gather(1, index.clamp_min(0)), 0)
+    return (chosen.sum(1) / (index >= 0).sum(1)).to(grad.dtype), None, None
+
+
 torch.library.register_autograd("avadclip_fast::topk_mean", _backward, setup_context=_save)
+torch.library.register_autograd("avadclip_fast::topk_mean_backward", _twice, setup_context=_save_backward)
 
 
 def topk_mean(scores: Tensor, lengths: Tensor, divisor: int = 16, backend: str | None = None) -> Tensor:

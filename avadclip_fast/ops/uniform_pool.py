@@ -40,7 +40,18 @@ def _backward(ctx, grad):
     return torch.ops.avadclip_fast.uniform_pool_backward(grad, *ctx.saved_tensors, ctx.total), None, None
 
 
+def _save_backward(ctx, inputs, output):
+    grad, lengths, _ = inputs
+    ctx.rows = grad.shape[1]
+    ctx.save_for_backward(lengths)
+
+
+def _twice(ctx, grad):
+    return torch.ops.avadclip_fast.uniform_pool(grad, *ctx.saved_tensors, ctx.rows), None, None
+
+
 torch.library.register_autograd("avadclip_fast::uniform_pool", _backward, setup_context=_save)
+torch.library.register_autograd("avadclip_fast::uniform_pool_backward", _twice, setup_context=_save_backward)
 
 
 def uniform_pool(features: Tensor, lengths: Tensor, rows: int, backend: str | None = None) -> Tensor:

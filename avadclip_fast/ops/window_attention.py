@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch
 from ._check import check_counts, check_lengths, check_tensors
+from ._once import differentiable_once
 from ._triton import triton_reason
 
 LONGEST = 128  # a program of Triton's holds the scores of whole windows
@@ -69,6 +70,7 @@ def _backward(ctx, grad):
 
 
 torch.library.register_autograd("avadclip_fast::window_attention", _backward, setup_context=_save)
+differentiable_once("window_attention", "window_attention_backward")
 
 
 def window_attention(
