@@ -192,7 +192,7 @@ def test_options_exist(page):
     known = {
         o for command in commands().commands.values() for p in command.params for o in (*p.opts, *p.secondary_opts)
     }
-    known |= {"--plots", "--ablate", "--check", "--no-build-isolation"}  # of bench.fightsurv, bench.report, pip
+    known |= {"--plots", "--ablate", "--told", "--check", "--no-build-isolation"}  # of bench.fightsurv and report, pip
     for inline in INLINE.finditer(FENCE.sub("", page.read_text())):
         for option in OPTION.findall(inline[1]):
             assert option in known, f"{name_of(page)}: {inline[0]}"
@@ -218,6 +218,7 @@ def test_figures_stand_where_they_are_written():
 
 
 ROW = re.compile(r"^\| (forward|and backward) \| `([^`]+)` \| (?:`([^`]+)`|none) \|$", re.M)
+LENGTHS = {"pack_rows": 1, "topk_mean": 1, "similarity_graph": 2, "mil_loss": 3}  # which input they are
 MEANINGS = {"B": "BATCH", "T": "ROWS", "D": "DIM", "C": "CLASSES", "E": "WIDTH"}
 
 
@@ -247,12 +248,12 @@ def symbols_of(op: str, module, case: harness.Bench, dtype: torch.dtype) -> dict
         found["E"] = inputs[0].shape[2]
     if op == "window_attention":
         found["w"] = int(re.search(r"windows of (\d+)", case.case)[1])
-    if op == "similarity_graph" and case.case == "lengths 256":
+    if op == "similarity_graph":
         found["pairs"] = int((inputs[2] ** 2).sum())
     if op == "uniform_pool":
         found |= {"N": len(inputs[0]), "B": 1, "R": module.ROWS}
-    if op == "pack_rows":
-        found["N"] = int(inputs[1].sum())
+    if op in LENGTHS:
+        found["N"] = int(inputs[LENGTHS[op]].sum())
     return found
 
 
@@ -263,8 +264,6 @@ def test_formulas_are_those_of_the_benchmarks(page, monkeypatch):
     module = importlib.import_module(f"bench.bench_{op}")
     told, checked = formulas(page), 0
     for case in module.cases(dtype):
-        if op == "similarity_graph" and case.case != "lengths 256":
-            continue  # its lengths are drawn anew by each make()
         if op == "linear_act" and not re.match(r"projection|graph convolution|uncertainty", case.case):
             continue  # with a norm or a dot other things are read and written
         symbols = symbols_of(op, module, case, dtype)
