@@ -119,6 +119,23 @@ def test_torchs_second_weight_norm(official, settings):
     assert same(model, AVadCLIP.from_official(state, **settings))
 
 
+@pytest.mark.parametrize(
+    ("make", "settings", "wrong"),
+    [
+        (teacher, {"fusion": "add"}, "fusion is 'add'"),
+        (teacher, {"prompt": "paper"}, "prompt is 'paper'"),
+        (student, {"modality": "audio"}, "modality is 'audio'"),
+        (student, {"standardize": ["visual"], "motion": True}, "standardises its inputs"),
+    ],
+)
+def test_what_the_official_code_does_not_compute_is_refused(make, settings, wrong, tmp_path):
+    make(**settings).save_pretrained(tmp_path / "ours")
+    model = (AVadCLIP if make is teacher else AVadCLIPStudent).from_pretrained(tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=wrong):
+        model.to_official(tmp_path / "model.pth")
+    assert not (tmp_path / "model.pth").exists()
+
+
 def test_every_difference_is_listed(official, settings):
     state = torch.load(official[1], weights_only=True)
     del state["mlp2.c_fc.bias"]

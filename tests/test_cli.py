@@ -194,6 +194,29 @@ def test_convert_there_and_back(trained, tmp_path):
     assert after.padding == "official"
 
 
+def test_a_conversion_back_is_a_file(trained, tmp_path, capsys):
+    for name in ("official", "official.safetensors"):
+        assert "ends in .pth" in mistake(capsys, "convert", trained, tmp_path / name, "--classes", CLASSES)
+        assert not (tmp_path / name).exists()
+
+
+def test_windows_are_bounded(trained, tmp_path, capsys):
+    for command in (["convert", trained, tmp_path / "x.pth"], ["export", trained, "-o", tmp_path / "x.onnx"]):
+        for window in (0, -1, 10**9):
+            assert call(*command, "--window", window) == 2
+            assert "--window" in capsys.readouterr().err and not (tmp_path / "x.pth").exists()
+
+
+def test_where_numbers_go_is_looked_at_before_scoring(videos, trained, tmp_path, capsys, monkeypatch):
+    ask = "eval", videos / "test.csv", "--model", trained, "--gt", videos / "gt.npy", "--classes", CLASSES, "-q"
+    assert call(*ask, "--json", tmp_path / "new" / "out.json", "--plots", tmp_path / "other" / "plots") == 0
+    assert (tmp_path / "new" / "out.json").is_file()
+    monkeypatch.setattr("avadclip_fast.cli.commands.score_rows", None)
+    (tmp_path / "file").touch()
+    for option in (["--json", tmp_path / "file" / "out.json"], ["--plots", tmp_path / "file"]):
+        assert f"{tmp_path / 'file'}: cannot be made" in mistake(capsys, *ask, *option)
+
+
 def test_env_names_every_op(capsys):
     from avadclip_fast.ops._dispatch import TABLE
 

@@ -110,7 +110,7 @@ class Counting:
 
     def wait(self, running, num_returns=1, timeout=None):
         self.most = max(self.most, len(running))
-        if self.left is not None and timeout is None:
+        if self.left is not None and timeout == cluster.LOOK:
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt
@@ -123,9 +123,9 @@ class Counting:
         self.cancelled.append(task)
 
 
-def run(fake, sources):
+def run(fake, sources, until=lambda: False):
     tally = cluster.Tally()
-    cluster._run(fake, fake, [Source(Path(f"{i}.mkv"), f"{i}") for i in range(sources)], (), tally)
+    cluster._run(fake, fake, [Source(Path(f"{i}.mkv"), f"{i}") for i in range(sources)], (), tally, until)
     return tally.record()
 
 
@@ -141,6 +141,12 @@ def test_an_interrupt_calls_off_what_runs():
     with pytest.raises(KeyboardInterrupt):
         run(fake, 100)
     assert fake.tasks == 9 and fake.cancelled == [6, 7, 8, 9]  # and none that has ended
+
+
+def test_being_asked_to_end_calls_off_what_runs_and_keeps_what_is_done():
+    fake = Counting(2)
+    record = run(fake, 100, until=lambda: fake.tasks >= 9)
+    assert len(record["done"]) == 6 and fake.cancelled == [7, 8, 9]
 
 
 def test_encoders_are_loaded_once_a_process():

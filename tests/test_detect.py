@@ -2,15 +2,16 @@
 
 import csv
 import json
+import os
 import re
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from standins import AXES, NAMED, overlap, seen
+from standins import AXES, NAMED, Sight, overlap, seen
 from test_cli import call, mistake
-from videos import BAD, bad_videos, forbid, make_video
+from videos import BAD, bad_videos, forbid, joined, make_video
 
 from avadclip_fast import data
 from avadclip_fast.engine import detect
@@ -95,6 +96,65 @@ def test_threshold_and_classes(pair, tmp_path, capsys):
         assert wrong in mistake(capsys, "detect", tmp_path / "a.mkv", *alone, "--classes", classes)
 
 
+class Impatient(Sight):
+    """Is interrupted at a bright frame."""
+
+    def __call__(self, images):
+        if images.float().mean() > 240:
+            raise KeyboardInterrupt
+        return super().__call__(images)
+
+
+def test_an_interrupt_leaves_the_events_that_were_found(pair, tmp_path, capsys):
+    film(tmp_path / "a.mkv", [(10, 16, 220)])
+    film(tmp_path / "b.mkv", [(0, 30, 255)])
+    options = [*QUICK, "--visual-encoder", "test_detect:Impatient", "--no-plot"]
+    assert call("detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *options) == 130
+    lines = (tmp_path / "out" / "events.csv").read_text().splitlines()
+    assert len(lines) == 2 and lines[1].startswith("a,")
+    assert "interrupted; what was written stays" in capsys.readouterr().err
+
+
+def test_where_results_go_is_looked_at_first(pair, tmp_path, capsys):
+    film(tmp_path / "a.mkv", [])
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        wrong = ["detect", tmp_path / "a.mkv", "-m", pair, "-o", out, *QUICK, "--visual-encoder", "no:encoder"]
+        assert f"{out}: cannot be made" in mistake(capsys, *wrong)
+
+
+def test_names_for_an_official_checkpoint(pair, tmp_path, capsys):
+    """It does not hold them: as many as it has classes are taken for those, and of XD-Violence's seven, others."""
+    film(tmp_path / "a.mkv", [(10, 16, 220)])
+    model = AVadCLIPStudent.from_pretrained(pair / "student" / "model")
+    model.to_official(tmp_path / "three.pth")
+    given = ["detect", tmp_path / "a.mkv", "-m", tmp_path / "three.pth", "-o", tmp_path / "out", *QUICK, "--no-plot"]
+    assert call(*given, "--classes", "normal, fighting, explosion", "--threshold", "0.5") == 0
+    assert json.loads((tmp_path / "out/a.json").read_text())["classes"] == ["normal", "fighting", "explosion"]
+    capsys.readouterr()
+    assert "3 classes, 2 names" in mistake(capsys, *given, "--classes", "normal,fighting")
+    assert "3 classes, 7 names" in mistake(capsys, *given)
+    assert "different names" in mistake(capsys, *given, "--classes", "normal,normal,fire")
+
+
+def test_a_name_that_is_not_utf_8_fails_alone(pair, tmp_path, capsys):
+    film(tmp_path / "films.mkv", []).rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9.mkv"))
+    film(tmp_path / "a.mkv", [(10, 16, 220)])
+    assert call("detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *QUICK, "--no-plot") == 1
+    assert r"\xe9.mkv: its name is not UTF-8" in capsys.readouterr().err
+    assert len((tmp_path / "out" / "events.csv").read_text().splitlines()) == 2
+
+
+def test_an_annotated_copy_goes_on_where_time_stamps_begin_anew(pair, tmp_path):
+    path = joined(tmp_path / "a.ts", 2, frames=100, audio=1, tone=(1.0, 1.6), sound_ends=4.5)
+    options = [*QUICK, "--no-plot", "--annotate"]
+    assert call("detect", path, "-m", pair / "student", "-o", tmp_path / "out", *options) == 0
+    times = [frame.time for frame in decode.snippet_frames(tmp_path / "out" / "a.mkv", every=5)]
+    np.testing.assert_allclose(times, np.arange(40) * 0.2, atol=2e-3)
+    heard = decode.read_sound(tmp_path / "out" / "a.mkv").windows(np.arange(40) * 0.2, 0.2).heard()
+    assert heard[5:8].all() and heard[25:28].all() and heard.sum() <= 10
+
+
 def test_a_failure_is_told_at_the_end(pair, tmp_path, capsys):
     film(tmp_path / "a.mkv", [])
     (tmp_path / "b.mp4").write_text("no video")
@@ -122,7 +182,7 @@ def test_bad_input_is_told_and_leaves_nothing(pair, tmp_path, capsys, monkeypatc
     made = ["events.csv", "one.frames.csv", "one.json", "one.mkv", "one.png"]
     assert sorted(path.name for path in out.iterdir()) == made
     assert call("detect", films / "text.mp4", "-m", pair, "-o", tmp_path / "none", *QUICK) == 1
-    assert not (tmp_path / "none").exists()
+    assert not list((tmp_path / "none").iterdir())
 
 
 @pytest.mark.parametrize(

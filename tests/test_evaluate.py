@@ -1,5 +1,7 @@
 """Scoring of whole videos: packing changes nothing, order is kept, memory stays bounded."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,9 @@ from small_models import batch, student, teacher
 
 from avadclip_fast.data import DataError, TestVideo
 from avadclip_fast.data.features import chunk
-from avadclip_fast.engine.evaluate import score_videos, stream_scores
+from avadclip_fast.engine.evaluate import load_model, score_videos, stream_scores
+from avadclip_fast.models import CheckpointError
+from avadclip_fast.models.checkpoints import CONFIG
 
 LENGTHS = (5, 24, 60, 1, 48, 25)  # of chunks of 24: 1, 1, 3, 1, 2, 2
 
@@ -80,3 +84,13 @@ def test_a_video_without_sound_is_named():
 
 def test_no_videos_no_scores():
     assert score_videos(student(), [], progress=False) == []
+
+
+def test_a_description_of_no_model_is_told_in_a_line(tmp_path):
+    student().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    for wrong in ({"length": -1}, {"length": 10**15}, {"length": 1e15}, {"window": 0}, {"window": 10**9}, {"heads": 5}):
+        (tmp_path / CONFIG).write_text(json.dumps({**config, **wrong}))
+        with pytest.raises(CheckpointError, match=CONFIG) as raised:
+            load_model(tmp_path)
+        assert "\n" not in str(raised.value)

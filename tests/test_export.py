@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,7 +180,8 @@ print(json.dumps(facts))
 try:
     run(*(torch.from_numpy(given[f"long/{i}"]) for i in range(len(facts["inputs"]))))
 except (RuntimeError, AssertionError) as error:
-    print("refused", "24" in str(error))
+    print("refused", file=sys.stderr)
+    print(error, file=sys.stderr)
 """
 
 
@@ -203,9 +205,10 @@ def test_packages_run_where_the_library_is_not(kind, tmp_path, plain, traced_onc
         cwd=tmp_path, env={**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    facts, last = done.stdout.splitlines()
-    assert json.loads(facts)["classes"] == CLASSES and json.loads(facts)["threshold"]["align"] == 0.3
-    assert last == "refused True"
+    facts = json.loads(done.stdout)
+    assert facts["classes"] == CLASSES and facts["threshold"]["align"] == 0.3
+    # torch 2.11's AOTInductor prints why before it raises
+    assert "refused" in done.stderr and re.search(r"\b24\b", done.stderr)
 
 
 def damaged(how: str) -> export.Scores:

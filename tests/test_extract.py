@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,19 @@ class Fragile(Grey):
     def __call__(self, images):
         if images.float().mean() > 200:
             raise RuntimeError("too\nbright")
+        return super().__call__(images)
+
+
+class Interrupting(Grey):
+    """Once, at white, does what Ctrl-C does."""
+
+    left = 1
+
+    def __call__(self, images):
+        if images.float().mean() > 240 and Interrupting.left:
+            Interrupting.left -= 1
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)  # until it has arrived
         return super().__call__(images)
 
 
@@ -48,7 +63,7 @@ def test_folder_to_features(folder, tmp_path, capsys):
         *(f"more/b__{k}.npy" for k in range(10)),
     ]
     assert {row.audio for row in rows[:10]} == {out / "audio" / "a_label_B1-0-0.npy"} and rows[10].audio is None
-    assert [rows[0].label, rows[10].label] == ["A", "A"]  # --label goes before the file's own name
+    assert [rows[0].label, rows[10].label] == ["B1-0-0", "A"]  # --label is of those that nothing else tells of
     seen, heard = load_features(rows[0].visual, 512), load_features(rows[0].audio, 512)
     # frames 0 and 16 are greys of 0 and 64; 8 frames are no snippet; 6: what compression takes
     assert seen.shape == heard.shape == (2, 512)
@@ -127,6 +142,53 @@ def test_addresses_are_not_read(folder, tmp_path, capsys, monkeypatch):
         assert "o such file" in capsys.readouterr().err
 
 
+def test_a_name_that_is_not_utf_8_fails_alone(folder, tmp_path, capsys):
+    make_video(folder / "c.mp4", frames=20).rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.mp4"))
+    out = tmp_path / "out"
+    assert call("extract", folder, "-o", out, *QUICK) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith("2 extracted, 0 were there, 1 failed")
+    assert r"caf\xe9.mp4: its name is not UTF-8" in said.err
+    assert len((out / "list.csv").read_text().splitlines()) == 3
+
+
+def test_another_label_is_taken(folder, tmp_path, capsys):
+    out, video = tmp_path / "out", folder / "more" / "b.mp4"
+    for label, listed in (((), ""), (("--label", "A"), "A"), (("--label", "B2"), "B2"), ((), "B2")):
+        assert call("extract", video, "-o", out, *label, *QUICK) == 0
+        (row,) = (out / "list.csv").read_text().splitlines()[1:]
+        assert row.split(",")[-1] == listed
+    assert "0 extracted, 1 were there" in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_a_broken_record_is_done_again(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call("extract", folder, "-o", out, *QUICK) == 0
+    (out / "done" / "more" / "b.json").write_text('{"settings": ')
+    (out / "done" / "gone.json").write_text("[]")
+    capsys.readouterr()
+    assert call("extract", folder, "-o", out, *QUICK) == 0
+    assert capsys.readouterr().out.startswith("1 extracted, 1 were there, 0 failed")
+
+
+def test_an_interrupt_leaves_a_list_of_what_is_done(folder, tmp_path, capsys):
+    make_video(folder / "c.mp4", frames=200, grey=lambda i: 255)
+    out = tmp_path / "out"
+    same = ["extract", folder, "-o", out, "--every", 1, "--workers", 1, *QUICK]
+    same[same.index("deadly:Grey")] = "test_extract:Interrupting"
+    assert call(*same) == 128 + signal.SIGINT
+    said = capsys.readouterr()
+    assert said.out.startswith("1 extracted, 0 were there, 0 failed")
+    assert (
+        "stopped by SIGINT; what is done stays, and the same call goes on from there\n" in said.err
+        and "--resume" not in said.err
+    )
+    assert json.loads((out / "extract.json").read_text())["done"] == ["a_label_B1-0-0"]
+    assert len((out / "list.csv").read_text().splitlines()) == 2
+    assert call(*same) == 0
+    assert capsys.readouterr().out.startswith("2 extracted, 1 were there, 0 failed")
+
+
 def test_shards_make_the_whole(folder, tmp_path, capsys):
     out = tmp_path / "out"
     for i in (1, 2):
@@ -139,13 +201,18 @@ def test_shards_make_the_whole(folder, tmp_path, capsys):
 
 def test_lists_stay_in_their_folder(folder, tmp_path, capsys):
     listed = folder / "films.csv"
-    listed.write_text("path,label\nmore/b.mp4,B2\n")
-    assert call("extract", listed, "-o", tmp_path / "out", *QUICK) == 0
-    row = read_list(tmp_path / "out" / "list.csv", audio=False)[0]
-    assert row.label == "B2" and row.visual.parent.name == "more"
+    listed.write_text("path,label\nmore/b.mp4,B2\na_label_B1-0-0.mkv,G\n")
+    assert call("extract", listed, "-o", tmp_path / "out", "--label", "A", *QUICK) == 0
+    named, row = read_list(tmp_path / "out" / "list.csv", audio=False)
+    assert (row.label, named.label) == ("B2", "G") and row.visual.parent.name == "more"
     for way_out in ("../films2/x.mp4", "/etc/passwd", "more/../../x.mp4"):
         listed.write_text(f"path\n{way_out}\n")
         assert "leads out of" in mistake(capsys, "extract", listed, "-o", tmp_path / "out", *QUICK)
+    listed.write_text(f"path\n{'x' * 200_000}\n")
+    assert "cannot be read as a list: field larger" in mistake(capsys, "extract", listed, "-o", tmp_path, *QUICK)
+    (folder / "films.txt").write_text(".\n")
+    said = mistake(capsys, "extract", folder / "films.txt", "-o", tmp_path, *QUICK)
+    assert "films.txt, line 1: . is the list's own folder" in said
 
 
 def test_mistakes(folder, tmp_path, capsys):
@@ -162,8 +229,17 @@ def test_mistakes(folder, tmp_path, capsys):
 
 def test_packed(folder, tmp_path):
     packed = tmp_path / "out.safetensors"
-    assert call("extract", folder, "-o", packed, "--label", "A", *QUICK) == 0
+    assert call("extract", folder / "more" / "b.mp4", "-o", packed, "--label", "A", *QUICK) == 0
     assert call("check", packed, "-q") == 0
+
+
+def test_sound_is_not_left_out_of_a_packed_file_unsaid(folder, tmp_path, capsys):
+    packed, whole = tmp_path / "out.safetensors", tmp_path / "out" / "list.csv"
+    assert call("extract", folder, "-o", packed, "--label", "A", *QUICK) == 1
+    said = capsys.readouterr().err
+    assert "there is none of more/b. Remove" in said and f"`avadclip-fast pack {whole} -o {packed}`" in said
+    assert not packed.exists() and len(read_list(whole, audio=False)) == 2
+    assert call("pack", whole, "-o", packed, "--no-audio", "-q") == 0
 
 
 def test_memory_does_not_grow_with_sound(tmp_path):

@@ -7,9 +7,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from videos import make_video
+from videos import joined, make_video
 
 from avadclip_fast.media import MediaError, crops, decode, encoders, fetch
+from avadclip_fast.media.features import Sampling, video_features
 from avadclip_fast.media.wav2clip import Wav2Clip
 
 av = pytest.importorskip("av")
@@ -113,6 +114,65 @@ def test_frames_of_varying_length_are_told_by_their_times(tmp_path):
         found = list(decode.snippet_frames(tmp_path / "a.mkv", **options))
         np.testing.assert_allclose([frame.time for frame in found], times[list(taken)], atol=1e-3)
         assert all(abs(f.image.mean() - 4 * i) < 6 for f, i in zip(found, taken, strict=True))
+
+
+def test_sound_stays_with_sight_where_time_stamps_begin_anew(tmp_path):
+    """Three recordings of 4 s, joined; their sound is half a second longer, which must not add up."""
+    path = joined(tmp_path / "a.ts", 3, frames=100, audio=1, tone=(1.0, 1.6), sound_ends=4.5)
+    clock = decode.Clock()
+    frames = list(decode.snippet_frames(path, every=5, clock=clock))
+    np.testing.assert_allclose([frame.time for frame in frames], np.arange(60) * 0.2, atol=1e-3)
+    # of each recording, frame i is a grey of 4 * i % 256
+    assert [round(frames[k].image.mean() / 4) for k in (1, 21, 41)] == [5, 5, 5]
+    heard = decode.read_sound(path, clock).windows(np.arange(60) * 0.2, 0.2).heard()
+    for k in (0, 20, 40):  # 4 and 8: a frame of AAC fades in and out
+        assert heard[k + 5 : k + 8].all() and set(np.flatnonzero(heard[k : k + 20])) <= {4, 5, 6, 7, 8}
+
+
+class At:
+    """A frame, as far as a clock looks at it."""
+
+    def __init__(self, time):
+        self.time = time
+
+
+def test_a_clock_goes_on_where_time_stamps_fall_back():
+    wrap = 2**33 / 90_000  # seconds until the time stamps of MPEG-TS begin anew
+    for times, expected in (
+        ([7.0, 7.04, 7.08], [0, 0.04, 0.08]),
+        ([wrap - 0.04, 0.0, 0.04, 0.08], [0, 0.04, 0.08, 0.12]),
+        ([5.0, 5.04, 0.0, 5.12, 5.16], [0, 0.04, 0.08, 0.12, 0.16]),  # one stamp is damaged
+        ([0.0, 0.08, 0.04, 0.12], [0, 0.08, 0.08, 0.12]),  # disorder
+        ([None, None, 3.0, 3.04, None], [0, 0.04, 0.08, 0.12, 0.16]),
+        ([0.0, 0.04, 9.0, 9.04, 0.0], [0, 0.04, 9.0, 9.04, 9.08]),  # a gap, and then a jump
+    ):
+        clock = decode.Clock(25)
+        np.testing.assert_allclose([clock(At(time)) for time in times], expected, atol=1e-6)
+
+
+def test_an_edit_list_shows_less_than_the_file_holds(tmp_path):
+    """What players leave out is not cut short; what is cut short is told all the same."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as out:
+        stream = out.add_stream("mpeg4", rate=25, options={"g": "200"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 2_000_000
+        rng = np.random.default_rng(0)
+        for i in range(150):
+            frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (48, 64, 3), np.uint8), format="rgb24")
+            frame.pts = i - 100
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    assert len(times_of(path, every=5)) == 10
+    data = path.read_bytes()
+    path.write_bytes(data[: 4 * len(data) // 5])
+    with pytest.raises(MediaError, match="cut short|damaged"):
+        times_of(path)
+
+
+def test_a_single_snippet_lasts_as_long_as_the_streams_rate_has_it(tmp_path):
+    for rate in (10, 50):
+        path = make_video(tmp_path / f"{rate}.mkv", frames=20, rate=rate, audio=1, tone=(0, 2))
+        assert video_features(path, Sampling(every=16), Mean(), None).seconds == pytest.approx(16 / rate)
 
 
 def test_a_rotated_video_is_turned_as_players_show_it(tmp_path):
@@ -219,6 +279,10 @@ def test_wav2clip_checkpoint(tmp_path):
     torch.save({"encoder.conv1.weight": torch.zeros(1)}, tmp_path / "b.pt")
     with pytest.raises(MediaError, match="not Wav2CLIP's weights"):
         Wav2Clip(tmp_path / "b.pt")
+    for held in ({1: torch.zeros(1)}, {"state_dict": 5}, [1], {"encoder.conv1.weight": "text"}):
+        torch.save(held, tmp_path / "b.pt")
+        with pytest.raises(MediaError, match="not Wav2CLIP's weights"):
+            Wav2Clip(tmp_path / "b.pt")
     torch.save({"x": Evil()}, tmp_path / "c.pt")
     with pytest.raises(MediaError, match="without running code"):
         Wav2Clip(tmp_path / "c.pt")
@@ -272,6 +336,17 @@ def test_encoders_by_name():
         encoders.encoded("visual", made, torch.full((2, 3, 32, 32), torch.nan), 2)
 
 
+def test_the_folder_at_hand_is_looked_in_last_and_for_named_encoders_alone(tmp_path, monkeypatch):
+    """A file beside the videos must not be taken for a library."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setattr(encoders, "ClipVisual", lambda *_: Mean())
+    encoders.Encoders(audio="none", path=str(tmp_path)).load()
+    assert str(tmp_path) not in sys.path
+    (tmp_path / "beside_videos.py").write_text("from test_media import Mean\n")
+    encoders.Encoders("beside_videos:Mean", audio="none", path=str(tmp_path)).load()
+    assert sys.path[-1] == str(tmp_path)
+
+
 def test_clip_with_random_weights(tmp_path):
     tower = encoders.visual_encoder("clip", "random", "cpu")
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
@@ -280,7 +355,11 @@ def test_clip_with_random_weights(tmp_path):
     # alone or in a batch: float32, in another order of sums
     torch.testing.assert_close(tower(images[1:]), rows[1:], atol=1e-4, rtol=1e-4)
     torch.save({"visual.proj": Evil()}, tmp_path / "evil.pt")
+    torch.save({1: torch.zeros(1), "visual.proj": "text"}, tmp_path / "odd.pt")
+    torch.save({"state_dict": 5}, tmp_path / "five.pt")
     for path, wrong in (
+        (tmp_path / "odd.pt", "not CLIP's ViT-B/16"),
+        (tmp_path / "five.pt", "not CLIP's ViT-B/16"),
         (tmp_path / "evil.pt", "cannot be read as CLIP's weights"),
         (tmp_path / "none", "no such file"),
     ):

@@ -5,6 +5,7 @@ import json
 import re
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ import torch
 from standins import NAMED, Hearing, Sight, overlap
 from test_cli import call, mistake
 from test_detect import film
-from videos import BAD, bad_videos, make_video
+from videos import BAD, bad_videos, joined, make_video
 
 from avadclip_fast.data import DataError
 from avadclip_fast.engine import detect
 from avadclip_fast.engine.online import OnlineDetector
-from avadclip_fast.media import MediaError
-from avadclip_fast.media.live import WAITING, LiveSource, Ring
+from avadclip_fast.media import MediaError, decode
+from avadclip_fast.media.decode import Clock
+from avadclip_fast.media.live import WAITING, LiveSource, Placed, Ring
 from avadclip_fast.media.wav2clip import Wav2Clip
 
 pytest.importorskip("av")
@@ -170,6 +172,53 @@ def test_a_file_is_read_whole_however_slowly_it_is_fetched(tmp_path):
     assert (live.frames, live.dropped, live.reconnects) == (100, 0, 0) and not live.live
 
 
+def test_a_file_that_tells_no_duration_is_a_file(tmp_path):
+    """As browsers record: nothing of it is dropped, and where it ends it is over."""
+    live = LiveSource(make_video(tmp_path / "a.mkv", frames=200, options={"live": "1"}), every=4, retries=0)
+    snippets = []
+    for snippet in live:
+        time.sleep(0.01)
+        snippets.append(snippet)
+    assert len(snippets) == 50 and (live.frames, live.dropped, live.reconnects) == (200, 0, 0) and not live.live
+
+
+def test_a_stream_whose_time_stamps_begin_anew_goes_on(tmp_path):
+    path = joined(tmp_path / "a.ts", 3, frames=100, audio=1, tone=(1.0, 1.6), sound_ends=4.5)
+    snippets = list(LiveSource(path, every=5))
+    np.testing.assert_allclose([s.time for s in snippets], np.arange(60) * 0.2, atol=1e-3)
+    clock = decode.Clock()
+    list(decode.snippet_frames(path, every=5, clock=clock))
+    windows = decode.read_sound(path, clock).windows(np.array([s.time for s in snippets]), 0.2)[0:60]
+    heard = [int(np.abs(snippet.sound).max() > 0.1) for snippet in snippets]
+    assert all(sum(heard[k + 5 : k + 8]) == 3 and sum(heard[k : k + 20]) <= 5 for k in (0, 20, 40))
+    # 1e-4: int16; but for the two frames of sound at a joint, of which either may win
+    assert sum(np.abs(s.sound - w).max() > 1e-4 for s, w in zip(snippets, windows, strict=True)) <= 4
+
+
+def test_sound_waits_for_the_frames_to_jump():
+    clock = Clock(25)
+    sound = Placed(5.0, clock)
+    block = np.ones(640, np.float32)
+    sound.add(7.0, block)  # before the first frame
+    assert len(sound.samples) == 0
+
+    def frame(at):
+        clock(SimpleNamespace(time=at))
+        sound.settle()
+
+    frame(7.0)
+    assert sound.end == pytest.approx(0.04) and sound.take(0.0, 640).all()
+    for i in range(1, 50):
+        frame(7.0 + 0.04 * i)
+        sound.add(7.0 + 0.04 * i, block)
+    sound.add(0.0, 2 * block)  # it jumps first
+    assert sound.end == pytest.approx(2.0)
+    frame(0.0)  # at 2.0 s
+    assert sound.end == pytest.approx(2.04) and (sound.take(2.0, 640) == 2).all()
+    sound.add(7.0 + 2.04, 3 * block)  # from before the jump, late
+    assert sound.end == pytest.approx(2.08) and (sound.take(2.04, 640) == 3).all()
+
+
 def test_a_slow_fetcher_of_a_live_stream_loses_snippets_not_time(tmp_path, server):
     body = make_video(tmp_path / "a.ts", frames=400, audio=1).read_bytes()
     live = LiveSource(server([body]), every=4, retries=0)
@@ -251,6 +300,16 @@ def test_ring_keeps_the_last_seconds():
     assert not ring.take(0.0, 100).any() and not ring.take(9.0, 100).any()
     ring.add(5.75, np.full(16_000, 3, np.float32))  # half of it is there already
     assert ring.end == pytest.approx(6.75) and ring.take(6.25, 8000).tolist() == [3] * 8000
+
+
+def test_an_event_ends_with_the_last_frame(pair, tmp_path, capsys):
+    """Three frames are left of the last snippet; of one that is alone, too."""
+    for name, frames, rate, ends in (("a", 153, 25, 6.12), ("b", 3, 10, 0.3)):
+        make_video(tmp_path / f"{name}.mkv", frames=frames, rate=rate, grey=lambda i: 220)
+        options = ["--every", "5", "--longest", "60", "--threshold", "0", "-q", *NAMED]
+        assert call("stream", tmp_path / f"{name}.mkv", "-m", pair / "student", *options) == 0
+        (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+        assert line["end"] == pytest.approx(ends, abs=2e-3)
 
 
 def test_stream_command(pair, tmp_path, capsys):

@@ -45,6 +45,12 @@ def make_video(
     return path
 
 
+def joined(path: Path, times: int, **options) -> Path:
+    """An MPEG-TS file of several recordings, one after the other: the time stamps of each begin anew."""
+    path.write_bytes(make_video(path, **options).read_bytes() * times)
+    return path
+
+
 # Of each file of `bad_videos`, what is told.
 BAD = {
     "empty.mp4": "the file is empty",

@@ -2,6 +2,8 @@
 
 import sys
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C, and shells of a process that it ended
+
 
 def main() -> None:
     """Runs a command. A mistake of the user's ends in one line on stderr and exit code 2, never in a stack trace."""
@@ -30,11 +32,14 @@ def main() -> None:
     ) as error:
         sys.exit(_fail(error, 2))
     except Stopped as stop:
-        sys.exit(_fail(f"{stop}; the state is saved, and --resume goes on from there", 128 + stop.number))
+        sys.exit(_fail(stop, 128 + stop.number))
     except OSError as error:  # a full disk, a folder without permission
         sys.exit(_fail(error, 2))
-    except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; what was saved stays, and --resume goes on from there", 130))
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
+        again = "`extract` and `pack` go on when they are called again, `train` and `distill` with --resume"
+        sys.exit(_fail(f"interrupted; what was written stays: {again}", INTERRUPTED))
 
 
 def _fail(what: object, code: int) -> int:

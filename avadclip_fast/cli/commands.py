@@ -16,7 +16,7 @@ from ..data.atomic import atomic_write
 from ..device import device_of
 from ..engine import distributed, report
 from ..engine.calibrate import Calibration
-from ..engine.evaluate import at_threshold, evaluate, load_model, score_rows
+from ..engine.evaluate import WIDEST, at_threshold, evaluate, load_model, score_rows
 from ..engine.metrics import format_table, positive_frames
 from ..engine.missing import format_missing, missing_sound
 from ..engine.plots import reliability_plot
@@ -128,7 +128,12 @@ Noise = Annotated[
 ]
 Seed = Annotated[int, Option()]
 Length = Annotated[int, Option(min=1, help="Snippets per training sample and test chunk.")]
-Window = Annotated[int | None, Option(min=1, help="Snippets that attend to one another: teacher 4, student 64.")]
+Window = Annotated[
+    int | None, Option(min=1, max=WIDEST, help="Snippets that attend to one another: teacher 4, student 64.")
+]
+OfficialWindow = Annotated[
+    int | None, Option("--window", min=1, max=WIDEST, help="Window of an official .pth (teacher 4, student 64).")
+]
 PaddingMode = Annotated[Padding, Option(help="masked: padding changes nothing; official: as the authors' code.")]
 PromptMode = Annotated[Prompt, Option(help="Form of the audio-visual prompt.")]
 Motion = Annotated[
@@ -338,7 +343,7 @@ def evaluate_(
     classes: Classes = None,
     root: Root = None,
     frames_per_snippet: FramesPer = None,
-    window: Annotated[int | None, Option(help="Attention window of an official .pth (teacher 4, student 64).")] = None,
+    window: OfficialWindow = None,
     json_: Annotated[Path | None, Option("--json", help="Write the numbers here.")] = None,
     plots: Annotated[Path | None, Option(help="Draw score curves into this folder.")] = None,
     plot: Annotated[list[str] | None, Option(help="Names of videos to draw; the first five by default.")] = None,
@@ -370,6 +375,10 @@ def evaluate_(
         _same_classes(other, codes, student)
         if "audio" in other.streams():
             raise DataError(f"--student {student} hears; where sound is missing, one that sees alone takes over")
+
+    for folder in (None if json_ is None else json_.parent, plots):
+        if folder is not None:
+            make_folder(folder)  # now: what cannot be written is not worth scoring
 
     def scored(of, path: Path, silent: bool = silent):
         calibration, progress = Calibration.load(path), not quiet
@@ -480,13 +489,15 @@ def convert(
     target: Annotated[Path, Argument(help="The other of the two, to be written.")],
     preset: PresetName = "xd-violence",
     classes: Classes = None,
-    window: Annotated[int | None, Option(help="Attention window of an official .pth (teacher 4, student 64).")] = None,
+    window: OfficialWindow = None,
     image_tower: Annotated[
         Path | None, Option(help="Where to take CLIP's image tower from when writing a .pth, for strict loading there.")
     ] = None,
 ) -> None:
     """Turn an official checkpoint into a folder (safetensors + config.json), or back."""
     codes, _, _ = _preset(preset, classes, None)
+    if source.is_dir() and target.suffix not in (".pth", ".pt"):
+        raise CheckpointError(f"{target}: a folder is turned into an official checkpoint: a name that ends in .pth")
     model = load_model(source, list(codes.values()), window)
     if source.is_dir():
         model.to_official(target, image_tower)
@@ -586,6 +597,16 @@ def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[st
         if len(pairs) < 2 or not len(codes) == len(set(codes.values())) == len(pairs):
             raise DataError(f"--classes wants two classes or more, normal first, each once; got {classes!r}")
     return codes, frames or preset.frames_per_snippet, preset.distill_weight
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for results, before anything long begins. Raises DataError where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"{folder}: cannot be written to")
 
 
 def _same_classes(model, codes: dict[str, str], path: Path) -> None:

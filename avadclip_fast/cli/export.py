@@ -9,7 +9,7 @@ from typer import Argument, Option
 
 from ..engine.calibrate import Calibration
 from ..engine.evaluate import load_model
-from .commands import Classes, PresetName, _preset, app
+from .commands import Classes, OfficialWindow, PresetName, _preset, app
 
 
 class Format(StrEnum):
@@ -36,7 +36,7 @@ def export(
     ] = None,
     preset: PresetName = "xd-violence",
     classes: Classes = None,
-    window: Annotated[int | None, Option(help="Attention window of an official .pth (teacher 4, student 64).")] = None,
+    window: OfficialWindow = None,
 ) -> None:
     """Write a model from features to scores as one file, which runs without this library.
 

@@ -16,8 +16,10 @@ from typer import Argument, Option
 
 from ..data import DataError, pack
 from ..data.atomic import atomic_write
+from ..data.lists import video_of
+from ..data.lists import videos as by_video
 from ..device import device_of
-from .commands import PACKED, Device, Quiet, Root, app
+from .commands import PACKED, Device, Quiet, Root, app, make_folder
 
 if TYPE_CHECKING:  # imported when a command runs: the others go without PyAV, and start sooner
     from ..engine.detect import Event, Scorer
@@ -67,7 +69,7 @@ Threshold = Annotated[
 
 
 def encoders(visual: str, visual_weights: str, audio: str, audio_weights: str | None, device: str) -> "Encoders":
-    """What was chosen; module:factory is looked for in the folder at hand."""
+    """What was chosen; module:factory is looked for in the folder at hand too."""
     from ..media.encoders import Encoders
 
     return Encoders(visual, visual_weights, audio, audio_weights, device, os.getcwd())
@@ -105,7 +107,7 @@ def extract(
     visual_weights: VisualWeights = "openai",
     audio_encoder: Audio = "wav2clip",
     audio_weights: AudioWeights = None,
-    label: Annotated[str, Option(help="Of videos whose name or list has none, such as A.", show_default=False)] = "",
+    label: Annotated[str, Option(help="Of videos whose list or name has none, such as A.", show_default=False)] = "",
     root: Root = None,
     shard: Annotated[str | None, Option(help="i/n: the i-th of n equal parts.", show_default=False)] = None,
     workers: Annotated[
@@ -120,8 +122,10 @@ def extract(
 ) -> None:
     """Turn videos into features: a visual file a crop, an audio file, and list.csv, as train and eval read them.
 
-    Goes on where a killed call was. A video that fails is told at the end and in extract.json, and the exit code is 1.
+    Goes on where a killed call was; what was done with another --label or list gets the new label. A video that fails
+    is told at the end and in extract.json, and the exit code is 1. Ctrl-C ends it, and what is done is listed.
     """
+    from ..engine.stop import Stopped, listening
     from ..media import cluster
     from ..media import extract as media
     from ..media.crops import COUNTS
@@ -139,9 +143,7 @@ def extract(
         sources = media.shard(sources, shard)
     if not sources and not failed:
         raise DataError(f"{videos[0]}: no videos there (known are {', '.join(media.SUFFIXES)})")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"{folder}: cannot be written to")
+    make_folder(folder)
     sampling = Sampling(every, fps, crops, geometry.value)
     named = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
     settings = media.settings_of(sampling, not full, named)
@@ -149,17 +151,20 @@ def extract(
     by_ray = engine == Engine.ray
     # by ray here too: what is wrong with them is told once, not once a video
     seen, heard = (replace(chosen, device="cpu") if by_ray else chosen).load()
-    with tqdm(total=len(sources), desc="extracting", unit="video", disable=quiet) as bar:
+    with tqdm(total=len(sources), desc="extracting", unit="video", disable=quiet) as bar, listening() as request:
 
         def ended(_: str) -> None:
             bar.update()
 
+        def until() -> bool:
+            return request.number is not None
+
         if by_ray:
             # Ray tells of each worker that died, on standard output; what came of its video is told below
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                record = cluster.extract(sources, folder, sampling, chosen, settings, ended)
+                record = cluster.extract(sources, folder, sampling, chosen, settings, ended, until)
         else:
-            record = media.extract(sources, folder, sampling, seen, heard, settings, workers, ended)
+            record = media.extract(sources, folder, sampling, seen, heard, settings, workers, ended, until)
     record["failed"] = failed + record["failed"]
     log = folder / ("extract.json" if shard is None else f"extract-{shard.replace('/', '-of-')}.json")
     with atomic_write(log, "w") as file:
@@ -170,10 +175,22 @@ def extract(
         typer.echo(f"wrote {folder / 'list.csv'}: {len(rows)} rows")
     for failure in record["failed"]:
         typer.echo(f"failed: {failure['reason']}", err=True)
-    if packed is not None and rows:
-        pack(packed, rows, 256, seen.width, audio=all(row.audio is not None for row in rows))
+    if request.number is not None:
+        raise Stopped(request.number, "what is done stays, and the same call goes on from there")
+    silent = [str(video_of(group[0]).relative_to(folder / "visual")) for group in by_video(rows) if not group[0].audio]
+    mixed = packed is not None and len(silent) > 0 and any(row.audio for row in rows)
+    if mixed:
+        shown = ", ".join(silent[:10]) + (f" and {len(silent) - 10} more" if len(silent) > 10 else "")
+        typer.echo(
+            f"{packed} was not written: it holds the sound of all videos or of none, and there is none of {shown}. "
+            f"Remove their lines from {folder / 'list.csv'}, or leave all sound out by --no-audio, and call "
+            f"`avadclip-fast pack {folder / 'list.csv'} -o {packed}`",
+            err=True,
+        )
+    elif packed is not None and rows:
+        pack(packed, rows, 256, seen.width, audio=not silent)
         typer.echo(f"wrote {packed}")
-    if record["failed"]:
+    if record["failed"] or mixed:
         raise typer.Exit(1)
 
 
@@ -204,6 +221,7 @@ def detect(
 
     The teacher scores what has sound; the student, where there is one, what has none, and that is told. A video that
     fails is told at the end, and the exit code is 1. The snippets must be those that the model was trained on: --every.
+    Where it is interrupted, events.csv has what was found until then.
     """
     from ..engine.detect import best_snippets, summary, write_detection, write_events, write_frame_scores
     from ..engine.detect import detect as detect_in
@@ -219,39 +237,42 @@ def detect(
     sources, failed = find_sources(videos)
     if not sources and not failed:
         raise DataError(f"{videos[0]}: no videos there")
+    make_folder(output)
     scorers, seen, heard = watchers(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
     )
     sampling, detections = Sampling(every, fps, 1, geometry.value), []
-    for source in tqdm(sources, desc="detecting", unit="video", disable=quiet):
-        try:
-            frames = 0
+    try:
+        for source in tqdm(sources, desc="detecting", unit="video", disable=quiet):
+            try:
+                frames = 0
 
-            def count(decoded: int) -> None:
-                nonlocal frames
-                frames += decoded
+                def count(decoded: int) -> None:
+                    nonlocal frames
+                    frames += decoded
 
-            found = video_features(source.path, sampling, seen, heard, count)
-            detection = detect_in(source.name, found, scorers, device_of(device), threshold)
-            target = output / source.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_detection(target.with_name(f"{target.name}.json"), detection, source.path)
-            if per_frame:
-                write_frame_scores(target.with_name(f"{target.name}.frames.csv"), detection, frames, every)
-            if plot:
-                images = key_frames(source.path, sampling, best_snippets(detection))
-                timeline(target.with_name(f"{target.name}.png"), detection, images)
-            if copy:
-                curve = detection.edges, detection.scores, detection.thresholds, detection.names()
-                annotate(source.path, target.with_name(f"{target.name}.mkv"), *curve)
-        except Exception as error:  # whatever one video did, the others go on, and it is told
-            failed.append(failure(source.path, error))
-            continue
-        detections.append(detection)
-        tqdm.write(summary(detection))
-    if detections:
-        write_events(output / "events.csv", detections)
-        typer.echo(f"wrote {output / 'events.csv'}")
+                found = video_features(source.path, sampling, seen, heard, count)
+                detection = detect_in(source.name, found, scorers, device_of(device), threshold)
+                target = output / source.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_detection(target.with_name(f"{target.name}.json"), detection, source.path)
+                if per_frame:
+                    write_frame_scores(target.with_name(f"{target.name}.frames.csv"), detection, frames, every)
+                if plot:
+                    images = key_frames(source.path, sampling, best_snippets(detection))
+                    timeline(target.with_name(f"{target.name}.png"), detection, images)
+                if copy:
+                    curve = detection.edges, detection.scores, detection.thresholds, detection.names()
+                    annotate(source.path, target.with_name(f"{target.name}.mkv"), *curve)
+            except Exception as error:  # whatever one video did, the others go on, and it is told
+                failed.append(failure(source.path, error))
+                continue
+            detections.append(detection)
+            tqdm.write(summary(detection))
+    finally:
+        if detections:
+            write_events(output / "events.csv", detections)
+            typer.echo(f"wrote {output / 'events.csv'}")
     for one in failed:
         typer.echo(f"failed: {one['reason']}", err=True)
     if failed:
@@ -316,7 +337,7 @@ def stream(
                         scorers, seen, heard, seconds=live.seconds, window=window, delay=delay, longest=longest,
                         threshold=threshold, geometry=geometry.value, device=device_of(device),
                     )  # fmt: skip
-                tell(detector.push(snippet.image, snippet.sound, snippet.time))
+                tell(detector.push(snippet.image, snippet.sound, snippet.time, snippet.seconds))
                 if detector.by != by and not quiet:
                     by = detector.by
                     tqdm.write(f"{snippet.time:.1f} s: scored by the {by}", file=sys.stderr)

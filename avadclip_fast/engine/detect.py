@@ -14,6 +14,7 @@ from ..data import DataError, TestVideo, chunk, with_motion
 from ..data.atomic import atomic_write
 from ..media.features import VideoFeatures
 from ..models.avadclip import Detector
+from ..models.checkpoints import CheckpointError
 from ..models.text import tokenize
 from .calibrate import Calibration
 from .evaluate import PACKED_CHUNKS, VideoScores, load_model, stream_scores
@@ -109,24 +110,41 @@ def load_scorers(path: str | Path, student: str | Path | None = None, classes: S
     path = Path(path)
     if student is None and (path / "teacher").is_dir() and (path / "student").is_dir():
         path, student = path / "teacher", path / "student"
-    paths = [p for p in (path, student) if p is not None]
-    models = [load_model(p).eval() for p in paths]
+    paths = [Path(p) for p in (path, student) if p is not None]
+    names = class_names(classes) if classes else None
+    models = [_load(p, names).eval() for p in paths]
     if student is not None and ("audio" not in models[0].streams() or "audio" in models[1].streams()):
         raise DataError(f"{path} must be a model that hears, and {student} one that does not")
     for model in models:
-        if classes:
-            set_classes(model, classes)
+        if names is not None:
+            set_classes(model, names)
     if len({tuple(model.classes) for model in models}) > 1:
         raise DataError(f"{path} and {student} know other classes; --classes names those to look for")
     with torch.no_grad():
         return [Scorer(model, Calibration.load(p), model.encode_text()) for model, p in zip(models, paths, strict=True)]
 
 
-def set_classes(model: Detector, classes: Sequence[str]) -> None:
-    """Gives a model other class names, normal first. Raises DataError on names that do not fit."""
+def _load(path: Path, names: list[str] | None) -> Detector:
+    """A model; an official .pth, which does not hold its classes, may have as many as there are names."""
+    try:
+        return load_model(path)
+    except CheckpointError:
+        if names is None or not path.is_file():
+            raise
+        return load_model(path, names)
+
+
+def class_names(classes: Sequence[str]) -> list[str]:
+    """Names without surrounding blanks. Raises DataError where they are not two or more, each once."""
     classes = [name.strip() for name in classes]
     if len(classes) < 2 or len(set(classes)) < len(classes) or not all(classes):
         raise DataError(f"classes must be at least two different names, normal first; got {', '.join(classes)}")
+    return classes
+
+
+def set_classes(model: Detector, classes: Sequence[str]) -> None:
+    """Gives a model other class names, normal first. Raises DataError on names that do not fit."""
+    classes = class_names(classes)
     try:
         model.text.set_tokens(tokenize(classes))
     except ValueError as error:

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..data import DataError, Row, TestVideo, snippet_count, test_videos
-from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
+from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError, TextWeightsError
 from ..models.avadclip import Detector
 from ..models.checkpoints import CONFIG, read_official
 from . import distributed
@@ -18,6 +18,7 @@ from .calibrate import Calibration, reliability
 from .metrics import evaluate_scores, positive_frames
 
 KINDS: dict[str, type[Detector]] = {"AVadCLIP": AVadCLIP, "AVadCLIPStudent": AVadCLIPStudent}
+WIDEST = 1 << 14  # snippets of a window: each weighs every other, which is a gigabyte a video at this many
 PACKED_CHUNKS = 16  # of 256 rows: enough to fill a processor, and 50 MB of activations a layer
 
 
@@ -38,20 +39,28 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
     classes, window: of an official checkpoint, which does not hold them. Raises CheckpointError.
     """
     path = Path(path)
-    if path.is_dir():
-        folder = next((f for f in (path, path / "model") if (f / CONFIG).is_file()), None)
-        if folder is None:
-            raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor model/{CONFIG} is there")
-        try:
-            kind = json.loads((folder / CONFIG).read_text())["model"]
-            return KINDS[kind].from_pretrained(folder)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{folder / CONFIG} does not describe a model of this library: {error!r}") from error
+    folder = next((f for f in (path, path / "model") if (f / CONFIG).is_file()), None)
+    if path.is_dir() and folder is None:
+        raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor model/{CONFIG} is there")
     if not path.exists():
         raise CheckpointError(f"no model at {path}")
-    state = read_official(path)
-    official = KINDS["AVadCLIPStudent" if any(name.startswith("uncertainty.") for name in state) else "AVadCLIP"]
-    return official.from_official(path, classes, **({} if window is None else {"window": window}))
+    where = path if folder is None else folder / CONFIG
+    try:
+        if folder is not None:
+            kind = json.loads(where.read_text())["model"]
+            model = KINDS[kind].from_pretrained(folder)
+        else:
+            state = read_official(path)
+            official = KINDS["AVadCLIPStudent" if any(n.startswith("uncertainty.") for n in state) else "AVadCLIP"]
+            model = official.from_official(path, classes, **({} if window is None else {"window": window}))
+    except (CheckpointError, TextWeightsError):
+        raise
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of torch: sizes that are none, or too large
+        reason = " ".join(str(error).split()) or repr(error)
+        raise CheckpointError(f"{where} does not describe a model of this library: {reason}") from error
+    if (wide := model.settings()["window"]) > WIDEST:
+        raise CheckpointError(f"{where}: a window of {wide} snippets; up to {WIDEST} can be computed")
+    return model
 
 
 def score_videos(

@@ -64,14 +64,20 @@ class OnlineDetector:
         self._sounding = 0  # snippets since there is sound, pauses included
         self._silent = 0.0  # seconds since there was any
         self._open: list[np.ndarray] = []  # probabilities (C,) of the snippets of the event at hand
-        self._from = self._last = 0.0  # where its first and its last snippet begin
-        self._later: list[tuple[float, np.ndarray, float]] = []  # time, probabilities, threshold: not told yet
+        self._from = self._until = 0.0  # where its first snippet begins, and its last ends
+        self._later: list[tuple[float, float, np.ndarray, float]] = []  # start, end, probabilities, threshold: not told
 
-    def push(self, frame: np.ndarray, audio: np.ndarray | None = None, time: float | None = None) -> list[Event]:
+    def push(
+        self,
+        frame: np.ndarray,
+        audio: np.ndarray | None = None,
+        time: float | None = None,
+        seconds: float | None = None,
+    ) -> list[Event]:
         """One snippet. Returns the events that ended.
 
         frame: (H, W, 3) uint8 RGB; audio: (n,) float32 mono at 16 kHz, None where there is no sound; time: seconds,
-        rising; without, it follows on the last.
+        rising; without, it follows on the last. seconds: that it lasts, where a stream ends before a snippet does.
         """
         events = []
         if time is None:
@@ -91,10 +97,10 @@ class OnlineDetector:
         self.by = "teacher" if hears else deaf_name(self.scorers)
         self.score = float(1 - probabilities[-1, 0])
         threshold = scorer.calibration.align.threshold if self.threshold is None else self.threshold
-        self._later.append((time, probabilities[-1], threshold))
+        self._later.append((time, time + (seconds or self.seconds), probabilities[-1], threshold))
         # what was scored before is scored again in sight of what came since, by whoever scores now
         for i in range(2, min(len(self._later), rows) + 1):
-            self._later[-i] = self._later[-i][0], probabilities[-i], threshold
+            self._later[-i] = *self._later[-i][:2], probabilities[-i], threshold
         while len(self._later) > self.delay:
             events += self._judge(*self._later.pop(0))
         return events
@@ -103,7 +109,7 @@ class OnlineDetector:
         """The events that are still open; what follows is scored afresh."""
         events = [event for one in self._later for event in self._judge(*one)]
         if self._open:
-            events.append(self._close(self._last + self.seconds))
+            events.append(self._close(self._until))
         self._forget()
         return events
 
@@ -132,17 +138,17 @@ class OnlineDetector:
         statistics = float(mean), float(max(square - mean**2, 0.0)) ** 0.5
         return encoded("audio", encoder, samples, 1, statistics=statistics)[0]
 
-    def _judge(self, time: float, probabilities: np.ndarray, threshold: float) -> list[Event]:
+    def _judge(self, start: float, end: float, probabilities: np.ndarray, threshold: float) -> list[Event]:
         events = []
         if 1 - probabilities[0] >= threshold:
             if not self._open:
-                self._from = time
+                self._from = start
             self._open.append(probabilities)
-            self._last = time
-            if time + self.seconds - self._from >= self.longest - 1e-6:
-                events.append(self._close(time + self.seconds))
+            self._until = end
+            if end - self._from >= self.longest - 1e-6:
+                events.append(self._close(end))
         elif self._open:
-            events.append(self._close(time))
+            events.append(self._close(start))
         return events
 
     def _close(self, end: float) -> Event:

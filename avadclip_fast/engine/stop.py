@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 
 class Stopped(Exception):
-    """The run ended because it was asked to, by signal `number`; what it had done is saved."""
+    """The run ended because it was asked to, by signal `number`; what it had done is saved. left: what to do next."""
 
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+    def __init__(self, number: int, left: str = "the state is saved, and --resume goes on from there"):
+        super().__init__(f"stopped by {signal.Signals(number).name}; {left}")
         self.number = number
 
 

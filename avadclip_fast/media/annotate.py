@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.atomic import atomic_write
-from .decode import Progress, first_time, frames, opened, upright, video_stream
+from .decode import JUMP, Clock, Progress, frames, opened, upright, video_stream
 from .errors import import_av
 
 TICKS = 1000  # a second: times to the millisecond, whatever the rate was
@@ -38,11 +38,11 @@ def annotate(
         seen = video_stream(given, source)
         heard = again.streams.audio[0] if again.streams.audio else None
         copied = made.add_stream_from_template(heard) if heard is not None else None
-        packets: Iterator[Any] = iter(()) if heard is None else _packets(again, heard, copied, first_time(source))
-        waiting = next(packets, None)
+        clock = Clock()
+        track = Track(again, heard, copied, made, clock)
         out: Any = None
         strip, last = np.zeros(0), -1
-        for time, frame in frames(source, seen, given):
+        for time, frame in frames(source, seen, given, clock):
             image = upright(frame, frame.to_ndarray(format="rgb24"))
             image = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]  # what encoders take
             if out is None:
@@ -60,27 +60,38 @@ def annotate(
             last = max(last + 1, round(time * TICKS))
             encoded.pts, encoded.time_base = last, Fraction(1, TICKS)
             made.mux(out.encode(encoded))
-            while waiting is not None and waiting.pts * waiting.time_base <= time:  # side by side, as players read
-                made.mux(waiting)
-                waiting = next(packets, None)
+            track.write(time)  # side by side, as players read
             if progress is not None:
                 progress(1)
         made.mux(out.encode(None))
-        while waiting is not None:
-            made.mux(waiting)
-            waiting = next(packets, None)
+        track.write(np.inf)
 
 
-def _packets(container: Any, heard: Any, copied: Any, start: float) -> Iterator[Any]:
-    """Packets of sound, from the first picture on, for the stream `copied`."""
-    for packet in container.demux(heard):
-        if packet.pts is None or packet.pts * packet.time_base < start:
-            continue  # the end, or from before the first picture
-        shift = round(start / packet.time_base)
-        packet.pts -= shift
-        packet.dts = packet.pts if packet.dts is None else packet.dts - shift
-        packet.stream = copied
-        yield packet
+class Track:
+    """Packets of sound for the stream `copied`, from the first picture on, by the clock of the pictures."""
+
+    def __init__(self, container: Any, heard: Any, copied: Any, made: Any, clock: Clock):
+        self.packets: Iterator[Any] = iter(()) if heard is None else container.demux(heard)
+        self.waiting = next(self.packets, None)
+        self.copied, self.made, self.clock, self.end = copied, made, clock, -np.inf
+
+    def write(self, until: float) -> None:
+        """What belongs before the time `until`, of which the pictures have come."""
+        while self.waiting is not None:
+            packet = self.waiting
+            if packet.pts is not None:
+                raw = float(packet.pts * packet.time_base)
+                at = self.clock.place(raw)
+                if at > until or (at < self.end - JUMP and until < np.inf):
+                    return  # it is later, or from after a jump that the pictures have yet to make
+                if at >= max(self.end, 0.0):  # else from before the first picture, or there already
+                    self.end = at
+                    shift = round((at - raw) / packet.time_base)
+                    packet.pts += shift
+                    packet.dts = packet.pts if packet.dts is None else packet.dts + shift
+                    packet.stream = self.copied
+                    self.made.mux(packet)
+            self.waiting = next(self.packets, None)
 
 
 def _strip(width: int, height: int, edges: np.ndarray, scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from .extract import Source, Tally, extract_one, failure
 from .features import Sampling
 
 RETRIES = 3  # of a video whose worker or machine was lost
+LOOK = 0.5  # seconds between two looks at whether to end
 PATIENCE = 10.0  # seconds that tasks have to end when they are called off
 DEVICES = ("auto", "cpu", "cuda")
 OWN_DEVICES = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
@@ -40,6 +41,7 @@ def extract(
     encoders: Encoders,
     settings: dict[str, Any],
     progress: Callable[[str], None] | None = None,
+    until: Callable[[], bool] = lambda: False,
 ) -> dict[str, list]:
     """`extract.extract`, over the cluster of RAY_ADDRESS, the one that runs here, or else this machine.
 
@@ -72,7 +74,7 @@ def extract(
             runtime_env={"env_vars": {OWN_DEVICES: "1"}} if gpu else None,
         )(_task)
         settled = Path(output).absolute(), sampling, encoders, settings
-        _run(ray, task, sources, settled, tally)
+        _run(ray, task, sources, settled, tally, until)
     finally:
         if ours:
             ray.shutdown()
@@ -89,18 +91,20 @@ def _connect(ray: Any) -> None:
         raise MediaError(f"no Ray cluster: {' '.join(str(error).split())}") from error
 
 
-def _run(ray: Any, task: Any, sources: Sequence[Source], settled: tuple, tally: Tally) -> None:
-    """Keeps the cluster busy with a bounded number of tasks until every source has ended."""
+def _run(
+    ray: Any, task: Any, sources: Sequence[Source], settled: tuple, tally: Tally, until: Callable[[], bool]
+) -> None:
+    """Keeps the cluster busy with a bounded number of tasks until every source has ended, or `until` says to end."""
     left = iter(sources)
     running: dict[Any, Source] = {}
     try:
-        while True:
+        while not until():
             room = max(2, round(2 * ray.cluster_resources().get("CPU", 0)))  # machines may join
             for source in itertools.islice(left, max(0, room - len(running))):
                 running[task.remote(replace(source, path=source.path.absolute()), *settled)] = source
             if not running:
                 return
-            ended, _ = ray.wait(list(running))
+            ended, _ = ray.wait(list(running), timeout=LOOK)
             for one in ended:
                 source = running.pop(one)
                 try:
@@ -111,12 +115,11 @@ def _run(ray: Any, task: Any, sources: Sequence[Source], settled: tuple, tally: 
                     tally.failed(source, reason)
                 else:
                     tally.ended(source, how)
-    except BaseException:
+    finally:
         for one in running:
             ray.cancel(one)
         if running:
             ray.wait(list(running), num_returns=len(running), timeout=PATIENCE)  # so that none leaves half a file
-        raise
 
 
 def _task(

@@ -1,14 +1,15 @@
 """Decoding with PyAV: one frame a snippet with its time, and the sound as 16 kHz mono on the same clock.
 
 Times are those of the frames and of the audio packets, in seconds from the first frame; what containers claim about
-duration or frame count is not used: it is often wrong.
+duration or frame count tells only whether a file was cut short: it is often wrong.
 """
 
+import bisect
 import contextlib
 import mmap
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ RATE = 16_000  # Hz
 SILENCE = 1e-3  # root mean square, -60 dB of full scale: below it a window holds nothing to hear
 WAIT = 10.0  # seconds that a live stream may say nothing
 AT_ONCE = 2**22  # samples of sound in memory: 17 MB
+JUMP = 1.0  # seconds by which time stamps fall back where they begin anew; less is disorder
 GAP = 0.1  # seconds by which a packet's time may differ from the samples so far before silence is put between
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
 Progress = Callable[[int], None]  # is called with the number of frames decoded since
@@ -83,20 +85,45 @@ def video_stream(container: Any, source: str | Path) -> Any:
 
 
 class Clock:
-    """The time of each frame of a stream, in seconds from the first; it never runs backwards."""
+    """The time of each frame of a stream, in seconds from the first; it never runs backwards.
 
-    def __init__(self, stream: Any):
-        self.rate = float(stream.average_rate or stream.guessed_rate or 25)
-        self.start: float | None = None  # of the first frame, in the container's time
+    Where time stamps fall back by more than JUMP, as they do where recordings were joined, in a stream that is played
+    again, or when the 33 bits of MPEG-TS are full after 26.5 hours, time goes on by one frame.
+    """
+
+    def __init__(self, rate: float = 25.0):
+        self.rate = rate  # frames a second, as far as the container knows
+        self.shifts: list[float] = []  # from the container's time to this, rising: one more at each jump
         self.now = 0.0  # of the last frame
         self.seen = 0  # frames
 
     def __call__(self, frame: Any) -> float:
-        at = frame.time if frame.time is not None else self.seen / self.rate + (self.start or 0.0)
-        self.start = at if self.start is None else self.start
-        self.now = max(self.now, at - self.start)
+        onward = self.now + 1 / self.rate if self.seen else 0.0  # where the frame is if nothing tells
+        if frame.time is not None and not self.shifts:
+            self.shifts.append(onward - frame.time)
+        time = onward if frame.time is None else self.place(frame.time)
+        if time < self.now - JUMP:
+            self.shifts.append(onward - frame.time)
+            time = onward
+        self.now = max(self.now, time)
         self.seen += 1
         return self.now
+
+    def place(self, at: float) -> float:
+        """The container's time `at` on this clock, by the shift that brings it nearest to now.
+
+        So sound is placed as the frames around it are, though it may jump some packets before or after them.
+        """
+        if not self.shifts:
+            return at
+        wanted = self.now - at
+        i = bisect.bisect(self.shifts, wanted)
+        return at + min(self.shifts[max(i - 1, 0) : i + 1], key=lambda shift: abs(shift - wanted))
+
+
+def rate_of(stream: Any) -> float:
+    """Frames a second, on average; 25 where the container does not know."""
+    return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 class Beat:
@@ -113,9 +140,10 @@ class Beat:
         return True
 
 
-def frames(source: str | Path, stream: Any, container: Any) -> Iterator[tuple[float, Any]]:
-    """Decoded frames in order, each with its time by a `Clock`."""
-    av, clock = import_av(), Clock(stream)
+def frames(source: str | Path, stream: Any, container: Any, clock: Clock | None = None) -> Iterator[tuple[float, Any]]:
+    """Decoded frames in order, each with its time by `clock`, a new one; it learns the stream's rate."""
+    av, clock = import_av(), clock or Clock()
+    clock.rate = rate_of(stream)
     try:
         for frame in container.decode(stream):
             yield clock(frame), frame
@@ -128,8 +156,11 @@ def check_whole(source: str | Path, stream: Any, seen: int) -> None:
     """Raises MediaError where a file held no frame, or far fewer than its index tells of. seen: frames."""
     if seen == 0:
         raise MediaError(f"{source}: holds no frame that can be decoded")
-    if stream.frames and seen < 0.9 * stream.frames:
-        raise MediaError(f"{source}: cut short: {seen} frames of {stream.frames} are there")
+    expected = float(stream.frames)
+    if stream.duration and stream.average_rate:  # an edit list shows less than the index holds
+        expected = min(expected, float(stream.duration * stream.time_base * stream.average_rate))
+    if seen < 0.9 * expected:
+        raise MediaError(f"{source}: cut short: {seen} frames of {expected:.0f} are there")
 
 
 def upright(frame: Any, image: np.ndarray) -> np.ndarray:
@@ -138,11 +169,16 @@ def upright(frame: Any, image: np.ndarray) -> np.ndarray:
 
 
 def snippet_frames(
-    source: str | Path, every: int = 16, fps: float | None = None, progress: Progress | None = None
+    source: str | Path,
+    every: int = 16,
+    fps: float | None = None,
+    progress: Progress | None = None,
+    clock: Clock | None = None,
 ) -> Iterator[Frame]:
     """The first frame of each whole snippet of `every` frames (a shorter video is one snippet).
 
-    fps: snippets by time instead: the first frame at or after each multiple of 1 / fps.
+    fps: snippets by time instead: the first frame at or after each multiple of 1 / fps. clock: a new one, which then
+    knows the stream's rate, and how its time stamps jumped: for `read_sound`.
     Raises MediaError: no such file, no video, nothing decodable, cut short.
     """
     with opened(source) as container:
@@ -150,7 +186,7 @@ def snippet_frames(
         held: Frame | None = None
         count = 0
         beat = None if fps is None else Beat(1 / fps)
-        for time, frame in frames(source, stream, container):
+        for time, frame in frames(source, stream, container, clock):
             if progress is not None:
                 progress(1)
             if beat is not None:
@@ -173,10 +209,10 @@ class Sound:
     samples: np.ndarray
     mapped: mmap.mmap | None = None  # what the samples lie in
 
-    def windows(self, times: np.ndarray, seconds: float) -> "Windows":
-        """One window of `seconds` from each time on."""
+    def windows(self, times: np.ndarray, seconds: float, progress: Progress | None = None) -> "Windows":
+        """One window of `seconds` from each time on. progress: as of `Windows`."""
         starts = np.round(np.asarray(times) * RATE).astype(np.int64)
-        return Windows(self.samples, starts, round(seconds * RATE), self.mapped)
+        return Windows(self.samples, starts, round(seconds * RATE), self.mapped, progress)
 
 
 @dataclass
@@ -190,11 +226,14 @@ class Windows:
     starts: np.ndarray  # (N,) int64
     size: int
     mapped: mmap.mmap | None = None  # what the samples lie in
+    progress: Progress | None = None  # is called with 0 whenever some are read, and may raise
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def __getitem__(self, part: slice) -> np.ndarray:
+        if self.progress is not None:
+            self.progress(0)
         starts = self.starts[part]
         out = np.zeros((len(starts), self.size), np.float32)
         for row, start in zip(out, starts, strict=True):
@@ -220,16 +259,22 @@ def audible(windows: np.ndarray) -> np.ndarray:
     return np.sqrt((windows**2).mean(1)) > SILENCE
 
 
-def read_sound(source: str | Path) -> Sound | None:
-    """The first audio stream of a file, channels averaged, at RATE; None where there is none. Raises MediaError."""
-    start = first_time(source)
+def read_sound(source: str | Path, clock: Clock | None = None, progress: Progress | None = None) -> Sound | None:
+    """The first audio stream of a file, channels averaged, at RATE; None where there is none. Raises MediaError.
+
+    clock: that which `snippet_frames` has read the whole file with, so that the sound stays with the frames where time
+    stamps jump back; without, none is taken to do. progress: is called with 0 as it goes on, and may raise.
+    """
+    shifts = clock.shifts if clock is not None else [-first_time(source)]
     # hours of sound are some GB: on disk, and gone when nothing uses them any more
     with opened(source) as container, tempfile.TemporaryFile() as file:
         if not container.streams.audio:
             return None
         written = 0
-        for time, block in sound_blocks(container):
-            gap = round((time - start) * RATE) - written
+        for time, block in sound_blocks(source, container, shifts):
+            if progress is not None:
+                progress(0)
+            gap = round(time * RATE) - written
             if gap > (GAP * RATE if written else 0):
                 file.seek(2 * gap, os.SEEK_CUR)  # a hole: zeros that take no space, however long
                 written += gap
@@ -254,13 +299,21 @@ def first_time(source: str | Path) -> float:
             raise MediaError(f"{source}: damaged: {error.strerror}") from error
 
 
-def sound_blocks(container: Any) -> Iterator[tuple[float, np.ndarray]]:
-    """(time, samples (n,) float32 mono at RATE) of the first audio stream, in order; damaged packets are left out."""
-    mono = Mono()
-    for packet in container.demux(container.streams.audio[0]):
-        for frame in decoded(packet):
-            yield from mono(frame)
-    yield from mono.rest()
+def sound_blocks(source: str | Path, container: Any, shifts: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
+    """(time, samples (n,) float32 mono at RATE) of the first audio stream, in order; damaged packets are left out.
+
+    shifts: of the `Clock` of the frames, whose packets tell which of them holds where.
+    """
+    clock, mono, audio = Clock(), Mono(), container.streams.audio[0]
+    clock.shifts = list(shifts)
+    streams = [audio, video_stream(container, source)] if len(shifts) > 1 else [audio]
+    for packet in container.demux(*streams):
+        if packet.stream is audio:
+            for frame in decoded(packet):
+                yield from ((clock.place(at), block) for at, block in mono(frame))
+        elif packet.pts is not None:
+            clock.now = clock.place(float(packet.pts * packet.time_base))
+    yield from ((clock.place(at), block) for at, block in mono.rest())
 
 
 def decoded(packet: Any) -> list[Any]:

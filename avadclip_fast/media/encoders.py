@@ -51,13 +51,14 @@ class Encoders:
     audio: str = "wav2clip"  # or module:factory; "none" leaves the sound out
     audio_weights: str | None = None
     device: str = "auto"  # is made out where they are loaded
-    path: str | None = None  # a folder that module:factory is looked for in first
+    path: str | None = None  # a folder that module:factory is looked for in last
 
     def load(self) -> tuple[VisualEncoder, AudioEncoder | None]:
         """Both, the second None for "none". Raises MediaError, DataError."""
         device = device_of(self.device)
-        if self.path is not None and self.path not in sys.path:
-            sys.path.insert(0, self.path)
+        named = any(":" in name for name in (self.visual, self.audio))
+        if named and self.path is not None and self.path not in sys.path:
+            sys.path.append(self.path)  # last: a file there must not be taken for a library
         heard = None if self.audio == "none" else audio_encoder(self.audio, self.audio_weights, device)
         return visual_encoder(self.visual, self.visual_weights, device), heard
 

@@ -26,8 +26,13 @@ from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
 from .features import Sampling, VideoFeatures, video_features
 
+RECORDED = {"file", "settings", "label", "crops", "audio"}  # what is read again of OUTPUT/done/NAME.json
 SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".flv", ".mpg", ".mpeg", ".ts", ".m4v", ".wmv", ".3gp")
 _LABEL = re.compile(r"_label_([A-Z]\d?(?:-[A-Z0-9]+)*)$")  # XD-Violence's file names end in theirs
+
+
+class Interrupted(Exception):
+    """A video was left as it is because the work was asked to end."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ def find_sources(
 ) -> tuple[list[Source], list[dict]]:
     """The videos of files, folders (searched through) and lists (.csv with path and label, or .txt), sorted by name.
 
-    Returns (sources, failures): what cannot be read is told beside the rest. root: where a list's relative paths start,
-    and what they must not lead out of; the list's folder by default. Raises DataError where two videos have one name.
+    Returns (sources, failures): what cannot be read is told beside the rest. label: of those that neither a list nor
+    their name gives one. root: where a list's relative paths start, and what they must not lead out of; the list's
+    folder by default. Raises DataError where two videos have one name.
     """
     sources: list[Source] = []
     failures: list[dict] = []
@@ -55,9 +61,15 @@ def find_sources(
         elif item.is_dir():
             sources += _inside(item, label, failures)
         else:
-            sources.append(_source(item, item.stem, label))
+            sources.append(_source(item, item.stem, "", label))
     names: dict[str, Path] = {}
-    for source in sources:
+    for source in sources.copy():
+        if not _is_text(source.name):
+            shown = os.fsencode(source.path).decode(errors="backslashreplace")
+            reason = f"{shown}: its name is not UTF-8, as lists and events are written; rename it"
+            failures.append({"source": shown, "reason": reason})
+            sources.remove(source)
+            continue
         other = names.setdefault(source.name, source.path)
         if other != source.path:
             raise DataError(
@@ -76,33 +88,45 @@ def _inside(folder: Path, label: str, failures: list[dict]) -> Iterable[Source]:
         for file in files:
             path = Path(parent, file)
             if path.suffix.lower() in SUFFIXES:
-                yield _source(path, str(path.relative_to(folder).with_suffix("")), label)
+                yield _source(path, str(path.relative_to(folder).with_suffix("")), "", label)
 
 
 def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        if path.suffix.lower() == ".csv":
+            reader = csv.DictReader(text.splitlines())
+            if "path" not in (reader.fieldnames or []):
+                raise DataError(f"{path}: no column path: the header must be path or path,label")
+            rows = [(row["path"] or "", row.get("label") or "") for row in reader]
+        else:
+            rows = [(line, "") for line in text.splitlines()]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as a list: {error}") from error
-    if path.suffix.lower() == ".csv":
-        reader = csv.DictReader(text.splitlines())
-        if "path" not in (reader.fieldnames or []):
-            raise DataError(f"{path}: no column path: the header must be path or path,label")
-        rows = [(row["path"] or "", row.get("label") or label) for row in reader]
-    else:
-        rows = [(line, label) for line in text.splitlines()]
-    for number, (name, label_) in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):
+    for number, (name, listed) in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):
         if not name.strip():
             continue
         if not is_inside(root, name.strip()):
             raise DataError(f"{path}, line {number}: {name} leads out of {root}; name a --root that holds it")
         file = Path(os.path.abspath(root / name.strip()))
-        yield _source(file, str(file.relative_to(os.path.abspath(root)).with_suffix("")), label_)
+        inner = file.relative_to(os.path.abspath(root))
+        if not inner.name:
+            raise DataError(f"{path}, line {number}: {name} is the list's own folder, not a video")
+        yield _source(file, str(inner.with_suffix("")), listed, label)
 
 
-def _source(path: Path, name: str, label: str) -> Source:
+def _source(path: Path, name: str, listed: str, label: str) -> Source:
+    """With the label of the list, else of the file's name, else `label`."""
     found = _LABEL.search(path.stem)
-    return Source(path, name, label or (found[1] if found else ""))
+    return Source(path, name, listed or (found[1] if found else label))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # of a name whose bytes are not UTF-8
+        return False
+    return True
 
 
 class Tally:
@@ -141,24 +165,29 @@ def extract(
     settings: dict[str, Any],
     workers: int = 2,
     progress: Callable[[str], None] | None = None,
+    until: Callable[[], bool] = lambda: False,
 ) -> dict[str, list]:
     """Extracts every source that is not done, some at once in threads; one that fails does not stop the rest.
 
-    settings: of `settings_of`; a video that was done with others is done again. Returns `Tally.record`.
+    settings: of `settings_of`; a video that was done with others is done again. until: is asked all the time whether to
+    end; what is not done then is left. Returns `Tally.record`.
     """
     output, tally = Path(output), Tally(progress)
     encoding = threading.Lock()  # decoding runs beside it; the encoders' own threads fill the processor
-    seen: Any = _Locked(visual, encoding)
-    heard: Any = None if audio is None else _Locked(audio, encoding)
+    seen: Any = _Locked(visual, encoding, until)
+    heard: Any = None if audio is None else _Locked(audio, encoding, until)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         tasks = {
-            pool.submit(extract_one, source, output, sampling, seen, heard, settings): source for source in sources
+            pool.submit(extract_one, source, output, sampling, seen, heard, settings, until): source
+            for source in sources
         }
         try:
             for task in as_completed(tasks):
                 source = tasks[task]
                 try:
                     how = task.result()
+                except Interrupted:
+                    continue
                 except Exception as error:  # whatever one video did, the others go on, and it is told
                     tally.failed(source, failure(source.path, error)["reason"])
                 else:
@@ -177,11 +206,23 @@ def extract_one(
     visual: VisualEncoder,
     audio: AudioEncoder | None,
     settings: dict[str, Any],
+    until: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Extracts one video: "done", or "skipped" where it was done with these settings before. Raises MediaError."""
-    if _is_done(output, source, settings):
+    """Extracts one video: "done", or "skipped" where it was done with these settings before, save for its label.
+
+    Raises MediaError, and Interrupted as soon as `until` says to end.
+    """
+
+    def go_on(_: int = 0) -> None:
+        if until():
+            raise Interrupted
+
+    go_on()
+    if (record := _done(output, source, settings)) is not None:
+        if source.label not in ("", record["label"]):
+            _write_record(output, source.name, {**record, "label": source.label})
         return "skipped"
-    found = video_features(source.path, sampling, visual, audio, dtype=np.dtype(settings["dtype"]))
+    found = video_features(source.path, sampling, visual, audio, go_on, np.dtype(settings["dtype"]))
     write_video(output, source, found, settings)
     return "done"
 
@@ -196,15 +237,17 @@ def failure(path: Path, error: Exception) -> dict[str, str]:
 class _Locked:
     """An encoder that one thread uses at a time."""
 
-    def __init__(self, encoder: VisualEncoder | AudioEncoder, lock: threading.Lock):
+    def __init__(self, encoder: VisualEncoder | AudioEncoder, lock: threading.Lock, until: Callable[[], bool]):
         self._encoder: Any = encoder
-        self._lock = lock
+        self._lock, self._until = lock, until
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
 
     def __call__(self, given: Any) -> torch.Tensor:
         with self._lock:
+            if self._until():
+                raise Interrupted
             return self._encoder(given)
 
 
@@ -226,15 +269,28 @@ def settings_of(sampling: Sampling, half: bool, encoders: dict) -> dict:
     return {**asdict(sampling), "dtype": "float16" if half else "float32", **encoders}
 
 
-def _is_done(output: Path, source: Source, settings: dict) -> bool:
+def _done(output: Path, source: Source, settings: dict) -> dict | None:
+    """The record of a video that is done with these settings; None where it is to be done."""
     visual, audio, done = _paths(output, source.name, settings["crops"])
-    identity = _identity(source.path)
+    identity, record = _identity(source.path), _read_record(done)
+    if record is None or record["settings"] != settings or record["file"] != identity:
+        return None
+    files = [*visual, audio] if record["audio"] else visual
+    return record if all(f.is_file() for f in files) else None
+
+
+def _read_record(path: Path) -> dict | None:
+    """What OUTPUT/done/NAME.json holds; None where it is not there, or broken: the video counts as not done."""
     try:
-        record = json.loads(done.read_text())
-        files = [*visual, audio] if record["audio"] else visual
-        return record["settings"] == settings and record["file"] == identity and all(f.is_file() for f in files)
-    except (OSError, ValueError, KeyError):
-        return False
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and record.keys() >= RECORDED else None
+
+
+def _write_record(output: Path, name: str, record: dict) -> None:
+    with atomic_write(output / "done" / f"{name}.json", "w") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def write_video(output: Path, source: Source, found: VideoFeatures, settings: dict) -> None:
@@ -258,8 +314,7 @@ def write_video(output: Path, source: Source, found: VideoFeatures, settings: di
         "times": np.round(found.times, 4).tolist(),
         "heard": found.heard.astype(int).tolist(),
     }
-    with atomic_write(done, "w") as file:
-        file.write(json.dumps(record) + "\n")
+    _write_record(output, source.name, record)
 
 
 def write_lists(output: str | Path, settings: dict) -> list[Row]:
@@ -267,8 +322,8 @@ def write_lists(output: str | Path, settings: dict) -> list[Row]:
     output = Path(output)
     rows = []
     for path in sorted((output / "done").rglob("*.json")):
-        record = json.loads(path.read_text())
-        if record["settings"] != settings:
+        record = _read_record(path)
+        if record is None or record["settings"] != settings:
             continue
         name = str(path.relative_to(output / "done").with_suffix(""))
         visual, audio, _ = _paths(output, name, record["crops"])

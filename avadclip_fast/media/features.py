@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from .crops import cut
-from .decode import Progress, read_sound, snippet_frames
+from .decode import Clock, Progress, read_sound, snippet_frames
 from .encoders import BATCH, AudioEncoder, VisualEncoder, encoded
 
 
@@ -45,8 +45,10 @@ def video_features(
     """Decodes and encodes one file. Memory does not grow with its length but for the features.
 
     A snippet's window of sound starts with its frame and is as long as a snippet. audio: None leaves the sound out.
-    dtype: of both features. Raises MediaError.
+    dtype: of both features. progress: is called with 0 while the sound is read and encoded; what it raises ends the
+    work. Raises MediaError.
     """
+    clock = Clock()
     rows = bytearray()  # grows in place: a list of arrays would be there twice when it is joined
     pending: list[torch.Tensor] = []
     starts: list[float] = []
@@ -57,19 +59,19 @@ def video_features(
             rows.extend(encoded("visual", visual, images, len(images)).astype(dtype, copy=False).tobytes())
             pending.clear()
 
-    for frame in snippet_frames(source, sampling.every, sampling.fps, progress):
+    for frame in snippet_frames(source, sampling.every, sampling.fps, progress, clock):
         starts.append(frame.time)
         pending.append(cut(frame.image, sampling.crops, sampling.geometry, visual.size))
         if len(pending) * sampling.crops >= BATCH:
             encode()
     encode()
     times = np.array(starts)
-    seconds = snippet_seconds(times, sampling)
+    seconds = snippet_seconds(times, sampling, clock.rate)
     seen = np.frombuffer(rows, dtype).reshape(len(times), sampling.crops, -1).transpose(1, 0, 2)  # [crops, n, D]
-    sound = None if audio is None else read_sound(source)
+    sound = None if audio is None else read_sound(source, clock, progress)
     if audio is None or sound is None:
         return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool))
-    windows = sound.windows(times, seconds)
+    windows = sound.windows(times, seconds, progress)
     embedded = encoded("audio", audio, windows, len(times)).astype(dtype, copy=False)
     return VideoFeatures(seen, embedded, times, seconds, windows.heard())
 
@@ -85,8 +87,11 @@ def key_frames(source: str | Path, sampling: Sampling, snippets: Collection[int]
     return images
 
 
-def snippet_seconds(times: np.ndarray, sampling: Sampling) -> float:
-    """The usual distance of two snippets: their median, which a few odd time stamps do not move."""
+def snippet_seconds(times: np.ndarray, sampling: Sampling, rate: float) -> float:
+    """The usual distance of two snippets: their median, which a few odd time stamps do not move.
+
+    rate: frames a second, which tells how long a single snippet is.
+    """
     if sampling.fps is not None:
         return 1 / sampling.fps
-    return float(np.median(np.diff(times))) if len(times) > 1 else sampling.every / 25
+    return float(np.median(np.diff(times))) if len(times) > 1 else sampling.every / rate

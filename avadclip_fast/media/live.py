@@ -3,6 +3,7 @@
 A thread reads and decodes; what is not fetched in time is dropped, so that memory and delay stay bounded.
 """
 
+import os
 import queue
 import threading
 import time
@@ -13,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .decode import GAP, RATE, Beat, Clock, Mono, check_whole, decoded, opened, upright, video_stream
+from .decode import GAP, JUMP, RATE, Beat, Clock, Mono, check_whole, decoded, opened, rate_of, upright, video_stream
 from .errors import MediaError, import_av
 
 WAITING = 4  # snippets between the reader and who fetches them
 LAG = 1.0  # seconds that a snippet waits for its sound, which may come after its picture
+HELD = 256  # blocks of sound, of some 20 to 60 ms, that wait for a frame to place them by
 LONGEST_PAUSE = 30.0  # seconds between two tries to connect again
 
 
@@ -28,14 +30,15 @@ class Snippet(NamedTuple):
     image: np.ndarray  # (H, W, 3) uint8 RGB, upright: its first frame
     sound: np.ndarray | None  # (n,) float32 mono at RATE, zeros where nothing came; None: no audio stream
     frames: int  # that it stands for
+    seconds: float  # that it lasts: where a file ends, until the end of its last frame
 
 
 class LiveSource:
     """Iterates over the snippets of a file, a device such as /dev/video0, or an rtsp, http, udp or srt address.
 
-    every: frames a snippet, or fps: snippets a second. A stream without a known end is *live*: snippets that wait too
-    long are dropped, oldest first, and a lost connection is made again, up to `retries` times in a row. A file is read
-    as fast as it is fetched. until: is asked twice a second whether to end.
+    every: frames a snippet, or fps: snippets a second. What is not a file and has no known end is *live*: snippets that
+    wait too long are dropped, oldest first, and a lost connection is made again, up to `retries` times in a row. A file
+    is read as fast as it is fetched. until: is asked twice a second whether to end.
     Raises MediaError: not there, not a video, lost for good.
 
     seconds: of a snippet, once the first has come. frames, dropped, reconnects: counts so far.
@@ -117,12 +120,12 @@ class LiveSource:
         with opened(self.source, live=True) as container:
             video = video_stream(container, self.source)
             audio = container.streams.audio[0] if container.streams.audio else None
-            self.live = container.duration is None
-            clock = Clock(video)
+            self.live = container.duration is None and not os.path.isfile(self.source)
+            clock = Clock(rate_of(video))
             self.seconds = self.seconds or self.every / clock.rate
             beat = Beat(self.seconds)
             waiting: deque[tuple[float, np.ndarray, int]] = deque()  # time, image, frames so far
-            mono, sound = Mono(), Ring(self.seconds + 2 * LAG + WAITING * self.seconds)
+            mono, sound = Mono(), Placed(self.seconds + 2 * LAG + WAITING * self.seconds, clock)
             try:
                 for packet in container.demux(*(stream for stream in (video, audio) if stream is not None)):
                     if self._closed.is_set():
@@ -136,6 +139,7 @@ class LiveSource:
                         if beat(clock(frame)):
                             waiting.append((clock.now, upright(frame, frame.to_ndarray(format="rgb24")), before))
                         self.frames += 1
+                    sound.settle()
                     while waiting and self._complete(waiting[0][0], clock, audio, sound):
                         yield self._made(waiting, clock, offset, audio, sound)
             except (av.error.FFmpegError, OSError) as error:
@@ -150,16 +154,16 @@ class LiveSource:
     def _complete(self, at: float, clock: Clock, audio: Any, sound: "Ring") -> bool:
         """Whether all of the snippet at `at` has come, or has been waited for long enough."""
         end = at + self.seconds
-        heard = sound.end - (clock.start or 0.0)
-        return clock.now >= end and (audio is None or heard >= end or clock.now >= end + LAG)
+        return clock.now >= end and (audio is None or sound.end >= end or clock.now >= end + LAG)
 
     def _made(
         self, waiting: "deque[tuple[float, np.ndarray, int]]", clock: Clock, offset: float, audio: Any, sound: "Ring"
     ) -> Snippet:
         at, image, first = waiting.popleft()
         frames = (waiting[0][2] if waiting else clock.seen) - first
-        heard = None if audio is None else sound.take((clock.start or 0.0) + at, round(self.seconds * RATE))
-        return Snippet(offset + at, image, heard, frames)
+        heard = None if audio is None else sound.take(at, round(self.seconds * RATE))
+        seconds = self.seconds if waiting else min(self.seconds, clock.now + 1 / clock.rate - at)
+        return Snippet(offset + at, image, heard, frames, seconds)
 
 
 class Ring:
@@ -189,3 +193,31 @@ class Ring:
         here = self.samples[max(first, 0) : max(first + samples, 0)]
         out[max(-first, 0) : max(-first, 0) + len(here)] = here
         return out
+
+
+class Placed(Ring):
+    """The last seconds of a stream's sound by the clock of its frames; blocks come by the container's time.
+
+    What cannot be placed yet is held: what comes before the first frame, or from after a jump back in time that the
+    frames have yet to make.
+    """
+
+    def __init__(self, seconds: float, clock: Clock):
+        super().__init__(seconds)
+        self.clock, self.known = clock, 0
+        self.held: deque[tuple[float, np.ndarray]] = deque(maxlen=HELD)
+
+    def add(self, at: float, block: np.ndarray) -> None:
+        placed = self.clock.place(at)
+        if self.clock.seen == 0 or (len(self.samples) and placed < self.end - JUMP):
+            self.held.append((at, block))
+        else:
+            super().add(placed, block)
+
+    def settle(self) -> None:
+        """Tries what is held again, once the frames have made a jump."""
+        if len(self.clock.shifts) > self.known:
+            self.known, again = len(self.clock.shifts), list(self.held)
+            self.held.clear()
+            for one in again:
+                self.add(*one)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..models.text import tensors
 from .errors import MediaError
 from .fetch import fetch
 
@@ -64,6 +65,7 @@ class Wav2Clip(nn.Module):
         except Exception as error:
             raise MediaError(f"{path}: not a checkpoint that can be read without running code: {error}") from error
         state = state.get("state_dict", state) if isinstance(state, dict) else {}
+        state = tensors(state)
         for old, new in PREFIXES.items():
             state = {new + name.removeprefix(old) if name.startswith(old) else name: x for name, x in state.items()}
         wanted = {n: x for n, x in self.state_dict().items() if not n.endswith("num_batches_tracked")}

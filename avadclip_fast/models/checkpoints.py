@@ -36,6 +36,7 @@ NAMES = {
 # The audio TCN lists each convolution twice: as conv1, conv2 and inside `net`.
 ALIASES = {"net.0.": "conv1.", "net.4.": "conv2."}
 IMAGE_TOWER = "clipmodel.visual."
+OFFICIAL = {"modality": "visual", "fusion": "gated", "prompt": "official"}  # all that the official code computes
 
 
 class CheckpointError(RuntimeError):
@@ -210,10 +211,18 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
 
         image_tower: a file that holds CLIP's image tower (`clipmodel.visual.*`, as any official checkpoint does, or
         `visual.*`, as CLIP's own weights do). It plays no part in the model, but the official code's strict loading
-        wants it; without it, load with strict=False there.
+        wants it; without it, load with strict=False there. Raises CheckpointError where the model is one that the
+        official code does not compute, or no image tower is to be had.
         """
         if self.standardize:
             raise CheckpointError("the model standardises its inputs, which the official format has no place for")
+        settings = self.settings()
+        for name, only in OFFICIAL.items():
+            if settings.get(name, only) != only:
+                raise CheckpointError(
+                    f"the model's {name} is {settings[name]!r}; the official code knows {only!r} alone, and would "
+                    "compute something else with these weights"
+                )
         state = official_state({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()})
         if image_tower is not None:
             from .text import read_weights

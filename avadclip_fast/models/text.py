@@ -238,4 +238,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = state.get("model_state_dict", state)
     if not isinstance(state, dict):
         raise TextWeightsError(f"text weights: {path} holds a {type(state).__name__}, not a state dict")
-    return {name.removeprefix("clipmodel."): tensor for name, tensor in state.items()}
+    return {name.removeprefix("clipmodel."): tensor for name, tensor in tensors(state).items()}
+
+
+def tensors(state: object) -> dict[str, Tensor]:
+    """The tensors with names among whatever a checkpoint held."""
+    items = state.items() if isinstance(state, dict) else ()
+    return {name: x for name, x in items if isinstance(name, str) and isinstance(x, Tensor)}
