@@ -92,7 +92,7 @@ bench-cpu: $(VENV)/installed
 		$(BIN)/python -m bench.bench_$$op --json || exit 1; done
 	for whole in step inference; do $(BIN)/python -m bench.bench_$$whole --rounds 4 --json || exit 1; done
 
-# On a machine with a GPU: build, tests, sanitizers, every benchmark, within 8 minutes; JSON and logs in OUT.
+# On a machine with a GPU: build, tests, sanitizers, every benchmark, within 8 minutes; gpu.json and gpu.tar.gz in OUT.
 gpu: $(VENV)/installed
 	$(BIN)/python -m bench.gpu
 
