@@ -224,7 +224,9 @@ def _pooled(
     """Both streams of a row at T = length, and its valid snippets. limit: the largest number that can be kept."""
     visual, heard = load_row(row, width, audio, motion)
     for file, x in ((row.visual, visual), (row.audio, heard)):
-        if x is not None and (largest := np.abs(x).max(initial=0)) > limit:
+        if x is None or limit >= np.finfo(x.dtype).max:
+            continue
+        if (largest := np.abs(x).max(initial=0)) > limit:
             raise DataError(f"{file} holds {largest:g}, and float16 nothing beyond {limit:g}; keep float32 (--float32)")
     seen, valid = pool(visual, length)
     return seen, None if heard is None else pool(heard, length)[0], valid

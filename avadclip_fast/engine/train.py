@@ -187,7 +187,8 @@ def fit(
         lines = [told]
         cache = None
         if teacher is not None:
-            cache, told = _teacher_features(teacher, data, source, folder, device, part, progress)
+            made_by = {"teacher": run["teacher"], "data": run["training videos"]}
+            cache, told = _teacher_features(teacher, data, source, made_by, folder, device, part, progress)
             lines.append(told)
         if graph:
             lines.append("steps: one CUDA graph")
@@ -492,11 +493,13 @@ def validation_loss(model, data: FeatureSet, batch_size: int, device) -> float:
 
 
 def _teacher_features(
-    teacher: AVadCLIP, data: FeatureSet, source: FeatureSet, folder: Path, device, batch_size: int, progress: bool
-) -> tuple[Tensor, str]:
+    teacher: AVadCLIP, data: FeatureSet, source: FeatureSet, made_by: dict[str, str], folder: Path, device,
+    batch_size: int, progress: bool,
+) -> tuple[Tensor, str]:  # fmt: skip
     """(M, T, D) teacher features, computed once a sample and kept on the GPU, in memory, or on disk; and where, told.
 
-    source: the same data where it is read from. Processes share the work, block by block; rank 0 writes.
+    source: the same data where it is read from. made_by: what a file of them is known by again. Processes share the
+    work, block by block; rank 0 writes.
     """
     rows, width = data.visual.shape[1], teacher.width
     field, lengths = Field("float32", (rows, width)), data.valid().cpu()
@@ -524,7 +527,6 @@ def _teacher_features(
             cache[index[0] : index[-1] + 1] = compute(index)
         return cache, told
     path = folder / TEACHER_FEATURES
-    made_by = {"teacher": weights_digest(teacher), "data": data.fingerprint()}
     there = distributed.agreed(path.exists())
     if there and open_packed(path)[1] != made_by:
         raise StateError(

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import _build
 from ..reference._numerics import zero_padding
 from ..reference.linear_act import LAYER_NORM_EPS
-from ._once import differentiable_once
+from ._derivatives import differentiable_once
 
 ROWS, WIDTH = 512, 256  # what it takes to be faster than torch: weights are packed in every call
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from ._once import differentiable_once
+from ._derivatives import differentiable_once
 
 
 def similarity_graph(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._once import differentiable_once
+from ._derivatives import differentiable_once
 from ._triton import triton_reason
 
 LOWEST = 0.01  # below it the weight of an edge, exp(s), cannot be told from that of no edge, 1

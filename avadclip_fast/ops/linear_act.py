@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch, _linear_act_amx
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
-from ._once import differentiable_once
+from ._derivatives import differentiable_once
 from ._triton import triton_reason
 
 _dispatch.register("linear_act", "reference", reference.linear_act)

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import _build, reference
 from . import _dispatch
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
-from ._once import differentiable_once
+from ._derivatives import differentiable_once
 
 
 def _compiled(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int) -> Tensor:

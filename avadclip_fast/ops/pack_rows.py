@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _build, reference
 from . import _dispatch
 from ._check import check_counts, check_lengths, check_tensors
+from ._derivatives import adjoint
 from .uniform_pool import check_packed
 
 _dispatch.register("pack_rows", "reference", reference.pack_rows)
@@ -39,28 +40,8 @@ def _(packed, lengths, rows):
     return packed.new_empty(lengths.shape[0], rows, packed.shape[1])
 
 
-def _save_pack(ctx, inputs, output):
-    padded, lengths, _ = inputs
-    ctx.rows = padded.shape[1]
-    ctx.save_for_backward(lengths)
-
-
-def _save_unpack(ctx, inputs, output):
-    packed, lengths, _ = inputs
-    ctx.total = packed.shape[0]
-    ctx.save_for_backward(lengths)
-
-
-def _pack_backward(ctx, grad):
-    return torch.ops.avadclip_fast.unpack_rows(grad, *ctx.saved_tensors, ctx.rows), None, None
-
-
-def _unpack_backward(ctx, grad):
-    return torch.ops.avadclip_fast.pack_rows(grad, *ctx.saved_tensors, ctx.total), None, None
-
-
-torch.library.register_autograd("avadclip_fast::pack_rows", _pack_backward, setup_context=_save_pack)
-torch.library.register_autograd("avadclip_fast::unpack_rows", _unpack_backward, setup_context=_save_unpack)
+adjoint("pack_rows", of="unpack_rows", dim=1)
+adjoint("unpack_rows", of="pack_rows", dim=0)
 
 
 def pack_rows(padded: Tensor, lengths: Tensor, total: int | None = None, backend: str | None = None) -> Tensor:

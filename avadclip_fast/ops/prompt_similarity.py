@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch
 from ._check import check_positive, check_tensors
-from ._once import differentiable_once
+from ._derivatives import differentiable_once
 from ._triton import triton_reason
 
 MOST_CLASSES = 128  # a program of Triton's holds a video's prompts in registers

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _build, reference
 from . import _dispatch
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
+from ._derivatives import adjoint
 
 
 def _compiled(features: Tensor, lengths: Tensor, rows: int) -> Tensor:
@@ -30,28 +31,8 @@ def _(grad, lengths, total):
     return grad.new_empty(total, grad.shape[2])
 
 
-def _save(ctx, inputs, output):
-    features, lengths, _ = inputs
-    ctx.total = features.shape[0]
-    ctx.save_for_backward(lengths)
-
-
-def _backward(ctx, grad):
-    return torch.ops.avadclip_fast.uniform_pool_backward(grad, *ctx.saved_tensors, ctx.total), None, None
-
-
-def _save_backward(ctx, inputs, output):
-    grad, lengths, _ = inputs
-    ctx.rows = grad.shape[1]
-    ctx.save_for_backward(lengths)
-
-
-def _twice(ctx, grad):
-    return torch.ops.avadclip_fast.uniform_pool(grad, *ctx.saved_tensors, ctx.rows), None, None
-
-
-torch.library.register_autograd("avadclip_fast::uniform_pool", _backward, setup_context=_save)
-torch.library.register_autograd("avadclip_fast::uniform_pool_backward", _twice, setup_context=_save_backward)
+adjoint("uniform_pool", of="uniform_pool_backward", dim=0)
+adjoint("uniform_pool_backward", of="uniform_pool", dim=1)
 
 
 def uniform_pool(features: Tensor, lengths: Tensor, rows: int, backend: str | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch
 from ._check import check_counts, check_lengths, check_tensors
-from ._once import differentiable_once
+from ._derivatives import differentiable_once
 from ._triton import triton_reason
 
 LONGEST = 128  # a program of Triton's holds the scores of whole windows
