@@ -76,7 +76,7 @@ def drawn(number: int) -> TestVideo:
     rng = np.random.default_rng(number)
     features = rng.standard_normal((int(rng.integers(*SNIPPETS)), WIDTH), np.float32)
     chunks, lengths = chunk(features, ROWS)
-    return TestVideo(str(number), "", chunks, None, lengths, len(features))
+    return TestVideo(str(number), chunks, None, lengths, len(features))
 
 
 def timed(options: argparse.Namespace, case: str, calls: dict[str, Callable[[], object]]) -> list[dict]:

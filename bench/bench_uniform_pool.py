@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from avadclip_fast import ops, reference
-from avadclip_fast.data.features import pool
 
 from . import harness
 from .harness import Bench, Work
@@ -27,11 +26,15 @@ def loop(features: Tensor, lengths: Tensor) -> Tensor:
     return torch.from_numpy(out)[None]
 
 
+def reduceat(features: Tensor, lengths: Tensor) -> Tensor:
+    """In one call of numpy's, which takes an empty range's first row too."""
+    bounds = np.linspace(0, len(features), ROWS + 1, dtype=int)
+    sums = np.add.reduceat(features.numpy(), bounds[:-1])
+    return torch.from_numpy(sums / np.maximum(np.diff(bounds), 1)[:, None].astype(np.float32))[None]
+
+
 def cases(dtype: torch.dtype) -> Iterator[Bench]:
-    on_host = {
-        "loops": loop,
-        "numpy": lambda x, n: torch.from_numpy(pool(x.numpy(), ROWS)[0])[None],
-    }
+    on_host = {"loops": loop, "numpy": reduceat}
     for count in (300, 1000, 4000):
 
         def make(count=count) -> tuple:

@@ -43,7 +43,7 @@ from avadclip_fast.engine.metrics import frame_ap
 from avadclip_fast.engine.missing import missing_sound
 from avadclip_fast.engine.plots import bar_groups, reliability_plot
 from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER, ROBUST_STREAMS, Recipe
-from avadclip_fast.engine.train import HISTORY, adamw, fit, noisy, set_lr, spread, trim
+from avadclip_fast.engine.train import HISTORY, adamw, add_noise, feature_std, fit, set_lr, trim
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent, objective
 
 from . import fightsurv_folds as folds
@@ -381,13 +381,13 @@ def _told(row: Row, seed: int, kept: Sequence[folds.Video], held: Sequence[folds
     torch.manual_seed(seed)
     guide = AVadCLIP(CLASSES, length=LENGTH, text_weights="random", **ROBUST_STREAMS)
     model = _made(row, seed, features, guide).to(device)  # of its sizes and its text weights alone
-    recipe, scale = _recipe(seed, row), spread(features).to(device)
+    recipe, scale = _recipe(seed, row), feature_std(features).to(device)
     optimizer = adamw(model, recipe, torch.device(device))
     for epoch in range(recipe.epochs):
         model.train()
         set_lr(optimizer, recipe.lr_at(epoch))
         for index in data.epoch_order(len(features), seed, epoch).split(recipe.batch_size):
-            batch = noisy(trim(features.batch(index), model).to(device), recipe.noise * scale)
+            batch = add_noise(trim(features.batch(index), model).to(device), recipe.noise * scale)
             out = model(batch.visual, batch.lengths)
             rows = batch.visual.shape[1]
             valid = torch.arange(rows, device=device) < batch.lengths[:, None]

@@ -144,7 +144,7 @@ def test_videos(videos: Sequence[Video], length: int, motion: bool = False) -> l
     made = []
     for i, v in enumerate(videos):
         visual, lengths = chunk(_sight(v, motion), length)
-        made.append(data.TestVideo(str(i), "", visual, chunk(v.audio, length)[0], lengths, len(v.visual)))
+        made.append(data.TestVideo(str(i), visual, chunk(v.audio, length)[0], lengths, len(v.visual)))
     return made
 
 

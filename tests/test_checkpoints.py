@@ -136,6 +136,13 @@ def test_what_the_official_code_does_not_compute_is_refused(make, settings, wron
     assert not (tmp_path / "model.pth").exists()
 
 
+def test_padding_that_the_official_code_does_not_mask_is_told(tmp_path, caplog):
+    for padding, told in (("official", 0), ("masked", 1)):
+        teacher(padding=padding).to_official(tmp_path / "model.pth")
+        assert len(caplog.records) == told
+    assert "do not fill its 24 rows" in caplog.text
+
+
 def test_every_difference_is_listed(official, settings):
     state = torch.load(official[1], weights_only=True)
     del state["mlp2.c_fc.bias"]

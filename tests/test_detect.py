@@ -236,7 +236,7 @@ def test_hours_are_scored_in_parts(pair):
     tracemalloc.stop()
     assert most == [16] * 6 + [5] and peak < x.nbytes  # not a padded copy of the whole
     chunks, lengths = data.chunk(x, 32)
-    video = data.TestVideo("", "", chunks, None, lengths, len(x))
+    video = data.TestVideo("", chunks, None, lengths, len(x))
     (whole,) = stream_scores(scorer.model, [video], calibration=scorer.calibration)
     np.testing.assert_allclose(found.probabilities, whole.probabilities, atol=1e-6)
     np.testing.assert_allclose(found.anomaly, whole.anomaly, atol=1e-6)
@@ -251,7 +251,7 @@ def test_motion_is_that_of_the_whole_video_in_every_part(pair):
     found = detect.score(scorer._replace(model=model), x, None, "cpu")
     chunks, lengths = data.chunk(data.with_motion(x), 32)
     (whole,) = stream_scores(
-        model, [data.TestVideo("", "", chunks, None, lengths, len(x))], calibration=scorer.calibration, text=scorer.text
+        model, [data.TestVideo("", chunks, None, lengths, len(x))], calibration=scorer.calibration, text=scorer.text
     )
     np.testing.assert_allclose(found.probabilities, whole.probabilities, atol=1e-6)
 

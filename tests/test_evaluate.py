@@ -19,7 +19,7 @@ LENGTHS = (5, 24, 60, 1, 48, 25)  # of chunks of 24: 1, 1, 3, 1, 2, 2
 def video(number: int, snippets: int, sound: bool = True) -> TestVideo:
     visual, audio, _, _ = batch([snippets], snippets, seed=number)
     chunks, lengths = chunk(visual[0].numpy(), 24)
-    return TestVideo(f"v{number}", "A", chunks, chunk(audio[0].numpy(), 24)[0] if sound else None, lengths, snippets)
+    return TestVideo(f"v{number}", chunks, chunk(audio[0].numpy(), 24)[0] if sound else None, lengths, snippets)
 
 
 def videos():

@@ -17,9 +17,11 @@ from standins import NAMED
 from test_cli import call, mistake
 from videos import BAD, bad_videos, forbid, make_video
 
-from avadclip_fast.data import load_features, read_list
+from avadclip_fast.data import DataError, load_features, read_list
 
 pytest.importorskip("av")
+
+from avadclip_fast.media import extract  # noqa: E402
 
 
 class Fragile(Grey):
@@ -225,6 +227,18 @@ def test_mistakes(folder, tmp_path, capsys):
     assert "test_extract:None_" in mistake(capsys, "extract", folder, *out, *unknown)
     (folder / "b.mp4").write_bytes(b"x")
     assert "both be called b" in mistake(capsys, "extract", folder / "b.mp4", folder / "more" / "b.mp4", *out, *QUICK)
+
+
+def test_a_video_that_is_given_twice_is_one(folder):
+    """By its folder, and by a list that knows its label."""
+    listed = folder / "list.csv"
+    listed.write_text("path,label\nmore/b.mp4,B1\n")
+    for given in ([folder, listed], [listed, folder]):
+        sources, failures = extract.find_sources(given, root=folder)
+        assert [s.label for s in sources if s.name == "more/b"] == ["B1"] and not failures
+    listed.write_text("path,label\nmore/b.mp4,B1\nmore/b.mp4,B2\n")
+    with pytest.raises(DataError, match="given twice, labelled B1 and B2"):
+        extract.find_sources([listed])
 
 
 def test_packed(folder, tmp_path):

@@ -9,6 +9,7 @@ from op_tests import OpTests
 class TestGatedFusion(OpTests):
     op = "gated_fusion"
     ragged = "seven"
+    lowered = True
 
     def oracle(self, visual, audio, gate_weight, gate_bias, hidden_weight, hidden_bias, residual_weight, residual_bias):
         out = np.zeros_like(visual)

@@ -25,6 +25,7 @@ class TestLinearAct(OpTests):
     op = "linear_act"
     ragged = "everything"
     per_row = True
+    lowered = True
     free = {("weight", 2)}
 
     def oracle(self, x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot):

@@ -99,7 +99,7 @@ class TestMILAlignLoss(OpTests):
 @pytest.mark.parametrize("loss", [ops.mil_loss, lambda *a: MILAlignLoss(2)(*a)], ids=["mil_loss", "mil_align_loss"])
 def test_lengths_are_needed(loss):
     logits = torch.zeros(1, 4) if loss is ops.mil_loss else torch.zeros(1, 4, 2)
-    with pytest.raises(ValueError, match="lengths must be an int tensor"):
+    with pytest.raises(ValueError, match="lengths must be an int32 or int64 tensor, got NoneType"):
         loss(logits, torch.ones(1, 2), None)
 
 

@@ -13,7 +13,7 @@ from small_models import CLASSES, TOKENS, batch, draw, student, teacher
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective
+from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective, use_backend
 from avadclip_fast.models import avadclip, groups
 from avadclip_fast.models.checkpoints import official_state
 from avadclip_fast.models.text import TextEncoder, tokenize
@@ -500,9 +500,9 @@ def test_the_guard_against_waiting_works():
 @pytest.mark.parametrize("make", [teacher, student])
 def test_a_training_step_never_waits(make, backend, monkeypatch):
     monkeypatch.setattr(avadclip, "pays", lambda x: False)  # as on a GPU: lengths are a processor's to look at
-    model = make(dropout=0.1, backend=backend) if make is teacher else make(backend=backend)
+    model = make(dropout=0.1) if make is teacher else make()
     visual, audio, labels, lengths = batch([9, 16, 5], 16)
-    with NoSync():
+    with NoSync(), use_backend(backend):
         run(make, model.train(), visual, audio, labels, lengths)
 
 

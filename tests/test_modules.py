@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from small_models import batch, draw, student, teacher
+from small_models import draw, student, teacher
 from torch import nn
 
 import avadclip_fast
@@ -25,7 +25,6 @@ from avadclip_fast import (
     UncertaintyDistillationLoss,
     UncertaintyHead,
     WindowAttention,
-    objective,
     ops,
     use_backend,
 )
@@ -118,22 +117,13 @@ def test_a_state_dict_comes_back(name):
     assert torch.equal(first(two(*inputs)), expected)
 
 
-@every_module
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "TemporalAggregator"])  # that has no `backend`
 def test_the_backend_asked_for_serves_every_op(name, served):
     make, settings, inputs, _ = MODULES[name]
     make(*settings, backend="reference")(*inputs)
     assert served and {backend for _, backend in served} == {"reference"}
     with pytest.raises(BackendError, match=r"backend 'cuda' cannot serve this call: .+"):
         make(*settings, backend="cuda")(*inputs)
-
-
-@pytest.mark.parametrize("make", [teacher, student])
-def test_the_models_hand_the_backend_to_every_op(make, served):
-    visual, audio, labels, lengths = batch([5, 16], 16)
-    model = make(backend="reference")
-    out = model(visual, audio, lengths) if make is teacher else model(visual, lengths)
-    objective(model, out, labels, lengths, *(() if make is teacher else (out.features + 1,)))
-    assert {backend for _, backend in served} == {"reference"}, served
 
 
 # Which backend serves

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
 from avadclip_fast.engine.recipe import Recipe
-from avadclip_fast.engine.train import PROFILED, fit, noisy, spread, teacher_features, train_step, trim
+from avadclip_fast.engine.train import PROFILED, add_noise, feature_std, fit, teacher_features, train_step, trim
 from avadclip_fast.models import avadclip
 from avadclip_fast.ops._dispatch import use_backend
 
@@ -43,7 +43,7 @@ class NoReads(TorchDispatchMode):
 def test_the_host_reads_nothing_in_a_step(kind, padding, backend, monkeypatch):
     monkeypatch.setattr(avadclip, "pays", lambda x: False)  # as it is on a GPU: lengths are a processor's to look at
     data, guide = features(8), teacher().eval().requires_grad_(False)
-    scale, index = spread(data), torch.arange(8)
+    scale, index = feature_std(data), torch.arange(8)
     lengths = data.valid()
     if kind == "teacher":
         model = AVadCLIP(CLASSES, **SMALL, padding=padding)
@@ -57,7 +57,7 @@ def test_the_host_reads_nothing_in_a_step(kind, padding, backend, monkeypatch):
             with NoReads():
                 batch = trim(data.stored(index), model, guide, longest=longest).float()
                 known = teacher_features(guide, batch) if kind == "distilled" else None
-                losses, _ = train_step(model.train(), optimizer, noisy(batch, scale), known, RECIPE)
+                losses, _ = train_step(model.train(), optimizer, add_noise(batch, scale), known, RECIPE)
                 sums = {name: sums.get(name, 0) + loss.detach().double() * 8 for name, loss in losses.items()}
     assert all(total.item() == total.item() for total in sums.values())
 

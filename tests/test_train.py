@@ -25,10 +25,10 @@ from avadclip_fast.engine.train import (
     HISTORY,
     MODEL,
     STATE,
+    add_noise,
+    feature_std,
     fit,
     float32_products,
-    noisy,
-    spread,
     teacher_features,
     trim,
 )
@@ -216,12 +216,12 @@ def test_bfloat16_follows_float32(tmp_path):
 
 def test_noise_is_of_the_training_rows_spread_and_spares_sound_and_padding():
     data = features(40)
-    scale = spread(data)
+    scale = feature_std(data)
     valid = torch.arange(16) < data.lengths[:, None]
     torch.testing.assert_close(scale, data.visual[valid].std(0, unbiased=False), rtol=1e-5, atol=1e-6)
     batch = data.batch(torch.arange(40))
     torch.manual_seed(0)
-    drawn = noisy(batch, scale)
+    drawn = add_noise(batch, scale)
     moved = (drawn.visual - batch.visual) / scale
     assert torch.equal(drawn.visual[~valid], batch.visual[~valid]) and drawn.audio is batch.audio
     assert abs(moved[valid].mean()) < 0.05 and abs(moved[valid].std() - 1) < 0.05  # of some 10,000 numbers
@@ -242,6 +242,37 @@ def test_a_precision_that_is_not_to_be_had(tmp_path, monkeypatch):
         Recipe(precision="fp8")
     with pytest.raises(RecipeError, match="tf32 needs a GPU, or a processor with tile units"):
         fit(teacher(), features(), dataclasses.replace(RECIPE, precision="tf32"), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"select": "best"}, {"epochs": 0}, {"batch_size": 0}, {"checkpoint_every": 0}, {"precision": "fp8"}]
+)
+def test_a_recipe_that_cannot_be_followed(wrong):
+    (name,) = wrong
+    with pytest.raises(RecipeError, match=f"^{name} must be .*; got"):
+        Recipe(**wrong)
+
+
+@pytest.mark.parametrize("make", [AVadCLIP, functools.partial(AVadCLIPStudent, modality="audio")])
+def test_a_model_that_hears_needs_sound(make, tmp_path):
+    """A teacher takes no sound for silence, and would be trained on it."""
+    deaf = dataclasses.replace(features(), audio=None)
+    with pytest.raises(RecipeError, match="takes sound, and the set has none"):
+        fit(make(CLASSES, **SMALL), deaf, RECIPE, tmp_path, progress=False)
+    with pytest.raises(ValueError, match="'audio'"):
+        make(CLASSES, standardize=["audio"], **SMALL).fit_inputs(deaf.batches())
+
+
+def test_only_students_are_distilled(tmp_path):
+    with pytest.raises(RecipeError, match="a teacher distils a student"):
+        fit(teacher(), features(), RECIPE, tmp_path, teacher=teacher(1), progress=False)
+
+
+def test_a_set_is_known_by_every_bit():
+    one = features()
+    for name in ("visual", "audio", "labels"):
+        other = dataclasses.replace(one, **{name: getattr(one, name).flip(-1)})  # of the same sums
+        assert other.fingerprint() != one.fingerprint() == features().fingerprint()
 
 
 def test_float32_is_float32_also_to_cudnn():

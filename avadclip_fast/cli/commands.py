@@ -13,15 +13,16 @@ from typer import Argument, Option
 from .. import data
 from ..data import DataError
 from ..data.atomic import atomic_write
+from ..data.packed import PACKED
 from ..device import device_of
 from ..engine import distributed, report
 from ..engine.calibrate import Calibration
 from ..engine.evaluate import WIDEST, at_threshold, evaluate, load_model, score_rows
-from ..engine.metrics import format_table, positive_frames
+from ..engine.metrics import format_table
 from ..engine.missing import format_missing, missing_sound
 from ..engine.plots import reliability_plot
 from ..engine.recipe import ROBUST, ROBUST_HEARER, Recipe
-from ..engine.train import fit
+from ..engine.run import train_on_list
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 
 app = typer.Typer(
@@ -69,9 +70,6 @@ class RecipeName(StrEnum):
 class Modality(StrEnum):
     visual = "visual"
     audio = "audio"
-
-
-PACKED = ".safetensors"
 
 
 def _joined(numbers) -> str:
@@ -246,16 +244,20 @@ def train(
         recipe, seen, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
     )  # fmt: skip
-    test, held = (test_list, gt, frames, root), (held_out, held_out_list)
-    how = {"profile": profile, "graph": graph, "resume": resume}
+    files: dict[str, Any] = {"root": root, "held_out": held_out, "held_out_list": held_out_list}
+    files |= {"test_list": test_list, "gt": gt, "frames_per_snippet": frames}
+    how: dict[str, Any] = {"device": device_of(device), "progress": not quiet}
+    how |= {"profile": profile, "graph": graph, "resume": resume}
     model: AVadCLIP | AVadCLIPStudent
-    with distributed.joined(device_of(device)):
+    with distributed.joined(how["device"]):
         with distributed.main_first():  # it fetches the text weights
             if student:
                 model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape)
             else:
                 model = AVadCLIP(list(codes.values()), fusion=fusion, **shape)
-        _fit(model, None, settings, list_, root, codes, held, test, output, device, quiet, **how)
+        folder = train_on_list(model, settings, list_, output, codes, **files, **how)
+        if distributed.is_main():
+            typer.echo(f"model: {folder}")
 
 
 @app.command()
@@ -317,10 +319,14 @@ def distill(
         temporal_lr=temporal_lr, noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every,
         precision=precision, distill_weight=distill_weight,
     )  # fmt: skip
-    test, held = (test_list, gt, frames, root), (held_out, held_out_list)
-    how = {"profile": profile, "graph": graph, "resume": resume}
+    files: dict[str, Any] = {"root": root, "held_out": held_out, "held_out_list": held_out_list}
+    files |= {"test_list": test_list, "gt": gt, "frames_per_snippet": frames}
+    how: dict[str, Any] = {"device": device_of(device), "progress": not quiet}
+    how |= {"profile": profile, "graph": graph, "resume": resume}
     with distributed.joined(device_of(device)):
-        _fit(model, known, settings, list_, root, codes, held, test, output, device, quiet, **how)
+        folder = train_on_list(model, settings, list_, output, codes, teacher=known, **files, **how)
+        if distributed.is_main():
+            typer.echo(f"model: {folder}")
 
 
 @app.command("eval")
@@ -510,77 +516,6 @@ def convert(
 def env() -> None:
     """Show versions, devices, and which backend serves each op, and why."""
     typer.echo(report.environment())
-
-
-def _fit(model, teacher, recipe, list_, root, codes, held_out, test, output, device, quiet, **how) -> None:
-    """Reads the lists before anything long begins, trains, and says where the model lies."""
-    quiet = quiet or not distributed.is_main()
-    wants_audio = "audio" in model.streams() or teacher is not None
-    moves = model.motion or (teacher is not None and teacher.motion)
-    features, rows = _training_set(list_, root, codes, model, wants_audio, moves, quiet)
-    share, separate = held_out
-    held = None
-    if separate is not None:
-        held, others = _training_set(separate, root, codes, model, wants_audio, moves, quiet)
-        names = [{os.path.abspath(data.video_of(row)) for row in part} for part in (rows, others)]
-        if both := set.intersection(*names):
-            raise DataError(f"{separate}: {min(both)} is in {list_} too, and not held out; remove it from one of them")
-    elif recipe.select == "val":
-        kept, out = data.split(rows, share, recipe.seed, codes)
-        if not kept or not out:
-            raise DataError(f"{list_}: too few videos to hold out {share:g} of them; use --select last")
-        at = {row: i for i, row in enumerate(rows)}
-        held, features = (features.subset(torch.tensor([at[row] for row in part])) for part in (out, kept))
-    test_ap = None
-    test_list, gt, frames, test_root = test
-    if recipe.select == "test":
-        test_ap = _test_ap(test_list, gt, frames, test_root, model, device_of(device))
-    elif test_list is not None or gt is not None:
-        raise DataError("--test-list and --gt are for --select test; `eval` scores a test list")
-    model.fit_inputs(features.batches())
-    fit(
-        model,
-        features,
-        recipe,
-        output,
-        teacher=teacher,
-        held_out=held,
-        test_ap=test_ap,
-        device=device_of(device),
-        progress=not quiet,
-        **how,
-    )
-    if distributed.is_main():
-        typer.echo(f"model: {output / 'model'}")
-
-
-def _training_set(list_: Path, root, codes, model, audio: bool, motion: bool, quiet: bool):
-    """The features of a list, or of the file that `pack` made of it, and their rows."""
-    length = model.temporal.positions.num_embeddings
-    if list_.suffix == PACKED:
-        return data.FeatureSet.open(list_, codes, length, model.width, audio, motion)
-    rows = data.read_list(list_, root, audio=audio)
-    progress = None if quiet else report.bar("reading features", "file")
-    return data.FeatureSet.load(rows, codes, length, model.width, audio, motion, progress=progress), rows
-
-
-def _test_ap(list_: Path | None, gt: Path | None, frames: int, root: Path | None, model, device):
-    if list_ is None or gt is None:
-        raise DataError("--select test needs --test-list and --gt")
-    hears = "audio" in model.streams()
-    rows, truth = data.read_list(list_, root, audio=hears), data.read_frame_gt(gt)
-    try:
-        positive = positive_frames(truth, sum(data.snippet_count(row.visual, model.width) for row in rows), frames)
-    except ValueError as error:
-        raise DataError(f"{gt}: {error}") from error
-    if not 0 < positive.sum() < len(truth):
-        raise DataError(f"{gt}: the frames are all of one kind, of which there is no AP to select by")
-
-    def ap(model) -> float:
-        scores = score_rows(model, rows, device, audio=hears, progress=False)
-        return evaluate(scores, truth, model.classes, frames)["align"]["ap"]
-
-    return ap
 
 
 def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[str, str], int, float]:

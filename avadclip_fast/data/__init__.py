@@ -2,7 +2,7 @@
 
 from .atomic import atomic_write
 from .check import check_list
-from .dataset import Batch, FeatureSet, TestVideo, batches, epoch_order, pack, test_videos
+from .dataset import Batch, FeatureSet, TestVideo, epoch_order, pack, test_videos
 from .errors import DataError, LabelError
 from .features import chunk, load_features, pool, snippet_count, with_motion, write_features
 from .ground_truth import (
@@ -33,7 +33,6 @@ __all__ = [
     "Span",
     "TestVideo",
     "atomic_write",
-    "batches",
     "check_list",
     "check_packed",
     "chunk",

@@ -162,7 +162,7 @@ class FeatureSet:
         return (self.batch(index) for index in torch.arange(len(self)).split(size))
 
     def fingerprint(self) -> str:
-        """Of what the set holds, in order: of a packed file by its checksum, else by the sums of every row."""
+        """Of what the set holds, in order and to the bit; of a packed file by its checksum."""
         digest = hashlib.sha256()
         if self.checksum is not None:
             index = torch.arange(len(self)) if self.index is None else self.index.cpu()
@@ -172,9 +172,7 @@ class FeatureSet:
         for batch in self.batches():
             for x in batch:
                 if x is not None:
-                    digest.update(
-                        x.double().flatten(1).sum(1).numpy().tobytes() if x.ndim == 3 else x.numpy().tobytes()
-                    )
+                    digest.update(x.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def to(self, device: str | torch.device) -> "FeatureSet":
@@ -237,18 +235,10 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([seed % 2**64, epoch]).permutation(count))
 
 
-def batches(order: Tensor, size: int, drop_last: bool = False) -> Iterator[Tensor]:
-    """Cuts an order into index tensors of `size`; the last may be shorter, or is dropped."""
-    for index in order.split(size):
-        if len(index) == size or not drop_last:
-            yield index
-
-
 class TestVideo(NamedTuple):
     """A video of n snippets in K chunks of T, each to be scored on its own."""
 
     name: str  # of the visual file, without its suffix
-    label: str
     visual: np.ndarray  # (K, T, D) float32; (K, T, 2 D) with motion
     audio: np.ndarray | None  # (K, T, D) float32
     lengths: np.ndarray  # (K,) int64, valid rows of each chunk
@@ -263,7 +253,7 @@ def test_videos(
         visual, heard = load_row(row, width, audio, motion)
         chunks, lengths = chunk(visual, length)
         yield TestVideo(
-            row.visual.stem, row.label, chunks, None if heard is None else chunk(heard, length)[0], lengths, len(visual)
+            row.visual.stem, chunks, None if heard is None else chunk(heard, length)[0], lengths, len(visual)
         )
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 
+from .. import ops
 from .atomic import atomic_write
 from .errors import DataError
 from .npy import bytes_left, read_header
@@ -107,15 +109,7 @@ def pool(features: np.ndarray, length: int) -> tuple[np.ndarray, int]:
     n = len(features)
     if n <= length:
         return _padded(features, length), n
-    bounds = np.linspace(0, n, length + 1, dtype=int)
-    first, counts = bounds[:-1], np.maximum(np.diff(bounds), 1)
-    # All ranges advance together, a row at a time: numpy.mean's additions in its order, so its very bits, and several
-    # times faster than a loop over ranges at the usual few rows each (numpy.add.reduceat was slower than that loop).
-    sums = features[first]
-    for step in range(1, counts.max()):
-        inside = counts > step
-        sums[inside] += features[first[inside] + step]
-    return sums / counts[:, None].astype(np.float32), length
+    return ops.uniform_pool(torch.from_numpy(features), torch.tensor([n]), length)[0].numpy(), length
 
 
 def chunk(features: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from .atomic import atomic_write
 from .errors import DataError
 
+PACKED = ".safetensors"  # how the name of such a file ends
 _NAMES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 _PLAIN = "0" * 64  # stands in the header for the checksum, until that is known
 _READ = 1 << 24  # bytes at a time

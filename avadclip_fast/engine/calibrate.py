@@ -105,19 +105,18 @@ def best_threshold(scores: np.ndarray, abnormal: np.ndarray) -> float:
     return float(cuts[best[len(best) // 2]])
 
 
-def reliability(scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None = None) -> dict:
+def reliability(scores: np.ndarray, positive: np.ndarray) -> dict:
     """How often what is scored s is positive: by ten bins of equal width, and the expected calibration error.
 
-    scores (n,) in 0..1, positive (n,) in 0..1 (the share of it that is), weights (n,).
-    Returns {"ece": mean |score - share positive|, "bins": [[mean score, share positive, share of all weight]]}.
+    scores (n,) in 0..1, positive (n,) in 0..1 (the share of it that is).
+    Returns {"ece": mean |score - share positive|, "bins": [[mean score, share positive, share of all]]}.
     """
-    weights = np.ones(len(scores)) if weights is None else weights
     at = np.minimum((scores * BINS).astype(int), BINS - 1)
-    mass = np.bincount(at, weights, BINS)
-    used = mass > 0
-    score = np.bincount(at, weights * scores, BINS)[used] / mass[used]
-    share = np.bincount(at, weights * positive, BINS)[used] / mass[used]
-    mass = mass[used] / mass.sum()
+    count = np.bincount(at, minlength=BINS)
+    used = count > 0
+    score = np.bincount(at, scores, BINS)[used] / count[used]
+    share = np.bincount(at, positive, BINS)[used] / count[used]
+    mass = count[used] / len(scores)
     return {
         "ece": float((mass * np.abs(score - share)).sum()),
         "bins": np.stack([score, share, mass], 1).tolist(),
@@ -132,7 +131,7 @@ def held_out_logits(model: Detector, data: FeatureSet, batch_size: int, device) 
     logits: dict[str, list[np.ndarray]] = {name: [] for name in HEADS}
     for index in torch.arange(len(data)).split(batch_size):
         batch = data.batch(index).to(device)
-        out = model(*(getattr(batch, s) for s in model.streams()), batch.lengths, text_features=text)
+        out = model.infer(*model.inputs(batch), lengths=batch.lengths, text_features=text)
         for name, x in zip(HEADS, (out.class_logits, out.anomaly_logits), strict=True):
             rows = x.float().cpu().numpy()
             logits[name] += [row[:n] for row, n in zip(rows, batch.lengths.tolist(), strict=True)]

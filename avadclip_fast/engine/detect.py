@@ -218,7 +218,7 @@ def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: 
             seen = with_motion(visual, here.start, here.stop) if model.motion else visual[here]
             chunks, lengths = chunk(seen, full // PACKED_CHUNKS)
             heard = None if audio is None else chunk(audio[here], full // PACKED_CHUNKS)[0]
-            yield TestVideo("", "", chunks, heard, lengths, len(seen))
+            yield TestVideo("", chunks, heard, lengths, len(seen))
 
     found = list(stream_scores(model, parts(), device, silent=audio is None, calibration=calibration, text=text))
     return VideoScores(

@@ -21,6 +21,7 @@ from ..data import TestVideo
 from ..data.atomic import atomic_write
 from ..models.avadclip import Detector
 from ..models.checkpoints import CheckpointError
+from ..ops import use_backend
 from .calibrate import Calibration
 from .evaluate import VideoScores, stream_scores
 
@@ -67,9 +68,6 @@ class Scores(nn.Module):
         self.model = copy.deepcopy(model)
         del self.model.text  # a constant now; four fifths of the weights
         self.requires_grad_(False)
-        for part in self.model.modules():
-            if "backend" in vars(part):  # operators of the others are known where this library is, and only there
-                vars(part)["backend"] = "reference"
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *streams, lengths = inputs
@@ -161,7 +159,7 @@ def trace(model: Detector, calibration: Calibration | None = None) -> ExportedPr
     scores = Scores(model, calibration).eval()
     lengths = torch.full((2,), scores.length)
     inputs = (*(torch.zeros(2, scores.length, model.width_of(stream)) for stream in model.streams()), lengths)
-    with torch.no_grad():
+    with torch.no_grad(), use_backend("reference"):  # other operators are known only where this library is
         return torch.export.export(scores, inputs, dynamic_shapes=_free(model))
 
 
@@ -293,7 +291,7 @@ def _draw(model: Detector, calibration: Calibration, n: int, generator) -> tuple
             for x in streams:
                 scenes = generator.standard_normal((4, x.shape[2]))[np.arange(n) * 4 // n]  # [n, D]
                 x[0, :n] = scenes + unlike * generator.standard_normal((n, x.shape[2]))
-            video = TestVideo("", "", streams[0], streams[1], np.array([n]), n)
+            video = TestVideo("", streams[0], streams[1], np.array([n]), n)
             (scores,) = stream_scores(model, [video], calibration=calibration)
             drawn.append((margin, video, scores))
     finally:

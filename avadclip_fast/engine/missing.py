@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data import DataError
+from .calibrate import HEADS
 from .evaluate import VideoScores, evaluate
 
 CHOICES = ("teacher", "student", "automatic")
-BRANCHES = ("align", "binary")
 
 
 def mute(videos: int, percent: float, seed: int) -> np.ndarray:
@@ -48,8 +48,8 @@ def missing_sound(
         record: dict = {"missing": percent}
         for name, scores in parts.items():
             result = evaluate(scores, truth, classes, frames_per_snippet)
-            record[name] = {branch: result[branch]["ap"] for branch in BRANCHES}
-        record["oracle"] = {branch: max(record[name][branch] for name in CHOICES) for branch in BRANCHES}
+            record[name] = {branch: result[branch]["ap"] for branch in HEADS}
+        record["oracle"] = {branch: max(record[name][branch] for name in CHOICES) for branch in HEADS}
         records.append(record)
     return records
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PRECISIONS = ("fp32", "tf32", "bf16")
+SELECT = ("last", "val", "test")
 
 
 class RecipeError(ValueError):
@@ -31,8 +32,12 @@ class Recipe:
     noise: float = 0.0  # added to sight, in standard deviations of the training rows
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise RecipeError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+        for name, known in (("precision", PRECISIONS), ("select", SELECT)):
+            if getattr(self, name) not in known:
+                raise RecipeError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name in ("epochs", "batch_size", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1; got {getattr(self, name)!r}")
 
     def lr_at(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 0."""

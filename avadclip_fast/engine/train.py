@@ -21,6 +21,7 @@ from ..data.atomic import atomic_write, remove_left
 from ..data.packed import Field, open_packed, write_packed
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
+from ..models.encoder import moments
 from ..ops._linear_act_amx import HAS_AMX
 from ..profiling import span, trace
 from ..reference._numerics import valid_mask, zero_padding
@@ -41,17 +42,12 @@ PROFILED = 10  # steps in a trace, after a few that warm up
 _log = logging.getLogger("avadclip_fast")
 
 
-def spread(data: FeatureSet) -> Tensor:
+def feature_std(data: FeatureSet) -> Tensor:
     """The standard deviation (D,) of each dimension of sight, over the valid rows of a set."""
-    rows, sums = 0, torch.zeros(())
-    for batch in data.batches():
-        x = batch.visual.double()
-        rows, sums = rows + int(batch.lengths.sum()), sums + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
-    mean, square = sums / rows
-    return (square - mean**2).clamp_min(0).sqrt().float()
+    return moments(data.batches(), ["visual"])["visual"][1].float()
 
 
-def noisy(batch: Batch, scale: Tensor, count: int | None = None, where: slice = slice(None)) -> Batch:
+def add_noise(batch: Batch, scale: Tensor, count: int | None = None, where: slice = slice(None)) -> Batch:
     """With Gaussian noise of `scale` (D,) on every row of sight; padded rows stay as they are.
 
     count, where: the batch is this part of one of `count` samples, and gets the noise that it would have there.
@@ -61,11 +57,6 @@ def noisy(batch: Batch, scale: Tensor, count: int | None = None, where: slice = 
     return batch._replace(
         visual=torch.where(valid_mask(batch.lengths, rows)[..., None], batch.visual + scale * noise, batch.visual)
     )
-
-
-def inputs(model: AVadCLIP | AVadCLIPStudent, batch: Batch) -> tuple[Tensor, ...]:
-    """The streams of a batch that a model takes."""
-    return tuple(getattr(batch, stream) for stream in model.streams())
 
 
 def trim(batch: Batch, *models: Detector, longest: int | None = None) -> Batch:
@@ -149,9 +140,15 @@ def fit(
             for left in (folder, folder / MODEL):
                 remove_left(left)
     for one in (model, teacher):
-        if one is not None and "visual" in one.streams() and data.visual.shape[2] != one.width_of("visual"):
+        if one is None:
+            continue
+        if "audio" in one.streams() and data.audio is None:
+            raise RecipeError(f"{type(one).__name__} takes sound, and the set has none: load it with audio=True")
+        if "visual" in one.streams() and data.visual.shape[2] != one.width_of("visual"):
             wanted = f"{one.width_of('visual')}, {'with' if one.motion else 'without'} motion"
             raise RecipeError(f"sight has {data.visual.shape[2]} numbers a row; the model takes {wanted}")
+    if teacher is not None and not isinstance(model, AVadCLIPStudent):
+        raise RecipeError(f"a teacher distils a student; the model is an {type(model).__name__}")
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
         raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
     reason = refusal(device)
@@ -164,7 +161,7 @@ def fit(
         teacher.to(device).eval().requires_grad_(False)
         distributed.share_weights(teacher)
     optimizer = adamw(model, recipe, device, graph)
-    noise = recipe.noise * spread(data).to(device) if recipe.noise else None
+    noise = recipe.noise * feature_std(data).to(device) if recipe.noise else None
     run = _settings(model, teacher, data, held_out, recipe)
     info: dict = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
     state = folder / STATE
@@ -281,7 +278,7 @@ def train_step(
     weights = recipe.distill_weight * rows, recipe.text_weight
     with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         with span("forward"):
-            out = model(*inputs(model, batch), batch.lengths)
+            out = model(*model.inputs(batch), batch.lengths)
         with span("losses"):
             losses = objective(model, out, batch.labels, batch.lengths, known, *weights)
     with span("backward"):
@@ -422,7 +419,7 @@ class _Loop:
         batch, known = self._batch(given)
         part = distributed.part(self.lengths[index])
         if self.noise is not None:
-            batch = noisy(batch, self.noise, len(index), part.where)  # what the teacher says stays of the clean one
+            batch = add_noise(batch, self.noise, len(index), part.where)  # what the teacher says stays of the clean one
         if distributed.rank():
             torch.manual_seed(seed + 7_000_003 * distributed.rank())  # each process drops out on its own
         ask = self.request.number is not None
@@ -433,7 +430,7 @@ class _Loop:
         """What a graph holds of `_step`: all that the device does."""
         batch, known = self._batch(given)
         if self.noise is not None:
-            batch = noisy(batch, self.noise)
+            batch = add_noise(batch, self.noise)
         return self._stacked(train_step(self.model, self.optimizer, batch, known, self.recipe)[0])
 
     def _stacked(self, losses: dict[str, Tensor]) -> Tensor:
@@ -485,9 +482,8 @@ def validation_loss(model, data: FeatureSet, batch_size: int, device) -> float:
     for index in torch.arange(len(data)).split(batch_size):
         part = distributed.part(lengths[index])
         batch = trim(data.batch(index[part.where]), model).to(device)
-        losses = objective(
-            model, model(*inputs(model, batch), batch.lengths, text_features=text), batch.labels, batch.lengths
-        )
+        out = model.infer(*model.inputs(batch), lengths=batch.lengths, text_features=text)
+        losses = objective(model, out, batch.labels, batch.lengths)
         total += (losses["mil"] + losses["align"]).item() * (part.samples * len(index))
     return distributed.total(torch.tensor(total, dtype=torch.float64)).item() / len(data)
 
@@ -554,7 +550,7 @@ def _teacher_features(
 
 def _settings(model, teacher, data: FeatureSet, held_out: FeatureSet | None, recipe: Recipe) -> dict[str, Any]:
     """What must be the same for a run to be gone on with, by the names that are told where it is not."""
-    shape = {k: v for k, v in model.settings().items() if k not in ("text_weights", "class_tokens", "backend")}
+    shape = {k: v for k, v in model.settings().items() if k not in ("text_weights", "class_tokens")}
     settings = {
         "recipe": asdict(recipe),
         "model": shape,

@@ -51,7 +51,7 @@ def find_sources(
 
     Returns (sources, failures): what cannot be read is told beside the rest. label: of those that neither a list nor
     their name gives one. root: where a list's relative paths start, and what they must not lead out of; the list's
-    folder by default. Raises DataError where two videos have one name.
+    folder by default. Raises DataError where two videos have one name, or one video two labels.
     """
     sources: list[Source] = []
     failures: list[dict] = []
@@ -62,20 +62,24 @@ def find_sources(
             sources += _inside(item, label, failures)
         else:
             sources.append(_source(item, item.stem, "", label))
-    names: dict[str, Path] = {}
-    for source in sources.copy():
+    found: dict[str, Source] = {}
+    for source in sources:
         if not _is_text(source.name):
             shown = os.fsencode(source.path).decode(errors="backslashreplace")
             reason = f"{shown}: its name is not UTF-8, as lists and events are written; rename it"
             failures.append({"source": shown, "reason": reason})
-            sources.remove(source)
             continue
-        other = names.setdefault(source.name, source.path)
-        if other != source.path:
+        other = found.setdefault(source.name, source)
+        if os.path.abspath(other.path) != os.path.abspath(source.path):
             raise DataError(
-                f"{source.path} and {other} would both be called {source.name}: rename one, or give their common folder"
+                f"{source.path} and {other.path} would both be called {source.name}: "
+                "rename one, or give their common folder"
             )
-    return sorted(set(sources), key=lambda source: source.name), failures
+        if other.label != source.label:  # of one video, given twice: whichever says more
+            if other.label and source.label:
+                raise DataError(f"{source.path} is given twice, labelled {other.label} and {source.label}")
+            found[source.name] = max(other, source, key=lambda one: one.label)
+    return sorted(found.values(), key=lambda source: source.name), failures
 
 
 def _inside(folder: Path, label: str, failures: list[dict]) -> Iterable[Source]:

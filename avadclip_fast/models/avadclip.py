@@ -19,7 +19,7 @@ from ..modules import (
 )
 from ..modules.linear_act import binary_head
 from .checkpoints import Checkpointed
-from .encoder import Standardize, TemporalEncoder
+from .encoder import Standardize, TemporalEncoder, moments
 from .groups import by_length, pays
 from .streams import aside
 from .text import TextEncoder, tokenize
@@ -56,7 +56,6 @@ class Detector(Checkpointed):
         text_layers: int,
         text_weights: str | None,
         class_tokens: list[list[int]] | None,
-        backend: str | None,
     ):
         super().__init__()
         classes = [classes] if isinstance(classes, str) else list(classes)
@@ -74,13 +73,13 @@ class Detector(Checkpointed):
             )
         self.motion, self.width = motion, width
         self.standardize = nn.ModuleDict({stream: Standardize(self.width_of(stream)) for stream in standardize})
-        self.temporal = TemporalEncoder(width, length, window, layers, heads, padding, backend)
-        self.mlp2 = MLP(width, backend=backend)
+        self.temporal = TemporalEncoder(width, length, window, layers, heads, padding)
+        self.mlp2 = MLP(width)
         self.classifier = nn.Linear(width, 1)
-        self.prompt = AVPrompt(width, prompt, backend=backend)
-        self.text = TextEncoder(tokens, width, text_width, text_layers, backend)
-        self.mil_loss = MILLoss(backend=backend)
-        self.align_loss = MILAlignLoss(len(classes), backend=backend)
+        self.prompt = AVPrompt(width, prompt)
+        self.text = TextEncoder(tokens, width, text_width, text_layers)
+        self.mil_loss = MILLoss()
+        self.align_loss = MILAlignLoss(len(classes))
         if text_weights is not None:
             self.text.load(text_weights)
         self.remember(class_tokens=self.text.tokens)  # so that a saved model needs no tokenizer
@@ -93,6 +92,10 @@ class Detector(Checkpointed):
         """The streams that the model takes, in the order of `forward`'s arguments."""
         raise NotImplementedError
 
+    def inputs(self, batch: Any) -> tuple[Tensor, ...]:
+        """The streams of a batch, or of anything with `visual` and `audio`, that `forward` takes."""
+        return tuple(getattr(batch, stream) for stream in self.streams())
+
     def width_of(self, stream: str) -> int:
         """The last dimension of a stream as `forward` takes it: of sight with its motion, twice the model's."""
         return 2 * self.width if stream == "visual" and self.motion else self.width
@@ -100,20 +103,12 @@ class Detector(Checkpointed):
     def fit_inputs(self, batches: Iterable) -> None:
         """Takes the statistics of a training set for `standardize`, in one pass; without it nothing is read.
 
-        batches: with `lengths` (B,) and the model's streams `visual`, `audio` (B, T, D), zero past each length: what
-        `FeatureSet.batches()` gives.
+        batches: as for `moments`, what `FeatureSet.batches()` gives. Raises ValueError where they lack a stream.
         """
         if not self.standardize:
             return
-        rows, sums = 0, {stream: torch.zeros(()) for stream in self.standardize}
-        for batch in batches:
-            rows += int(batch.lengths.sum())
-            for stream in self.standardize:
-                x = getattr(batch, stream).double()
-                sums[stream] = sums[stream] + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
-        for stream, scale in self.standardize.items():
-            total, squares = sums[stream]
-            cast(Standardize, scale).fit(total, squares, rows)
+        for stream, (mean, std) in moments(batches, self.standardize).items():
+            cast(Standardize, self.standardize[stream]).fit(mean, std)
 
     def _input(self, stream: str, x: Tensor, lengths: Tensor | None) -> Tensor:
         moves = stream == "visual" and self.motion
@@ -166,7 +161,7 @@ class AVadCLIP(Detector):
     standardize: streams to bring to mean 0 and variance 1 first, by the statistics that `fit_inputs` takes.
     motion: visual is (B, T, 2 D), sight and its motion as `data.with_motion` gives them; their sum is what is seen.
     text_weights: "openai", "random", a path, or None to leave the text side unset; text_width, text_layers: its size.
-    class_tokens: the names' CLIP codes, where open_clip is absent. backend: forces one for every op.
+    class_tokens: the names' CLIP codes, where open_clip is absent. `use_backend` forces a backend.
     Raises ValueError on settings that do not fit, TextWeightsError where the text weights cannot be had.
     """
 
@@ -188,14 +183,13 @@ class AVadCLIP(Detector):
         text_layers: int = 12,
         text_weights: str | None = "openai",
         class_tokens: list[list[int]] | None = None,
-        backend: str | None = None,
     ):
         super().__init__(
             classes, window, layers, length, width, heads, padding, prompt, standardize, motion,
-            text_width, text_layers, text_weights, class_tokens, backend,
+            text_width, text_layers, text_weights, class_tokens,
         )  # fmt: skip
-        self.audio = TemporalConvNet(width, dropout=dropout, backend=backend)
-        self.fusion = AVFusion(width, fusion, backend=backend)
+        self.audio = TemporalConvNet(width, dropout=dropout)
+        self.fusion = AVFusion(width, fusion)
 
     def streams(self) -> tuple[str, ...]:
         return "visual", "audio"
@@ -250,17 +244,16 @@ class AVadCLIPStudent(Detector):
         text_layers: int = 12,
         text_weights: str | None = "openai",
         class_tokens: list[list[int]] | None = None,
-        backend: str | None = None,
     ):
         if modality not in ("visual", "audio"):
             raise ValueError(f"modality must be 'visual' or 'audio', got {modality!r}")
         self.modality = modality
         super().__init__(
             classes, window, layers, length, width, heads, padding, prompt, standardize, motion,
-            text_width, text_layers, text_weights, class_tokens, backend,
+            text_width, text_layers, text_weights, class_tokens,
         )  # fmt: skip
-        self.uncertainty = UncertaintyHead(width, backend=backend)
-        self.distill_loss = UncertaintyDistillationLoss(backend=backend)
+        self.uncertainty = UncertaintyHead(width)
+        self.distill_loss = UncertaintyDistillationLoss()
 
     def streams(self) -> tuple[str, ...]:
         return (self.modality,)

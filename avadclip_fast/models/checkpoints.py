@@ -1,6 +1,7 @@
 """Checkpoints: the official .pth of teacher and student, and our own folder of safetensors + config.json."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any, Self, cast
@@ -36,7 +37,10 @@ NAMES = {
 # The audio TCN lists each convolution twice: as conv1, conv2 and inside `net`.
 ALIASES = {"net.0.": "conv1.", "net.4.": "conv2."}
 IMAGE_TOWER = "clipmodel.visual."
+HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "resume_download")
 OFFICIAL = {"modality": "visual", "fusion": "gated", "prompt": "official"}  # all that the official code computes
+
+_log = logging.getLogger("avadclip_fast")
 
 
 class CheckpointError(RuntimeError):
@@ -89,7 +93,7 @@ def official_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict under the official names, the TCN's aliases included."""
     official = {}
     for name, tensor in state.items():
-        prefix, own = next((p, o) for p, o in NAMES.items() if name.startswith(o) and not _longer(name, o))
+        prefix, own = max(((p, o) for p, o in NAMES.items() if name.startswith(o)), key=lambda names: len(names[1]))
         name = prefix + name[len(own) :]
         official[name] = tensor
         if prefix == "temporalconvnet.":
@@ -97,10 +101,6 @@ def official_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 if f".{conv}" in name:
                     official[name.replace(conv, alias)] = tensor
     return official
-
-
-def _longer(name: str, prefix: str) -> bool:
-    return any(len(o) > len(prefix) and name.startswith(o) for o in NAMES.values())
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
@@ -167,7 +167,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **settings: Any) -> Self:
         from safetensors import SafetensorError, safe_open
 
-        hub = {k: settings.pop(k) for k in ("revision", "cache_dir", "force_download", "local_files_only", "token")}
+        hub = {name: settings.pop(name) for name in HUB if name in settings}
         folder = Path(model_id)
         path = folder / WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **hub))
         try:
@@ -223,6 +223,12 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
                     f"the model's {name} is {settings[name]!r}; the official code knows {only!r} alone, and would "
                     "compute something else with these weights"
                 )
+        if settings["padding"] != "official":
+            _log.warning(
+                "%s: the official code lets padding reach the snippets of videos that do not fill its %d rows; their "
+                "scores will differ from those of this model, whose padding is %r",
+                path, settings["length"], settings["padding"],
+            )  # fmt: skip
         state = official_state({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()})
         if image_tower is not None:
             from .text import read_weights

@@ -1,5 +1,7 @@
 """The temporal encoder that teacher and student share: window attention, then graphs."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,12 +13,12 @@ from ..reference._numerics import zero_padding
 class ResidualAttentionBlock(nn.Module):
     """x = x + attn(LN1(x)); x = x + mlp(LN2(x)): a pre-norm block with attention inside windows."""
 
-    def __init__(self, dim: int, window: int, heads: int, backend: str | None):
+    def __init__(self, dim: int, window: int, heads: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, window, heads, backend)
+        self.attn = WindowAttention(dim, window, heads)
         self.ln_2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, backend=backend)
+        self.mlp = MLP(dim)
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         x = self.attn(x, residual=x, norm=self.ln_1, lengths=lengths)
@@ -39,15 +41,34 @@ class Standardize(nn.Module):
         self.register_buffer("std", torch.ones(dim))
 
     @torch.no_grad()
-    def fit(self, sums: Tensor, squares: Tensor, rows: int) -> None:
-        """Takes the statistics of `rows` rows: their sums and sums of squares (D,), in float64."""
-        mean = sums / rows
-        std = (squares / rows - mean**2).clamp_min(0).sqrt()
+    def fit(self, mean: Tensor, std: Tensor) -> None:
+        """Takes the statistics (D,) of a training set, as `moments` gives them."""
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-6 * std.max(), std, 1))  # a dimension that never varies stays as it is
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         return zero_padding((x - self.mean) / self.std, lengths)
+
+
+def moments(batches: Iterable, streams: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The mean and the standard deviation, (D,) float64, of every stream's valid rows, in one pass.
+
+    batches: with `lengths` (B,) and the streams (B, T, D), zero past each length: what `FeatureSet.batches()` gives.
+    Raises ValueError where they lack a stream.
+    """
+    rows, sums = 0, {stream: torch.zeros(()) for stream in streams}
+    for batch in batches:
+        rows += int(batch.lengths.sum())
+        for stream in sums:
+            if (x := getattr(batch, stream)) is None:
+                raise ValueError(f"statistics of {stream!r} are wanted, which the batches do not hold")
+            x = x.double()
+            sums[stream] = sums[stream] + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
+    found = {}
+    for stream, total in sums.items():
+        mean, square = total / rows
+        found[stream] = mean, (square - mean**2).clamp_min(0).sqrt()
+    return found
 
 
 class TemporalEncoder(nn.Module):
@@ -56,23 +77,14 @@ class TemporalEncoder(nn.Module):
     forward: x (B, T, D) with T <= length, lengths (B,) or None -> (B, T, D). Raises ValueError on other shapes.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        length: int,
-        window: int,
-        layers: int,
-        heads: int = 1,
-        padding: str = "masked",
-        backend: str | None = None,
-    ):
+    def __init__(self, dim: int, length: int, window: int, layers: int, heads: int = 1, padding: str = "masked"):
         super().__init__()
         check_padding("TemporalEncoder", padding)
         self.padding = padding
         self.positions = nn.Embedding(length, dim)
         nn.init.normal_(self.positions.weight, std=0.01)
-        self.resblocks = nn.ModuleList(ResidualAttentionBlock(dim, window, heads, backend) for _ in range(layers))
-        self.aggregator = TemporalAggregator(dim, padding, backend=backend)
+        self.resblocks = nn.ModuleList(ResidualAttentionBlock(dim, window, heads) for _ in range(layers))
+        self.aggregator = TemporalAggregator(dim, padding)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         length, width = self.positions.weight.shape

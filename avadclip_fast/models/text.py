@@ -44,18 +44,18 @@ def tokenize(names: list[str]) -> list[list[int]]:
 class TextBlock(nn.Module):
     """A pre-norm transformer block of CLIP's text tower; rows = prefix rows, then S rows a class."""
 
-    def __init__(self, width: int, heads: int, backend: str | None = None):
+    def __init__(self, width: int, heads: int):
         super().__init__()
-        self.heads, self.backend = heads, backend
+        self.heads = heads
         self.ln_1 = nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads)  # holds the parameters under CLIP's names
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width, backend=backend)
+        self.mlp = MLP(width)
 
     def forward(self, x: Tensor, classes: int, mask: Tensor) -> Tensor:
         """x (11 + C·S, W), mask (S, 11 + S) True where a class row may look -> (11 + C·S, W)."""
-        norm, backend = (self.ln_1.weight, self.ln_1.bias), self.backend
-        qkv = ops.linear_act(x, self.attn.in_proj_weight, self.attn.in_proj_bias, norm=norm, backend=backend)
+        norm = (self.ln_1.weight, self.ln_1.bias)
+        qkv = ops.linear_act(x, self.attn.in_proj_weight, self.attn.in_proj_bias, norm=norm)
         first = self._heads(qkv[:PREFIX].unsqueeze(0))  # 3 x [1, H, 11, W/H]
         own = self._heads(qkv[PREFIX:].unflatten(0, (classes, -1)))  # 3 x [C, H, S, W/H]
         keys, values = (torch.cat([first[i].expand(classes, -1, -1, -1), own[i]], dim=2) for i in (1, 2))
@@ -64,7 +64,7 @@ class TextBlock(nn.Module):
             F.scaled_dot_product_attention(own[0], keys, values, attn_mask=mask),
         )
         mixed = torch.cat([part.transpose(1, 2).flatten(0, 1).flatten(1) for part in parts])  # [11 + C·S, W]
-        x = ops.linear_act(mixed, self.attn.out_proj.weight, self.attn.out_proj.bias, residual=x, backend=backend)
+        x = ops.linear_act(mixed, self.attn.out_proj.weight, self.attn.out_proj.bias, residual=x)
         return self.mlp(x, residual=x, norm=self.ln_2)
 
     def _heads(self, qkv: Tensor) -> list[Tensor]:
@@ -97,19 +97,11 @@ class TextEncoder(nn.Module):
     mask: Tensor  # (S, 11 + S) bool
     eos: Tensor  # (C,) int64
 
-    def __init__(
-        self,
-        tokens: list[list[int]],
-        dim: int = 512,
-        width: int = 512,
-        layers: int = 12,
-        backend: str | None = None,
-    ):
+    def __init__(self, tokens: list[list[int]], dim: int = 512, width: int = 512, layers: int = 12):
         super().__init__()
-        self.backend = backend
         self.token_embedding = nn.Embedding(VOCABULARY, width)
         self.positional_embedding = nn.Parameter(torch.zeros(CONTEXT, width))
-        self.transformer = Transformer(TextBlock(width, max(1, width // 64), backend) for _ in range(layers))
+        self.transformer = Transformer(TextBlock(width, max(1, width // 64)) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, dim))
         # Not used here: CLIP's own temperature, kept so that official checkpoints come back as they went in.
@@ -160,7 +152,7 @@ class TextEncoder(nn.Module):
             x = block(x, classes, self.mask)
         last = x[PREFIX:].unflatten(0, (classes, rows))[torch.arange(classes, device=x.device), self.eos]  # [C, W]
         norm = (self.ln_final.weight, self.ln_final.bias)
-        return ops.linear_act(last, self.text_projection.T, norm=norm, backend=self.backend)
+        return ops.linear_act(last, self.text_projection.T, norm=norm)
 
     @torch.no_grad()
     def randomize(self, seed: int = 0) -> None:

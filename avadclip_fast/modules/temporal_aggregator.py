@@ -17,16 +17,15 @@ class GraphConv(nn.Module):
     r is a 5-tap convolution over time (`residual`) where the widths differ, else the identity.
     """
 
-    def __init__(self, inputs: int, outputs: int, backend: str | None = None):
+    def __init__(self, inputs: int, outputs: int):
         super().__init__()
-        self.backend = backend
         self.weight = nn.Parameter(torch.empty(inputs, outputs))
         nn.init.xavier_uniform_(self.weight)
-        self.residual = TemporalConv(inputs, outputs, 5, backend) if inputs != outputs else None
+        self.residual = TemporalConv(inputs, outputs, 5) if inputs != outputs else None
 
     def project(self, x: Tensor) -> Tensor:
         """x W."""
-        return ops.linear_act(x, self.weight.T, backend=self.backend)
+        return ops.linear_act(x, self.weight.T)
 
 
 class TemporalAggregator(nn.Module):
@@ -44,34 +43,33 @@ class TemporalAggregator(nn.Module):
     Raises ValueError on shapes, dtypes or lengths that do not fit.
     """
 
-    def __init__(self, dim: int = 512, padding: str = "masked", threshold: float = 0.7, backend: str | None = None):
+    def __init__(self, dim: int = 512, padding: str = "masked", threshold: float = 0.7):
         super().__init__()
         check_padding("TemporalAggregator", padding)
-        self.padding, self.backend = padding, backend
+        self.padding = padding
         half = dim // 2
-        self.gc1 = GraphConv(dim, half, backend)
-        self.gc2 = GraphConv(half, half, backend)
-        self.gc3 = GraphConv(dim, half, backend)
-        self.gc4 = GraphConv(half, half, backend)
+        self.gc1 = GraphConv(dim, half)
+        self.gc2 = GraphConv(half, half)
+        self.gc3 = GraphConv(dim, half)
+        self.gc4 = GraphConv(half, half)
         # The rows of E sum to (1 + a)/(1 - a), a = exp(-1/e): features are to leave at about the scale they came in.
         decay = math.exp(-1 / math.e)
         for conv in (self.gc3, self.gc4):
             nn.init.xavier_uniform_(conv.weight, gain=(1 - decay) / (1 + decay))
-        self.simAdj = SimilarityGraph(threshold, backend)
-        self.disAdj = DistanceGraph(backend=backend)
+        self.simAdj = SimilarityGraph(threshold)
+        self.disAdj = DistanceGraph()
         self.linear = nn.Linear(2 * half, dim)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         valid = lengths if self.padding == "masked" else None
         first, third = self.gc1, self.gc3  # both read x: one product with both weights side by side, one convolution
-        projected = ops.linear_act(x, torch.cat([first.weight, third.weight], dim=1).T, backend=self.backend)
+        projected = ops.linear_act(x, torch.cat([first.weight, third.weight], dim=1).T)
         assert first.residual is not None and third.residual is not None  # their widths differ
         skipped = ops.linear_act(
             x,
             torch.cat([first.residual.weight, third.residual.weight]),
             torch.cat([first.residual.bias, third.residual.bias]),
             lengths=valid,
-            backend=self.backend,
         )
         (xw1, xw3), (skip1, skip3) = projected.chunk(2, dim=-1), skipped.chunk(2, dim=-1)
         mixed, weights = self.simAdj(x, xw1, lengths)
@@ -80,7 +78,7 @@ class TemporalAggregator(nn.Module):
         x1 = _quick_gelu(mixed + h)
         h = _quick_gelu(self.disAdj(xw3, valid) + skip3)
         x2 = _quick_gelu(self.disAdj(self.gc4.project(h), valid) + h)
-        return ops.linear_act(torch.cat([x1, x2], dim=-1), self.linear.weight, self.linear.bias, backend=self.backend)
+        return ops.linear_act(torch.cat([x1, x2], dim=-1), self.linear.weight, self.linear.bias)
 
     def extra_repr(self) -> str:
         return f"padding={self.padding!r}"

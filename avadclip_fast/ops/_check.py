@@ -57,13 +57,15 @@ def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tup
     return sizes
 
 
-def check_lengths(op: str, lengths: Tensor | None, batch: int, rows: int, device: torch.device) -> None:
-    """Checks that `lengths` is an integer tensor [B] with 1 <= lengths <= T.
+def check_lengths(
+    op: str, lengths: Tensor | None, batch: int, rows: int, device: torch.device, required: bool = False
+) -> None:
+    """Checks that `lengths` is an integer tensor [B] with 1 <= lengths <= T, or None where it is not required.
 
     The values are read on the CPU only: on a GPU that would make the host wait for the device.
     Raises ValueError.
     """
-    if lengths is None:
+    if lengths is None and not required:
         return
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__

@@ -13,12 +13,6 @@ def similarity_graph(
     if weights is None:
         out, weights, _ = torch.ops.avadclip_fast.similarity_graph(features, values, lengths, threshold)
         return out, weights
-    expected = [*values.shape[:2], values.shape[1]]
-    if list(weights.shape) != expected or weights.device != values.device:
-        raise ValueError(
-            f"similarity_graph: weights must be an earlier call's, {expected} on {values.device}, "
-            f"got {list(weights.shape)} on {weights.device}"
-        )
     return torch.ops.avadclip_fast.similarity_mix(weights, values, lengths), weights
 
 

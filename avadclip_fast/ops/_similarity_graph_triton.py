@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._derivatives import differentiable_once
-from ._triton import triton_reason
+from ._triton import implement, triton_reason
 
 LOWEST = 0.01  # below it the weight of an edge, exp(s), cannot be told from that of no edge, 1
 
@@ -14,12 +14,6 @@ def similarity_graph(
 ) -> tuple[Tensor, Tensor]:
     if weights is None:
         weights = torch.ops.avadclip_fast.similarity_weights(features, lengths, threshold)[0]
-    expected = [*values.shape[:2], values.shape[1]]
-    if list(weights.shape) != expected or weights.device != values.device:
-        raise ValueError(
-            f"similarity_graph: weights must be an earlier call's, {expected} on {values.device}, "
-            f"got {list(weights.shape)} on {weights.device}"
-        )
     return torch.ops.avadclip_fast.similarity_product(weights, values, lengths), weights
 
 
@@ -46,33 +40,10 @@ torch.library.define(
     "(Tensor grad, Tensor weights, Tensor values, Tensor lengths) -> (Tensor, Tensor)",
 )
 
-
-@torch.library.impl("avadclip_fast::similarity_weights", ("CPU", "CUDA"))  # CPU: Triton's interpreter
-def _(*args):
-    from ..kernels import similarity_graph as kernel
-
-    return kernel.forward(*args)
-
-
-@torch.library.impl("avadclip_fast::similarity_weights_backward", ("CPU", "CUDA"))
-def _(*args):
-    from ..kernels import similarity_graph as kernel
-
-    return kernel.backward(*args)
-
-
-@torch.library.impl("avadclip_fast::similarity_product", ("CPU", "CUDA"))
-def _(*args):
-    from ..kernels import similarity_graph as kernel
-
-    return kernel.mix(*args)
-
-
-@torch.library.impl("avadclip_fast::similarity_product_backward", ("CPU", "CUDA"))
-def _(*args):
-    from ..kernels import similarity_graph as kernel
-
-    return kernel.mix_backward(*args)
+implement("similarity_weights", "similarity_graph", "forward")
+implement("similarity_weights_backward", "similarity_graph", "backward")
+implement("similarity_product", "similarity_graph", "mix")
+implement("similarity_product_backward", "similarity_graph", "mix_backward")
 
 
 @torch.library.register_fake("avadclip_fast::similarity_weights")

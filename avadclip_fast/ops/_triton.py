@@ -1,7 +1,8 @@
-"""When Triton can serve."""
+"""When Triton can serve, and its kernels as operators."""
 
 import importlib.util
 import os
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -23,3 +24,13 @@ def triton_reason(*tensors: Tensor) -> str | None:
         if x.dtype not in _DTYPES:
             return f"it takes {', '.join(str(d) for d in _DTYPES)}, not {x.dtype}"
     return None
+
+
+def implement(operator: str, kernel: str, function: str) -> None:
+    """Makes `function` of kernels/`kernel`.py what an operator runs; Triton is imported by the first call."""
+
+    def run(*args):
+        return getattr(import_module(f"avadclip_fast.kernels.{kernel}"), function)(*args)
+
+    devices = ("CPU", "CUDA")  # CPU: Triton's interpreter
+    torch.library.impl(f"avadclip_fast::{operator}", devices, run)

@@ -7,7 +7,7 @@ from .. import reference
 from . import _dispatch
 from ._check import check_lengths, check_tensors
 from ._derivatives import differentiable_once
-from ._triton import triton_reason
+from ._triton import implement, triton_reason
 
 
 def _triton(features: Tensor, logits: Tensor, lengths: Tensor | None) -> Tensor:
@@ -25,19 +25,8 @@ torch.library.define(
     "(Tensor grad, Tensor pooled, Tensor features, Tensor logits, Tensor? lengths) -> (Tensor, Tensor)",
 )
 
-
-@torch.library.impl("avadclip_fast::attention_pool", ("CPU", "CUDA"))  # CPU: Triton's interpreter
-def _(*args):
-    from ..kernels import attention_pool as kernel
-
-    return kernel.forward(*args)
-
-
-@torch.library.impl("avadclip_fast::attention_pool_backward", ("CPU", "CUDA"))
-def _(*args):
-    from ..kernels import attention_pool as kernel
-
-    return kernel.backward(*args)
+implement("attention_pool", "attention_pool", "forward")
+implement("attention_pool_backward", "attention_pool", "backward")
 
 
 @torch.library.register_fake("avadclip_fast::attention_pool")

@@ -7,7 +7,7 @@ from .. import reference
 from . import _dispatch
 from ._check import check_lengths, check_tensors
 from ._derivatives import differentiable_once
-from ._triton import triton_reason
+from ._triton import implement, triton_reason
 
 
 def _triton(teacher: Tensor, student: Tensor, log_variance: Tensor, lengths: Tensor | None) -> Tensor:
@@ -34,12 +34,7 @@ torch.library.define(
     "(Tensor grad, Tensor by_student, Tensor by_theta, Tensor terms) -> (Tensor, Tensor)",
 )
 
-
-@torch.library.impl("avadclip_fast::distill_loss", ("CPU", "CUDA"))  # CPU: Triton's interpreter
-def _(*args):
-    from ..kernels import distill_loss as kernel
-
-    return kernel.forward(*args)
+implement("distill_loss", "distill_loss", "forward")
 
 
 @torch.library.impl("avadclip_fast::distill_loss_backward", ("CPU", "CUDA"))

@@ -7,7 +7,7 @@ from .. import reference
 from . import _dispatch
 from ._check import check_tensors
 from ._derivatives import differentiable_once
-from ._triton import triton_reason
+from ._triton import implement, triton_reason
 
 _dispatch.register("gated_fusion", "reference", reference.gated_fusion)
 
@@ -35,19 +35,8 @@ torch.library.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-
-@torch.library.impl("avadclip_fast::gated_fusion", ("CPU", "CUDA"))  # CPU: Triton's interpreter
-def _(*args):
-    from ..kernels import gated_fusion as kernel
-
-    return kernel.forward(*args)
-
-
-@torch.library.impl("avadclip_fast::gated_fusion_backward", ("CPU", "CUDA"))
-def _(*args):
-    from ..kernels import gated_fusion as kernel
-
-    return kernel.backward(*args)
+implement("gated_fusion", "gated_fusion", "forward")
+implement("gated_fusion_backward", "gated_fusion", "backward")
 
 
 @torch.library.register_fake("avadclip_fast::gated_fusion")

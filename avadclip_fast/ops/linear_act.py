@@ -7,7 +7,7 @@ from .. import reference
 from . import _dispatch, _linear_act_amx
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable_once
-from ._triton import triton_reason
+from ._triton import implement, triton_reason
 
 _dispatch.register("linear_act", "reference", reference.linear_act)
 
@@ -46,19 +46,8 @@ torch.library.define(
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
-
-@torch.library.impl("avadclip_fast::linear_act", ("CPU", "CUDA"))  # CPU: Triton's interpreter
-def _(*args):
-    from ..kernels import linear_act as kernel
-
-    return kernel.forward(*args)
-
-
-@torch.library.impl("avadclip_fast::linear_act_backward", ("CPU", "CUDA"))
-def _(*args):
-    from ..kernels import linear_act as kernel
-
-    return kernel.backward(*args)
+implement("linear_act", "linear_act", "forward")
+implement("linear_act_backward", "linear_act", "backward")
 
 
 @torch.library.register_fake("avadclip_fast::linear_act")

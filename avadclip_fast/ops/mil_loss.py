@@ -133,8 +133,6 @@ def mil_align_loss(
     """
     sizes = check_tensors("mil_align_loss", ("logits", logits, "B T C"))
     _check("mil_align_loss", logits, labels, lengths, divisor, sizes)
-    if not isinstance(alpha, Tensor):
-        raise ValueError(f"mil_align_loss: alpha must be a tensor [C], got {type(alpha).__name__}")
     check_are_tensors("mil_align_loss", alpha=alpha)
     if alpha.shape != (sizes["C"],) or alpha.device != logits.device:
         raise ValueError(
@@ -145,8 +143,6 @@ def mil_align_loss(
 
 
 def _check(op: str, logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int, sizes: dict[str, int]) -> None:
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"{op}: labels must be a tensor [B, C], got {type(labels).__name__}")
     check_are_tensors(op, labels=labels)
     classes = sizes.get("C", labels.shape[-1] if labels.ndim else 0)
     if labels.shape != (sizes["B"], classes) or labels.device != logits.device:
@@ -157,6 +153,4 @@ def _check(op: str, logits: Tensor, labels: Tensor, lengths: Tensor, divisor: in
     if classes < 1:
         raise ValueError(f"{op}: labels must have a class, the first being normal, got {list(labels.shape)}")
     check_counts(op, divisor=divisor)
-    if lengths is None:
-        raise ValueError(f"{op}: lengths must be an int tensor [B], got None")
-    check_lengths(op, lengths, sizes["B"], sizes["T"], logits.device)
+    check_lengths(op, lengths, sizes["B"], sizes["T"], logits.device, required=True)

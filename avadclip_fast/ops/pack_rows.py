@@ -53,7 +53,7 @@ def pack_rows(padded: Tensor, lengths: Tensor, total: int | None = None, backend
     Exact and deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("pack_rows", ("padded", padded, "B T D"))
-    check_lengths("pack_rows", lengths, sizes["B"], sizes["T"], padded.device)
+    check_lengths("pack_rows", lengths, sizes["B"], sizes["T"], padded.device, required=True)
     if total is None:
         total = int(lengths.sum())
     check_packed("pack_rows", lengths, total, padded.device)

@@ -7,7 +7,7 @@ from .. import reference
 from . import _dispatch
 from ._check import check_positive, check_tensors
 from ._derivatives import differentiable_once
-from ._triton import triton_reason
+from ._triton import implement, triton_reason
 
 MOST_CLASSES = 128  # a program of Triton's holds a video's prompts in registers
 
@@ -35,19 +35,8 @@ torch.library.define(
     " float temperature) -> (Tensor, Tensor)",
 )
 
-
-@torch.library.impl("avadclip_fast::prompt_similarity", ("CPU", "CUDA"))  # CPU: Triton's interpreter
-def _(*args):
-    from ..kernels import prompt_similarity as kernel
-
-    return kernel.forward(*args)
-
-
-@torch.library.impl("avadclip_fast::prompt_similarity_backward", ("CPU", "CUDA"))
-def _(*args):
-    from ..kernels import prompt_similarity as kernel
-
-    return kernel.backward(*args)
+implement("prompt_similarity", "prompt_similarity", "forward")
+implement("prompt_similarity_backward", "prompt_similarity", "backward")
 
 
 @torch.library.register_fake("avadclip_fast::prompt_similarity")

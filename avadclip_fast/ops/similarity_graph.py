@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _dispatch, _similarity_graph_cpu, _similarity_graph_triton
-from ._check import check_lengths, check_tensors
+from ._check import check_are_tensors, check_lengths, check_tensors
 
 _dispatch.register("similarity_graph", "reference", reference.similarity_graph)
 _dispatch.register(
@@ -40,9 +40,17 @@ def similarity_graph(
     Precision: cosines and softmax in float32. Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("similarity_graph", ("features", features, "B T D"), ("values", values, "B T E"))
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"similarity_graph: threshold is a cosine in [-1, 1], got {threshold}")
+    if not isinstance(threshold, float | int) or not -1 <= threshold <= 1:
+        raise ValueError(f"similarity_graph: threshold is a cosine in [-1, 1], got {threshold!r}")
     if lengths is None:
         lengths = torch.full((sizes["B"],), sizes["T"], device=features.device)
     check_lengths("similarity_graph", lengths, sizes["B"], sizes["T"], features.device)
+    if weights is not None:
+        check_are_tensors("similarity_graph", weights=weights)
+        expected = [sizes["B"], sizes["T"], sizes["T"]]
+        if list(weights.shape) != expected or weights.device != values.device:
+            raise ValueError(
+                f"similarity_graph: weights must be an earlier call's, {expected} on {values.device}, "
+                f"got {list(weights.shape)} on {weights.device}"
+            )
     return _dispatch.run("similarity_graph", backend, features, values, lengths, threshold, weights)

@@ -74,7 +74,5 @@ def topk_mean(scores: Tensor, lengths: Tensor, divisor: int = 16, backend: str |
     """
     sizes = check_tensors("topk_mean", ("scores", scores, "B T C"))
     check_counts("topk_mean", divisor=divisor)
-    if lengths is None:
-        raise ValueError("topk_mean: lengths must be an int tensor [B], got None")
-    check_lengths("topk_mean", lengths, sizes["B"], sizes["T"], scores.device)
+    check_lengths("topk_mean", lengths, sizes["B"], sizes["T"], scores.device, required=True)
     return _dispatch.run("topk_mean", backend, scores, lengths, divisor)

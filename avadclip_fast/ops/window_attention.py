@@ -7,7 +7,7 @@ from .. import reference
 from . import _dispatch
 from ._check import check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable_once
-from ._triton import triton_reason
+from ._triton import implement, triton_reason
 
 LONGEST = 128  # a program of Triton's holds the scores of whole windows
 
@@ -33,19 +33,8 @@ torch.library.define(
     "(Tensor grad, Tensor qkv, SymInt window, int heads, Tensor? lengths) -> Tensor",
 )
 
-
-@torch.library.impl("avadclip_fast::window_attention", ("CPU", "CUDA"))  # CPU: Triton's interpreter
-def _(*args):
-    from ..kernels import window_attention as kernel
-
-    return kernel.forward(*args)
-
-
-@torch.library.impl("avadclip_fast::window_attention_backward", ("CPU", "CUDA"))
-def _(*args):
-    from ..kernels import window_attention as kernel
-
-    return kernel.backward(*args)
+implement("window_attention", "window_attention", "forward")
+implement("window_attention_backward", "window_attention", "backward")
 
 
 @torch.library.register_fake("avadclip_fast::window_attention")

@@ -4,9 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._numerics import valid_mask, zero_padding
+from ._numerics import at_least_float32, in_its_own_precision, valid_mask, zero_padding
 
 
+@in_its_own_precision
 def window_attention(qkv: Tensor, window: int, heads: int = 1, lengths: Tensor | None = None) -> Tensor:
     """
     out_i = sum_j softmax_j(<q_i, k_j> / sqrt(D/heads)) v_j      over j in the window of i (and j < lengths[b])
@@ -22,7 +23,7 @@ def window_attention(qkv: Tensor, window: int, heads: int = 1, lengths: Tensor |
     keys = torch.arange(windows * window, device=qkv.device) < rows
     keys = keys.expand(batch, -1) if lengths is None else keys & valid_mask(lengths, windows * window)
     keys = keys.reshape(batch, windows, 1, 1, window)
-    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    scores = at_least_float32(q) @ at_least_float32(k).transpose(-2, -1) * q.shape[-1] ** -0.5
     lowest = torch.finfo(scores.dtype).min  # not -inf: a window without any key must stay finite
     weights = scores.masked_fill(~keys, lowest).softmax(dim=-1) * keys
     out = (weights.to(v.dtype) @ v).transpose(2, 3).reshape(batch, windows * window, width)

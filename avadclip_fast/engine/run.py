@@ -1,0 +1,108 @@
+"""A whole training run, from list files to a model folder."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import data
+from ..data import DataError, FeatureSet
+from ..data.lists import Row
+from ..data.packed import PACKED
+from ..models import AVadCLIP, AVadCLIPStudent
+from . import distributed, report
+from .evaluate import evaluate, score_rows
+from .metrics import positive_frames
+from .recipe import Recipe
+from .train import MODEL, fit
+
+
+def train_on_list(
+    model: AVadCLIP | AVadCLIPStudent,
+    recipe: Recipe,
+    list_: Path,
+    output: Path,
+    codes: dict[str, str],
+    *,
+    teacher: AVadCLIP | None = None,
+    root: Path | None = None,
+    held_out: float = 0.1,
+    held_out_list: Path | None = None,
+    test_list: Path | None = None,
+    gt: Path | None = None,
+    frames_per_snippet: int = 16,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+    **how: Any,
+) -> Path:
+    """Trains a model, or distils a student from `teacher`, on the videos of a list; all files are read first.
+
+    list_, held_out_list: official CSV lists, or files that `data.pack` wrote. root: where their relative paths start.
+    codes: label code -> class name, normal first.
+    held_out: with select="val", the share of the videos that choose the epoch and calibrate the model; or a list of
+    its own, held_out_list, which calibrates it under any `select`.
+    test_list, gt, frames_per_snippet: with select="test", the list and its frame ground truth.
+    how: `resume`, `profile` and `graph` of `fit`.
+    Returns the model's folder. Raises DataError on lists, features or ground truth that do not fit; else as `fit`.
+    """
+    progress = progress and distributed.is_main()
+    audio = "audio" in model.streams() or teacher is not None
+    motion = model.motion or (teacher is not None and teacher.motion)
+
+    def load(path: Path) -> tuple[FeatureSet, list[Row]]:
+        length = model.temporal.positions.num_embeddings
+        if path.suffix == PACKED:
+            return FeatureSet.open(path, codes, length, model.width, audio, motion)
+        rows = data.read_list(path, root, audio=audio)
+        shown = report.bar("reading features", "file") if progress else None
+        return FeatureSet.load(rows, codes, length, model.width, audio, motion, progress=shown), rows
+
+    features, rows = load(list_)
+    held = None
+    if held_out_list is not None:
+        held, others = load(held_out_list)
+        names = [{os.path.abspath(data.video_of(row)) for row in part} for part in (rows, others)]
+        if both := set.intersection(*names):
+            raise DataError(
+                f"{held_out_list}: {min(both)} is in {list_} too, and not held out; remove it from one of them"
+            )
+    elif recipe.select == "val":
+        kept, out = data.split(rows, held_out, recipe.seed, codes)
+        if not kept or not out:
+            raise DataError(f"{list_}: too few videos to hold out {held_out:g} of them; use --select last")
+        at = {row: i for i, row in enumerate(rows)}
+        held, features = (features.subset(torch.tensor([at[row] for row in part])) for part in (out, kept))
+    test_ap = None
+    if recipe.select == "test":
+        if test_list is None or gt is None:
+            raise DataError("--select test needs --test-list and --gt")
+        test_ap = _test_ap(model, test_list, root, gt, frames_per_snippet, device)
+    elif test_list is not None or gt is not None:
+        raise DataError("--test-list and --gt are for --select test; `eval` scores a test list")
+    model.fit_inputs(features.batches())
+    fit(
+        model, features, recipe, output,
+        teacher=teacher, held_out=held, test_ap=test_ap, device=device, progress=progress, **how,
+    )  # fmt: skip
+    return output / MODEL
+
+
+def _test_ap(model, list_: Path, root: Path | None, gt: Path, frames_per_snippet: int, device) -> Callable:
+    """What gives the frame AP of a model on a test list, the ground truth having been held against it."""
+    audio = "audio" in model.streams()
+    rows, truth = data.read_list(list_, root, audio=audio), data.read_frame_gt(gt)
+    snippets = sum(data.snippet_count(row.visual, model.width) for row in rows)
+    try:
+        positive = positive_frames(truth, snippets, frames_per_snippet)
+    except ValueError as error:
+        raise DataError(f"{gt}: {error}") from error
+    if not 0 < positive.sum() < len(truth):
+        raise DataError(f"{gt}: the frames are all of one kind, of which there is no AP to select by")
+
+    def ap(model) -> float:
+        scores = score_rows(model, rows, device, audio=audio, progress=False)
+        return evaluate(scores, truth, model.classes, frames_per_snippet)["align"]["ap"]
+
+    return ap
