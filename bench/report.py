@@ -103,7 +103,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "fightsurv-linear": lambda: fightsurv.linear_table(read("fightsurv_ablation")) + "\n",
     "fightsurv-teacher": lambda: fightsurv.ablation_table(read("fightsurv_ablation"), "teacher") + "\n",
     "fightsurv-student": lambda: fightsurv.ablation_table(read("fightsurv_ablation"), "student") + "\n",
-    "fightsurv-told": lambda: fightsurv.told_table(read("fightsurv_ablation"), read("fightsurv_told")) + "\n",
+    "fightsurv-told": lambda: fightsurv.told_table(read("fightsurv_told")) + "\n",
     "fightsurv-why": lambda: fightsurv.ablation_table(read("fightsurv_ablation"), "why") + "\n",
     "fightsurv-measures": lambda: fightsurv.measures_table(read("fightsurv_ablation")) + "\n",
     "fightsurv-calibration": lambda: fightsurv.calibration_table(read("fightsurv_ablation"), read("fightsurv")) + "\n",
