@@ -1,4 +1,4 @@
-"""The ops as functions: checked arguments, one backend chosen per call. Modules are the usual way in."""
+"""The ops as functions: arguments are checked and a backend is chosen per call. Most users want the modules."""
 
 from ._dispatch import BackendError, use_backend
 from .attention_pool import attention_pool

@@ -1,11 +1,11 @@
-"""Argument checks shared by all ops: every message says what was expected and what came."""
+"""Argument checks shared by all ops. Every message states the expected and the actual value."""
 
 import torch
 from torch import Tensor
 
 
 def check_are_tensors(op: str, **values: object) -> None:
-    """Raises ValueError where a value is not a tensor."""
+    """Raises ValueError if a value is not a tensor."""
     for name, value in values.items():
         _tensor(op, name, value)
 
@@ -19,9 +19,10 @@ def _tensor(op: str, name: str, value: object) -> Tensor:
 def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tuple[str, ...] = ()) -> dict[str, int]:
     """Checks rank, sizes, dtype and device of an op's floating-point arguments; returns the sizes.
 
-    specs: (name, tensor, shape) with the shape in letters that must agree across arguments and may carry a
-    factor: ("gate_weight", w, "D 2D"). optional: the names that may be None.
-    Raises ValueError naming the argument, the expected and the actual shape, dtype or device.
+    specs: (name, tensor, shape); the letters of the shape must agree across arguments and may have a factor, as in
+    ("gate_weight", w, "D 2D")
+    optional: names that may be None
+    Raises ValueError with the argument's name and the expected and actual shape, dtype or device.
     """
     sizes: dict[str, int] = {}
     first = specs[0][0]
@@ -60,9 +61,9 @@ def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tup
 def check_lengths(
     op: str, lengths: Tensor | None, batch: int, rows: int, device: torch.device, required: bool = False
 ) -> None:
-    """Checks that `lengths` is an integer tensor [B] with 1 <= lengths <= T, or None where it is not required.
+    """Checks that `lengths` is an integer tensor [B] with 1 <= lengths <= T, or None if not required.
 
-    The values are read on the CPU only: on a GPU that would make the host wait for the device.
+    Values are checked on the CPU only, since reading them from a GPU would synchronise host and device.
     Raises ValueError.
     """
     if lengths is None and not required:
@@ -74,7 +75,7 @@ def check_lengths(
         raise ValueError(f"{op}: lengths must have shape [{batch}], got {list(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"{op}: lengths is on {lengths.device}, but the features are on {device}")
-    # A traced or fake tensor has no values, and reads through numpy are not operators: nothing to trace or to sync.
+    # Traced and fake tensors have no values. Reading through numpy adds no operators to a trace.
     if type(lengths) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling() and batch:
         values = lengths.numpy()
         if values.min() < 1 or values.max() > rows:
@@ -82,14 +83,14 @@ def check_lengths(
 
 
 def check_positive(op: str, **values: float) -> None:
-    """Raises ValueError where a number is not above zero."""
+    """Raises ValueError if a number is not positive."""
     for name, value in values.items():
         if not isinstance(value, float | int | torch.SymFloat | torch.SymInt) or not value > 0:
             raise ValueError(f"{op}: {name} must be a number above zero, got {value!r}")
 
 
 def check_counts(op: str, **values: int) -> None:
-    """Raises ValueError where a number is not a whole one above zero."""
+    """Raises ValueError if a number is not a positive integer."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
             raise ValueError(f"{op}: {name} must be a whole number above zero, got {value!r}")

@@ -1,4 +1,4 @@
-"""Derivatives that several operators have in the same way."""
+"""Derivatives shared by several operators."""
 
 import torch
 
@@ -6,9 +6,10 @@ from ._dispatch import BackendError
 
 
 def differentiable_once(op: str, backward: str) -> None:
-    """Makes a gradient through `backward`, the operator of `op`'s backward pass, raise.
+    """Makes differentiating `backward`, the operator of `op`'s backward pass, raise BackendError.
 
-    To torch, the result of an operator without a derivative is a constant: second derivatives would lack a term.
+    Torch treats the result of an operator without a derivative as a constant, so second derivatives would silently
+    lack a term.
     """
 
     def refuse(ctx, *grads):
@@ -18,9 +19,11 @@ def differentiable_once(op: str, backward: str) -> None:
 
 
 def adjoint(operator: str, of: str, dim: int) -> None:
-    """Makes the operator `of` the derivative of `operator`; both are (Tensor x, Tensor lengths, int size), linear in x.
+    """Registers the operator `of` as the derivative of `operator`, its adjoint.
 
-    dim: of x, whose extent is the size that `of` has to give back.
+    Both have the signature (Tensor x, Tensor lengths, int size) and are linear in x.
+
+    dim: dimension of x whose extent is passed to `of` as its size
     """
 
     def save(ctx, inputs, output):

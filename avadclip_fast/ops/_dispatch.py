@@ -1,4 +1,4 @@
-"""Which backend serves which op: one table, op -> backend -> supports(arguments) -> reason or None."""
+"""Backend dispatch: a table of op -> backend -> supports(arguments) -> reason or None."""
 
 import contextlib
 import logging
@@ -10,7 +10,13 @@ import torch
 
 from .. import profiling
 
-ORDER = ("cuda", "triton", "amx", "cpp", "reference")  # the automatic choice: the first that can serve, and should
+ORDER = (
+    "cuda",
+    "triton",
+    "amx",
+    "cpp",
+    "reference",
+)  # automatic choice: the first that supports the call and does not decline
 TABLE: dict[str, dict[str, "Backend"]] = {}
 
 _forced: str | None = os.environ.get("AVADCLIP_FAST_BACKEND") or None
@@ -19,13 +25,16 @@ _log = logging.getLogger("avadclip_fast")
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for cannot serve the call; the message says why."""
+    """The requested backend cannot serve the call; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an op: the function, why it cannot serve given arguments, and why it should not unless it
-    is asked for (None: it can, it should)."""
+    """One implementation of an op.
+
+    supports: returns why it cannot serve the given arguments, or None
+    declines: returns why the automatic choice should skip it for them, or None
+    """
 
     function: Callable
     supports: Callable[..., str | None]
@@ -43,9 +52,9 @@ def register(
     supports: Callable[..., str | None] = _never,
     declines: Callable[..., str | None] = _never,
 ):
-    """Adds a row to the table. `supports` and `declines` take the op's arguments and must be cheap: no launch, no sync.
+    """Adds a row to the table. `supports` and `declines` take the op's arguments and must neither launch nor sync.
 
-    What `declines` finds a reason against, only a call that asks for this backend gets: another one is faster there.
+    A call that `declines` gives a reason against gets this backend only on request, because another one is faster.
     """
     if backend not in ORDER:
         raise ValueError(f"{op}: unknown backend {backend!r}; one of {', '.join(ORDER)}")
@@ -53,10 +62,10 @@ def register(
 
 
 def run(op: str, backend: str | None, *args, **kwargs):
-    """Calls `op` by the backend asked for (argument, `use_backend`, AVADCLIP_FAST_BACKEND), or the first that fits.
+    """Calls `op` on the requested backend (argument, `use_backend` or AVADCLIP_FAST_BACKEND), or the first that fits.
 
-    What is asked for a call must serve it. What is asked for all calls, by the last two, must serve every op that has
-    such a backend at all; the others choose for themselves.
+    A backend requested by argument must serve the call. One requested by the other two must serve every op that has
+    such a backend; the remaining ops choose automatically. Raises BackendError otherwise.
     """
     wanted = backend or _forced
     if backend is None and _forced in ORDER and _forced not in TABLE[op]:
@@ -86,7 +95,7 @@ def _call(op: str, name: str, args: tuple, kwargs: dict):
 
 
 def why_not(op: str, backend: str, *args, **kwargs) -> str | None:
-    """The reason why `backend` cannot serve `op` with these arguments, or None."""
+    """Returns why `backend` cannot serve `op` with these arguments, or None."""
     if backend not in ORDER:
         return f"unknown backend; one of {', '.join(ORDER)}"
     if backend not in TABLE[op]:
@@ -95,14 +104,14 @@ def why_not(op: str, backend: str, *args, **kwargs) -> str | None:
 
 
 def why_not_chosen(op: str, backend: str, *args, **kwargs) -> str | None:
-    """The reason why the automatic choice passes `backend` by for these arguments, or None."""
+    """Returns why the automatic choice skips `backend` for these arguments, or None."""
     row = TABLE[op][backend]
     return row.supports(*args, **kwargs) or row.declines(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Forces one backend for every op that has it inside the block (None: the automatic choice for all)."""
+    """Forces one backend inside the block for every op that has it (None: automatic choice for all)."""
     global _forced
     if backend is not None and backend not in ORDER:
         raise ValueError(f"unknown backend {backend!r}; one of {', '.join(ORDER)}")

@@ -1,4 +1,4 @@
-"""linear_act in C++ on a processor's tile units (AMX), as registered: float32 rows enough to be worth packing."""
+"""linear_act on AMX tile units, in C++: for float32 inputs with enough rows to amortise packing the weights."""
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +9,14 @@ from ..reference._numerics import zero_padding
 from ..reference.linear_act import LAYER_NORM_EPS
 from ._derivatives import differentiable_once
 
-ROWS, WIDTH = 512, 256  # what it takes to be faster than torch: weights are packed in every call
+ROWS, WIDTH = 512, 256  # below these torch is as fast, because every call packs the weights
 
 
 def saves_y(activation: str, residual: Tensor | None, dot: Tensor | None, *learned: Tensor | None) -> bool:
-    """Whether what the activation was applied to is worth saving: its gradient needs it, and relu's result, to which
-    nothing was added, does not show the same sign."""
+    """Whether the backward pass needs the pre-activation y.
+
+    ReLU needs it only with a residual; otherwise the sign of its output is enough.
+    """
     asked = dot is not None or activation in ("gelu", "quick_gelu") or (activation == "relu" and residual is not None)
     return asked and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*learned, dot))
 
@@ -28,7 +30,7 @@ def linear_act(x, weight, bias, activation, residual, norm, dilation, causal, le
         lengths = None
         x, residual = (None if t is None else t.reshape(1, leading.numel(), t.shape[-1]) for t in (x, residual))
     if norm is not None:
-        x = zero_padding(x, lengths)  # before the norm too: what padding holds may be NaN
+        x = zero_padding(x, lengths)  # before the norm too, because padding may hold NaN
         x = F.layer_norm(x, x.shape[-1:], norm[0], norm[1], LAYER_NORM_EPS)
     save_y = saves_y(activation, residual, dot, x, weight, bias)
     out, _ = torch.ops.avadclip_fast.linear_act_amx(
@@ -57,8 +59,7 @@ def declines(x, weight, *_, **__) -> str | None:
 
 torch.library.define("avadclip_fast::has_amx", "() -> bool")
 HAS_AMX: bool = not _build.CPP_MISSING and torch.ops.avadclip_fast.has_amx()
-# y: the value before the activation with save_y, else empty: the backward pass then has no use for it, or finds
-# relu's sign in out.
+# y: the pre-activation if save_y, else empty (the backward pass then needs nothing, or relu's sign from out)
 _FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, int dilation, bool causal,"
     " Tensor? lengths, Tensor? dot, bool save_y{}) -> (Tensor out, Tensor y)"
@@ -69,13 +70,13 @@ _BACKWARD = (
 )
 torch.library.define("avadclip_fast::linear_act_amx", _FORWARD.format(""))
 torch.library.define("avadclip_fast::linear_act_amx_backward", _BACKWARD.format(""))
-# In C++. high: of a number's 24 bits only the first 16 count.
+# In C++. high: uses only the first 16 of 24 significand bits.
 torch.library.define("avadclip_fast::linear_act_tiles", _FORWARD.format(", bool high"))
 torch.library.define("avadclip_fast::linear_act_tiles_backward", _BACKWARD.format(", bool high"))
 
 
 def _high() -> bool:
-    """As torch's own products do, the setting is read when they run."""
+    """Read at run time, like torch's own matrix products do."""
     return torch.get_float32_matmul_precision() != "highest"
 
 

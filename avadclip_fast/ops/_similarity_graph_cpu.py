@@ -1,4 +1,4 @@
-"""similarity_graph in C++ for the CPU, as registered. The weights are those of the reference: (B, T, T), normalised."""
+"""similarity_graph in C++ for the CPU. Its weights match the reference: (B, T, T), normalised."""
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def _(grad, weights, values, lengths):
 def _save(ctx, inputs, output):
     features, values, lengths, ctx.threshold = inputs
     _, weights, cosines = output
-    ctx.set_materialize_grads(False)  # weights that are used once get no gradient
+    ctx.set_materialize_grads(False)  # weights used only once get no gradient
     ctx.save_for_backward(features, values, weights, cosines, lengths)
 
 

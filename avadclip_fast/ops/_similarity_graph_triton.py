@@ -1,4 +1,4 @@
-"""similarity_graph on Triton, as registered: the weights, and products with them. The weights are the reference's."""
+"""similarity_graph in Triton: the weights, and products with them. The weights match the reference."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from ._derivatives import differentiable_once
 from ._triton import implement, triton_reason
 
-LOWEST = 0.01  # below it the weight of an edge, exp(s), cannot be told from that of no edge, 1
+LOWEST = 0.01  # below it, an edge's weight exp(s) is indistinguishable from a missing edge's weight of 1
 
 
 def similarity_graph(

@@ -1,4 +1,4 @@
-"""When Triton can serve, and its kernels as operators."""
+"""Triton support: availability checks, and kernels registered as operators."""
 
 import importlib.util
 import os
@@ -7,15 +7,15 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly: for tests
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run slowly on the CPU, for tests
 _DEVICE = "cpu" if INTERPRETED else "cuda"
-# The interpreter's tl.dot multiplies the bit patterns of bfloat16.
+# No bfloat16 in the interpreter: its tl.dot multiplies bit patterns.
 _DTYPES = (torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
 _MISSING = importlib.util.find_spec("triton") is None
 
 
 def triton_reason(*tensors: Tensor) -> str | None:
-    """Why Triton's kernels cannot take these tensors, or None."""
+    """Returns why the Triton kernels cannot take these tensors, or None."""
     if _MISSING:
         return "triton is not installed"
     for x in tensors:
@@ -27,7 +27,7 @@ def triton_reason(*tensors: Tensor) -> str | None:
 
 
 def implement(operator: str, kernel: str, function: str) -> None:
-    """Makes `function` of kernels/`kernel`.py what an operator runs; Triton is imported by the first call."""
+    """Registers `function` of kernels/`kernel`.py as an operator's implementation; the first call imports Triton."""
 
     def run(*args):
         return getattr(import_module(f"avadclip_fast.kernels.{kernel}"), function)(*args)

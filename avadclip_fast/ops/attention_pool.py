@@ -1,10 +1,11 @@
-"""attention_pool: the prompt's global feature of a video."""
+"""attention_pool: the global video feature of the audio-visual prompt."""
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from . import _dispatch
+from ._autocast import without_autocast
 from ._check import check_lengths, check_tensors
 from ._derivatives import differentiable_once
 from ._triton import implement, triton_reason
@@ -14,7 +15,7 @@ def _triton(features: Tensor, logits: Tensor, lengths: Tensor | None) -> Tensor:
     return torch.ops.avadclip_fast.attention_pool(features, logits, lengths)[0]
 
 
-_dispatch.register("attention_pool", "reference", reference.attention_pool)
+_dispatch.register("attention_pool", "reference", without_autocast(reference.attention_pool))
 _dispatch.register("attention_pool", "triton", _triton, lambda features, logits, _: triton_reason(features, logits))
 
 torch.library.define(
@@ -60,14 +61,15 @@ differentiable_once("attention_pool", "attention_pool_backward")
 def attention_pool(
     features: Tensor, logits: Tensor, lengths: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """One unit vector per video: the sum of its features weighted by its anomaly logits (arXiv 2504.04495, eq. 4).
+    """Pools each video to a unit vector: features summed with anomaly-logit weights (arXiv 2504.04495, eq. 4).
 
         g_b = sum_t logits_bt · features_bt,   out_b = g_b / max(|g_b|, 1e-12)
 
     features: (B, T, D) floating point; logits: (B, T) of the same dtype
-    lengths: (B,) int; the sum then runs over t < lengths[b], else over all T
-    Returns (B, D) in the features' dtype. Raises ValueError on shapes, dtypes, devices or lengths that do not fit.
-    Precision: sum and norm in float32. Deterministic. Backends: see `avadclip-fast env`.
+    lengths: (B,) int, to sum over t < lengths[b], or None, to sum over all T
+    Returns (B, D) in the features' dtype.
+    Raises ValueError on invalid shapes, dtypes, devices or lengths.
+    Precision: sum and norm in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("attention_pool", ("features", features, "B T D"), ("logits", logits, "B T"))
     check_lengths("attention_pool", lengths, sizes["B"], sizes["T"], features.device)

@@ -1,10 +1,11 @@
-"""distance_graph: features mixed with weights that decay exponentially in time."""
+"""distance_graph: mixes features with weights that decay exponentially in time."""
 
 import torch
 from torch import Tensor
 
 from .. import _build, reference
 from . import _dispatch
+from ._autocast import without_autocast
 from ._check import check_lengths, check_positive, check_tensors
 
 
@@ -12,7 +13,7 @@ def _compiled(values: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
     return torch.ops.avadclip_fast.distance_graph(values, scale, lengths)
 
 
-_dispatch.register("distance_graph", "reference", reference.distance_graph)
+_dispatch.register("distance_graph", "reference", without_autocast(reference.distance_graph))
 _dispatch.register("distance_graph", "cpp", _compiled, lambda values, scale, lengths: _build.cpp_reason(values))
 _dispatch.register("distance_graph", "cuda", _compiled, lambda values, scale, lengths: _build.cuda_reason(values))
 
@@ -40,16 +41,19 @@ torch.library.register_autograd("avadclip_fast::distance_graph", _backward, setu
 def distance_graph(
     values: Tensor, scale: float = torch.e, lengths: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """Mixes each snippet with its neighbours in time; the weights are not normalised.
+    """Mixes snippets by temporal distance, with unnormalised weights (official code of arXiv 2504.04495, `disAdj`).
 
         out_i = sum_j exp(-|i - j| / scale) values_j
 
+    The matrix is symmetric, so the backward pass is the op itself.
+
     values: (B, T, E) floating point; scale: > 0, in snippets
-    lengths: (B,) int; i and j then run over t < lengths[b] (other rows of out are 0), else over all T
-    Returns (B, T, E) in the values' dtype. Raises ValueError on shapes, dtypes, lengths or a scale that do not fit.
-    What is not finite reaches every row of its video: as itself through the scans of the compiled backends, as NaN in
-    the reference where a weight has underflowed to 0.
-    The matrix is symmetric, so the backward pass is the op itself. Deterministic. Backends: see `avadclip-fast env`.
+    lengths: (B,) int, to restrict i and j to t < lengths[b] (other rows of out are 0), or None
+    Returns (B, T, E) in the values' dtype.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or scale.
+    Precision: the compiled backends accumulate in float32 or float64. A non-finite value reaches every row of its
+    video: unchanged in the compiled backends, as NaN in the reference where a weight underflows to 0.
+    Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("distance_graph", ("values", values, "B T E"))
     check_positive("distance_graph", scale=scale)

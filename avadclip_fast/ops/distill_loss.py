@@ -23,7 +23,7 @@ def _triton_supports(teacher: Tensor, student: Tensor, log_variance: Tensor, len
 _dispatch.register("distill_loss", "reference", reference.distill_loss)
 _dispatch.register("distill_loss", "triton", _triton, _triton_supports)
 
-# by_student, by_theta: gradients of the sum of all terms, which the backward pass scales
+# by_student, by_theta: gradients of the sum of all terms; the backward pass scales them
 torch.library.define(
     "avadclip_fast::distill_loss",
     "(Tensor teacher, Tensor student, Tensor log_variance, Tensor? lengths)"
@@ -78,16 +78,17 @@ differentiable_once("distill_loss", "distill_loss_backward")
 def distill_loss(
     teacher: Tensor, student: Tensor, log_variance: Tensor, lengths: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """The student's squared distance to the teacher, weighted by its own uncertainty (arXiv 2504.04495, eq. 11).
+    """Student-to-teacher squared distance weighted by the student's uncertainty (arXiv 2504.04495, eq. 11).
 
         out = mean over B, T, D of (teacher - student)² / (1e-6 + 2 exp(θ)) + θ,      θ = log_variance
 
-    This is what the authors' code computes; the paper has (..)²/σ² + ln σ².
+    This is the form of the official code; the paper gives (..)²/σ² + ln σ².
 
     teacher, student, log_variance: (B, T, D) floating point
-    lengths: (B,) int; the mean then runs over the rows t < lengths[b], else over all
-    Returns a float32 (float64) scalar. Raises ValueError on shapes, dtypes, devices or lengths that do not fit.
-    Precision: float32 throughout; gradients of about 1e-15 need bfloat16's or float32's exponent, not float16's.
+    lengths: (B,) int, to average over rows t < lengths[b], or None, to average over all rows
+    Returns a float32 (float64) scalar.
+    Raises ValueError on invalid shapes, dtypes, devices or lengths.
+    Precision: float32 (float64) throughout. Gradients are about 1e-15, which underflows in float16 but not bfloat16.
     Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors(

@@ -1,4 +1,4 @@
-"""gated_fusion: the audio-visual fusion attention."""
+"""gated_fusion: gated audio-visual fusion."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ def _triton(visual: Tensor, audio: Tensor, *weights: Tensor) -> Tensor:
 
 _dispatch.register("gated_fusion", "triton", _triton, triton_reason)
 
-# With `save`, each (B·T, D): the gate, the hidden layer after and before its GELU, and what the gate lets through.
+# With `save`, each is (B·T, D): gate, hidden after GELU, y (hidden before GELU) and r (the residual that is gated).
 torch.library.define(
     "avadclip_fast::gated_fusion",
     "(Tensor visual, Tensor audio, Tensor gate_weight, Tensor gate_bias, Tensor hidden_weight, Tensor hidden_bias,"
@@ -84,15 +84,17 @@ def gated_fusion(
     residual_bias: Tensor,
     backend: str | None = None,
 ) -> Tensor:
-    """Adds to each visual feature what the audio has to say, through a learned gate (arXiv 2504.04495, eq. 1-3).
+    """Adds a gated audio-visual residual to each visual feature (arXiv 2504.04495, eq. 1-3).
 
         z = [v | a],   W = sigmoid(Wg z + bg),   R = Wr GELU(Wh z + bh) + br,   out = v + W ⊙ R
 
     visual, audio: (B, T, D) floating point
     gate_weight, hidden_weight: (D, 2D), the visual half first; gate_bias, hidden_bias: (D,)
     residual_weight: (D, D); residual_bias: (D,)
-    Returns (B, T, D) in the inputs' dtype. Raises ValueError on shapes, dtypes or devices that do not fit.
-    Each row depends on itself alone, so padding needs no care. Deterministic. Backends: see `avadclip-fast env`.
+    Rows are independent, so padding needs no mask.
+    Returns (B, T, D) in the inputs' dtype.
+    Raises ValueError on invalid shapes, dtypes or devices.
+    Precision: products in the inputs' dtype, or in that of autocast. Deterministic. Backends: see `avadclip-fast env`.
     """
     check_tensors(
         "gated_fusion",

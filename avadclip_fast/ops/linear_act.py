@@ -1,4 +1,4 @@
-"""linear_act: a linear layer or k-tap convolution over time with norm, activation and residual around it."""
+"""linear_act: a linear layer or k-tap temporal convolution with fused norm, activation and residual."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ _dispatch.register("linear_act", "reference", reference.linear_act)
 
 
 def _triton(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):  # as torch's own layers do; norm and residual stay as they come
+    if torch.is_autocast_enabled(x.device.type):  # like torch's own layers; norm and residual keep their dtype
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias, dot = (None if t is None else t.to(dtype) for t in (weight, bias, dot))
         x = x if norm is not None else x.to(dtype)
@@ -32,8 +32,8 @@ def _supports(x, weight, bias, activation, residual, norm, dilation, causal, len
 _dispatch.register("linear_act", "triton", _triton, _supports)
 _dispatch.register("linear_act", "amx", _linear_act_amx.linear_act, _linear_act_amx.supports, _linear_act_amx.declines)
 
-# y: the value before the activation with save_y, else empty: the backward pass then has no use for it, or finds
-# relu's sign in out. stats: LayerNorm's mean and 1/std, float32 (2, B, T), empty without norm.
+# y: the pre-activation if save_y, else empty (the backward pass then needs nothing, or relu's sign from out).
+# stats: mean and 1/std of LayerNorm, float32 (2, B, T), empty without norm.
 torch.library.define(
     "avadclip_fast::linear_act",
     "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias,"
@@ -107,24 +107,25 @@ def linear_act(
     backend: str | None = None,
     dot: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer or temporal convolution that stays in [B, T, D], with what usually surrounds it.
+    """Linear layer or temporal convolution in [B, T, D] layout with fused LayerNorm, activation and residual.
 
         h_t = LayerNorm(x_t) if norm else x_t
         y_t = sum_k W[:, :, k] h_(t + (k - K//2)·dilation) + b         (causal: k - K + 1 in place of k - K//2)
         out = act(y) + residual;   with dot: out = <act(y), dot>
 
-    x: (B, T, I) floating point; any leading shape where the weight is a matrix
-    weight: (O, I) linear, or (O, I, K) convolution with K taps, zero outside the video
+    x: (B, T, I) floating point; any leading shape if the weight is a matrix
+    weight: (O, I) for a linear layer, or (O, I, K) for a convolution of K taps, zero-padded outside the video
     bias: (O,) or None
     activation: "none", "relu", "gelu" (erf) or "quick_gelu" (y·sigmoid(1.702 y))
     residual: (B, T, O) or None, added after the activation
-    norm: LayerNorm's weight and bias, each (I,), eps 1e-5; None for no norm
-    dilation, causal: of the convolution; causal pads on the left alone
-    lengths: (B,) int; a convolution then sees zeros at t >= lengths[b]. No effect on a linear layer.
-    dot: (O,) or None; the result is then one number a row, and the rows of act(y) are never stored for it
-    Returns (B, T, O), or with dot (B, T), in x's dtype. Raises ValueError on shapes, dtypes, devices or names that do
-    not fit.
-    Precision: LayerNorm in float32. Deterministic. Backends: see `avadclip-fast env`.
+    norm: LayerNorm weight and bias, each (I,), eps 1e-5, or None
+    dilation, causal: of the convolution; causal pads on the left only
+    lengths: (B,) int or None; a convolution sees zeros at t >= lengths[b]; a linear layer ignores it
+    dot: (O,) or None; reduces each row of act(y) to one number and excludes `residual`
+    Returns (B, T, O), or (B, T) with dot, in x's dtype.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or activation names.
+    Precision: LayerNorm in float32 (float64); products in x's dtype, or in that of autocast.
+    Deterministic. Backends: see `avadclip-fast env`.
     """
     check_are_tensors("linear_act", x=x, weight=weight)
     if norm is not None and not (isinstance(norm, tuple) and len(norm) == 2):

@@ -19,7 +19,7 @@ def _compiled_align(logits: Tensor, labels: Tensor, lengths: Tensor, alpha: Tens
 
 
 def _kept(logits: Tensor) -> torch.dtype:
-    """What the loss, labels and alpha are in."""
+    """The dtype of the loss, labels and alpha."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
@@ -35,7 +35,7 @@ for _op, _function in (("mil_loss", _compiled), ("mil_align_loss", _compiled_ali
     _dispatch.register(_op, "cpp", _function, _supports(_build.cpp_reason))
     _dispatch.register(_op, "cuda", _function, _supports(_build.cuda_reason))
 
-# The slopes are d loss / d logits and d loss / d alpha, in the loss's dtype; the backward pass multiplies them by grad.
+# Slopes are d loss / d logits and d loss / d alpha, in the loss's dtype; the backward pass multiplies them by grad.
 torch.library.define(
     "avadclip_fast::mil_loss",
     "(Tensor logits, Tensor labels, Tensor lengths, int divisor) -> (Tensor loss, Tensor slope)",
@@ -76,7 +76,7 @@ def _(grad, slope, alpha_slope):
 
 def _save(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
-    ctx.set_materialize_grads(False)  # a slope gets no gradient: zeros of its size would be made in vain
+    ctx.set_materialize_grads(False)  # slopes get no gradient; do not allocate zeros for them
     ctx.save_for_backward(*output[1:])
 
 
@@ -91,7 +91,7 @@ def _align_backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 5
     logits, alpha = torch.ops.avadclip_fast.mil_align_loss_backward(grad, *ctx.saved_tensors)
-    if not logits.numel():  # the mean of no video is NaN; alpha has no part in it
+    if not logits.numel():  # an empty batch has a NaN loss, which does not depend on alpha
         alpha = torch.zeros_like(alpha)
     return logits.to(ctx.dtype), None, None, alpha, None
 
@@ -103,15 +103,17 @@ differentiable_once("mil_align_loss", "mil_align_loss_backward")
 
 
 def mil_loss(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int = 16, backend: str | None = None) -> Tensor:
-    """Binary cross-entropy of each video's top-k mean anomaly score against "is anything wrong in it".
+    """Binary cross-entropy of each video's top-k mean anomaly score (L_mil in the official code of arXiv 2504.04495).
 
         p_b = topk_mean(sigmoid(logits_b)),   out = mean_b BCE(p_b, 1 - labels[b, 0])
 
-    logits: (B, T) floating point; labels: (B, C), class 0 normal; lengths: (B,) int in 1..T
-    divisor: k_b = lengths[b] // divisor + 1
-    Returns a float32 (float64) scalar; logarithms are clamped at -100 as in torch's binary_cross_entropy.
-    Raises ValueError on shapes, dtypes, devices or lengths that do not fit. Deterministic.
-    Backends: see `avadclip-fast env`.
+    Logarithms are clamped at -100, as in torch's binary_cross_entropy.
+
+    logits: (B, T) floating point; labels: (B, C), class 0 is normal; lengths: (B,) int in 1..T
+    divisor: >= 1; k_b = lengths[b] // divisor + 1
+    Returns a float32 (float64) scalar.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or divisor.
+    Precision: float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("mil_loss", ("logits", logits, "B T"))
     _check("mil_loss", logits, labels, lengths, divisor, sizes)
@@ -121,15 +123,16 @@ def mil_loss(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int = 16,
 def mil_align_loss(
     logits: Tensor, labels: Tensor, lengths: Tensor, alpha: Tensor, divisor: int = 16, backend: str | None = None
 ) -> Tensor:
-    """Cross-entropy and focal loss of each video's top-k pooled class logits against its (multi-hot) labels.
+    """Mean of cross-entropy and focal loss of top-k pooled class logits (official code of arXiv 2504.04495, L_align).
 
         s_bc = topk_mean(logits_bc),   y = labels / sum(labels),   ce = -sum_c y log_softmax(s)
         focal = (sum_c y alpha) · (1 - sum_c y softmax(s))² · ce,   out = mean_b (ce + focal) / 2
 
-    logits: (B, T, C) floating point; labels: (B, C), every row with at least one class; lengths: (B,) int in 1..T
-    alpha: (C,) focal weight per class, learnable; divisor: k_b = lengths[b] // divisor + 1
-    Returns a float32 (float64) scalar. Raises ValueError on shapes, dtypes, devices or lengths that do not fit.
-    Deterministic. Backends: see `avadclip-fast env`.
+    logits: (B, T, C) floating point; labels: (B, C) multi-hot, at least one class per row; lengths: (B,) int in 1..T
+    alpha: (C,) learnable focal weight per class; divisor: >= 1; k_b = lengths[b] // divisor + 1
+    Returns a float32 (float64) scalar.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or divisor.
+    Precision: float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("mil_align_loss", ("logits", logits, "B T C"))
     _check("mil_align_loss", logits, labels, lengths, divisor, sizes)

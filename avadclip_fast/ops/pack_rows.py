@@ -1,4 +1,4 @@
-"""pack_rows and unpack_rows: the valid rows of a padded batch, and back."""
+"""pack_rows and unpack_rows: from a padded batch to its valid rows, and back."""
 
 import torch
 from torch import Tensor
@@ -45,12 +45,15 @@ adjoint("unpack_rows", of="pack_rows", dim=0)
 
 
 def pack_rows(padded: Tensor, lengths: Tensor, total: int | None = None, backend: str | None = None) -> Tensor:
-    """The valid rows of a padded batch, one video after the other: work per row then costs nothing for padding.
+    """Concatenates the valid rows of a padded batch, so that row-wise work spends nothing on padding.
 
-    padded: (B, T, D) floating point; lengths: (B,) int in 1..T; total: N = sum(lengths), read from them if None,
-    which on a GPU makes the host wait
-    Returns (N, D) in the same dtype. Raises ValueError on shapes or lengths that do not fit.
-    Exact and deterministic. Backends: see `avadclip-fast env`.
+        out = [padded_b[: lengths[b]] for each b],      N = sum(lengths)
+
+    padded: (B, T, D) floating point; lengths: (B,) int in 1..T
+    total: N; computed from `lengths` if None, which synchronises host and device on a GPU
+    Returns (N, D) in the same dtype.
+    Raises ValueError on invalid shapes, dtypes, devices or lengths.
+    Precision: exact. Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("pack_rows", ("padded", padded, "B T D"))
     check_lengths("pack_rows", lengths, sizes["B"], sizes["T"], padded.device, required=True)
@@ -61,11 +64,12 @@ def pack_rows(padded: Tensor, lengths: Tensor, total: int | None = None, backend
 
 
 def unpack_rows(packed: Tensor, lengths: Tensor, rows: int, backend: str | None = None) -> Tensor:
-    """Puts packed rows back in a padded batch; rows t >= lengths[b] are zero.
+    """Scatters packed rows into a padded batch, the inverse of `pack_rows`; rows t >= lengths[b] are zero.
 
-    packed: (N, D) floating point; lengths: (B,) int in 1..rows, their sum N; rows: T
-    Returns (B, T, D) in the same dtype. Raises ValueError on shapes or lengths that do not fit.
-    Exact and deterministic. Backends: see `avadclip-fast env`.
+    packed: (N, D) floating point; lengths: (B,) int in 1..rows, with sum N; rows: T
+    Returns (B, T, D) in the same dtype.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or `rows`.
+    Precision: exact. Deterministic. Backends: see `avadclip-fast env`.
     """
     check_tensors("unpack_rows", ("packed", packed, "N D"))
     check_counts("unpack_rows", rows=rows)

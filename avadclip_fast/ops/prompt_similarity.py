@@ -1,15 +1,16 @@
-"""prompt_similarity: cosine logits of frames against per-video class prompts."""
+"""prompt_similarity: cosine logits between snippets and per-video class prompts."""
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from . import _dispatch
+from ._autocast import without_autocast
 from ._check import check_positive, check_tensors
 from ._derivatives import differentiable_once
 from ._triton import implement, triton_reason
 
-MOST_CLASSES = 128  # a program of Triton's holds a video's prompts in registers
+MOST_CLASSES = 128  # a Triton program holds a video's prompts in registers
 
 
 def _triton(features: Tensor, prompts: Tensor, temperature: float) -> Tensor:
@@ -22,7 +23,7 @@ def _triton_supports(features: Tensor, prompts: Tensor, temperature: float) -> s
     return triton_reason(features, prompts)
 
 
-_dispatch.register("prompt_similarity", "reference", reference.prompt_similarity)
+_dispatch.register("prompt_similarity", "reference", without_autocast(reference.prompt_similarity))
 _dispatch.register("prompt_similarity", "triton", _triton, _triton_supports)
 
 torch.library.define(
@@ -71,13 +72,14 @@ differentiable_once("prompt_similarity", "prompt_similarity_backward")
 def prompt_similarity(
     features: Tensor, prompts: Tensor, temperature: float = 0.07, backend: str | None = None
 ) -> Tensor:
-    """Class logits of every snippet: its cosine with each class prompt of its video (arXiv 2504.04495, eq. 8).
+    """Class logits: cosine of each snippet with each class prompt of its video (arXiv 2504.04495, eq. 8).
 
         out_btc = <features_bt, prompts_bc> / (max(|features_bt|, 1e-12) · max(|prompts_bc|, 1e-12) · temperature)
 
     features: (B, T, D) floating point; prompts: (B, C, D) of the same dtype; temperature: > 0
-    Returns (B, T, C) in the features' dtype. Raises ValueError on shapes, dtypes or devices that do not fit.
-    Precision: norms and products in float32. Deterministic. Backends: see `avadclip-fast env`.
+    Returns (B, T, C) in the features' dtype.
+    Raises ValueError on invalid shapes, dtypes, devices or temperature.
+    Precision: norms and products in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     check_tensors("prompt_similarity", ("features", features, "B T D"), ("prompts", prompts, "B C D"))
     check_positive("prompt_similarity", temperature=temperature)

@@ -1,13 +1,14 @@
-"""similarity_graph: thresholded-cosine softmax graph times features."""
+"""similarity_graph: softmax over thresholded cosines, times values."""
 
 import torch
 from torch import Tensor
 
 from .. import reference
 from . import _dispatch, _similarity_graph_cpu, _similarity_graph_triton
+from ._autocast import without_autocast
 from ._check import check_are_tensors, check_lengths, check_tensors
 
-_dispatch.register("similarity_graph", "reference", reference.similarity_graph)
+_dispatch.register("similarity_graph", "reference", without_autocast(reference.similarity_graph))
 _dispatch.register(
     "similarity_graph", "triton", _similarity_graph_triton.similarity_graph, _similarity_graph_triton.supports
 )
@@ -22,22 +23,22 @@ def similarity_graph(
     weights: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mixes snippets of a video by how alike they are: A · values, with A from the features' cosines.
+    """Mixes the snippets of a video by cosine similarity (official code of arXiv 2504.04495).
 
         s_ij = <x_i, x_j> / (|x_i||x_j| + 1e-20),   t_ij = s_ij if s_ij > threshold else 0
         A = softmax_j(t_ij) over j < lengths[b];   rows and columns >= lengths[b] are 0
         out = A · values
 
-    A sub-threshold edge still has weight exp(0) = 1 before normalisation. Gradients reach the features through the
+    A sub-threshold edge still has weight exp(0) = 1 before normalisation. Gradients reach the features only through
     edges above the threshold.
 
     features: (B, T, D) floating point; values: (B, T, E) of the same dtype
-    lengths: (B,) int; None means that all T rows are valid
-    threshold: in [-1, 1]
-    weights: what an earlier call returned for the same features and lengths, to multiply by the same graph again
-    Returns (out (B, T, E) in the values' dtype, weights to hand to a later call).
-    Raises ValueError on shapes, dtypes, devices, lengths or a threshold that do not fit.
-    Precision: cosines and softmax in float32. Deterministic. Backends: see `avadclip-fast env`.
+    lengths: (B,) int, or None if all T rows are valid
+    threshold: a cosine in [-1, 1]
+    weights: those returned by an earlier call with the same features and lengths, to reuse its graph, or None
+    Returns (out (B, T, E) in the values' dtype, weights (B, T, T) to pass to a later call).
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or threshold.
+    Precision: cosines and softmax in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("similarity_graph", ("features", features, "B T D"), ("values", values, "B T E"))
     if not isinstance(threshold, float | int) or not -1 <= threshold <= 1:

@@ -17,7 +17,7 @@ _dispatch.register("topk_mean", "reference", reference.topk_mean)
 _dispatch.register("topk_mean", "cpp", _compiled, lambda scores, lengths, divisor: _build.cpp_reason(scores))
 _dispatch.register("topk_mean", "cuda", _compiled, lambda scores, lengths, divisor: _build.cuda_reason(scores))
 
-# index: (B, C, K) int32, the chosen t of each column in rising order, -1 where K = T // divisor + 1 is more than k_b
+# index: (B, C, K) int32, the selected t of each column in ascending order, then -1; K = min(T // divisor + 1, T)
 torch.library.define(
     "avadclip_fast::topk_mean", "(Tensor scores, Tensor lengths, int divisor) -> (Tensor mean, Tensor index)"
 )
@@ -62,15 +62,17 @@ torch.library.register_autograd("avadclip_fast::topk_mean_backward", _twice, set
 
 
 def topk_mean(scores: Tensor, lengths: Tensor, divisor: int = 16, backend: str | None = None) -> Tensor:
-    """The mean of each video's highest scores: how multiple-instance learning turns snippets into a video.
+    """Mean of each video's k highest scores, the multiple-instance pooling of the official code of arXiv 2504.04495.
 
-        k_b = lengths[b] // divisor + 1
+        k_b = min(lengths[b] // divisor + 1, lengths[b])
         out_bc = mean of the k_b largest scores_btc over t < lengths[b]
 
+    Ties, and with them the gradient, go to the lowest t. NaN propagates.
+
     scores: (B, T, C) floating point; lengths: (B,) int in 1..T; divisor: >= 1
-    Returns (B, C) in the scores' dtype. Raises ValueError on shapes, lengths or a divisor that do not fit.
-    Ties, and with them the gradient, go to the lowest t; NaN propagates. Deterministic.
-    Backends: see `avadclip-fast env`.
+    Returns (B, C) in the scores' dtype.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or divisor.
+    Precision: the compiled backends sum in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("topk_mean", ("scores", scores, "B T C"))
     check_counts("topk_mean", divisor=divisor)

@@ -1,4 +1,4 @@
-"""uniform_pool: long videos pooled to a fixed number of rows."""
+"""uniform_pool: pools videos of any length to a fixed number of rows."""
 
 import torch
 from torch import Tensor
@@ -36,14 +36,15 @@ adjoint("uniform_pool_backward", of="uniform_pool", dim=1)
 
 
 def uniform_pool(features: Tensor, lengths: Tensor, rows: int, backend: str | None = None) -> Tensor:
-    """Fits videos of any length to `rows` rows each: the mean of equal ranges of time.
+    """Pools each video to `rows` rows by averaging equal time ranges (official code of arXiv 2504.04495).
 
         bounds_r = int(r · n_b / rows),   out_br = mean of features_b[bounds_r : bounds_{r+1}]
 
-    An empty range, as there are where n_b < rows, takes its first row.
+    An empty range, which occurs if n_b < rows, takes its first row.
 
-    features: (N, D) floating point, the videos one after the other; lengths: (B,) int >= 1, their sum N; rows: >= 1
-    Returns (B, rows, D) in the features' dtype. Raises ValueError on shapes, lengths or rows that do not fit.
+    features: (N, D) floating point, the videos concatenated; lengths: (B,) int >= 1, with sum N; rows: >= 1
+    Returns (B, rows, D) in the features' dtype.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or `rows`.
     Precision: sums in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     check_tensors("uniform_pool", ("features", features, "N D"))
@@ -53,7 +54,7 @@ def uniform_pool(features: Tensor, lengths: Tensor, rows: int, backend: str | No
 
 
 def check_packed(op: str, lengths: Tensor, total: int, device: torch.device) -> None:
-    """Checks lengths (B,) that must sum to `total`; the values on the CPU only. Raises ValueError."""
+    """Checks lengths (B,), which must sum to `total`; values are checked on the CPU only. Raises ValueError."""
     check_are_tensors(op, lengths=lengths)
     check_lengths(op, lengths, lengths.numel(), total, device)
     known = device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling()

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from .. import reference
 from . import _dispatch
+from ._autocast import without_autocast
 from ._check import check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable_once
 from ._triton import implement, triton_reason
 
-LONGEST = 128  # a program of Triton's holds the scores of whole windows
+LONGEST = 128  # a Triton program holds the scores of whole windows
 
 
 def _triton(qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> Tensor:
@@ -22,7 +23,7 @@ def _triton_supports(qkv: Tensor, window: int, heads: int, lengths: Tensor | Non
     return triton_reason(qkv)
 
 
-_dispatch.register("window_attention", "reference", reference.window_attention)
+_dispatch.register("window_attention", "reference", without_autocast(reference.window_attention))
 _dispatch.register("window_attention", "triton", _triton, _triton_supports)
 
 torch.library.define(
@@ -65,16 +66,17 @@ differentiable_once("window_attention", "window_attention_backward")
 def window_attention(
     qkv: Tensor, window: int, heads: int = 1, lengths: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
-    """Self-attention inside windows of consecutive snippets: i attends to j only if i // window == j // window.
+    """Self-attention within windows of consecutive snippets (official code of arXiv 2504.04495).
 
-        out_i = sum_j softmax_j(<q_i, k_j> / sqrt(D / heads)) v_j
+        out_i = sum_j softmax_j(<q_i, k_j> / sqrt(D / heads)) v_j      over j with i // window == j // window
 
-    qkv: (B, T, 3D) floating point: queries, keys and values side by side
-    window: snippets per window; where it does not divide T the last window is shorter
+    qkv: (B, T, 3D) floating point; queries, keys and values concatenated
+    window: snippets per window, >= 1; if it does not divide T, the last window is shorter
     heads: must divide D
-    lengths: (B,) int; keys t >= lengths[b] are then left out, and rows t >= lengths[b] of out are 0
-    Returns (B, T, D) in qkv's dtype. Raises ValueError on shapes, numbers or lengths that do not fit.
-    Deterministic. Backends: see `avadclip-fast env`.
+    lengths: (B,) int, to exclude keys t >= lengths[b] and zero those rows of out, or None
+    Returns (B, T, D) in qkv's dtype.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths, `window` or `heads`.
+    Precision: scores and softmax in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("window_attention", ("qkv", qkv, "B T 3D"))
     check_counts("window_attention", window=window, heads=heads)

@@ -1,25 +1,9 @@
 """What all references share: float32 statistics, safe norms, masks from lengths."""
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 TINY_NORM = 1e-12  # a zero row has no direction: its cosine is 0, not NaN
-
-
-def in_its_own_precision(function: Callable) -> Callable:
-    """Under autocast too, a reference multiplies in the precision that it states: a cosine in bf16 misses the 0.7."""
-
-    @functools.wraps(function)
-    def run(x: Tensor, *args, **kwargs):
-        if not torch.is_autocast_enabled(x.device.type):
-            return function(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, *args, **kwargs)
-
-    return run
 
 
 def at_least_float32(x: Tensor) -> Tensor:

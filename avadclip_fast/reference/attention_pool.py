@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from ._numerics import at_least_float32, in_its_own_precision, normalize, zero_padding
+from ._numerics import at_least_float32, normalize, zero_padding
 
 
-@in_its_own_precision
 def attention_pool(features: Tensor, logits: Tensor, lengths: Tensor | None = None) -> Tensor:
     """
     g_b = sum_t logits_bt · features_bt,   out_b = g_b / |g_b|      over t < lengths[b], or all T without lengths

@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from ._numerics import in_its_own_precision, zero_padding
+from ._numerics import zero_padding
 
 
-@in_its_own_precision
 def distance_graph(values: Tensor, scale: float = torch.e, lengths: Tensor | None = None) -> Tensor:
     """
     out_i = sum_j exp(-|i - j| / scale) values_j      over all T rows; with lengths, over i, j < lengths[b]

@@ -2,10 +2,9 @@
 
 from torch import Tensor
 
-from ._numerics import in_its_own_precision, normalize
+from ._numerics import normalize
 
 
-@in_its_own_precision
 def prompt_similarity(features: Tensor, prompts: Tensor, temperature: float = 0.07) -> Tensor:
     """
     out_btc = cos(features_bt, prompts_bc) / temperature

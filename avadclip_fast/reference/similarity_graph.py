@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from ._numerics import at_least_float32, in_its_own_precision, valid_mask, zero_padding
+from ._numerics import at_least_float32, valid_mask, zero_padding
 
 EPS = 1e-20
 
 
-@in_its_own_precision
 def similarity_graph(
     features: Tensor, values: Tensor, lengths: Tensor, threshold: float = 0.7, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._numerics import at_least_float32, in_its_own_precision, valid_mask, zero_padding
+from ._numerics import at_least_float32, valid_mask, zero_padding
 
 
-@in_its_own_precision
 def window_attention(qkv: Tensor, window: int, heads: int = 1, lengths: Tensor | None = None) -> Tensor:
     """
     out_i = sum_j softmax_j(<q_i, k_j> / sqrt(D/heads)) v_j      over j in the window of i (and j < lengths[b])
