@@ -1,13 +1,13 @@
-"""Teacher and student on a real, weakly labelled audio-visual set, by the robust recipe: frame AP over three seeds.
+"""Teacher and student with the robust recipe on a real, weakly labelled audio-visual set: frame AP over three seeds.
 
-    python -m bench.fightsurv FOLDER --ablate     each choice on held-out sources of the training videos
-    python -m bench.fightsurv FOLDER --told       there, students that are told the truth of every snippet
-    python -m bench.fightsurv FOLDER              the recipe on all training videos, scored on the test videos
-    python -m bench.fightsurv FOLDER --plots docs the plots of both, from their JSON
+    python -m bench.fightsurv FOLDER --ablate     ablations on held-out sources of the training videos
+    python -m bench.fightsurv FOLDER --told       students trained on the ground truth of every snippet, on these folds
+    python -m bench.fightsurv FOLDER              train with the recipe on all training videos, score the test videos
+    python -m bench.fightsurv FOLDER --plots docs plots of the results, from their JSON
 
-FOLDER: train.csv, test.csv, gt.npy, gt_segments.json. Every choice is made on sources held out of the training videos
-(bench/fightsurv_folds.py), a fold a seed. Text weights are random: the features are not CLIP's.
---ablate can be called in several processes at once by --folds, each with folds of its own, and at last without it.
+FOLDER has train.csv, test.csv, gt.npy and gt_segments.json. All choices are made on sources held out from the training
+videos (bench/fightsurv_folds.py), with one fold per seed. Text weights are random, since the features are not CLIP's.
+--ablate can run in several processes at once, each with its own --folds, and finally once without --folds.
 """
 
 import argparse
@@ -50,8 +50,8 @@ from . import fightsurv_folds as folds
 
 PRESET = data.PRESETS["cctv-fights"]
 CLASSES = list(PRESET.codes.values())
-LENGTH = 32  # the videos have 38 to 361 snippets of 4 frames: an eighth of the default, and of its time
-STUDENT_WINDOW = 8  # a quarter of the length, as 64 is of the default 256
+LENGTH = 32  # an eighth of the default, and of its time; videos have 38 to 361 snippets of 4 frames
+STUDENT_WINDOW = 8  # a quarter of the length, like the default 64 of 256
 SEEDS = (0, 1, 2)
 PERCENTS = (0, 25, 50, 100)
 RESULTS = Path(__file__).parent / "results"
@@ -64,17 +64,17 @@ BRANCHES = {
 
 
 class Row(NamedTuple):
-    """What one row of the ablation changes of the robust recipe."""
+    """The changes of one ablation row to the robust recipe."""
 
     recipe: dict = {}
     model: dict = {}
-    change: Callable[[AVadCLIP], None] = lambda model: None  # done to the weights that were drawn
+    change: Callable[[AVadCLIP], None] = lambda model: None  # applied to the initial weights
     student: bool = False
-    guide: str = "robust"  # a student's teacher, by its row
+    guide: str = "robust"  # row of a student's teacher
 
 
 def _louder(model: AVadCLIP) -> None:
-    """Weight norm's gains three times their start, which brings each convolution's output near its input's size."""
+    """Triples the initial gains of weight norm, so that each convolution roughly preserves the scale of its input."""
     with torch.no_grad():
         for name, parameter in model.audio.named_parameters():
             if name.endswith("weight_g"):
@@ -82,7 +82,7 @@ def _louder(model: AVadCLIP) -> None:
 
 
 def _open_ended(model: AVadCLIP) -> None:
-    """Without the ReLU at the end of each level, of which the first drops what is below the mean."""
+    """Removes the ReLU at the end of each level; that of the first level drops all values below the mean."""
 
     def forward(level, x):
         h = F.dropout(level.conv1(x, "relu"), level.dropout, level.training)
@@ -125,7 +125,7 @@ STUDENTS = {
         {**ROBUST_HEARER, **ALONE}, {"modality": "audio", "standardize": ["audio"]}, student=True
     ),
 }
-UNTOLD, TOLD = "alone: told every video's label", "told every snippet's truth"  # a teacher that is never wrong
+UNTOLD, TOLD = "alone: told every video's label", "told every snippet's truth"  # a perfect teacher
 WAYS = {"videos": folds.by_videos, "clips": folds.by_clips, "sources": folds.by_sources}
 STREAMS = {"sight": ("sight",), "motion": ("motion",), "sound": ("sound",), "motion and sound": ("motion", "sound")}
 GROUPS = {"teacher": TEACHERS, "student": STUDENTS, "why": WHY}
@@ -155,11 +155,11 @@ def main() -> None:
         final(options.folder, options.output / "final", options.device)
 
 
-# --- every choice, on sources held out of the training videos ---
+# --- ablations on sources held out from the training videos ---
 
 
 def ablate(folder: Path, output: Path, device: str, chosen: Sequence[int] = SEEDS) -> None:
-    """Trains every row on every fold; with all of them, writes fightsurv_ablation.json. A call that was cut goes on."""
+    """Trains every row on the chosen folds; given all, writes fightsurv_ablation.json. Resumes an interrupted call."""
     videos = folds.load(folder)
     clips = folds.find_clips(videos)
     parts = {seed: folds.by_sources(videos, clips, seed) for seed in chosen}
@@ -227,14 +227,14 @@ def _recipe(seed: int, row: Row) -> Recipe:
 
 
 def _fit(model, features, recipe: Recipe, folder: Path, guide, held, device) -> list[dict]:
-    """Without a distillation loss where its weight is 0. A call that was cut short goes on."""
+    """Fits a model, without a teacher if the distillation weight is 0. Resumes an interrupted run."""
     guide = guide if recipe.distill_weight else None
     fit(model, features, recipe, folder, teacher=guide, held_out=held, device=device, resume=True, progress=False)
     return json.loads((folder / HISTORY).read_text())["epochs"]
 
 
 def _score(model, held, device: str, silent: bool = False) -> dict:
-    """Frame AP of both outputs, of fights that follow from the labels."""
+    """Returns the frame AP of both outputs against the fights inferred from the labels."""
     videos = folds.test_videos(held, LENGTH, model.motion)
     scores = score_videos(model, videos, device, silent=silent, progress=False)
     truth = np.concatenate([v.fights for v in held])
@@ -243,7 +243,7 @@ def _score(model, held, device: str, silent: bool = False) -> dict:
 
 
 def _measures(model: AVadCLIP, features) -> dict:
-    """Of 48 training videos: how much of what the streams say varies, and the gradients' norms, weights' being 1."""
+    """Measures the spread of the streams and the gradient norms relative to the weights, on 48 training videos."""
     batch = features.batch(torch.arange(0, len(features), len(features) // 48)[:48])
     model.eval()
     with torch.no_grad():
@@ -283,7 +283,7 @@ def _norm(tensors) -> float:
 
 
 def _repeats(videos, clips: folds.Clips) -> dict:
-    """How many rows there are, how many different ones, and how many are found in another video too."""
+    """Counts all rows, distinct rows, and the share of rows that also occur in another video."""
     counts = {"videos": len(videos), "clips": len(clips.fight), "fight_clips": int(clips.fight.sum())}
     for stream in ("visual", "audio"):
         rows = [getattr(v, stream) for v in videos]
@@ -298,7 +298,7 @@ def _repeats(videos, clips: folds.Clips) -> dict:
 
 
 def _linear(videos, clips: folds.Clips) -> list[dict]:
-    """Logistic regression of the bag label on standardised snippets: frame AP, by what is held out."""
+    """Returns the frame AP of logistic regression of the video label on standardized snippets, by type of fold."""
     records = []
     for way, split in WAYS.items():
         for name, streams in STREAMS.items():
@@ -327,9 +327,9 @@ def _side_by_side(videos, streams: tuple[str, ...]) -> np.ndarray:
 
 
 def _pooled_calibration(kind: str, parts: dict, output: Path, device: str) -> dict:
-    """Of the robust teachers, or the chosen students, each on the fold that it has not seen; and how reliable they are.
+    """Calibrates the robust teachers, or the chosen students, on their held-out folds, and measures reliability.
 
-    Half of a fold's videos fit it and half judge it would leave too few: the error after the fit is of the same videos.
+    The error after the fit is measured on the same videos, since a fold is too small to split in half.
     """
     logits: dict = {head: [] for head in HEADS}
     abnormal = []
@@ -351,13 +351,13 @@ def _pooled_calibration(kind: str, parts: dict, output: Path, device: str) -> di
     return result
 
 
-# --- what a teacher could give at most ---
+# --- upper bound on the benefit of a teacher ---
 
 
 def told(folder: Path, output: Path, device: str) -> None:
-    """Trains students on every snippet's truth, beside ones trained on labels; writes fightsurv_told.json.
+    """Trains students on snippet ground truth, and others on video labels; writes fightsurv_told.json.
 
-    Three students on each fold, since they differ as much as folds do. An interrupted call resumes.
+    Three students per fold, since students differ as much as folds do. Resumes an interrupted call.
     """
     videos = folds.load(folder)
     clips = folds.find_clips(videos)
@@ -380,10 +380,10 @@ def told(folder: Path, output: Path, device: str) -> None:
 def _told(
     truth: bool, seed: int, kept: Sequence[folds.Video], held: Sequence[folds.Video], folder: Path, device: str
 ) -> dict:
-    """A student's frame AP on a fold. With the truth, its losses are both outputs' cross-entropies of every snippet."""
+    """Returns a student's frame AP on a fold; with `truth`, both outputs are trained by cross-entropy per snippet."""
     features = folds.feature_set(kept, LENGTH, ROBUST_STREAMS["motion"])
     torch.manual_seed(seed)
-    sizes = AVadCLIP(CLASSES, length=LENGTH, text_weights="random", **ROBUST_STREAMS)  # these and text weights alone
+    sizes = AVadCLIP(CLASSES, length=LENGTH, text_weights="random", **ROBUST_STREAMS)  # for settings and text weights
     row = Row(ALONE, student=True)
     model, recipe = _made(row, seed, features, sizes).to(device), _recipe(seed, row)
     if not truth:
@@ -408,7 +408,7 @@ def _told(
     return {"ap": _score(model, held, device)}
 
 
-# --- the recipe, on all training videos; the test videos once ---
+# --- the recipe on all training videos, scored once on the test videos ---
 
 
 def final(folder: Path, output: Path, device: str) -> None:
@@ -488,7 +488,7 @@ def _write(name: str, report: dict) -> None:
 
 
 def _cached(path: Path, make: Callable):
-    """What `make` gives, kept in a file, so that a call which was cut short goes on."""
+    """Returns the result of `make`, cached in a file, so that an interrupted call can resume."""
     if not path.exists():
         found = make()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -498,14 +498,14 @@ def _cached(path: Path, make: Callable):
 
 
 def _say(name: str, runs: list[dict]) -> None:
-    """Frame AP of each run by the align output."""
+    """Prints the frame AP of each run from the align output."""
     found = {"AP": "ap"} | ({"without sound": "ap_without_sound"} if "ap_without_sound" in runs[0] else {})
     for label, key in found.items():
         print(f"{name}, {label}:", *(f"{100 * run[key]['align']:.1f}" for run in runs), flush=True)
 
 
 def table(report: dict) -> str:
-    """The test table: mean and standard deviation over the seeds, in percent."""
+    """Returns the table of test results: mean and standard deviation over the seeds, in percent."""
     lines = ["| | frame AP | frame AUC | AP on abnormal videos |", "|---|---|---|---|"]
     for name, runs in report["results"].items():
         cells = (_spread([100 * run[report["head"]][key] for run in runs]) for key in ("ap", "auc", "abnormal_ap"))
@@ -515,7 +515,7 @@ def table(report: dict) -> str:
 
 
 def heads_table(report: dict) -> str:
-    """Frame AP on the test videos by both outputs, and detection mAP."""
+    """Returns the frame AP of both outputs on the test videos, and detection mAP."""
     lines = ["| | align | binary | detection mAP |", "|---|---|---|---|"]
     for name, runs in report["results"].items():
         cells = [_spread([100 * run[head]["ap"] for run in runs]) for head in HEADS]
@@ -524,7 +524,7 @@ def heads_table(report: dict) -> str:
 
 
 def missing_table(report: dict) -> str:
-    """Frame AP on the test videos by how many have no sound."""
+    """Returns the frame AP on the test videos by the share of videos without sound."""
     names = ("teacher", "student", "automatic", "oracle")
     lines = [f"| without sound | {' | '.join(names)} |", "|---|---|---|---|---|"]
     for i, percent in enumerate(PERCENTS):
@@ -534,7 +534,7 @@ def missing_table(report: dict) -> str:
 
 
 def repeats_table(report: dict) -> str:
-    """The training videos' rows, and what a linear model makes of each stream."""
+    """Returns the number of rows of the training videos: all, distinct, and shared with another video."""
     repeats = report["repeats"]
     lines = ["| rows of the training videos | all | different | found in another video too |", "|---|---|---|---|"]
     for stream in ("visual", "audio"):
@@ -552,7 +552,7 @@ def linear_table(report: dict) -> str:
 
 
 def ablation_table(report: dict, group: str) -> str:
-    """Frame AP on held-out sources: mean and standard deviation over the folds, in percent."""
+    """Returns the frame AP on held-out sources: mean and standard deviation over the folds, in percent."""
     lines = ["| | align | binary | sound withheld: align | binary | training loss |", "|---|---|---|---|---|---|"]
     for row in (row for row in report["rows"] if row["group"] == group):
         runs = row["seeds"]
@@ -565,7 +565,7 @@ def ablation_table(report: dict, group: str) -> str:
 
 
 def told_table(report: dict) -> str:
-    """Students told labels beside students told the truth: mean and standard deviation over the students of a fold."""
+    """Compares students trained on labels and on ground truth: mean and standard deviation over students of a fold."""
     lines = ["| frame AP: align, binary | " + " | ".join(f"fold {fold}" for fold in SEEDS) + " | all |"]
     lines.append("|---" * (2 + len(SEEDS)) + "|")
     found = {
@@ -580,7 +580,7 @@ def told_table(report: dict) -> str:
 
 
 def measures_table(report: dict) -> str:
-    """What varies in the teacher, and what moves: means over the folds, of the drawn and of the trained weights."""
+    """Returns the measures of the teacher with initial and trained weights, and how far training moves the weights."""
     names = ("official, lr 1e-4", "+ sound standardised", "robust")
     lines = ["| | " + " | ".join(f"{name}: drawn | trained" for name in names) + " |", "|---" * 7 + "|"]
     runs = {row["name"]: row["seeds"] for row in report["rows"] if row["name"] in names and row["group"] != "student"}
@@ -613,7 +613,7 @@ def measures_table(report: dict) -> str:
 
 
 def calibration_table(ablation: dict, report: dict) -> str:
-    """Temperatures and thresholds of the scored output, and the expected calibration errors."""
+    """Returns temperatures and thresholds of the reported output, and the expected calibration errors."""
     scored = report["head"]
     lines = [
         "| | temperature | threshold | error on held-out videos, before and after | "
@@ -631,7 +631,7 @@ def calibration_table(ablation: dict, report: dict) -> str:
 
 
 def plot(folder: Path) -> None:
-    """The plots of docs/training-that-hears.md, from the committed JSON."""
+    """Draws the plots of docs/training-that-hears.md from the committed JSON."""
     ablation, report = read("fightsurv_ablation"), read("fightsurv")
     head = report["head"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -639,7 +639,8 @@ def plot(folder: Path) -> None:
     def bars(group: str) -> dict:
         shown = {}
         for row in (row for row in ablation["rows"] if row["group"] == group):
-            keys = {"ap": "as it is", "ap_without_sound": "sound withheld"}
+            of_sight = group == "student" and STUDENTS[row["name"]].model.get("modality") != "audio"
+            keys = {"ap": "sight alone" if of_sight else "with sound", "ap_without_sound": "sound withheld"}
             shown[row["name"]] = {
                 label: _mean_spread([100 * run[key][head] for run in row["seeds"]])
                 for key, label in keys.items()
@@ -655,23 +656,24 @@ def plot(folder: Path) -> None:
         }
         for way in WAYS
     }
-    title = "frame AP on held-out sources, %"
-    bar_groups(folder / "fightsurv-linear.png", {"linear model: frame AP, %": linear})
-    bar_groups(folder / "fightsurv-why.png", {f"why: {title}": bars("why")})
-    bar_groups(folder / "fightsurv-ablation.png", {f"teacher: {title}": bars("teacher"), "student": bars("student")})
-    for kind in ("teacher", "student"):
-        bins = {
-            f"held-out videos, {when}": found["bins"] for when, found in ablation["calibration"][kind][head].items()
-        }
-        reliability_plot(folder / f"fightsurv-reliability-{kind}.png", bins)
     missing = {
-        f"{percent} % mute": {
-            name: _mean_spread([100 * run[i][name][report["head"]] for run in report["missing"]])
+        f"{percent} % of videos without sound": {
+            name: _mean_spread([100 * run[i][name][head] for run in report["missing"]])
             for name in ("teacher", "student", "automatic", "oracle")
         }
         for i, percent in enumerate(PERCENTS)
     }
-    bar_groups(folder / "fightsurv-missing.png", {"test: frame AP, %": missing})
+    axis = "frame AP, %: mean and standard deviation"
+    title = f"Frame AP on held-out sources, {head} output"
+    causes, parts = {"": bars("why")}, {kind: bars(kind) for kind in ("teacher", "student")}
+    bar_groups(folder / "fightsurv-linear.png", {"": linear}, "Frame AP of a linear model", axis)
+    bar_groups(folder / "fightsurv-why.png", causes, title, axis)
+    bar_groups(folder / "fightsurv-ablation.png", parts, title, axis)
+    bar_groups(folder / "fightsurv-missing.png", {"": missing}, f"Frame AP on the test videos, {head} output", axis)
+    for kind in ("teacher", "student"):
+        bins = {f"{when} calibration": found["bins"] for when, found in ablation["calibration"][kind][head].items()}
+        about = f"Reliability on held-out videos: {kind}, {head} output"
+        reliability_plot(folder / f"fightsurv-reliability-{kind}.png", bins, "videos", about)
 
 
 def _mean_spread(values: list[float]) -> tuple[float, float]:

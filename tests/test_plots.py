@@ -83,6 +83,35 @@ def test_reliability_and_bars(tmp_path):
         plots.reliability_plot(tmp_path / "none.png", {})
 
 
+def test_reliability_says_what_dots_and_diagonal_mean(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.reliability_plot("r.png", {"binary": [[0.1, 0.2, 0.5], [0.9, 0.7, 0.5]]})
+    plots.reliability_plot("r.png", {"_$a$": [[0.1, 0.2, 1.0]]}, "videos", "of a student")
+    frames, videos = (figure.axes[0] for figure in drawn)
+    assert (frames.get_title(), frames.get_ylabel()) == ("Reliability", "share of positive frames")
+    assert (videos.get_title(), videos.get_ylabel()) == ("of a student", "share of positive videos")
+    said = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert said == ["binary", "diagonal = calibrated", "dot area = share of scores"]
+
+
+def test_bars_stand_at_their_groups_names_and_titles_fit(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    both, one = {"x": (3, 1), "y": (2, 0.5)}, {"z": (1, 0.1)}
+    title = "Frame AP of everything that was held out, %"
+    plots.bar_groups("b.png", {"teacher": {"a": both}, "student": {"a": one, "b" * 50: both}}, title, "AP")
+    (figure,) = drawn
+    upper, lower = figure.axes
+    assert (upper.get_title(), lower.get_title(), lower.get_xlabel()) == ("teacher", "student", "AP")
+    middles = [bar.get_y() + bar.get_height() / 2 for bar in lower.patches]
+    np.testing.assert_allclose([middles[0], np.mean(middles[1:])], [0, 1], atol=1e-9)
+    figure.draw_without_rendering()
+    for text in (figure._suptitle, *lower.get_yticklabels(), *upper.get_yticklabels()):
+        box = text.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, text
+
+
 def test_errors_name_the_video(tmp_path):
     path = tmp_path / "a.png"
     with pytest.raises(ValueError, match="vid: truth of 100 frames, scores of 480"):

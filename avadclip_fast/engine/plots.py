@@ -1,6 +1,6 @@
 """Score curves over ground truth, as PNG files.
 
-Matplotlib is imported when a plot is made, and only its figure objects are used: no pyplot, no global backend.
+Matplotlib is imported lazily, and only its figure objects are used: no pyplot, no global backend.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ import numpy as np
 from ..data.atomic import atomic_write
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000")  # Okabe and Ito 2008, colour-blind-safe
-DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))  # so that curves also differ in grey
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (6, 1.5, 1.5, 1.5)))  # distinguish curves also in greyscale
 TRUTH_COLOUR = "#E69F00"
 DPI = 150
-TITLE_PER_INCH = 10  # characters of a title that fit over an inch of panel
+TITLE_PER_INCH = 10  # title characters per inch of panel width
 
 
 def score_curves(
@@ -29,8 +29,8 @@ def score_curves(
 
     name: the title; scores: label -> (n,) snippet scores in 0..1, each drawn over its frames_per_snippet frames
     truth: (frames,) of 0 and 1, or spans (start, end) or (start, end, class) in frames, where class 0 is normal and
-    not shaded; fps: frames a second, for a time axis in seconds (frames otherwise)
-    Raises ValueError on shapes that do not fit.
+    not shaded; fps: frames per second, for a time axis in seconds (frames otherwise)
+    Raises ValueError on shapes that do not match.
     """
     _write(path, [(name, scores, truth)], frames_per_snippet, fps, columns=1, panel=(9.0, 3.2))
 
@@ -42,71 +42,97 @@ def score_grid(
     fps: float | None = None,
     columns: int = 2,
 ) -> None:
-    """Writes one PNG with a panel a video (about eight read well) and one legend.
+    """Writes one PNG with one panel per video (up to about eight stay legible) and a shared legend.
 
-    items: (name, scores, truth) each, as in `score_curves`; a label has the same colour in every panel
-    Raises ValueError on shapes that do not fit, or without items.
+    items: (name, scores, truth) of each video, as in `score_curves`; a label has the same colour in every panel
+    Raises ValueError on shapes that do not match, or without items.
     """
     if not items or columns < 1:
         raise ValueError(f"expected items and columns, got {len(items)} items in {columns} columns")
     _write(path, items, frames_per_snippet, fps, columns=min(columns, len(items)), panel=(6.4, 2.2))
 
 
-def reliability_plot(path: str | Path, bins: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """Writes one PNG: how often what is scored s is positive, against s; on the diagonal scores are probabilities.
+def reliability_plot(
+    path: str | Path, bins: Mapping[str, Sequence[Sequence[float]]], of: str = "frames", title: str = "Reliability"
+) -> None:
+    """Writes one PNG with a reliability diagram: the positive share against the score, equal if well calibrated.
 
-    bins: label -> rows (mean score, share positive, share of all), as `calibrate.reliability` gives them; the third is
-    the area of a mark. Raises ValueError without bins.
+    bins: label -> rows (mean score, share positive, share of all) from `calibrate.reliability`; the share of all sets
+    the area of a marker. of: what is positive or not, for the label of the y axis. Raises ValueError without bins.
     """
     if not bins or not all(len(rows) for rows in bins.values()):
         raise ValueError(f"expected label -> bins, got {dict(bins)}")
-    figure, (ax,) = _figure((4.6, 4.4), 1)
-    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0)
+    figure, (ax,) = _figure((4.6, 5.0))
     for i, (label, rows) in enumerate(bins.items()):
         score, share, mass = np.asarray(rows, np.float64).T
         colour = COLOURS[i % len(COLOURS)]
         ax.plot(score, share, color=colour, linestyle=DASHES[i % len(DASHES)], label=_plain(label))
         ax.scatter(score, share, s=12 + 300 * mass, color=colour, alpha=0.5, linewidth=0)
-    ax.set(xlabel="score", ylabel="share positive", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    ax.legend(frameon=False)
+    ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0, label="diagonal = calibrated")
+    ax.scatter([], [], s=60, color="0.6", alpha=0.5, linewidth=0, label="dot area = share of scores")
+    ax.set(xlabel="predicted score", ylabel=f"share of positive {of}", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    ax.set_title(title, fontsize=10)
+    handles, labels = ax.get_legend_handles_labels()
+    key = figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    for text in key.get_texts():
+        text.set_parse_math(False)
     save(figure, path)
 
 
-def bar_groups(path: str | Path, panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]]) -> None:
-    """Writes one PNG with a panel each: horizontal bars of (mean, spread) in groups.
+def bar_groups(
+    path: str | Path,
+    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]],
+    title: str = "",
+    axis: str = "",
+) -> None:
+    """Writes one PNG with one panel per title, one below the other: grouped horizontal bars with error bars.
 
     panels: title -> group -> label -> (value, spread); a label has the same colour in every group.
+    title: of the figure, above the panels. axis: label of the common x axis.
     """
     from matplotlib.patches import Patch
 
     labels = list(dict.fromkeys(label for groups in panels.values() for bars in groups.values() for label in bars))
-    rows = max(len(groups) for groups in panels.values())
-    figure, axes = _figure((5.4, 1.1 + 0.42 * rows), len(panels))
+    rows = [len(groups) for groups in panels.values()]
+    longest = max(len(group) for groups in panels.values() for group in groups)
+    size = 4.2 + 0.075 * longest, 1.1 + 0.3 * len(rows) + 0.42 * sum(rows)  # inches
+    figure, axes = _figure(size, rows)
     height = 0.8 / len(labels)
-    for ax, (title, groups) in zip(axes, panels.items(), strict=True):
-        for i, label in enumerate(labels):
-            drawn = [(j + i * height, *bars[label]) for j, bars in enumerate(groups.values()) if label in bars]
-            at, values, spreads = np.array(drawn).reshape(-1, 3).T
-            ax.barh(at, values, height, xerr=spreads, color=COLOURS[i], error_kw={"linewidth": 0.8}, label=label)
-        ax.set_yticks([j + 0.4 - height / 2 for j in range(len(groups))], list(groups))
-        ax.invert_yaxis()
-        ax.set_title(title, fontsize=10)
-    # Below the panels, where no bar is, and in the order and colours of all of them.
+    for ax, (name, groups) in zip(axes, panels.items(), strict=True):
+        for j, bars in enumerate(groups.values()):
+            shown = [label for label in labels if label in bars]
+            for i, label in enumerate(shown):
+                value, spread = bars[label]
+                at = j + (i - (len(shown) - 1) / 2) * height  # centred on the group's name
+                ax.barh(
+                    at, value, height, xerr=spread, color=COLOURS[labels.index(label) % len(COLOURS)],
+                    error_kw={"linewidth": 0.8},
+                )  # fmt: skip
+        ax.set_yticks(range(len(groups)), list(groups))
+        ax.set_ylim(len(groups) - 0.45, -0.55)
+        ax.grid(axis="x", color="0.9", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.set_title(name, fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1].set(xlim=(0, None), xlabel=axis)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    # One legend for all panels, below them, where it covers no bar.
     figure.legend(
-        [Patch(color=COLOURS[i]) for i in range(len(labels))], labels, loc="outside lower center", ncols=len(labels),
-        frameon=False, fontsize=8,
+        [Patch(color=COLOURS[i % len(COLOURS)]) for i in range(len(labels))], labels, loc="outside lower center",
+        ncols=len(labels), frameon=False, fontsize=8,
     )  # fmt: skip
     save(figure, path)
 
 
-def _figure(panel: tuple[float, float], columns: int):
-    """A figure of one row of panels, and its axes."""
+def _figure(size: tuple[float, float], heights: Sequence[float] = (1,)):
+    """Creates a figure of panels one below the other, which share their x axis; returns it and its axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure((panel[0] * columns, panel[1]), dpi=DPI, layout="constrained")
+    figure = Figure(size, dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
+    return figure, figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
 
 
 def save(figure, path: str | Path) -> None:
@@ -200,7 +226,7 @@ def _curves(name: str, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def _spans(name: str, truth, frames: int) -> list[tuple[float, float]]:
-    """(start, end) in frames, from spans or a vector of `frames`."""
+    """Returns the (start, end) of abnormal spans in frames, from spans or a vector of `frames` values."""
     if truth is None or len(truth) == 0:
         return []
     truth = np.asarray(truth)
@@ -215,7 +241,7 @@ def _spans(name: str, truth, frames: int) -> list[tuple[float, float]]:
 
 
 def _plain(text: str, longest: int = 40) -> str:
-    """One printable line, shortened in the middle: file names may hold anything."""
+    """Returns a single printable line, shortened in the middle, since file names may contain any characters."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     text = "".join(char if char.isprintable() else "?" for char in text)
     if len(text) <= longest:
