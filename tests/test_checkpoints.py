@@ -182,10 +182,12 @@ def test_the_number_of_names_must_fit(official):
 
 def test_what_is_no_checkpoint(settings, tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "empty.pth").touch()
     torch.save([1, 2], tmp_path / "list.pth")
     for source, message in (
         (tmp_path / "absent.pth", "no checkpoint .*absent.pth"),
-        (tmp_path / "text.pth", "text.pth cannot be read as weights"),
+        (tmp_path / "text.pth", "text.pth cannot be read as weights: not a PyTorch weights file"),
+        (tmp_path / "empty.pth", "empty.pth cannot be read as weights: not a PyTorch weights file"),
         (tmp_path / "list.pth", "list.pth holds a list, not a state dict"),
         ({}, "not an AVadCLIP checkpoint: temporal.positions.weight is missing"),
         ({"model_state_dict": {}}, "not an AVadCLIP checkpoint"),
@@ -193,6 +195,8 @@ def test_what_is_no_checkpoint(settings, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             AVadCLIP.from_official(source, **settings)
+    with pytest.raises(TextWeightsError, match="text.pth cannot be read: not a PyTorch weights file"):
+        teacher(text_weights=str(tmp_path / "text.pth"))
 
 
 def test_a_truncated_checkpoint(official, settings):

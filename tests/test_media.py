@@ -286,6 +286,9 @@ def test_wav2clip_checkpoint(tmp_path):
     torch.save({"x": Evil()}, tmp_path / "c.pt")
     with pytest.raises(MediaError, match="without running code"):
         Wav2Clip(tmp_path / "c.pt")
+    (tmp_path / "d.pt").write_text("hi")  # torch's own message is "105"
+    with pytest.raises(MediaError, match="d.pt: not a PyTorch weights file"):
+        Wav2Clip(tmp_path / "d.pt")
     with pytest.raises(MediaError, match="--audio-weights"):
         encoders.audio_encoder("wav2clip", None, "cpu")
 

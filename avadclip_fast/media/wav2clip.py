@@ -1,10 +1,10 @@
-"""Wav2CLIP: sound into CLIP's space (Wu, Seetharaman, Kumar, Bello: arXiv 2110.11499; MIT).
+"""Wav2CLIP: audio embeddings in CLIP's space (Wu, Seetharaman, Kumar, Bello: arXiv 2110.11499; MIT).
 
-    power spectrogram (n_fft = window = 512, Hann, hop 353, centred, reflected) -> log(x + 1e-7)
-    -> (x - mean) / (std + 1e-9) -> ResNet-18 of one channel -> Linear, ReLU, Linear
+    power spectrogram (n_fft = window = 512, Hann, hop 353, centred, reflect padding) -> log(x + 1e-7)
+    -> (x - mean) / (std + 1e-9) -> ResNet-18 with one input channel -> Linear, ReLU, Linear
 
-mean and std are those of all windows that are given together: an embedding depends on what else it came with. Here that
-is one video's windows, never other videos'.
+mean and std are taken over all windows of a call, so an embedding depends on the other windows. A call gets the windows
+of one video only.
 """
 
 from pathlib import Path
@@ -14,20 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.text import tensors
+from ..models.text import tensors, unreadable
 from .errors import MediaError
 from .fetch import fetch
 
 FFT, HOP = 512, 353
-CHUNK = 64  # windows at once
+CHUNK = 64  # windows per batch
 PREFIXES = {"audio_encoder.": "encoder.", "audio_transform.": "transform."}
 
 
 class Wav2Clip(nn.Module):
-    """Windows of 16 kHz mono in, one vector of 512 each out.
+    """Embeds windows of 16 kHz mono audio as vectors of width 512.
 
-    weights: the path of the released Wav2CLIP.pt, an address as "https://...#sha256=<64 digits>", or "random".
-    Raises MediaError where they cannot be had or do not fit.
+    weights: path of the released Wav2CLIP.pt, a URL such as "https://...#sha256=<64 digits>", or "random"
+    Raises MediaError if the weights are unavailable or do not match.
     """
 
     rate, width = 16_000, 512
@@ -36,12 +36,12 @@ class Wav2Clip(nn.Module):
         super().__init__()
         from torchvision.models import resnet18
 
-        self.encoder: Any = resnet18()  # with attributes that nn.Module does not know of
+        self.encoder: Any = resnet18()  # Any: for attributes unknown to nn.Module
         self.encoder.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
         self.encoder.fc = nn.Identity()
-        self.encoder.spectrogram = nn.Module()  # checkpoints hold the window, under this name
+        self.encoder.spectrogram = nn.Module()  # checkpoints contain the window under this name
         self.encoder.spectrogram.register_buffer("window", torch.hann_window(FFT))
-        layers = nn.Linear(512, 512), nn.ReLU(), nn.Identity(), nn.Linear(512, 512)  # the third was dropout in training
+        layers = nn.Linear(512, 512), nn.ReLU(), nn.Identity(), nn.Linear(512, 512)  # the third is dropout in training
         self.transform: Any = nn.Module()
         self.transform.sequential = nn.Sequential(*layers)
         if weights == "random":
@@ -51,7 +51,7 @@ class Wav2Clip(nn.Module):
         self.eval().requires_grad_(False).to(device)
 
     def randomize(self, seed: int = 0) -> None:
-        """Draws every weight from a generator of its own: the same for a seed."""
+        """Draws every weight from a separate generator seeded with `seed`."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in self.parameters():
@@ -63,20 +63,20 @@ class Wav2Clip(nn.Module):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise MediaError(f"{path}: not a checkpoint that can be read without running code: {error}") from error
+            raise MediaError(f"{path}: {unreadable(error)}") from error
         state = state.get("state_dict", state) if isinstance(state, dict) else {}
         state = tensors(state)
         for old, new in PREFIXES.items():
             state = {new + name.removeprefix(old) if name.startswith(old) else name: x for name, x in state.items()}
         wanted = {n: x for n, x in self.state_dict().items() if not n.endswith("num_batches_tracked")}
-        state = {"encoder.spectrogram.window": self.encoder.spectrogram.window, **state}  # Hann, where it is left out
+        state = {"encoder.spectrogram.window": self.encoder.spectrogram.window, **state}  # may be missing
         wrong = [n for n, x in wanted.items() if n not in state or state[n].shape != x.shape]
         if wrong:
             raise MediaError(f"{path}: not Wav2CLIP's weights: {', '.join(wrong[:3])} missing or of another shape")
         self.load_state_dict({n: state[n].float() for n in wanted}, strict=False)
 
     def spectrogram(self, windows: np.ndarray | Tensor) -> Tensor:
-        """(N, samples) -> (N, 1, 257, frames), log power."""
+        """Log power spectrograms: (N, samples) -> (N, 1, 257, frames) float32. Raises MediaError on short windows."""
         x = torch.as_tensor(windows, dtype=torch.float32, device=self.encoder.conv1.weight.device)
         if x.shape[1] <= FFT // 2:
             raise MediaError(
@@ -88,9 +88,11 @@ class Wav2Clip(nn.Module):
 
     @torch.no_grad()
     def forward(self, windows: Any, statistics: tuple[float, float] | None = None) -> Tensor:
-        """(N, 512) float32 of windows (N, samples), or of anything whose slices are such arrays: read twice, in parts.
+        """Embeds windows (N, samples), or an object whose slices are such arrays, as (N, 512) float32 on the CPU.
 
-        statistics: mean and std in place of those of these windows.
+        Reads the windows in batches, and twice unless `statistics` is given.
+
+        statistics: (mean, std) to use instead of those of the windows
         """
         parts = [slice(start, start + CHUNK) for start in range(0, len(windows), CHUNK)]
         mean, std = statistics or self.statistics(windows)
@@ -101,7 +103,7 @@ class Wav2Clip(nn.Module):
 
     @torch.no_grad()
     def statistics(self, windows: Any) -> tuple[float, float]:
-        """Mean and unbiased standard deviation of the spectrograms of all windows."""
+        """Mean and unbiased standard deviation over the spectrograms of all windows."""
         count, total, squares = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for start in range(0, len(windows), CHUNK):
             x = self.spectrogram(windows[start : start + CHUNK]).double()

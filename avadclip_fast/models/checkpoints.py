@@ -1,4 +1,4 @@
-"""Checkpoints: the official .pth of teacher and student, and our own folder of safetensors + config.json."""
+"""Checkpoints: the official .pth of teacher and student, and our own folder with safetensors and config.json."""
 
 import json
 import logging
@@ -11,10 +11,11 @@ from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
 from ..data.atomic import atomic_write
+from .text import unreadable
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
-# official prefix -> ours; the first that fits is taken
+# official prefix -> ours; the first match wins
 NAMES = {
     "frame_position_embeddings.": "temporal.positions.",
     "temporal.": "temporal.",
@@ -34,24 +35,25 @@ NAMES = {
     "clipmodel.": "text.",
     "alpha": "align_loss.alpha",
 }
-# The audio TCN lists each convolution twice: as conv1, conv2 and inside `net`.
+# The official state dict lists each convolution of the audio TCN twice: as conv1 or conv2, and inside `net`.
 ALIASES = {"net.0.": "conv1.", "net.4.": "conv2."}
 IMAGE_TOWER = "clipmodel.visual."
 HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "resume_download")
-OFFICIAL = {"modality": "visual", "fusion": "gated", "prompt": "official"}  # all that the official code computes
+OFFICIAL = {"modality": "visual", "fusion": "gated", "prompt": "official"}  # the only values the official code supports
 
 _log = logging.getLogger("avadclip_fast")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or does not fit; the message lists every difference."""
+    """A checkpoint cannot be read or does not match the model; the message lists every difference."""
 
 
 def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
-    """An official state dict under our names, CLIP's image tower left out.
+    """Reads an official state dict under our names, without CLIP's image tower.
 
-    source: a .pth file (read with weights_only=True: no code in it is run), or a state dict. The training form with
-    `model_state_dict` inside is taken too. Raises CheckpointError on a file that cannot be read or a foreign name.
+    source: a .pth file, read with weights_only=True so that it cannot run code, or a state dict; training checkpoints
+    with `model_state_dict` also work
+    Raises CheckpointError if the file cannot be read or contains an unknown name.
     """
     where, held = "the state dict", cast(object, source)
     if not isinstance(source, dict):
@@ -60,8 +62,8 @@ def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
             held = torch.load(source, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise CheckpointError(f"no checkpoint {where}") from error
-        except Exception as error:  # truncated, not a checkpoint, or it would run code
-            raise CheckpointError(f"{where} cannot be read as weights: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # truncated, not a checkpoint, or refused by weights_only
+            raise CheckpointError(f"{where} cannot be read as weights: {unreadable(error)}") from error
     if isinstance(held, dict):
         held = held.get("model_state_dict", held)
     if not isinstance(held, dict):
@@ -79,7 +81,7 @@ def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
         if prefix == "temporalconvnet.":
             for alias, own in ALIASES.items():
                 name = name.replace(alias, own)
-            # torch's second weight norm calls the same two tensors original0 and original1
+            # torch.nn.utils.parametrizations.weight_norm names the same two tensors original0 and original1
             name = re.sub(r"parametrizations\.weight\.original([01])", lambda m: "weight_" + "gv"[int(m[1])], name)
         state[name] = tensor
     if foreign:
@@ -90,7 +92,7 @@ def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def official_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the official names, the TCN's aliases included."""
+    """Converts our state dict to the official names, including the TCN aliases."""
     official = {}
     for name, tensor in state.items():
         prefix, own = max(((p, o) for p, o in NAMES.items() if name.startswith(o)), key=lambda names: len(names[1]))
@@ -104,7 +106,7 @@ def official_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Loads every tensor, or raises CheckpointError with a list of the missing, unknown and misshapen ones."""
+    """Loads every tensor, or raises CheckpointError listing missing, unknown and wrongly shaped ones."""
     own = model.state_dict()
     problems = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in state]
     problems += [f"unknown: {name} {list(state[name].shape)}" for name in state if name not in own]
@@ -119,7 +121,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def infer_sizes(state: dict[str, Tensor]) -> dict[str, int]:
-    """The sizes that a state dict (our names) shows: length, width, layers, text width and layers, class count."""
+    """Infers length, width, layers, text width, text layers and class count from a state dict (our names)."""
 
     def count(pattern: str) -> int:
         return len({m[1] for name in state if (m := re.match(pattern, name))})
@@ -139,18 +141,18 @@ def infer_sizes(state: dict[str, Tensor]) -> dict[str, int]:
 
 
 class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", license="apache-2.0"):
-    """save_pretrained / from_pretrained / push_to_hub, and the official format."""
+    """Adds save_pretrained, from_pretrained, push_to_hub and the official checkpoint format."""
 
     standardize: nn.ModuleDict
 
     def remember(self, **settings: Any) -> None:
-        """Adds to what config.json will hold besides the constructor's arguments."""
-        # Weights travel with the folder: a saved model must not fetch or draw text weights again.
+        """Adds entries to config.json besides the constructor's arguments."""
+        # Text weights are saved with the model, so loading it must not download or draw them again.
         known = cast(dict[str, Any], self._hub_mixin_config or {})
         self._hub_mixin_config = {**known, "text_weights": None, **settings}
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments as config.json holds them, and what `remember` has added."""
+        """The content of config.json: the constructor's arguments and the entries added by `remember`."""
         return dict(cast(dict[str, Any], self._hub_mixin_config))
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -186,11 +188,13 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
     def from_official(
         cls, source: str | Path | dict[str, Tensor], classes: list[str] | None = None, **settings: Any
     ) -> Self:
-        """The model of an official checkpoint, in eval mode.
+        """Loads an official checkpoint as a model in eval mode.
 
-        source: the released .pth, or its state dict. classes: the names in the checkpoint's order, normal first;
-        by default XD-Violence's seven. Sizes are inferred; `window` (teacher 4, student 64) cannot be, so give it where
-        it differs. padding is "official" unless set. Raises CheckpointError with a list of what does not fit.
+        source: the released .pth file, or its state dict
+        classes: names in the checkpoint's order, normal first; XD-Violence's seven by default
+        settings: constructor arguments; sizes are inferred, except `window` (teacher 4, student 64), and padding is
+        "official" by default
+        Raises CheckpointError listing every mismatch.
         """
         state = read_official(source)
         sizes = infer_sizes(state)
@@ -209,10 +213,10 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
     def to_official(self, path: str | Path, image_tower: str | Path | None = None) -> None:
         """Writes the model as an official .pth state dict.
 
-        image_tower: a file that holds CLIP's image tower (`clipmodel.visual.*`, as any official checkpoint does, or
-        `visual.*`, as CLIP's own weights do). It plays no part in the model, but the official code's strict loading
-        wants it; without it, load with strict=False there. Raises CheckpointError where the model is one that the
-        official code does not compute, or no image tower is to be had.
+        image_tower: a file with CLIP's image tower (`clipmodel.visual.*`, as in official checkpoints, or `visual.*`, as
+        in CLIP's own weights). The model does not use it, but the official code loads strictly; without it, pass
+        strict=False there.
+        Raises CheckpointError if the official code does not support the model, or the file has no image tower.
         """
         if self.standardize:
             raise CheckpointError("the model standardises its inputs, which the official format has no place for")

@@ -1,12 +1,14 @@
-"""The text side: CLIP's frozen text transformer over learnable prompts, only the positions that matter computed.
+"""The text encoder: CLIP's frozen text transformer over learnable prompts, at only the positions that matter.
 
-A class's sequence is [SOS] + 10 learnable rows + the name's tokens + 10 learnable rows + [EOS] + learnable rows. The
-transformer is causal, so nothing after EOS reaches the result, and positions 0..10 are the same for every class: they
-are computed once, as a prefix that all classes attend to.
+The sequence of a class is [SOS] + 10 learnable rows + the name's tokens + 10 learnable rows + [EOS] + learnable rows.
+The transformer is causal, so nothing after EOS affects the result. Positions 0..10 are the same for every class and are
+computed once, as a prefix that all classes attend to.
 """
 
+import errno
 import logging
 import math
+import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import cast
@@ -21,28 +23,28 @@ from ..modules import MLP
 CONTEXT = 77  # CLIP's sequence length
 VOCABULARY = 49408
 LEARNABLE = 10  # rows before and after the name
-PREFIX = 1 + LEARNABLE  # [SOS] and the first learnable rows: shared by the classes
-OPENAI = ("ViT-B-16", "openai")  # CLIP's weights for quickgelu, as open_clip names them
+PREFIX = 1 + LEARNABLE  # [SOS] and the first learnable rows, shared by all classes
+OPENAI = ("ViT-B-16", "openai")  # open_clip's name for CLIP's QuickGELU weights
 
 _log = logging.getLogger("avadclip_fast")
 
 
 class TextWeightsError(RuntimeError):
-    """CLIP's text weights could not be had; the message says what to do."""
+    """CLIP's text weights are unavailable; the message says what to do."""
 
 
 def tokenize(names: list[str]) -> list[list[int]]:
-    """CLIP's byte-pair codes of class names, [SOS] first and [EOS] last (open_clip's tokenizer)."""
+    """CLIP's BPE token ids of class names, from [SOS] to [EOS] (open_clip's tokenizer). Raises TextWeightsError."""
     try:
         from open_clip import tokenizer
     except ImportError as error:
         raise TextWeightsError("class names need open_clip's tokenizer: pip install open_clip_torch") from error
-    tokens = tokenizer.tokenize(names, context_length=CONTEXT)  # [C, 77], EOS has the highest code
+    tokens = tokenizer.tokenize(names, context_length=CONTEXT)  # [C, 77], EOS has the highest id
     return [row[: int(row.argmax()) + 1].tolist() for row in tokens]
 
 
 class TextBlock(nn.Module):
-    """A pre-norm transformer block of CLIP's text tower; rows = prefix rows, then S rows a class."""
+    """Pre-norm transformer block of CLIP's text tower; rows are the prefix, then S rows per class."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -53,7 +55,7 @@ class TextBlock(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x: Tensor, classes: int, mask: Tensor) -> Tensor:
-        """x (11 + C·S, W), mask (S, 11 + S) True where a class row may look -> (11 + C·S, W)."""
+        """x (11 + C·S, W), mask (S, 11 + S) True where a class row may attend -> (11 + C·S, W)."""
         norm = (self.ln_1.weight, self.ln_1.bias)
         qkv = ops.linear_act(x, self.attn.in_proj_weight, self.attn.in_proj_bias, norm=norm)
         first = self._heads(qkv[:PREFIX].unsqueeze(0))  # 3 x [1, H, 11, W/H]
@@ -83,13 +85,15 @@ class Transformer(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Class names -> class features, through CLIP's frozen text transformer and learnable prompt rows.
+    """Class features from CLIP's frozen text transformer and learnable prompts (official code of arXiv 2504.04495).
 
         text = TextEncoder(tokenize(["normal", "fighting"]))
         features = text()                     # (C, 512)
 
-    Weights are CLIP's, under CLIP's names, and frozen; `prompt` (77, W) alone is trained, row p at position p.
-    tokens: one list per class, [SOS] name [EOS]; a name may be up to 55 tokens long, or ValueError.
+    Weights have CLIP's names and are frozen; only `prompt` (77, W) is trained, with row p at position p.
+
+    tokens: one list of token ids per class, [SOS] name [EOS]
+    Raises ValueError if a name has more than 55 tokens.
     """
 
     codes: Tensor  # (C, S) int64
@@ -104,7 +108,7 @@ class TextEncoder(nn.Module):
         self.transformer = Transformer(TextBlock(width, max(1, width // 64)) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, dim))
-        # Not used here: CLIP's own temperature, kept so that official checkpoints come back as they went in.
+        # CLIP's temperature is unused, but kept so that official checkpoints round-trip.
         self.logit_scale = nn.Parameter(torch.tensor(math.log(100.0)))
         self.requires_grad_(False)
         self.prompt = nn.Embedding(CONTEXT, width)
@@ -112,8 +116,8 @@ class TextEncoder(nn.Module):
         self.set_tokens(tokens)
 
     def set_tokens(self, tokens: list[list[int]]) -> None:
-        """Sets the classes: lays out each class's rows after the shared prefix."""
-        eos = [len(t) - 1 for t in tokens]  # the plain tokenisation's index of EOS
+        """Sets the classes and lays out their rows after the shared prefix. Raises ValueError as the class."""
+        eos = [len(t) - 1 for t in tokens]  # index of EOS in the plain tokenisation
         if max(eos) + 2 * LEARNABLE >= CONTEXT:
             worst = eos.index(max(eos))
             raise ValueError(
@@ -122,14 +126,14 @@ class TextEncoder(nn.Module):
             )
         rows = max(eos) + LEARNABLE  # S: the longest name's tokens, 10 learnable rows, EOS
         codes = torch.zeros(len(tokens), rows, dtype=torch.long)
-        fixed = torch.zeros(len(tokens), rows, dtype=torch.bool)  # a token's embedding, not a learnable row
+        fixed = torch.zeros(len(tokens), rows, dtype=torch.bool)  # True for tokens, False for learnable rows
         for c, t in enumerate(tokens):
             name, end = t[1:-1], LEARNABLE + eos[c] - 1
             codes[c, : len(name)] = torch.tensor(name, dtype=torch.long)
             codes[c, end] = t[-1]
             fixed[c, : len(name)] = True
             fixed[c, end] = True
-        mask = torch.ones(rows, PREFIX + rows, dtype=torch.bool).tril(PREFIX)  # the whole prefix, then causal
+        mask = torch.ones(rows, PREFIX + rows, dtype=torch.bool).tril(PREFIX)  # full prefix, then causal
         device = self.positional_embedding.device
         self.tokens = tokens
         self.sos = tokens[0][0]
@@ -139,7 +143,7 @@ class TextEncoder(nn.Module):
         self.register_buffer("eos", torch.tensor(eos, device=device) + LEARNABLE - 1, persistent=False)
 
     def forward(self) -> Tensor:
-        """The class features, (C, D)."""
+        """Class features, (C, D)."""
         classes, rows = self.codes.shape
         learned, positions = self.prompt.weight, self.positional_embedding
         prefix = (
@@ -156,7 +160,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def randomize(self, seed: int = 0) -> None:
-        """Draws the frozen weights as CLIP initialises them, from a generator of their own: the same for a seed."""
+        """Draws the frozen weights like CLIP's initialisation, from a separate generator seeded with `seed`."""
         generator = torch.Generator().manual_seed(seed)
         width, layers = self.positional_embedding.shape[1], len(self.transformer.resblocks)
 
@@ -177,9 +181,9 @@ class TextEncoder(nn.Module):
     def load(self, weights: str | Path, seed: int = 0) -> None:
         """Fills the frozen weights.
 
-        weights: "openai" (downloaded once, checked by SHA-256), "random" (drawn from `seed`), or the path of CLIP's
-        ViT-B-16.pt, of an open_clip .safetensors file, or of an official AVadCLIP checkpoint.
-        Raises TextWeightsError where they cannot be had or do not fit.
+        weights: "openai" (downloaded once, verified by SHA-256), "random" (drawn from `seed`), or the path of CLIP's
+        ViT-B-16.pt, an open_clip .safetensors file or an official AVadCLIP checkpoint
+        Raises TextWeightsError if they are unavailable or do not match.
         """
         if weights == "random":
             self.randomize(seed)
@@ -203,7 +207,7 @@ def _download() -> Path:
 
         url = get_pretrained_url(*OPENAI)
         return Path(download_pretrained_from_url(url))
-    except Exception as error:  # the network, a proxy, a full disk: whatever it was, the remedy is the same
+    except Exception as error:  # network, proxy, full disk: the remedy is the same
         raise TextWeightsError(
             f"CLIP's ViT-B/16 weights could not be fetched ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
             "~/.cache/clip, or give its path as text weights; 'random' (--text-weights random) runs without them, "
@@ -212,7 +216,7 @@ def _download() -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """CLIP's tensors by CLIP's names, from any file that holds them. Raises TextWeightsError."""
+    """Reads CLIP's tensors under CLIP's names from any supported file. Raises TextWeightsError."""
     if not path.is_file():
         raise TextWeightsError(f"text weights: no file {path}; give 'openai', 'random' or the path of CLIP's weights")
     try:
@@ -225,7 +229,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         except RuntimeError:  # OpenAI's own file is a TorchScript archive
             return torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as error:
-        raise TextWeightsError(f"text weights: {path} cannot be read: {error}") from error
+        reason = str(error) if path.suffix == ".safetensors" else unreadable(error)
+        raise TextWeightsError(f"text weights: {path} cannot be read: {reason}") from error
     if isinstance(state, dict):
         state = state.get("model_state_dict", state)
     if not isinstance(state, dict):
@@ -233,7 +238,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("clipmodel."): tensor for name, tensor in tensors(state).items()}
 
 
+def unreadable(error: Exception) -> str:
+    """Returns one line on why torch.load with weights_only=True failed; its own message may be a bare "105" or a page.
+
+    A file that is cut short fails with EINVAL, since torch seeks to before its start.
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return str(error.strerror)
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        return "holds more than tensors, and cannot be read without running code"
+    return "not a PyTorch weights file, or cut short"
+
+
 def tensors(state: object) -> dict[str, Tensor]:
-    """The tensors with names among whatever a checkpoint held."""
+    """The named tensors of a checkpoint's content, ignoring everything else."""
     items = state.items() if isinstance(state, dict) else ()
     return {name: x for name, x in items if isinstance(name, str) and isinstance(x, Tensor)}
