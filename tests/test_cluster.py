@@ -76,7 +76,7 @@ def test_killed_workers_lose_nothing(two_nodes, films, tmp_path, capsys, monkeyp
     said = capsys.readouterr()
     assert said.out.startswith("6 extracted, 0 were there, 2 failed\n")
     text, white = said.err.splitlines()  # and not a word of Ray's
-    assert text.startswith(f"failed: {films / 'text.mkv'}: not a readable video")
+    assert text.startswith(f"failed: {films / 'text.mkv'}: not a video")
     assert white.startswith(f"failed: {films / 'white.mkv'}: its worker process died, 2 times over")
     record = json.loads((by_ray / "extract.json").read_text())
     assert record["done"] == list("012345") and record["skipped"] == [] and len(record["failed"]) == 2

@@ -161,7 +161,7 @@ def test_a_failure_is_told_at_the_end(pair, tmp_path, capsys):
     out = tmp_path / "out"
     assert call("detect", tmp_path, "-m", pair, "-o", out, *QUICK, "--no-plot") == 1
     said = capsys.readouterr()
-    assert "b.mp4: not a readable video" in said.err and (out / "a.json").is_file() and not (out / "b.json").exists()
+    assert "b.mp4: not a video\n" in said.err and (out / "a.json").is_file() and not (out / "b.json").exists()
     wrong = ["-m", pair / "student", "--student", pair / "student", "-o", out, *QUICK]
     assert "must be a model that hears" in mistake(capsys, "detect", tmp_path, *wrong)
     assert "no model at" in mistake(capsys, "detect", tmp_path, "-m", tmp_path / "none", "-o", out, *QUICK)

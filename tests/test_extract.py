@@ -111,7 +111,7 @@ def test_one_that_fails_does_not_stop_the_rest(folder, tmp_path, capsys):
     assert said.out.startswith("2 extracted, 0 were there, 3 failed")
     failed = json.loads((out / "extract.json").read_text())["failed"]
     reasons = {os.path.basename(f["source"]): f["reason"] for f in failed}
-    assert "the file is empty" in reasons["empty.mp4"] and "not a readable video" in reasons["text.mp4"]
+    assert "the file is empty" in reasons["empty.mp4"] and reasons["text.mp4"].endswith("text.mp4: not a video")
     assert "RuntimeError: too bright" in reasons["bright.mp4"]
     assert all(f"failed: {reason}" in said.err.splitlines() for reason in reasons.values())
     assert not list(out.rglob("*.tmp")) and not list(out.rglob("text*"))
@@ -212,6 +212,10 @@ def test_lists_stay_in_their_folder(folder, tmp_path, capsys):
         assert "leads out of" in mistake(capsys, "extract", listed, "-o", tmp_path / "out", *QUICK)
     listed.write_text(f"path\n{'x' * 200_000}\n")
     assert "cannot be read as a list: field larger" in mistake(capsys, "extract", listed, "-o", tmp_path, *QUICK)
+    listed.write_text("path,audio_path,label\na.npy,b.npy,A\nc.npy,d.npy,A\n")
+    assert f"error: {listed} lists feature files (.npy), not videos\n" == mistake(
+        capsys, "extract", listed, "-o", tmp_path, *QUICK
+    )
     (folder / "films.txt").write_text(".\n")
     said = mistake(capsys, "extract", folder / "films.txt", "-o", tmp_path, *QUICK)
     assert "films.txt, line 1: . is the list's own folder" in said

@@ -54,8 +54,8 @@ def joined(path: Path, times: int, **options) -> Path:
 # Of each file of `bad_videos`, what is told.
 BAD = {
     "empty.mp4": "the file is empty",
-    "text.mp4": "not a readable video",
-    "short.mp4": "not a readable video",  # its index is at the end
+    "text.mp4": "text.mp4: not a video$",
+    "short.mp4": "cut short: its index is missing",  # its index is at the end
     "cut.mp4": "cut short|damaged|lost",  # its index is in front
     "sound.mkv": "holds no video stream",
     "loop.mp4": "no such file|symbolic links",  # a link to itself

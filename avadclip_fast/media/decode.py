@@ -1,7 +1,7 @@
-"""Decoding with PyAV: one frame a snippet with its time, and the sound as 16 kHz mono on the same clock.
+"""Decoding with PyAV: one timed frame per snippet, and audio as 16 kHz mono on the same clock.
 
-Times are those of the frames and of the audio packets, in seconds from the first frame; what containers claim about
-duration or frame count tells only whether a file was cut short: it is often wrong.
+Times come from frames and audio packets, in seconds from the first frame. The duration and frame count of a container
+are often wrong and serve only to detect truncated files.
 """
 
 import bisect
@@ -19,17 +19,17 @@ import numpy as np
 from .errors import MediaError, import_av
 
 RATE = 16_000  # Hz
-SILENCE = 1e-3  # root mean square, -60 dB of full scale: below it a window holds nothing to hear
-WAIT = 10.0  # seconds that a live stream may say nothing
-AT_ONCE = 2**22  # samples of sound in memory: 17 MB
-JUMP = 1.0  # seconds by which time stamps fall back where they begin anew; less is disorder
-GAP = 0.1  # seconds by which a packet's time may differ from the samples so far before silence is put between
+SILENCE = 1e-3  # root mean square, -60 dB of full scale; quieter windows count as silent
+WAIT = 10.0  # read timeout of a live stream in seconds
+AT_ONCE = 2**22  # audio samples in memory: 17 MB
+JUMP = 1.0  # backward step in seconds that means a timestamp reset; smaller ones are disorder
+GAP = 0.1  # difference in seconds between a packet's time and the samples so far above which silence is inserted
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
-Progress = Callable[[int], None]  # is called with the number of frames decoded since
+Progress = Callable[[int], None]  # called with the number of frames decoded since the last call
 
 
 class Frame(NamedTuple):
-    """The frame that stands for a snippet."""
+    """The representative frame of a snippet."""
 
     time: float  # seconds from the first frame
     image: np.ndarray  # (H, W, 3) uint8 RGB, upright
@@ -37,7 +37,7 @@ class Frame(NamedTuple):
 
 @contextlib.contextmanager
 def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
-    """The PyAV container of a file, or of a URL of SCHEMES where `live`. Raises MediaError."""
+    """Opens a file, or if `live` also a URL of SCHEMES, as a PyAV container. Raises MediaError."""
     av = import_av()
     scheme, form = str(source).partition("://")[0].lower() if "://" in str(source) else "", None
     wait = WAIT if scheme else None
@@ -59,24 +59,35 @@ def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
                 if path.is_char_device():
                     target, options, form = str(path), {}, "v4l2"
                 elif not live and not path.is_file():
-                    raise MediaError(f"{path}: not a file")  # a pipe would be waited for
+                    raise MediaError(f"{path}: not a file")  # opening a pipe would block
                 elif path.is_file() and path.stat().st_size == 0:
                     raise MediaError(f"{path}: the file is empty")
                 else:
-                    # An open file, so that no name is taken for a protocol; what a playlist names is not followed.
+                    # An open file, so that FFmpeg does not parse its name as a protocol. Playlists are not followed.
                     target, options = stack.enter_context(open(path, "rb")), {"protocol_whitelist": "none"}
             container = stack.enter_context(av.open(target, format=form, options=options, timeout=wait))
         except MediaError:
             raise
-        except OSError as error:  # FFmpeg's errors are of this kind too
+        except OSError as error:  # includes FFmpeg's errors
             raise MediaError(f"{source}: not a readable video: {error.strerror or error}") from error
+        except av.error.InvalidDataError as error:
+            raise MediaError(f"{source}: {_unknown(source)}") from error
         except (av.error.FFmpegError, ValueError) as error:
-            raise MediaError(f"{source}: not a readable video: {error}") from error
+            raise MediaError(f"{source}: not a readable video: {getattr(error, 'strerror', None) or error}") from error
         yield container
 
 
+def _unknown(source: str | Path) -> str:
+    """Returns what is wrong with a source that FFmpeg does not recognize: half an MP4 lacks the index at its end."""
+    if Path(source).is_file():
+        with open(source, "rb") as file:
+            if file.read(8)[4:] == b"ftyp":
+                return "cut short: its index is missing"
+    return "not a video"
+
+
 def video_stream(container: Any, source: str | Path) -> Any:
-    """The first video stream that is not a cover picture. Raises MediaError."""
+    """Returns the first video stream that is not cover art. Raises MediaError."""
     for stream in container.streams.video:
         if "attached_pic" not in str(stream.disposition).lower():
             stream.thread_type = "AUTO"
@@ -85,20 +96,20 @@ def video_stream(container: Any, source: str | Path) -> Any:
 
 
 class Clock:
-    """The time of each frame of a stream, in seconds from the first; it never runs backwards.
+    """Maps frames to monotonic times in seconds from the first frame.
 
-    Where time stamps fall back by more than JUMP, as they do where recordings were joined, in a stream that is played
-    again, or when the 33 bits of MPEG-TS are full after 26.5 hours, time goes on by one frame.
+    If timestamps fall back by more than JUMP, as in joined recordings, looped streams, or when the 33 bits of MPEG-TS
+    wrap after 26.5 hours, time advances by one frame.
     """
 
     def __init__(self, rate: float = 25.0):
-        self.rate = rate  # frames a second, as far as the container knows
-        self.shifts: list[float] = []  # from the container's time to this, rising: one more at each jump
-        self.now = 0.0  # of the last frame
+        self.rate = rate  # frames per second, according to the container
+        self.shifts: list[float] = []  # offsets from container time to clock time, ascending, one more per jump
+        self.now = 0.0  # time of the last frame
         self.seen = 0  # frames
 
     def __call__(self, frame: Any) -> float:
-        onward = self.now + 1 / self.rate if self.seen else 0.0  # where the frame is if nothing tells
+        onward = self.now + 1 / self.rate if self.seen else 0.0  # time of a frame without a usable timestamp
         if frame.time is not None and not self.shifts:
             self.shifts.append(onward - frame.time)
         time = onward if frame.time is None else self.place(frame.time)
@@ -110,9 +121,9 @@ class Clock:
         return self.now
 
     def place(self, at: float) -> float:
-        """The container's time `at` on this clock, by the shift that brings it nearest to now.
+        """Maps a container time to this clock with the offset that brings it closest to now.
 
-        So sound is placed as the frames around it are, though it may jump some packets before or after them.
+        This aligns audio with the frames around it, although its timestamps may jump a few packets earlier or later.
         """
         if not self.shifts:
             return at
@@ -122,12 +133,12 @@ class Clock:
 
 
 def rate_of(stream: Any) -> float:
-    """Frames a second, on average; 25 where the container does not know."""
+    """Average frames per second; 25 if the container does not say."""
     return float(stream.average_rate or stream.guessed_rate or 25)
 
 
 class Beat:
-    """Whether a frame is the first at or after a multiple of `seconds`; of the frames in order."""
+    """Tells, for frames in order, whether each is the first at or after a multiple of `seconds`."""
 
     def __init__(self, seconds: float):
         self.seconds, self.due = seconds, 0
@@ -141,7 +152,11 @@ class Beat:
 
 
 def frames(source: str | Path, stream: Any, container: Any, clock: Clock | None = None) -> Iterator[tuple[float, Any]]:
-    """Decoded frames in order, each with its time by `clock`, a new one; it learns the stream's rate."""
+    """Yields (time, decoded frame) in order, with times from `clock`, whose rate is set from the stream.
+
+    clock: an unused one, or None to create it
+    Raises MediaError if the stream is damaged or truncated.
+    """
     av, clock = import_av(), clock or Clock()
     clock.rate = rate_of(stream)
     try:
@@ -153,18 +168,18 @@ def frames(source: str | Path, stream: Any, container: Any, clock: Clock | None 
 
 
 def check_whole(source: str | Path, stream: Any, seen: int) -> None:
-    """Raises MediaError where a file held no frame, or far fewer than its index tells of. seen: frames."""
+    """Raises MediaError if `seen`, the number of decoded frames, is zero or far below the container's index."""
     if seen == 0:
         raise MediaError(f"{source}: holds no frame that can be decoded")
     expected = float(stream.frames)
-    if stream.duration and stream.average_rate:  # an edit list shows less than the index holds
+    if stream.duration and stream.average_rate:  # an edit list may hide frames of the index
         expected = min(expected, float(stream.duration * stream.time_base * stream.average_rate))
     if seen < 0.9 * expected:
         raise MediaError(f"{source}: cut short: {seen} frames of {expected:.0f} are there")
 
 
 def upright(frame: Any, image: np.ndarray) -> np.ndarray:
-    """Turned as a player shows it."""
+    """Rotates an image as a player displays it."""
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90) % 4)) if frame.rotation else image
 
 
@@ -175,11 +190,11 @@ def snippet_frames(
     progress: Progress | None = None,
     clock: Clock | None = None,
 ) -> Iterator[Frame]:
-    """The first frame of each whole snippet of `every` frames (a shorter video is one snippet).
+    """Yields the first frame of each complete snippet of `every` frames; a shorter video is one snippet.
 
-    fps: snippets by time instead: the first frame at or after each multiple of 1 / fps. clock: a new one, which then
-    knows the stream's rate, and how its time stamps jumped: for `read_sound`.
-    Raises MediaError: no such file, no video, nothing decodable, cut short.
+    fps: snippets per second instead of `every`: yields the first frame at or after each multiple of 1 / fps
+    clock: an unused one, which records the stream's rate and timestamp jumps for `read_sound`
+    Raises MediaError if the file is missing, truncated, or has no decodable video.
     """
     with opened(source) as container:
         stream = video_stream(container, source)
@@ -204,29 +219,29 @@ def snippet_frames(
 
 @dataclass
 class Sound:
-    """The sound of a video: int16 samples (n,) at RATE in a temporary file, the first at time 0 of the video."""
+    """Audio of a video: (n,) int16 samples at RATE, memory-mapped from a temporary file, starting at time 0."""
 
     samples: np.ndarray
-    mapped: mmap.mmap | None = None  # what the samples lie in
+    mapped: mmap.mmap | None = None  # memory map behind the samples
 
     def windows(self, times: np.ndarray, seconds: float, progress: Progress | None = None) -> "Windows":
-        """One window of `seconds` from each time on. progress: as of `Windows`."""
+        """Windows of `seconds` starting at each time. progress: as for `Windows`."""
         starts = np.round(np.asarray(times) * RATE).astype(np.int64)
         return Windows(self.samples, starts, round(seconds * RATE), self.mapped, progress)
 
 
 @dataclass
 class Windows:
-    """Windows of sound, (N, size) float32 in [-1, 1] when sliced: windows[a:b]; zeros where there is no sound.
+    """Audio windows; windows[a:b] is (b - a, size) float32 in [-1, 1], zero where there is no audio.
 
-    They are read when they are asked for, so that hours of sound need little memory.
+    Windows are read on access, so that hours of audio need little memory.
     """
 
     samples: np.ndarray  # (n,) int16
     starts: np.ndarray  # (N,) int64
     size: int
-    mapped: mmap.mmap | None = None  # what the samples lie in
-    progress: Progress | None = None  # is called with 0 whenever some are read, and may raise
+    mapped: mmap.mmap | None = None  # memory map behind the samples
+    progress: Progress | None = None  # called with 0 on every read, and may raise
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -241,12 +256,12 @@ class Windows:
             if first < last:
                 row[first - start : last - start] = self.samples[first:last]
         if self.mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self.mapped.madvise(mmap.MADV_DONTNEED)  # else all that was read stays this process's memory
+            self.mapped.madvise(mmap.MADV_DONTNEED)  # else pages read so far count as this process's memory
         out /= 32768
         return out
 
     def heard(self, chunk: int | None = None) -> np.ndarray:
-        """(N,) bool: whether there is anything to hear in each window. chunk: windows at once."""
+        """Whether each window is audible, (N,) bool. chunk: windows read at once."""
         chunk = chunk or max(1, AT_ONCE // max(1, self.size))
         loud = [np.zeros(0, bool)]
         for start in range(0, len(self), chunk):
@@ -255,18 +270,19 @@ class Windows:
 
 
 def audible(windows: np.ndarray) -> np.ndarray:
-    """windows (N, samples) -> (N,) bool: whether there is anything to hear in each."""
+    """Whether each window is audible: windows (N, samples) -> (N,) bool."""
     return np.sqrt((windows**2).mean(1)) > SILENCE
 
 
 def read_sound(source: str | Path, clock: Clock | None = None, progress: Progress | None = None) -> Sound | None:
-    """The first audio stream of a file, channels averaged, at RATE; None where there is none. Raises MediaError.
+    """Reads the first audio stream of a file as mono at RATE, or returns None without one. Raises MediaError.
 
-    clock: that which `snippet_frames` has read the whole file with, so that the sound stays with the frames where time
-    stamps jump back; without, none is taken to do. progress: is called with 0 as it goes on, and may raise.
+    clock: the one with which `snippet_frames` read the whole file, to keep audio and frames aligned across timestamp
+    jumps; without it, no jumps are assumed
+    progress: called with 0 for each block, and may raise
     """
     shifts = clock.shifts if clock is not None else [-first_time(source)]
-    # hours of sound are some GB: on disk, and gone when nothing uses them any more
+    # hours of audio take gigabytes, so they go to an unnamed temporary file
     with opened(source) as container, tempfile.TemporaryFile() as file:
         if not container.streams.audio:
             return None
@@ -276,10 +292,10 @@ def read_sound(source: str | Path, clock: Clock | None = None, progress: Progres
                 progress(0)
             gap = round(time * RATE) - written
             if gap > (GAP * RATE if written else 0):
-                file.seek(2 * gap, os.SEEK_CUR)  # a hole: zeros that take no space, however long
+                file.seek(2 * gap, os.SEEK_CUR)  # a sparse hole, which reads as zeros and takes no space
                 written += gap
             elif gap < (-GAP * RATE if written else 0):
-                block = block[-gap:]  # from before the first frame, or there already
+                block = block[-gap:]  # before the first frame, or already written
             file.write((block * 32768).round().clip(-32768, 32767).astype(np.int16).tobytes())
             written += len(block)
         file.flush()
@@ -290,7 +306,7 @@ def read_sound(source: str | Path, clock: Clock | None = None, progress: Progres
 
 
 def first_time(source: str | Path) -> float:
-    """The time of the first frame on the container's clock. Raises MediaError."""
+    """Container time of the first frame. Raises MediaError."""
     with opened(source) as container:
         av, stream = import_av(), video_stream(container, source)
         try:
@@ -300,9 +316,9 @@ def first_time(source: str | Path) -> float:
 
 
 def sound_blocks(source: str | Path, container: Any, shifts: Sequence[float]) -> Iterator[tuple[float, np.ndarray]]:
-    """(time, samples (n,) float32 mono at RATE) of the first audio stream, in order; damaged packets are left out.
+    """Yields (time, samples (n,) float32 mono at RATE) of the first audio stream in order, skipping damaged packets.
 
-    shifts: of the `Clock` of the frames, whose packets tell which of them holds where.
+    shifts: those of the frames' `Clock`; video packets determine which one applies
     """
     clock, mono, audio = Clock(), Mono(), container.streams.audio[0]
     clock.shifts = list(shifts)
@@ -317,7 +333,7 @@ def sound_blocks(source: str | Path, container: Any, shifts: Sequence[float]) ->
 
 
 def decoded(packet: Any) -> list[Any]:
-    """The frames of a packet; none of a damaged one."""
+    """Decodes a packet to frames; a damaged packet gives none."""
     try:
         return packet.decode()
     except import_av().error.FFmpegError:
@@ -325,11 +341,11 @@ def decoded(packet: Any) -> list[Any]:
 
 
 class Mono:
-    """Frames of sound into (time, samples (n,) float32 mono at RATE), whatever rate and channels each of them has."""
+    """Converts audio frames of any rate and channels to (time, samples (n,) float32 mono at RATE)."""
 
     def __init__(self) -> None:
         self.resampler: Any = None
-        # of the run of sound at hand; sent: samples given so far
+        # of the current contiguous run; sent: samples yielded so far
         self.rate = self.sent = 0
         self.time = self.ends = 0.0
 
@@ -347,7 +363,7 @@ class Mono:
         yield from self._resampled(flat)
 
     def rest(self) -> Iterator[tuple[float, np.ndarray]]:
-        """What the resampler still holds."""
+        """Flushes the resampler."""
         if self.resampler is not None:
             yield from self._resampled(None)
             self.resampler = None
@@ -360,7 +376,7 @@ class Mono:
 
 
 def to_mono(frame: Any) -> np.ndarray:
-    """(n,) float32 in [-1, 1], the mean of any number of channels: FFmpeg refuses layouts that it has no name for."""
+    """Averages channels to (n,) float32 in [-1, 1]; FFmpeg itself rejects channel layouts it has no name for."""
     array = frame.to_ndarray()
     if not frame.format.is_planar:
         array = array.reshape(-1, frame.layout.nb_channels).T  # [channels, n]

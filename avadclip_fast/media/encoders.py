@@ -1,10 +1,10 @@
-"""What turns frames and sound into vectors, and how to bring another encoder.
+"""Visual and audio encoders, and the interface for custom ones.
 
-A visual encoder is anything with `size` (pixels a side) and `width` that takes uint8 (N, 3, size, size) and gives
-(N, width); an audio encoder anything with `rate` (it must be 16,000 Hz) and `width` that takes N windows of samples and
-gives (N, width). Windows are sliced like an array, windows[a:b] -> (b - a, samples) float32: they may be too many to
-hold at once. One video's windows come together; in a stream they come one by one, and an encoder which standardises
-by all of them has statistics(windows) -> (mean, std) besides, and takes them as `statistics`, as Wav2CLIP's does.
+A visual encoder is a callable with `size` (pixels per side) and `width` that maps uint8 (N, 3, size, size) to
+(N, width). An audio encoder is a callable with `rate` (must be 16,000 Hz) and `width` that maps N windows to
+(N, width). Windows are sliced like an array, windows[a:b] -> (b - a, samples) float32, because all of them may not fit
+in memory. A call gets all windows of a video, but a stream passes them one by one. An encoder that standardises over
+all windows therefore also provides statistics(windows) -> (mean, std) and accepts them as `statistics`, like Wav2CLIP.
 "module:factory" names a function (device) -> encoder.
 """
 
@@ -24,7 +24,8 @@ from .decode import RATE, Windows
 from .errors import MediaError
 from .wav2clip import Wav2Clip
 
-BATCH = 64  # images at once: 64 x 197 rows of 768 fill a GPU, and fit a small machine's memory
+WAV2CLIP = "https://github.com/descriptinc/lyrebird-wav2clip/releases/download/v0.1.0-alpha/Wav2CLIP.pt"
+BATCH = 64  # images per batch: 64 x 197 rows of 768 fill a GPU and fit in a small machine's memory
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
@@ -44,30 +45,31 @@ class AudioEncoder(Protocol):
 
 @dataclass(frozen=True)
 class Encoders:
-    """Which encoders, and where they run: small enough to be sent to a worker, which loads them itself."""
+    """Specification of encoders and their device; small enough to send to workers, which load them."""
 
     visual: str = "clip"  # or module:factory
     visual_weights: str = "openai"
-    audio: str = "wav2clip"  # or module:factory; "none" leaves the sound out
+    audio: str = "wav2clip"  # or module:factory, or "none" to skip audio
     audio_weights: str | None = None
-    device: str = "auto"  # is made out where they are loaded
-    path: str | None = None  # a folder that module:factory is looked for in last
+    device: str = "auto"  # resolved on loading
+    path: str | None = None  # folder appended to sys.path for module:factory
 
     def load(self) -> tuple[VisualEncoder, AudioEncoder | None]:
-        """Both, the second None for "none". Raises MediaError, DataError."""
+        """Loads both encoders; the audio encoder is None for "none". Raises MediaError or DataError."""
         device = device_of(self.device)
         named = any(":" in name for name in (self.visual, self.audio))
         if named and self.path is not None and self.path not in sys.path:
-            sys.path.append(self.path)  # last: a file there must not be taken for a library
+            sys.path.append(self.path)  # last, so that its files cannot shadow libraries
         heard = None if self.audio == "none" else audio_encoder(self.audio, self.audio_weights, device)
         return visual_encoder(self.visual, self.visual_weights, device), heard
 
 
 class ClipVisual(nn.Module):
-    """CLIP ViT-B/16's image tower, with its projection, from open_clip: uint8 (N, 3, 224, 224) -> (N, 512) float32.
+    """CLIP ViT-B/16's image tower and projection, from open_clip: uint8 (N, 3, 224, 224) -> (N, 512) float32.
 
-    weights: "openai" (downloaded once, checked by SHA-256), "random", or the path of CLIP's weights. Computes in
-    bfloat16 on a GPU. Raises MediaError where the weights cannot be had.
+    weights: "openai" (downloaded once, verified by SHA-256), "random", or the path of CLIP's weights
+    Raises MediaError if the weights are unavailable.
+    Precision: bfloat16 autocast on a GPU, float32 on a CPU.
     """
 
     size, width = 224, 512
@@ -84,10 +86,10 @@ class ClipVisual(nn.Module):
             ) from error
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # what "random" draws
+                torch.manual_seed(0)  # for "random"
                 pretrained = "openai" if weights == "openai" else None
                 model = open_clip.create_model("ViT-B-16-quickgelu", pretrained=pretrained, device="cpu")
-        except Exception as error:  # the network, a proxy, a full disk: whatever it was, the remedy is the same
+        except Exception as error:  # network, proxy, full disk: the remedy is the same
             raise MediaError(
                 f"CLIP's ViT-B/16 weights could not be had ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
                 "~/.cache/clip, or give its path as --visual-weights; 'random' runs without them, for tests only"
@@ -102,7 +104,7 @@ class ClipVisual(nn.Module):
     def _load(self, path: Path) -> None:
         try:
             state = read_weights(path)
-        except TextWeightsError as error:  # what reads CLIP's file speaks of its other half
+        except TextWeightsError as error:  # its message is about the text weights
             reason = "cannot be read as CLIP's weights" if path.is_file() else "no such file"
             raise MediaError(f"{path}: {reason}; give openai, random or the path of ViT-B-16.pt") from error
         own = self.tower.state_dict()
@@ -122,17 +124,18 @@ class ClipVisual(nn.Module):
 
 
 def visual_encoder(name: str, weights: str, device: str | torch.device) -> VisualEncoder:
-    """ "clip", or "module:factory". Raises MediaError."""
+    """Loads "clip" or "module:factory". Raises MediaError."""
     return ClipVisual(weights, device) if name == "clip" else _by_name(name, device, ("size", "width"))
 
 
 def audio_encoder(name: str, weights: str | None, device: str | torch.device) -> AudioEncoder:
-    """ "wav2clip", or "module:factory". Raises MediaError."""
+    """Loads "wav2clip" or "module:factory". Raises MediaError."""
     if name == "wav2clip":
         if weights is None:
             raise MediaError(
-                "Wav2CLIP's weights are wanted: --audio-weights with the path of Wav2CLIP.pt (its authors' release "
-                "v0.1.0-alpha), an https:// address that ends in #sha256=<digits>, or random, for tests only"
+                f"Wav2CLIP needs weights: download {WAV2CLIP} and give its path as --audio-weights. Or give the URL "
+                "followed by #sha256= and the file's SHA-256, or random, for tests only. --audio-encoder none leaves "
+                "the sound out"
             )
         return Wav2Clip(weights, device)
     encoder: AudioEncoder = _by_name(name, device, ("rate", "width"))
@@ -153,7 +156,7 @@ def _by_name(name: str, device: str | torch.device, wanted: tuple[str, ...]) -> 
 
 
 def encoded(name: str, encoder: Any, given: Any, rows: int, **options: Any) -> np.ndarray:
-    """encoder(given) as (rows, width) float32. Raises MediaError where an encoder does not keep to the protocol."""
+    """Returns encoder(given) as (rows, width) float32. Raises MediaError if the output has another shape or NaN."""
     out = torch.as_tensor(encoder(given, **options)).detach().float().cpu().numpy()
     if out.shape != (rows, encoder.width):
         raise MediaError(f"the {name} encoder gave shape {out.shape}, expected {(rows, encoder.width)}")

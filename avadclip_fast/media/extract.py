@@ -1,7 +1,7 @@
-"""Features of many videos, to files that training and evaluation read; what is done is not done again.
+"""Resumable feature extraction from many videos, to files that training and evaluation read.
 
-OUTPUT/visual/NAME__K.npy (a file a crop), OUTPUT/audio/NAME.npy, OUTPUT/done/NAME.json (written last: a video is there
-whole or not at all), OUTPUT/list.csv of all that is done, OUTPUT/extract.json with what failed, and why.
+Writes OUTPUT/visual/NAME__K.npy (one file per crop), OUTPUT/audio/NAME.npy, OUTPUT/done/NAME.json (last, to mark the
+video as complete), OUTPUT/list.csv with all complete videos, and OUTPUT/extract.json with failures and their reasons.
 """
 
 import csv
@@ -26,18 +26,18 @@ from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
 from .features import Sampling, VideoFeatures, video_features
 
-RECORDED = {"file", "settings", "label", "crops", "audio"}  # what is read again of OUTPUT/done/NAME.json
+RECORDED = {"file", "settings", "label", "crops", "audio"}  # keys required in OUTPUT/done/NAME.json
 SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".flv", ".mpg", ".mpeg", ".ts", ".m4v", ".wmv", ".3gp")
-_LABEL = re.compile(r"_label_([A-Z]\d?(?:-[A-Z0-9]+)*)$")  # XD-Violence's file names end in theirs
+_LABEL = re.compile(r"_label_([A-Z]\d?(?:-[A-Z0-9]+)*)$")  # XD-Violence's file names end with their label
 
 
 class Interrupted(Exception):
-    """A video was left as it is because the work was asked to end."""
+    """Extraction of a video was interrupted on request."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One video to extract: the file, its name in the output, and its label ("" where nobody says)."""
+    """A video to extract: its file, its name in the output, and its label ("" if unknown)."""
 
     path: Path
     name: str
@@ -47,11 +47,12 @@ class Source:
 def find_sources(
     given: Sequence[str | Path], label: str = "", root: str | Path | None = None
 ) -> tuple[list[Source], list[dict]]:
-    """The videos of files, folders (searched through) and lists (.csv with path and label, or .txt), sorted by name.
+    """Finds videos in files, folders (recursively) and lists (.csv with path and label, or .txt), sorted by name.
 
-    Returns (sources, failures): what cannot be read is told beside the rest. label: of those that neither a list nor
-    their name gives one. root: where a list's relative paths start, and what they must not lead out of; the list's
-    folder by default. Raises DataError where two videos have one name, or one video two labels.
+    label: for videos labelled by neither a list nor their name
+    root: base of a list's relative paths, which no path may leave; the list's folder by default
+    Returns (sources, failures), the latter for what cannot be read.
+    Raises DataError for an invalid list, two videos with one name, or one video with two labels.
     """
     sources: list[Source] = []
     failures: list[dict] = []
@@ -75,7 +76,7 @@ def find_sources(
                 f"{source.path} and {other.path} would both be called {source.name}: "
                 "rename one, or give their common folder"
             )
-        if other.label != source.label:  # of one video, given twice: whichever says more
+        if other.label != source.label:  # same video given twice: keep the one with a label
             if other.label and source.label:
                 raise DataError(f"{source.path} is given twice, labelled {other.label} and {source.label}")
             found[source.name] = max(other, source, key=lambda one: one.label)
@@ -83,7 +84,7 @@ def find_sources(
 
 
 def _inside(folder: Path, label: str, failures: list[dict]) -> Iterable[Source]:
-    """Videos below a folder; links to folders are not followed, so that no loop is walked."""
+    """Yields the videos below a folder, without following links to folders, which could form cycles."""
 
     def unreadable(error: OSError) -> None:
         failures.append({"source": str(error.filename), "reason": f"{error.filename}: {error.strerror}"})
@@ -107,6 +108,8 @@ def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
             rows = [(line, "") for line in text.splitlines()]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read as a list: {error}") from error
+    if any(name.strip().lower().endswith(".npy") for name, _ in rows):  # once, not one failure per line
+        raise DataError(f"{path} lists feature files (.npy), not videos")
     for number, (name, listed) in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):
         if not name.strip():
             continue
@@ -120,7 +123,7 @@ def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
 
 
 def _source(path: Path, name: str, listed: str, label: str) -> Source:
-    """With the label of the list, else of the file's name, else `label`."""
+    """Creates a source labelled by the list, else by its file name, else by `label`."""
     found = _LABEL.search(path.stem)
     return Source(path, name, listed or (found[1] if found else label))
 
@@ -128,13 +131,13 @@ def _source(path: Path, name: str, listed: str, label: str) -> Source:
 def _is_text(name: str) -> bool:
     try:
         name.encode()
-    except UnicodeEncodeError:  # of a name whose bytes are not UTF-8
+    except UnicodeEncodeError:  # the file name is not UTF-8
         return False
     return True
 
 
 class Tally:
-    """What became of each video; progress is called with the name of each as it ends."""
+    """Records the outcome of each video, and calls `progress` with its name."""
 
     def __init__(self, progress: Callable[[str], None] | None = None):
         self._progress = progress
@@ -171,13 +174,16 @@ def extract(
     progress: Callable[[str], None] | None = None,
     until: Callable[[], bool] = lambda: False,
 ) -> dict[str, list]:
-    """Extracts every source that is not done, some at once in threads; one that fails does not stop the rest.
+    """Extracts every source that is not done, in parallel threads; a failure does not stop the others.
 
-    settings: of `settings_of`; a video that was done with others is done again. until: is asked all the time whether to
-    end; what is not done then is left. Returns `Tally.record`.
+    settings: from `settings_of`; a video done with other settings is extracted again
+    workers: threads
+    progress: called with the name of each finished video
+    until: polled; returning True stops the extraction and leaves the remaining videos undone
+    Returns the result of `Tally.record`.
     """
     output, tally = Path(output), Tally(progress)
-    encoding = threading.Lock()  # decoding runs beside it; the encoders' own threads fill the processor
+    encoding = threading.Lock()  # encoders use all cores already; only decoding runs in parallel
     seen: Any = _Locked(visual, encoding, until)
     heard: Any = None if audio is None else _Locked(audio, encoding, until)
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -192,7 +198,7 @@ def extract(
                     how = task.result()
                 except Interrupted:
                     continue
-                except Exception as error:  # whatever one video did, the others go on, and it is told
+                except Exception as error:  # report a failing video and continue with the others
                     tally.failed(source, failure(source.path, error)["reason"])
                 else:
                     tally.ended(source, how)
@@ -212,9 +218,9 @@ def extract_one(
     settings: dict[str, Any],
     until: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Extracts one video: "done", or "skipped" where it was done with these settings before, save for its label.
+    """Extracts one video and returns "done", or "skipped" if it was done with these settings before.
 
-    Raises MediaError, and Interrupted as soon as `until` says to end.
+    A skipped video's label is updated. Raises MediaError, and Interrupted once `until` returns True.
     """
 
     def go_on(_: int = 0) -> None:
@@ -232,14 +238,14 @@ def extract_one(
 
 
 def failure(path: Path, error: Exception) -> dict[str, str]:
-    """{"source", "reason"}: a line that names the file, whatever went wrong."""
+    """Returns {"source", "reason"}, where the reason is one line that names the file."""
     if isinstance(error, DataError):
         return {"source": str(path), "reason": str(error)}
     return {"source": str(path), "reason": f"{path}: {type(error).__name__}: {' '.join(str(error).split())}"}
 
 
 class _Locked:
-    """An encoder that one thread uses at a time."""
+    """An encoder protected by a lock."""
 
     def __init__(self, encoder: VisualEncoder | AudioEncoder, lock: threading.Lock, until: Callable[[], bool]):
         self._encoder: Any = encoder
@@ -269,12 +275,12 @@ def _identity(path: Path) -> dict:
 
 
 def settings_of(sampling: Sampling, half: bool, encoders: dict) -> dict:
-    """All that features depend on. half: float16 files; encoders: their names and weights."""
+    """All settings that features depend on. half: float16 files; encoders: their names and weights."""
     return {**asdict(sampling), "dtype": "float16" if half else "float32", **encoders}
 
 
 def _done(output: Path, source: Source, settings: dict) -> dict | None:
-    """The record of a video that is done with these settings; None where it is to be done."""
+    """Returns the record of a video done with these settings, or None if it is not done."""
     visual, audio, done = _paths(output, source.name, settings["crops"])
     identity, record = _identity(source.path), _read_record(done)
     if record is None or record["settings"] != settings or record["file"] != identity:
@@ -284,7 +290,7 @@ def _done(output: Path, source: Source, settings: dict) -> dict | None:
 
 
 def _read_record(path: Path) -> dict | None:
-    """What OUTPUT/done/NAME.json holds; None where it is not there, or broken: the video counts as not done."""
+    """Reads OUTPUT/done/NAME.json; returns None if it is missing or invalid, so that the video counts as not done."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -298,7 +304,7 @@ def _write_record(output: Path, name: str, record: dict) -> None:
 
 
 def write_video(output: Path, source: Source, found: VideoFeatures, settings: dict) -> None:
-    """A video's files, each atomically, and last of all the one that says that they are there."""
+    """Writes a video's files atomically, and its record last, which marks it as done."""
     visual, audio, done = _paths(output, source.name, len(found.visual))
     for path in (*visual, audio, done):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +328,7 @@ def write_video(output: Path, source: Source, found: VideoFeatures, settings: di
 
 
 def write_lists(output: str | Path, settings: dict) -> list[Row]:
-    """OUTPUT/list.csv of everything that was done there with these settings, in order of name; returns its rows."""
+    """Writes OUTPUT/list.csv with all videos done with these settings, sorted by name, and returns its rows."""
     output = Path(output)
     rows = []
     for path in sorted((output / "done").rglob("*.json")):
@@ -338,7 +344,7 @@ def write_lists(output: str | Path, settings: dict) -> list[Row]:
 
 
 def shard(sources: Sequence[Source], which: str) -> list[Source]:
-    """The i-th of n equal parts for "i/n", i from 1. Raises DataError."""
+    """Returns part i of n for "i/n", with i from 1: every n-th source. Raises DataError."""
     match = re.fullmatch(r"(\d+)/(\d+)", which)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise DataError(f"--shard {which}: expected i/n with i from 1 to n, such as 2/8")
