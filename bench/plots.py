@@ -1,37 +1,55 @@
-"""Plots of benchmarks: how many times as long the alternatives take, and how near kernels come to the roofs."""
+"""Plots of benchmarks: times of the alternatives relative to ours, and kernels in a roofline."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from avadclip_fast.engine.plots import COLOURS, DPI, save
 
 MARKS = "osD^vPX*<"
-ROW = 0.24  # inches of a case
-LEGEND = 5  # names in a line
+SHADES = (*COLOURS, "#8C510A", "#7F7F7F", "#F0E442")  # one per marker
+ROW = 0.28  # inches per case
+NEAR = 0.05  # of the logarithmic axis: markers nearer than this would cover each other
+APART = 0.26  # rows between such markers
+BAR = 0.16  # inches per bar
+GAP = 0.8  # bars between groups
+LEGEND = 5  # names per line
+OFFICIAL = "official"
 
 
 def ratios(path: Path, rows: Sequence[dict]) -> None:
-    """Writes one PNG: a line a case, a mark for each alternative at how many times as long as ours it takes.
+    """Writes one PNG with a line per case and a marker per alternative at its time relative to ours.
 
-    rows: of `harness.compare`. Left of 1, and shaded, is what is faster than ours.
+    rows: from `harness.compare`. The shaded area left of 1 is faster than ours. Rows that have variants of ours too,
+    "ours, ...", are drawn as `speedups`: as alternatives, they would look slower for being faster.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    if any(row["alternative"].startswith("ours, ") for row in rows):
+        speedups(path, rows)
+        return
 
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["alternative"] for row in rows if row["over_ours"] != 1))
     figure = Figure(figsize=(8, 1.3 + ROW * len(cases)), dpi=DPI, layout="constrained")
     ax = figure.subplots()
+    others = [row for row in rows if row["alternative"] in names]
+    least, most = (limit(1.0, *(row["over_ours"] for row in others)) for limit in (min, max))
+    least, most = min(least / 1.15, 0.8), most * 1.15
+    places = [(row["over_ours"], cases.index(row["case"])) for row in others]
+    heights = _heights(places, NEAR * math.log(most / least))
     for i, name in enumerate(names):
-        found = [(row["over_ours"], cases.index(row["case"])) for row in rows if row["alternative"] == name]
-        x, y = zip(*found, strict=True)
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKS[i % len(MARKS)]}
-        ax.scatter(x, y, s=26, label=name, zorder=3, **style)
-    ax.set_xscale("log")
-    least, most = ax.get_xlim()
-    ax.axvspan(min(least, 0.8), 1, color="0.92", zorder=0)
+        style = {"color": SHADES[i % len(SHADES)], "marker": MARKS[i % len(MARKS)]}
+        found = [(row["over_ours"], y) for row, y in zip(others, heights, strict=True) if row["alternative"] == name]
+        ax.scatter(*zip(*found, strict=True), s=26, label=name, zorder=3, **style)
+    ax.axvspan(least, 1, color="0.92", zorder=0)
     ax.axvline(1, color="0.4", linewidth=1)
-    ax.set(xlim=(min(least, 0.8), most), xlabel="times as long as ours, in the same run", ylim=(len(cases) - 0.4, -0.6))
+    ax.set(xscale="log", xlim=(least, most), ylim=(len(cases) - 0.4, -0.6))
+    ax.set_xlabel("time / this library's time, in the same run (grey: faster than it)")
     ax.set_yticks(range(len(cases)), cases, fontsize=8)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter("{x:g}")
     ax.grid(axis="x", color="0.9", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
@@ -39,11 +57,71 @@ def ratios(path: Path, rows: Sequence[dict]) -> None:
     save(figure, path)
 
 
-def roofline(path: Path, records: Sequence[dict]) -> None:
-    """Writes one PNG: FLOP/s over FLOPs a byte of the kernel that is ours in each case, under the roofs of its run.
+def speedups(path: Path, rows: Sequence[dict]) -> None:
+    """Writes one PNG with a group of bars per case: how many times as fast as the official code each variant is.
 
-    records: JSON of benches on a GPU, with `bytes`, `flops` and the roofs in each row. A case without FLOPs, such as a
-    copy, has no place here.
+    rows: from `harness.compare`. Cases without the official code are left out.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
+    times: dict[str, dict[str, float]] = {}  # case -> alternative -> time over ours, as in the tables
+    for row in rows:
+        times.setdefault(row["case"], {})[row["alternative"]] = row["over_ours"]
+    times = {case: found for case, found in times.items() if OFFICIAL in found}
+    names = [name for name in dict.fromkeys(row["alternative"] for row in rows) if name != OFFICIAL]
+    count = sum(len(found) - 1 for found in times.values())
+    figure = Figure(figsize=(8, 1.2 + BAR * (count + GAP * len(times))), dpi=DPI, layout="constrained")
+    ax = figure.subplots()
+    y, middles, most = 0.0, [], 1.0
+    for found in times.values():
+        here = [name for name in names if name in found]
+        for k, name in enumerate(here):
+            ratio = found[OFFICIAL] / found[name]
+            ax.barh(y + k, ratio, 0.9, color=SHADES[names.index(name) % len(SHADES)], zorder=2)
+            ax.annotate(f"{ratio:.1f}", (ratio, y + k), (3, 0), textcoords="offset points", va="center", fontsize=7)
+            most = max(most, ratio)
+        middles.append(y + (len(here) - 1) / 2)
+        y += len(here) + GAP
+    ax.axvline(1, color="0.4", linewidth=1, zorder=3)
+    ax.set(xlim=(0, most * 1.06), ylim=(y - GAP / 2, -0.5 - GAP / 2))
+    ax.set_xlabel("times as fast as the official code (line: 1), in the same run")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_yticks(middles, list(times), fontsize=8)
+    ax.grid(axis="x", color="0.9", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    labels = ["this library" + name.removeprefix("ours") if name.startswith("ours") else name for name in names]
+    figure.legend(
+        [Patch(color=SHADES[i % len(SHADES)]) for i in range(len(names))], labels, frameon=False, fontsize=8,
+        ncols=min(len(names), LEGEND), loc="outside upper center",
+    )  # fmt: skip
+    save(figure, path)
+
+
+def _heights(places: Sequence[tuple[float, float]], near: float) -> list[float]:
+    """Returns y of each place (x, row), with places of one row nearer than `near` in log x one below the other."""
+    order = sorted(range(len(places)), key=lambda i: (places[i][1], places[i][0]))
+    groups: list[list[int]] = []
+    for i in order:
+        x, row = places[i]
+        last = places[groups[-1][-1]] if groups else (math.inf, -1)
+        if row == last[1] and math.log(x / last[0]) < near:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    heights = [row for _, row in places]
+    for group in groups:
+        for k, i in enumerate(group):
+            heights[i] += APART * (k - (len(group) - 1) / 2)
+    return heights
+
+
+def roofline(path: Path, records: Sequence[dict]) -> None:
+    """Writes one PNG: a roofline of FLOP/s over FLOPs per byte of our kernel in each case, with the roofs of its run.
+
+    records: JSON of benches on a GPU, with `bytes`, `flops` and the roofs in each row. Cases without FLOPs, such as
+    copies, are omitted. Raises ValueError if no case remains.
     """
     from matplotlib.figure import Figure
 

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.image import imread
 
 from avadclip_fast.engine import plots
+from bench import plots as bench_plots
 
 CURVES = {"teacher": np.linspace(0, 1, 30), "student": np.linspace(1, 0, 30) ** 2}
 ORANGE = np.array([0.969, 0.886, 0.702])  # TRUTH_COLOUR at 0.3 on white
@@ -110,6 +111,25 @@ def test_bars_stand_at_their_groups_names_and_titles_fit(monkeypatch):
     for text in (figure._suptitle, *lower.get_yticklabels(), *upper.get_yticklabels()):
         box = text.get_window_extent()
         assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, text
+
+
+def test_variants_of_ours_are_drawn_as_faster(monkeypatch):
+    """As often as the tables say, and not where the official code was not timed."""
+    drawn = []
+    monkeypatch.setattr(bench_plots, "save", lambda figure, path: drawn.append(figure))
+    times = {"a": {"official": 4.0, "ours": 1.0, "ours, masked": 0.5}, "b": {"ours": 1.0, "ours, masked": 0.7}}
+    rows = [{"case": c, "alternative": n, "over_ours": t} for c, of in times.items() for n, t in of.items()]
+    bench_plots.ratios("s.png", rows)
+    (ax,) = drawn[0].axes
+    assert [bar.get_width() for bar in ax.patches] == [4, 8]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["this library", "this library, masked"]
+
+
+def test_near_markers_of_a_row_do_not_hide_each_other():
+    places = [(1.01, 0), (1.0, 0), (3.0, 0), (1.0, 1)]
+    up, down, *alone = bench_plots._heights(places, 0.1)
+    assert alone == [0, 1] and up - down == pytest.approx(bench_plots.APART) and up + down == 0
 
 
 def test_errors_name_the_video(tmp_path):
