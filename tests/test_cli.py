@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -233,6 +234,20 @@ def test_check(videos, tmp_path, capsys):
     assert call("check", tmp_path / "list.csv", "-q") == 1
     out = capsys.readouterr().out
     assert "bad.npy" in out and "missing.npy" in out and "X9" in out
+
+
+class Slow(types.ModuleType):
+    """Ctrl-C comes while it is imported."""
+
+    def __getattr__(self, name):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_of_the_imports_is_quiet(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "avadclip_fast.ops", Slow("avadclip_fast.ops"))
+    for command, resumes in (("env", ""), ("extract", ", and the same call goes on from there")):
+        assert call(command) == cli.INTERRUPTED
+        assert capsys.readouterr().err == f"error: interrupted; what was written stays{resumes}\n"
 
 
 def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):

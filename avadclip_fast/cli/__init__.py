@@ -1,12 +1,30 @@
-"""The command line: `avadclip-fast COMMAND`. Commands read options and call the library; there is no logic here."""
+"""The command line: `avadclip-fast COMMAND`. Commands parse options and call the library, without further logic."""
 
 import sys
 
-INTERRUPTED = 130  # what typer makes of Ctrl-C, and shells of a process that it ended
+INTERRUPTED = 130  # exit code of typer on Ctrl-C, and of shells for a process ended by SIGINT
+_RESUMES = {  # how commands go on after Ctrl-C
+    "extract": ", and the same call goes on from there",
+    "pack": ", and the same call goes on from there",
+    "train": ", and --resume goes on from there",
+    "distill": ", and --resume goes on from there",
+}
 
 
 def main() -> None:
-    """Runs a command. A mistake of the user's ends in one line on stderr and exit code 2, never in a stack trace."""
+    """Runs a command. A user error prints one line on stderr and exits with code 2, without a stack trace."""
+    try:
+        code = _run()
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
+        resumes = "".join(_RESUMES.get(name, "") for name in sys.argv[1:2])
+        code = _fail(f"interrupted; what was written stays{resumes}", INTERRUPTED)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Imports and runs the commands: Ctrl-C may come while the imports still take seconds. Returns the exit code."""
     import logging
 
     from ..data import DataError
@@ -15,7 +33,7 @@ def main() -> None:
     from ..engine.stop import Stopped
     from ..models import CheckpointError, TextWeightsError
     from ..ops import BackendError
-    from . import export, kernels, media, profile  # noqa: F401  add their commands
+    from . import export, kernels, media, profile  # noqa: F401  register commands
     from .commands import app
 
     logging.basicConfig(format="%(message)s")
@@ -30,16 +48,12 @@ def main() -> None:
         BackendError,
         FloatingPointError,
     ) as error:
-        sys.exit(_fail(error, 2))
+        return _fail(error, 2)
     except Stopped as stop:
-        sys.exit(_fail(stop, 128 + stop.number))
+        return _fail(stop, 128 + stop.number)
     except OSError as error:  # a full disk, a folder without permission
-        sys.exit(_fail(error, 2))
-    except (KeyboardInterrupt, SystemExit) as end:
-        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
-            raise
-        again = "`extract` and `pack` go on when they are called again, `train` and `distill` with --resume"
-        sys.exit(_fail(f"interrupted; what was written stays: {again}", INTERRUPTED))
+        return _fail(error, 2)
+    return 0
 
 
 def _fail(what: object, code: int) -> int:
