@@ -46,10 +46,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .models import AVadCLIP, AVadCLIPStudent, objective
-else:  # hidden, so that a name that is misspelt is an error to a type checker
+else:  # hidden from type checkers, so that they report misspelt names
 
     def __getattr__(name: str):
-        # The models know the Hub's client; the modules, imported everywhere, need torch and numpy alone.
+        # Lazy: the models import huggingface_hub, but importing this package must need only torch and numpy.
         if name in _MODELS:
             return getattr(importlib.import_module(".models", __name__), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

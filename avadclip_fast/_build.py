@@ -1,7 +1,7 @@
-"""The compiled parts: `_C` (operators for the CPU), `_C_cuda` (for CUDA), and how they were built.
+"""The compiled extensions, `_C` (CPU operators) and `_C_cuda` (CUDA operators), and their build facts.
 
-An extension that is absent is no error: the dispatch then says why its backend cannot serve. One that is there and
-does not load raises, here and at once.
+A missing extension is not an error: the dispatch reports why its backend is unavailable. An extension that exists but
+fails to load raises ImportError on import.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ _HERE = Path(__file__).parent
 
 
 def _load(name: str, needs: str) -> str | None:
-    """Loads one shared object; returns the reason if it is absent."""
+    """Loads a shared object; returns None, or the reason if it is missing. Raises ImportError if loading fails."""
     path = _HERE / f"{name}.so"
     if not path.exists():
         return f"{name} is not built: it needs {needs} at installation, where `pip install -v` says what was found"
@@ -28,27 +28,27 @@ def _load(name: str, needs: str) -> str | None:
 
 
 def facts() -> dict[str, str]:
-    """compiler, flags, torch (of the headers), nvcc, cuda_archs; empty where nothing was built."""
+    """Build facts: compiler, flags, torch (version of the headers), nvcc and cuda_archs; empty if nothing was built."""
     if importlib.util.find_spec("avadclip_fast._build_facts") is None:
-        return {} if CPP_MISSING else {"built": "without a record of how: there was no Python.h"}
+        return {} if CPP_MISSING else {"built": "without a record of compiler and flags: Python.h was missing"}
     built = importlib.import_module("avadclip_fast._build_facts")
     return {name: getattr(built, name) for name in ("compiler", "flags", "torch", "nvcc", "cuda_archs")}
 
 
 CPP_MISSING = _load("_C", "a C++ compiler")
-# A torch without CUDA has none of the symbols that _C_cuda needs. Loading asks no GPU anything.
+# _C_cuda needs symbols that a torch without CUDA lacks. Loading it does not access any GPU.
 CUDA_MISSING = _load("_C_cuda", "nvcc of torch's CUDA") if torch.version.cuda else "this torch is built without CUDA"
 
 
 def cpp_reason(*tensors: torch.Tensor) -> str | None:
-    """Why the C++ operators cannot take these tensors, or None."""
+    """Returns why the C++ operators cannot take these tensors, or None."""
     if CPP_MISSING:
         return CPP_MISSING
     return _wrong("cpu", (torch.float32, torch.float64, torch.bfloat16), tensors)
 
 
 def cuda_reason(*tensors: torch.Tensor) -> str | None:
-    """Why the CUDA operators cannot take these tensors, or None."""
+    """Returns why the CUDA operators cannot take these tensors, or None."""
     if CUDA_MISSING:
         return CUDA_MISSING
     return _wrong("cuda", (torch.float32, torch.bfloat16, torch.float16), tensors)

@@ -1,4 +1,4 @@
-"""A device by its name."""
+"""Device selection by name."""
 
 import os
 
@@ -8,9 +8,9 @@ from .data.errors import DataError
 
 
 def device_of(name: str) -> torch.device:
-    """The device of a name such as cpu or cuda:1; "auto" is a GPU where there is one. Raises DataError.
+    """Returns the device for a name such as cpu or cuda:1; "auto" is a GPU if available, else the CPU.
 
-    Of the processes that torchrun starts on a machine, each has its own GPU as "auto" and "cuda".
+    Under torchrun, "auto" and "cuda" select the GPU of LOCAL_RANK. Raises DataError if the device is unavailable.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -20,5 +20,5 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"device {name!r} is not to be had: {str(error).splitlines()[0]}") from error
+        raise DataError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
     return device

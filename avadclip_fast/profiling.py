@@ -1,11 +1,11 @@
-"""Named ranges for Nsight and for torch's traces. Off by default, and then a span costs one look at a flag.
+"""Named ranges for Nsight and torch.profiler. Off by default; a disabled span costs one flag check.
 
     with profiling():                 # or AVADCLIP_FAST_NVTX=1
         with span("forward"):
             out = model(visual, audio, lengths)
 
-While they are on, every op opens a range "op:backend" around its call, and "op:backend:backward" around its backward
-pass where an operator of this library computes that. What torch.compile or torch.export traces has none.
+When enabled, every op opens a range "op:backend" around its call, and "op:backend:backward" around its backward pass
+if an operator of this library computes it. Code traced by torch.compile or torch.export has no ranges.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ _log = logging.getLogger("avadclip_fast")
 
 @contextlib.contextmanager
 def profiling(on: bool = True) -> Iterator[None]:
-    """Turns the ranges on inside the block, or off."""
+    """Enables or disables the ranges inside the block."""
     global enabled
     before, enabled = enabled, on
     try:
@@ -38,9 +38,9 @@ def profiling(on: bool = True) -> Iterator[None]:
 
 
 def span(name: str) -> AbstractContextManager[None]:
-    """A range of this name: of NVTX where there is a GPU, and in the traces of torch.profiler. Ranges nest.
+    """Context manager for a named range in torch.profiler and, with a GPU, in NVTX. Ranges nest.
 
-    No / @ , [ ] or * in a name: they have a meaning in Nsight Compute's filters.
+    The name must not contain / @ , [ ] or *, which are special in Nsight Compute's filters.
     """
     return _Range(name) if enabled and not torch.compiler.is_compiling() else _OFF
 
@@ -62,12 +62,14 @@ class _Range:
 
 @functools.cache
 def _nvtx() -> bool:
-    return torch.cuda.is_available()  # a torch without CUDA has no NVTX
+    return torch.cuda.is_available()  # torch without CUDA has no NVTX
 
 
 def span_backward(name: str, out: Tensor | tuple) -> None:
-    """Opens a range around the node that an op's (first) result comes from, when its gradient is computed: where it is
-    an operator's of this library. (Of a chain of torch's own, the last node would be taken for the whole.)"""
+    """Opens a range around the backward node of an op's first output, if it is an operator of this library.
+
+    An op composed of torch operators gets no range: its last node would stand for the whole chain.
+    """
     node = (out[0] if isinstance(out, tuple) else out).grad_fn
     if node is None or "avadclip_fast" not in node.name():
         return
@@ -83,7 +85,7 @@ def span_backward(name: str, out: Tensor | tuple) -> None:
 
 @contextlib.contextmanager
 def trace(folder: str | Path, steps: int = 10, skip: int = 5, name: str = "trace.json") -> Iterator[Callable[[], None]]:
-    """Writes `folder`/`name`, a Chrome trace of a few steps, and yields the function to be called after every step.
+    """Writes `folder`/`name`, a Chrome trace of a few steps; yields a function to call after every step.
 
         with trace("runs/teacher/profile", steps=10) as step_done:
             for batch in batches:
@@ -91,10 +93,13 @@ def trace(folder: str | Path, steps: int = 10, skip: int = 5, name: str = "trace
                     ...
                 step_done()
 
-    steps: how many are recorded; skip: how many go before them, of which the last warms the profiler up. The ranges are
-    on inside the block. The file is there as soon as the last of them is done, whole or not at all; what comes after
-    runs without the profiler. A block that ends early leaves the steps there were; without any, nothing but a warning.
-    Raises OSError where the folder cannot be written, ValueError on counts below one.
+    Ranges are enabled inside the block. The file is written atomically after the last recorded step, and later steps
+    run without the profiler. A block that ends early writes the steps recorded so far, or logs a warning if there are
+    none.
+
+    steps: number of recorded steps
+    skip: number of steps before them, the last of which warms up the profiler
+    Raises OSError if the folder cannot be written, ValueError if steps or skip is below one.
     """
     if steps < 1 or skip < 1:
         raise ValueError(f"trace: steps and skip must be whole numbers above zero, got {steps} and {skip}")
@@ -112,17 +117,17 @@ def trace(folder: str | Path, steps: int = 10, skip: int = 5, name: str = "trace
     with profiling(), profiler as profile:
         yield profile.step
     if not written:
-        _log.warning("%s was not written: the run ended within the %d steps before those to record", path, skip)
+        _log.warning("%s was not written: the run ended during the %d steps before recording starts", path, skip)
 
 
 def activities() -> list[torch.profiler.ProfilerActivity]:
-    """What torch's profiler is to watch: the host, and the GPU where there is one."""
+    """Activities for torch.profiler: the CPU, and the GPU if available."""
     activity = torch.profiler.ProfilerActivity
     return [activity.CPU, activity.CUDA] if torch.cuda.is_available() else [activity.CPU]
 
 
 def export(profile: torch.profiler.profile, path: Path) -> None:
-    """Writes a finished profile as a Chrome trace, whole or not at all. Raises OSError."""
+    """Writes a finished profile as a Chrome trace, atomically. Raises OSError."""
     temporary = path.parent / f".{secrets.token_hex(8)}.json"
     try:
         profile.export_chrome_trace(str(temporary))

@@ -1,4 +1,4 @@
-"""attention_pool against the same sum written in a line of PyTorch."""
+"""attention_pool against the same weighted sum in one line of PyTorch."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ BATCH, ROWS, DIM = 96, 256, 512
 
 
 def official(features: Tensor, logits: Tensor) -> Tensor:
-    """Padding is pooled with the rest."""
+    """Like the official code, pools padded rows too."""
     pooled = logits[:, None] @ features
     return F.normalize(pooled.float(), dim=-1).to(features.dtype)[:, 0]
 
@@ -34,7 +34,7 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
         | harness.compiled(reference.attention_pool)
         | harness.served("attention_pool", ops.attention_pool, make()),
         Work(read, 2 * BATCH * ROWS * DIM),
-        Work(3 * read, 6 * BATCH * ROWS * DIM),  # read, read again for the logits' gradient, gradient written
+        Work(3 * read, 6 * BATCH * ROWS * DIM),  # read, read again for the gradient of the logits, gradient written
         waits=(),
     )
 

@@ -17,7 +17,7 @@ SHAPES = ((96, 256), (24, 1024), (6, 4096))
 
 
 def official(values: Tensor) -> Tensor:
-    """The matrix made on the host and repeated over the batch in each call, then multiplied."""
+    """Builds the matrix on the host, repeats it over the batch, and multiplies, in every call."""
     position = np.arange(values.shape[1])
     distance = np.abs(position[:, None] - position)
     matrix = torch.exp(-torch.from_numpy(distance.astype(np.float32)).to(values.device) / torch.e)
@@ -39,13 +39,13 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
             {"official": official, "matrix made beforehand": lambda v, m=matrix: m.to(v.dtype) @ v}
             | harness.compiled(reference.distance_graph, tuned=(batch, length) == SHAPES[0])
             | harness.served("distance_graph", ops.distance_graph, make()),
-            Work(2 * values * dtype.itemsize, 6 * values),  # two scans: each a multiplication and an addition, and sums
+            Work(2 * values * dtype.itemsize, 6 * values),  # two scans of multiply-adds, and their sum
             Work(4 * values * dtype.itemsize, 12 * values),
         )
 
 
 def by_length(options: argparse.Namespace) -> list[dict]:
-    """What the length costs: as many rows in long videos and in short ones, with nothing slow in between."""
+    """Compares times for equal numbers of rows in long and in short videos, without slow alternatives in between."""
     timers = {}
     with torch.device(options.device):
         for batch, length in reversed(SHAPES):

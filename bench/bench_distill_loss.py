@@ -1,4 +1,4 @@
-"""distill_loss against the formula in a line of PyTorch."""
+"""distill_loss against the formula in one line of PyTorch."""
 
 from collections.abc import Iterator
 

@@ -1,7 +1,7 @@
-"""The algebra around linear_act: products of weights in place of products with the features, forward and backward.
+"""Folding around linear_act: products of weights instead of products with the features, forward and backward.
 
-Counted in FLOPs at M = B·T rows of width D, forward: binary head 8MD² in place of 16MD² (+ 8D²), k3-k1 6MD² + 6D³ in
-place of 8MD²; gc1 with gc3 the same, their input read once. The backward pass has twice as many.
+FLOPs of the forward pass with M = B·T rows of width D: binary head 8MD² instead of 16MD² (+ 8D²); k3-k1 6MD² + 6D³
+instead of 8MD²; gc1 with gc3 the same number, but their input is read once. The backward pass has twice as many.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""gated_fusion against the concatenation, and each product, a step at a time."""
+"""gated_fusion against an unfused version: concatenation, then one product at a time."""
 
 from collections.abc import Iterator
 

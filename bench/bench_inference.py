@@ -1,8 +1,8 @@
 """Inference of the student, against the authors' code in eager PyTorch: chunks of 256 snippets, and whole videos.
 
-The official code scores a video at a time, and computes the text side and the uncertainty with each. Here videos are
-packed into passes of several chunks, the text side is computed once, and the uncertainty, which training alone needs,
-is left out. That both give the same logits is checked first.
+The official code scores one video at a time and computes text features and uncertainty for each. This library packs
+videos into passes of several chunks, computes text features once, and skips the uncertainty, which only training needs.
+The logits of both are checked to be equal first.
 """
 
 import argparse
@@ -21,9 +21,9 @@ from . import eager_model, harness
 from .bench_step import CLASSES, ROWS, WIDTH, official_weights
 
 CHUNKS = {"cpu": (1, 8), "cuda": (1, 40, 96)}
-VIDEOS = {"cpu": 24, "cuda": 100}  # a sample of a test set: the official code takes them one by one
-TEST_SET = 800  # videos of XD-Violence's
-SNIPPETS = (20, 400)  # of a video, the least and the most
+VIDEOS = {"cpu": 24, "cuda": 100}  # a sample of a test set, since the official code is slow
+TEST_SET = 800  # videos in the test set of XD-Violence
+SNIPPETS = (20, 400)  # minimum and maximum per video
 
 
 def run(options: argparse.Namespace) -> Iterator[list[dict]]:
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> Iterator[list[dict]]:
 
 
 def drawn(number: int) -> TestVideo:
-    """A video of some hundred snippets, in chunks."""
+    """Returns a random video of SNIPPETS snippets, in chunks."""
     rng = np.random.default_rng(number)
     features = rng.standard_normal((int(rng.integers(*SNIPPETS)), WIDTH), np.float32)
     chunks, lengths = chunk(features, ROWS)

@@ -1,4 +1,4 @@
-"""linear_act, the GEMM family, against cuBLAS (oneDNN on a CPU) with its pointwise steps apart: the reference."""
+"""linear_act, the GEMM kernels, against the reference: cuBLAS (oneDNN on a CPU) with separate pointwise steps."""
 
 from collections.abc import Iterator
 
@@ -17,8 +17,8 @@ ROWS, DIM = 256, 512
 def cases(dtype: torch.dtype) -> Iterator[Bench]:
     batch = 96 if harness.on_gpu() else 16
     norm, quick, relu = {"norm": True}, {"activation": "quick_gelu"}, {"activation": "relu"}
-    # Tuned are one graph with all before and behind its product, and one that only adds. Of convolutions over one
-    # dimension max-autotune has no tiles to try.
+    # Tune one case with a full prologue and epilogue, and one that only adds. max-autotune has no tiles for 1D
+    # convolutions.
     yield case("mlp", dtype, batch, DIM, 4 * DIM, **norm, **quick, tuned=True)
     yield case("mlp, back", dtype, batch, 4 * DIM, DIM, residual=True, tuned=True)
     yield case("projection", dtype, batch, DIM, DIM, residual=True)
@@ -33,7 +33,7 @@ def case(
     name: str, dtype: torch.dtype, batch: int, width: int, outputs: int, taps: int = 0, norm=False, residual=False,
     dot=False, tuned=False, **options,
 ) -> Bench:  # fmt: skip
-    """options: those of ops.linear_act that are no tensors."""
+    """Returns the benchmark of one layer. options: arguments of ops.linear_act other than tensors."""
     kernel = (taps,) if taps else ()
 
     def make() -> tuple:

@@ -1,4 +1,4 @@
-"""mil_loss and mil_align_loss together, against loops over the batch and against plain PyTorch."""
+"""mil_loss plus mil_align_loss against loops over the batch and against plain PyTorch."""
 
 from collections.abc import Iterator
 
@@ -15,7 +15,7 @@ BATCH, ROWS, CLASSES = 96, 256, 7
 
 
 def loops(logits: Tensor, class_logits: Tensor, labels: Tensor, lengths: Tensor, alpha: Tensor) -> Tensor:
-    """Both losses as official code computes them: a video, and a class, at a time."""
+    """Both losses as in the official code, with a loop over videos."""
     p = logits.new_zeros(0)
     for b in range(len(logits)):
         top = torch.topk(logits[b, : lengths[b]].sigmoid(), int(lengths[b] // 16 + 1)).values
@@ -63,7 +63,7 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
             make,
             {"loops": loops} | harness.compiled(plain) | harness.served("mil_loss", both, make()),
             Work(read),
-            Work(read + written),  # gradients are written in padding, too: zeros
+            Work(read + written),  # gradients of padding are written too, as zeros
         )
 
 

@@ -33,7 +33,7 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
         harness.served("pack_rows", partial(there_and_back, total=total), make()),
         Work(3 * valid + padded),
         Work(6 * valid + 2 * padded),
-        waits=("reference",),  # for how many rows its mask picks: torch.compile makes no one graph of it either
+        waits=("reference",),  # it waits for the number of masked rows, which also breaks the graph of torch.compile
     )
 
 

@@ -1,4 +1,4 @@
-"""prompt_similarity against normalising, then multiplying."""
+"""prompt_similarity against normalization followed by a product."""
 
 from collections.abc import Iterator
 

@@ -15,7 +15,7 @@ BATCH, ROWS, DIM, WIDTH = 96, 256, 512, 256
 
 
 def official(features: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """All pairs of all rows, then a softmax a video."""
+    """Computes all pairs of all rows, then a softmax per video."""
     norm = features.norm(dim=2, keepdim=True)
     cosine = features @ features.permute(0, 2, 1) / (norm @ norm.permute(0, 2, 1) + 1e-20)
     weights = torch.zeros_like(cosine)
@@ -30,7 +30,7 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
         lengths = torch.randint(shortest, ROWS + 1, (BATCH,))
 
         def make(lengths=lengths) -> tuple:
-            base = torch.randn(BATCH, 1, DIM)  # so that some edges lie above the threshold, and some below
+            base = torch.randn(BATCH, 1, DIM)  # puts some cosines above the threshold and some below
             features = base + torch.randn(BATCH, ROWS, DIM) * torch.rand(BATCH, ROWS, 1)
             return (
                 features.to(dtype).requires_grad_(),
@@ -39,7 +39,7 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
             )
 
         rows, valid, pairs = BATCH * ROWS, int(lengths.sum()), int((lengths**2).sum())
-        read, written = 2 * valid * (DIM + WIDTH), rows * (DIM + 2 * WIDTH)  # zeros are written in padding, too
+        read, written = 2 * valid * (DIM + WIDTH), rows * (DIM + 2 * WIDTH)  # zeros are written to padding too
         yield Bench(
             case,
             make,
@@ -47,7 +47,7 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
             | harness.compiled(reference.similarity_graph)
             | harness.served("similarity_graph", ops.similarity_graph, make()),
             Work((valid * (DIM + WIDTH) + rows * WIDTH) * dtype.itemsize, pairs * (2 * DIM + 2 * WIDTH)),
-            # backward: the weights' gradient, the values', and the features' from the symmetric sum
+            # backward: gradients of the weights, of the values, and of the features from the symmetric sum
             Work((read + written) * dtype.itemsize, pairs * (2 * DIM + 2 * WIDTH + 4 * WIDTH + 2 * DIM)),
         )
 

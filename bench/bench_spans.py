@@ -1,6 +1,6 @@
-"""What the ranges of `avadclip_fast.profiling` cost a call of the smallest op there is: on, off, and without a check.
+"""Overhead of the `avadclip_fast.profiling` ranges on a call of the smallest op: on, off, and without the check.
 
-Off, what they cost should drown in the spread.
+When the ranges are off, the overhead should be within the spread.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from avadclip_fast.ops import _dispatch
 
 from . import harness
 
-CALLS = 500  # in a round: some milliseconds
+CALLS = 500  # per round, a few milliseconds
 
 
 def unchecked(op: str, name: str, args: tuple, kwargs: dict) -> object:
-    """`_dispatch._call` as it would be without ranges."""
+    """`_dispatch._call` without ranges."""
     return _dispatch.TABLE[op][name].function(*args, **kwargs)
 
 
@@ -32,7 +32,7 @@ def left_out() -> Iterator[None]:
 WAYS: dict[str, Callable[[], contextlib.AbstractContextManager]] = {
     "on": lambda: profiling.profiling(True),
     "off": lambda: profiling.profiling(False),
-    "no check": left_out,  # the others are told in terms of this
+    "no check": left_out,  # the baseline
 }
 
 

@@ -1,14 +1,15 @@
 """Whole training steps, teacher and distillation, against the authors' code in eager PyTorch.
 
-Both sides start from the same weights. First it is checked, without dropout, that they compute the same loss, and of a
-few samples the same gradients: in float64, since in float32 a cosine at the graph's threshold may fall on either side.
-A step is forward, backward and AdamW. The distilling step looks up its teacher's features, which the official code
-computes again in each step. bfloat16 is autocast's, over float32 weights. On a GPU our steps are CUDA graphs, and in
-bfloat16 they are held against three more: without a graph, by the references, and by what torch.compile makes of these,
-in a graph like ours. That one comes last: compiling a whole step may take longer than all the rest.
+Both sides start from the same weights. Before timing, they are checked without dropout to give the same loss and, for a
+few samples, the same gradients. Gradients are compared in float64, since in float32 a cosine near the threshold of the
+similarity graph may fall on either side. A step is forward, backward and AdamW. The distillation step looks up cached
+teacher features, which the official code recomputes in every step. bfloat16 means autocast with float32 weights. On a
+GPU our steps are CUDA graphs, and in bfloat16 they are compared with three more steps: ours without a graph, the
+references, and the references under torch.compile, in a CUDA graph like ours. torch.compile runs last, since compiling
+a whole step may take longer than everything else.
 
-"masked" computes what training does by default, padding="masked": not the same function, and rows of padding need no
-computing. It is checked by the tests alone.
+"masked" is the default of training, padding="masked". It is a different function that need not compute padded rows, and
+only the tests check it.
 """
 
 import argparse
@@ -35,8 +36,8 @@ from . import eager_model, harness
 ROWS, WIDTH = 256, 512
 CLASSES = ["normal", "fighting", "shooting", "riot", "abuse", "car accident", "explosion"]
 BATCHES = {"cpu": (16, 32), "cuda": (96,)}
-CHECKED = 2  # samples whose gradients are compared
-TOLERANCE = 1e-6  # relative, of whole gradients in float64: the official distance matrix is float32's
+CHECKED = 2  # samples for the gradient check
+TOLERANCE = 1e-6  # relative error of a float64 gradient, since the official distance matrix is float32
 
 
 Sample = tuple[tuple[Tensor, ...], Tensor, Tensor]  # streams [B, T, D] each, labels [B, C], lengths [B]
@@ -44,7 +45,7 @@ Step = Callable[[], Tensor]
 
 
 def official_weights(model: torch.nn.Module) -> eager_model.Weights:
-    """Copies of a model's tensors by their official names; those that it trains are leaves."""
+    """Returns copies of a model's tensors by their official names; trained ones are leaves that require gradients."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     own = {name: x.detach().clone().requires_grad_(name in trained) for name, x in model.state_dict().items()}
     return official_state(own)
@@ -65,13 +66,13 @@ def official_step(weights: eager_model.Weights, loss):
 
 
 def our_step(model, sample: Sample, guide=None, precision="fp32", graph=False) -> Step:
-    """A step as `fit` makes it. graph: recorded."""
+    """Returns a step as in `fit`. graph: record it as a CUDA graph."""
     step, update = unrecorded(model, sample, guide, precision, graph)
     return recorded(step, update) if graph else step
 
 
 def compiled_step(model, sample: Sample, guide: Tensor | None) -> Step:
-    """What torch.compile makes of the references, by its defaults, in bfloat16; recorded, where it lets itself be."""
+    """Returns a bfloat16 step of the references under default torch.compile, as a CUDA graph if it can be captured."""
     torch.compiler.reset()
     step, update = unrecorded(model, sample, guide, "bf16", graph=True, compiled=True)
     step = plainly(step)
@@ -83,7 +84,7 @@ def compiled_step(model, sample: Sample, guide: Tensor | None) -> Step:
 
 
 def unrecorded(model, sample: Sample, guide, precision: str, graph: bool, compiled: bool = False):
-    """A step, and its optimizer. graph: it is to be recorded."""
+    """Returns a step and its optimizer. graph: make the optimizer capturable."""
     streams, labels, lengths = sample
     model, recipe = copy.deepcopy(model).train(), Recipe(precision=precision)
     batch = Batch(streams[0], streams[1] if len(streams) > 1 else None, lengths, labels)
@@ -104,7 +105,7 @@ def recorded(step: Step, update: torch.optim.Optimizer) -> StepGraph:
 
 
 def check(model, sample: Sample, guide: Tensor | None, official) -> None:
-    """Raises AssertionError where the loss differs, or in float64 a gradient."""
+    """Raises AssertionError if the loss, or a float64 gradient, differs from the official one."""
 
     def losses(model, sample: Sample, guide: Tensor | None):
         weights = official_weights(model)
@@ -138,7 +139,7 @@ def flops(step) -> int:
 
 
 def plainly(step):
-    """The same by the references alone."""
+    """Returns the step with the reference backend."""
 
     def call() -> Tensor:
         with use_backend("reference"):
@@ -148,7 +149,7 @@ def plainly(step):
 
 
 def launches(step) -> dict[str, int]:
-    """What a step costs a GPU's host: kernels, copies and fills that are launched, and how often it waits."""
+    """Returns the host cost of a step on a GPU: launched kernels, copies and fills, and synchronizations."""
     step()
     activity = torch.profiler.ProfilerActivity
     torch.cuda.synchronize()
@@ -160,12 +161,12 @@ def launches(step) -> dict[str, int]:
 
 
 def peak_memory(step: Step) -> int:
-    """Bytes of GPU memory that a step takes at its peak, beyond what was there before: weights, moments, other steps.
+    """Returns the peak GPU memory of a step in bytes, beyond what is allocated before: weights, moments, other steps.
 
-    A replay allocates nothing: what its graph was recorded of is asked.
+    A replay allocates nothing, so a recorded step is measured without its graph.
     """
     plain = step.function if isinstance(step, StepGraph) else step
-    plain()  # has its moments made
+    plain()  # creates the moments
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -221,7 +222,7 @@ def run(options: argparse.Namespace) -> Iterator[list[dict]]:
 
 
 def case(rounds: int, name: str, model, masked, sample: Sample, guide: Tensor | None, official) -> list[dict]:
-    """official: (weights, sample, dropout) -> loss."""
+    """Compares the official step with ours. official: (weights, sample, dropout) -> loss."""
     check(model, sample, guide, official)
     weights, gpu = official_weights(model), sample[1].is_cuda
     steps = {
@@ -232,12 +233,12 @@ def case(rounds: int, name: str, model, masked, sample: Sample, guide: Tensor | 
         "ours, masked, bfloat16": our_step(masked, sample, guide, "bf16", graph=gpu),
     }
     plain = our_step(model, sample, guide) if gpu else steps["ours"]
-    both = {"official_flops": flops(steps["official"]), "ours_flops": flops(plainly(plain))}  # fused, none are seen
+    both = {"official_flops": flops(steps["official"]), "ours_flops": flops(plainly(plain))}  # fused ops count as 0
     return timed(rounds, name, steps, gpu, **both)
 
 
 def in_bfloat16(rounds: int, name: str, model, sample: Sample, guide: Tensor | None) -> list[dict]:
-    """Our step against what it would be without its graph, and without its kernels."""
+    """Compares our step with itself without a CUDA graph, and with the references without a graph."""
     steps = {
         "reference, no graph": plainly(our_step(model, sample, guide, "bf16")),
         "ours, no graph": our_step(model, sample, guide, "bf16"),

@@ -12,7 +12,7 @@ from .harness import Bench, Work
 
 
 def loops(scores: Tensor, lengths: Tensor) -> Tensor:
-    """A video at a time, as official code does."""
+    """Loops over videos, as the official code does."""
     out = scores.new_zeros(0, scores.shape[2])
     for b in range(len(scores)):
         top = torch.topk(scores[b, : lengths[b]], int(lengths[b] // 16 + 1), dim=0).values
@@ -35,7 +35,7 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
             | harness.compiled(reference.topk_mean, tuned=(length, classes) == (256, 7))
             | harness.served("topk_mean", ops.topk_mean, make()),
             Work(read),
-            Work(read + written),  # the gradient is written in padding, too: zeros
+            Work(read + written),  # the gradient of padding is written too, as zeros
         )
 
 

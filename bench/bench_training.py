@@ -1,9 +1,9 @@
-"""Whole epochs of training by `fit`, from features that are there, teacher and student.
+"""Whole epochs of `fit` from features in memory, for the teacher and for a student.
 
-On a GPU with as many samples as XD-Violence has, ten crops a video; on a processor with a few. "load" is what comes
-before: the features' way from host memory to where they stay. The first epoch includes what precedes it: compiling,
-recording, and for a student its teacher's features. Of ten epochs, which differ in nothing else, a few are timed, and
-none that would begin after SECONDS.
+A GPU runs with as many samples as XD-Violence has with ten crops per video, a CPU with a few. "load" is the preceding
+transfer of the features from host memory to their final place. The first epoch includes the preceding work:
+compilation, graph capture and, for a student, the teacher features. Of the ten epochs of a real run, which are all
+alike, only the first few are timed, and none that would start after SECONDS.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from .bench_step import CLASSES, ROWS, WIDTH
 
 SAMPLES = {"cpu": 64, "cuda": 39_540}
 EPOCHS = 3
-SECONDS = 20  # into a run: bench.gpu stops the bench after 90
-DRAWN = 64  # samples that differ; the others repeat them, which costs a step the same
+SECONDS = 20  # time limit of a run; bench.gpu stops the bench after 90
+DRAWN = 64  # distinct samples; the others repeat them, at the same cost per step
 
 
 class Enough(Exception):
-    """The time is up."""
+    """The time limit is reached."""
 
 
 def run(options: argparse.Namespace) -> Iterator[list[dict]]:
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> Iterator[list[dict]]:
 
 
 def epochs(model, features: FeatureSet, recipe: Recipe, guide: AVadCLIP | None, device: torch.device) -> list[float]:
-    """Seconds of each epoch, what precedes it included. `fit` asks for a test score after each: that is the clock."""
+    """Returns the seconds of each epoch, including preceding work, from the calls of `test_ap` after each epoch."""
     ends = [time.perf_counter()]
 
     def score(_: torch.nn.Module) -> float:
@@ -77,12 +77,12 @@ def row(case: str, seconds: list[float]) -> list[dict]:
 
 
 def made_up(samples: int) -> FeatureSet:
-    """Features in float16, as a packed file holds them."""
+    """Returns random float16 features, as in a packed file."""
     lengths = torch.randint(16, ROWS + 1, (samples,))
     labels = torch.eye(len(CLASSES))[torch.randint(len(CLASSES), (samples,))]
     drawn = torch.randn(2, DRAWN, ROWS, WIDTH).half()
     visual, audio = (x.repeat(-(-samples // DRAWN), 1, 1)[:samples] for x in drawn)
-    return FeatureSet(visual, audio, lengths, labels, checksum=f"{samples} made up")  # else all rows would be summed up
+    return FeatureSet(visual, audio, lengths, labels, checksum=f"{samples} made up")  # avoids hashing all rows
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ ROWS, DIM = 256, 512
 
 
 def loop(features: Tensor, lengths: Tensor) -> Tensor:
-    """A row at a time, as official code does."""
+    """Loops over rows, as the official code does."""
     array = features.numpy()
     out = np.zeros((ROWS, array.shape[1]), np.float32)
     bounds = np.linspace(0, len(array), ROWS + 1, dtype=int)
@@ -27,7 +27,7 @@ def loop(features: Tensor, lengths: Tensor) -> Tensor:
 
 
 def reduceat(features: Tensor, lengths: Tensor) -> Tensor:
-    """In one call of numpy's, which takes an empty range's first row too."""
+    """Uses one numpy call, which returns the first row for an empty range too."""
     bounds = np.linspace(0, len(features), ROWS + 1, dtype=int)
     sums = np.add.reduceat(features.numpy(), bounds[:-1])
     return torch.from_numpy(sums / np.maximum(np.diff(bounds), 1)[:, None].astype(np.float32))[None]

@@ -36,13 +36,13 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
             | harness.compiled(partial(reference.window_attention, window=window))
             | harness.served("window_attention", partial(ops.window_attention, window=window), make()),
             Work(4 * every, products),
-            Work(11 * every, 3.5 * products),  # q, k, v and out; then they and the gradient read, three written
+            Work(11 * every, 3.5 * products),  # q, k, v, out; backward reads them and the gradient, writes three
             waits=(),
         )
 
 
 def masked(window: int):
-    """All pairs of rows, those of different windows at minus infinity."""
+    """Attends over all pairs of rows, with pairs across windows masked to minus infinity."""
     of = torch.arange(ROWS) // window
     mask = torch.zeros(ROWS, ROWS).masked_fill(of[:, None] != of, -math.inf)
 
@@ -54,7 +54,7 @@ def masked(window: int):
 
 
 def flex(window: int) -> dict:
-    """FlexAttention with the windows as its block mask; on a GPU only, and its heads are at most 256 wide."""
+    """FlexAttention with a block mask of the windows; only on a GPU, and for heads at most 256 wide."""
     if not harness.on_gpu() or DIM > 256:
         return {}
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

@@ -1,12 +1,12 @@
-"""Whether a change makes an op slower: two versions of the library take turns, in one run.
+"""Checks whether a change makes an op slower: two versions of the library are timed in turns, in one run.
 
     python -m bench.compare main              the working tree against main
     python -m bench.compare v0.1 main         main against v0.1
     python -m bench.compare main --device cuda --op gated_fusion --op linear_act
 
-A version is a git revision, which is checked out and built, or a folder that holds a built avadclip_fast. Both are
-measured by the cases of this tree, each in a process of its own. Slower is what takes over 5 % longer (the median of
-the rounds' ratios) and whose spread, p20 to p80, does not touch the other's; then the exit status is 1.
+A version is a git revision, which is checked out and built, or a folder with a built avadclip_fast. Both run the cases
+of this tree, each in its own process. A case is slower if it takes over 5 % longer (median of the ratios of all rounds)
+and the p20 to p80 ranges do not overlap; the exit status is then 1.
 """
 
 import argparse
@@ -51,14 +51,14 @@ def main() -> None:
 
 
 def ops() -> list[str]:
-    """Those that have a bench with cases."""
+    """Returns the ops that have a bench with cases."""
     files = sorted((ROOT / "bench").glob("bench_*.py"))
     return [f.stem.removeprefix("bench_") for f in files if "def cases(" in f.read_text()]
 
 
 @contextlib.contextmanager
 def built(version: str) -> Iterator[Path]:
-    """A folder that holds the version's avadclip_fast, built."""
+    """Yields a folder with the built avadclip_fast of a version."""
     if Path(version).is_dir():
         yield Path(version).resolve()
         return
@@ -77,7 +77,7 @@ def built(version: str) -> Iterator[Path]:
 
 
 def compare(op: str, base: Path, head: Path, device: str, rounds: int) -> list[dict]:
-    """A row a case; the versions take turns at going first."""
+    """Returns a row per case; the versions alternate in going first."""
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker(op, folder, device)) for folder in (base, head)]
         if workers[0].cases != workers[1].cases:
@@ -93,7 +93,7 @@ def compare(op: str, base: Path, head: Path, device: str, rounds: int) -> list[d
 
 
 def verdict(case: str, base: list[float], head: list[float]) -> dict:
-    """base, head: seconds by round."""
+    """Compares the seconds of each round. base, head: seconds by round."""
     ratio = statistics.median(b / a for a, b in zip(base, head, strict=True))
     sides = {}
     for name, seconds in (("base", base), ("head", head)):
@@ -104,10 +104,10 @@ def verdict(case: str, base: list[float], head: list[float]) -> dict:
 
 
 class Worker:
-    """A process with one version of the library, which measures a case when it is told to."""
+    """A process with one version of the library that measures cases on request."""
 
     def __init__(self, op: str, folder: Path, device: str):
-        # This tree's bench beside that folder's library: neither folder may bring both.
+        # Combine the bench of this tree with the library of that folder.
         self.cases_folder = tempfile.TemporaryDirectory()
         Path(self.cases_folder.name, "bench").symlink_to(ROOT / "bench")
         Path(self.cases_folder.name, "avadclip_fast").symlink_to(folder / "avadclip_fast")
@@ -121,7 +121,7 @@ class Worker:
         return self
 
     def measure(self, case: int) -> float:
-        """Seconds."""
+        """Returns the seconds of one measurement."""
         assert self.process.stdin is not None
         print(case, file=self.process.stdin, flush=True)
         return self._answer()

@@ -1,4 +1,4 @@
-"""One side of `bench.compare`: prints its cases as JSON, then for each number on stdin the seconds of that case."""
+"""One side of `bench.compare`: prints its cases as JSON, then the seconds of each case requested on stdin."""
 
 import json
 import sys
@@ -10,11 +10,11 @@ import torch
 
 from . import harness
 
-SHORTEST = 0.02  # seconds of a measurement on the host: shorter calls are repeated
+SHORTEST = 0.02  # seconds of a measurement on the host; shorter calls are repeated
 
 
 def timers(op: str, device: str) -> dict[str, harness.Timer]:
-    """Of the backend that is chosen, by case; forward and backward where there is a backward pass."""
+    """Returns a timer per case for the selected backend: forward, and backward if there is a backward pass."""
 
     def cases(dtype: torch.dtype) -> Iterator[harness.Bench]:
         for bench in import_module(f"bench.bench_{op}").cases(dtype):
@@ -32,7 +32,7 @@ def timers(op: str, device: str) -> dict[str, harness.Timer]:
 
 
 def repeated(call: Callable[[], object]) -> harness.Timer:
-    """The mean of so many calls that the clock and the caches matter little."""
+    """Times the mean of enough calls to make clock resolution and cache effects small."""
     one = harness.host_timer(call)
     times = max(1, round(SHORTEST / min(one() for _ in range(5))))
 

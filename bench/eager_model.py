@@ -1,9 +1,9 @@
-"""The authors' code, operation by operation, in eager PyTorch: what training and inference are measured against.
+"""The operations of the official code in eager PyTorch, the baseline of the training and inference benchmarks.
 
-Written from the model's description, with the official code's costs: loops over the batch in the graphs and in the
-losses, all 77 positions of every class name, convolutions that turn [B, T, D] around, concatenations, the distance
-matrix made in each call. Parameters are looked up by their official names in a dict, so that both sides can compute
-with the same weights.
+It is written from the model's description and has the costs of the official code: loops over the batch in the graphs
+and losses, all 77 positions of every class name, convolutions that transpose [B, T, D], concatenations, and a distance
+matrix built in every call. Parameters are looked up in a dict by their official names, so that both sides can use the
+same weights.
 """
 
 import math
@@ -115,7 +115,7 @@ def uncertain(s: Weights, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def text(s: Weights, tokens: list[list[int]]) -> Tensor:
-    """(C, D) from all 77 positions of every class."""
+    """Returns text features (C, D), computed over all 77 positions of every class name."""
     x = s["text_prompt_embeddings.weight"].repeat(len(tokens), 1, 1)
     at = []
     for c, name in enumerate(tokens):
@@ -169,7 +169,7 @@ def teacher_loss(s: Weights, tokens, visual, audio, labels, lengths, window: int
 
 
 def distil_loss(s: Weights, teacher: Weights, tokens, visual, audio, labels, lengths, window: int = 64, weight=1e-8):
-    """The student's loss; the frozen teacher computes its whole forward pass, as in the official code."""
+    """Returns the student's loss; the frozen teacher runs its whole forward pass, as in the official code."""
     with torch.no_grad():
         guide = teacher_features(teacher, visual, audio, lengths, 4, 0.0)
         heads(teacher, guide, text(teacher, tokens))
@@ -180,6 +180,6 @@ def distil_loss(s: Weights, teacher: Weights, tokens, visual, audio, labels, len
 
 
 def student_scores(s: Weights, tokens, visual, lengths, window: int = 64) -> tuple[Tensor, Tensor]:
-    """Anomaly and class logits; the uncertainty and the text side are computed with every call."""
+    """Returns anomaly and class logits; uncertainty and text features are computed in every call."""
     mean, _ = uncertain(s, temporal(s, visual, lengths, window))
     return heads(s, mean, text(s, tokens))

@@ -1,10 +1,10 @@
-"""Held-out parts of FightSurv that share no clip, or no source, with the part that is trained on.
+"""Folds of FightSurv whose held-out part shares no clip, or no source, with the training part.
 
-Its training videos are composed of a few clips each, and a clip comes back in many videos with its visual rows the
-same to the bit. Held-out videos are then made of clips that training has seen, and tell how well those were learnt by
-heart. Here whole clips are held out, or whole sources, which are clips of one camera or place that look alike:
-training videos lose their rows, and other videos, of these rows alone, are scored. That a clip shows a fight follows
-from the videos' labels: no normal video contains it.
+Each training video is composed of a few clips, and a clip recurs in many videos with bitwise equal visual rows. Videos
+held out at random therefore consist of clips seen in training, and measure memorization. These folds hold out whole
+clips, or whole sources (clips of one camera or place, which look alike): their rows are removed from the training
+videos, and other videos, reduced to these rows, are scored. A clip shows a fight if no normal video contains it, so
+this follows from the video labels.
 """
 
 from collections.abc import Sequence
@@ -20,34 +20,34 @@ from avadclip_fast.data.dataset import load_row
 from avadclip_fast.data.features import chunk, pool, with_motion
 
 FOLDS = 4
-ALIKE = 0.6  # cosine of two clips of one source: their mean rows less the mean of all clips
-LEAST_ROWS = 8  # of a training video that has lost its held-out clips
+ALIKE = 0.6  # minimum cosine of two clips of one source, from their mean rows minus the mean of all clips
+LEAST_ROWS = 8  # minimum rows of a training video without its held-out clips
 
 
 class Video(NamedTuple):
-    """n snippets and the label."""
+    """A video of n snippets and its label."""
 
     visual: np.ndarray  # (n, D) float32
     audio: np.ndarray  # (n, D) float32
     abnormal: bool
-    fights: np.ndarray | None = None  # (n,) bool, whether a snippet is of a fight clip
+    fights: np.ndarray | None = None  # (n,) bool, whether a snippet belongs to a fight clip
 
 
 class Clips(NamedTuple):
-    """Which clip each row of each video is of, and which clips show fights."""
+    """The clip of each row of each video, and which clips show fights."""
 
     of: list[np.ndarray]  # per video (n,) int
     fight: np.ndarray  # (clips,) bool
 
 
 def load(folder: Path) -> list[Video]:
-    """The training videos."""
+    """Loads the training videos."""
     rows = data.read_list(folder / "train.csv")
     return [Video(*load_row(row, 512, True), row.label != "A") for row in rows]
 
 
 def find_clips(videos: Sequence[Video]) -> Clips:
-    """Rows that follow each other in a video, and occur in exactly the same videos, are of one clip."""
+    """Finds clips: consecutive rows of a video that occur in exactly the same videos belong to one clip."""
     video = np.repeat(np.arange(len(videos)), [len(v.visual) for v in videos])
     _, row = np.unique(np.concatenate([v.visual for v in videos]), axis=0, return_inverse=True)
     row = row.ravel()
@@ -72,7 +72,7 @@ def find_clips(videos: Sequence[Video]) -> Clips:
 
 
 def find_sources(videos: Sequence[Video], clips: Clips) -> np.ndarray:
-    """The source of each clip, (clips,) int: clips that look alike, or are linked by others that do."""
+    """Returns the source of each clip, (clips,) int, by single-linkage clustering of clips that look alike."""
     sums, counts = np.zeros((len(clips.fight), videos[0].visual.shape[1])), np.zeros((len(clips.fight), 1))
     for video, of in zip(videos, clips.of, strict=True):
         np.add.at(sums, of, video.visual)
@@ -83,15 +83,15 @@ def find_sources(videos: Sequence[Video], clips: Clips) -> np.ndarray:
 
 
 def by_clips(videos: Sequence[Video], clips: Clips, number: int) -> tuple[list[Video], list[Video]]:
-    """Fold `number`: three in four videos without the rows of a quarter of the clips, and the others of these alone.
+    """Returns fold `number`: 3/4 of the videos without 1/4 of the clips, and the other videos with only these clips.
 
-    Neither part holds a video or a clip of the other. Abnormal videos that lose all their fights are left out.
+    The parts share no videos or clips. Abnormal training videos that lose all their fights are dropped.
     """
     return _without(videos, clips, _parts(clips.fight), number)
 
 
 def by_sources(videos: Sequence[Video], clips: Clips, number: int) -> tuple[list[Video], list[Video]]:
-    """As `by_clips`, a quarter of the sources being held out with all their clips."""
+    """As `by_clips`, but holds out a quarter of the sources with all their clips."""
     source = find_sources(videos, clips)
     fights = np.bincount(source, clips.fight) / np.bincount(source)
     kinds = np.ceil(fights) + np.floor(fights)  # 0: no fights, 1: some, 2: nothing else
@@ -113,7 +113,7 @@ def _without(videos: Sequence[Video], clips: Clips, held_clip: np.ndarray, numbe
 
 
 def by_videos(videos: Sequence[Video], clips: Clips, number: int) -> tuple[list[Video], list[Video]]:
-    """Fold `number` of whole videos, as one would hold them out not knowing of the clips."""
+    """Returns fold `number` of whole videos, a split that ignores clips."""
     parts = _parts([v.abnormal for v in videos])
     known = [v._replace(fights=clips.fight[of]) for v, of in zip(videos, clips.of, strict=True)]
     return [v for v, p in zip(known, parts, strict=True) if p != number], [
@@ -122,7 +122,7 @@ def by_videos(videos: Sequence[Video], clips: Clips, number: int) -> tuple[list[
 
 
 def _parts(kinds: Sequence[float] | np.ndarray) -> np.ndarray:
-    """A fold for each, with the same share of every kind."""
+    """Assigns items to folds, with equal shares of every kind."""
     rng, parts = np.random.default_rng(7), np.empty(len(kinds), int)
     for kind in np.unique(kinds):
         chosen = np.flatnonzero(np.asarray(kinds) == kind)
@@ -131,7 +131,7 @@ def _parts(kinds: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def feature_set(videos: Sequence[Video], length: int, motion: bool = False) -> data.FeatureSet:
-    """As training takes them: pooled to `length` rows, with a label each."""
+    """Returns videos as a training set: pooled to `length` rows, with one label each."""
     seen, sizes = zip(*(pool(_sight(v, motion), length) for v in videos), strict=True)
     heard = [pool(v.audio, length)[0] for v in videos]
     labels = np.array([[not v.abnormal, v.abnormal] for v in videos], np.float32)
@@ -140,7 +140,7 @@ def feature_set(videos: Sequence[Video], length: int, motion: bool = False) -> d
 
 
 def test_videos(videos: Sequence[Video], length: int, motion: bool = False) -> list[data.TestVideo]:
-    """As scoring takes them: in chunks of `length`."""
+    """Returns videos for scoring, in chunks of `length` rows."""
     made = []
     for i, v in enumerate(videos):
         visual, lengths = chunk(_sight(v, motion), length)

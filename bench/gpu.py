@@ -1,8 +1,8 @@
-"""All that needs a GPU in one command: build, tests, sanitizers, benchmarks. `make gpu`, or python -m bench.gpu.
+"""Runs everything that needs a GPU: build, tests, sanitizers, benchmarks. `make gpu`, or python -m bench.gpu.
 
-Each stage is a process of its own under a time limit. One that fails does not stop the next: the exit status, and
-OUT/gpu.json, say so at the end. Logs, the test report and every benchmark's JSON are kept in build/gpu, and after every
-stage packed into OUT/gpu.tar.gz: two files are easily brought from one machine to another.
+Each stage is a separate process with a time limit. A failing stage does not stop the next ones; the exit status and
+OUT/gpu.json report it at the end. Logs, the test report and the JSON of every benchmark are kept in build/gpu, and are
+packed into OUT/gpu.tar.gz after every stage, so that only two files need to be copied from the machine.
 """
 
 import argparse
@@ -22,13 +22,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build/gpu"
 CONFIGS = ROOT / "kernels/configs"
-TOTAL = 470  # seconds for all stages: eight minutes with what comes before and after
-GRACE = 10  # seconds of a limit for ending: pytest then tells what has failed so far
-# Most of a test's time goes into compiling kernels, by one thread each. Each process computes references with a few.
+TOTAL = 470  # seconds for all stages; eight minutes with startup and packing
+GRACE = 10  # seconds of a limit reserved for a clean exit, in which pytest reports failures so far
+# Tests spend most of their time compiling kernels, each in one thread. References need only a few threads.
 PARALLEL = ["-n", "8", "--dist", "load"]
 THREADS = ["env", "OMP_NUM_THREADS=2"]
-FEW_ROUNDS = {"step": "4", "inference": "4"}  # of what takes long, as `make bench-cpu` has it
-# What a whole step costs comes first: where time runs out, the small ops are missing.
+FEW_ROUNDS = {"step": "4", "inference": "4"}  # for slow benches, as in `make bench-cpu`
+# Whole steps come first, so that only small ops are missing if time runs out.
 BENCHES = (
     "step", "training", "inference", "similarity_graph", "linear_act", "gated_fusion", "window_attention",
     "distill_loss", "prompt_similarity", "attention_pool", "distance_graph", "mil_loss", "topk_mean", "uniform_pool",
@@ -39,7 +39,7 @@ BENCHES = (
 @dataclass(frozen=True)
 class Stage:
     name: str
-    command: list[str] | None  # None: it cannot run here
+    command: list[str] | None  # None if it cannot run here
     limit: float
     why: str = ""
 
@@ -68,8 +68,8 @@ def stages(work: Path, tune: bool) -> list[Stage]:
 
 
 def run(stages: list[Stage], out: Path, total: float = TOTAL, work: Path = WORK) -> dict[str, dict]:
-    """Runs the stages in turn; each gets its limit, or what is left of the total. Writes OUT's files after each."""
-    shutil.rmtree(work, ignore_errors=True)  # of an earlier run
+    """Runs the stages in order, each within its limit and the remaining total. Writes the files in OUT after each."""
+    shutil.rmtree(work, ignore_errors=True)  # from an earlier run
     for folder in (work, out):
         folder.mkdir(parents=True, exist_ok=True)
     began, record = time.monotonic(), {}
@@ -85,7 +85,7 @@ def run(stages: list[Stage], out: Path, total: float = TOTAL, work: Path = WORK)
 
 
 def bring(work: Path, out: Path) -> None:
-    """Copies gpu.json, and packs all there is; a reader finds the old files or the new ones, whole."""
+    """Copies gpu.json and packs all files, replacing each of the two output files atomically."""
     shutil.copy(work / "gpu.json", out / "gpu.json.new")
     with tarfile.open(out / "gpu.tar.gz.new", "w:gz") as tar:
         for path in sorted(work.iterdir()):
@@ -113,7 +113,7 @@ def one(stage: Stage, limit: float, log: Path) -> dict:
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(min(GRACE, limit / 2))
-        finally:  # with all that it has started: nothing runs on beside the next one
+        finally:  # kill the whole process group, so that nothing runs beside the next stage
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -132,7 +132,7 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         sys.exit("bench.gpu: no CUDA device here; `make test` and `make bench-cpu` need none")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.gpu: stopped"))  # and with it the stage that is running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.gpu: stopped"))  # also ends the running stage
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
     chosen = [s for s in stages(WORK, options.tune) if not options.bench or s.name.startswith("bench_")]
     record = run(chosen, options.out, TOTAL + 300 * options.tune)

@@ -1,9 +1,9 @@
-"""Timing of alternatives side by side, a table, and JSON with everything needed to judge it.
+"""Times alternatives side by side; prints a table and writes JSON with all settings of the measurement.
 
-The alternatives take turns, round by round, and ratios are taken within a round: a machine that is slow for a while is
-slow for all of them. Nothing is timed before it has been found right. On a GPU a kernel's time is that of a replayed
-CUDA graph over several sets of inputs, more than its cache holds, and the roofs are measured in the same run. The JSON
-is written anew after every case: a bench that is stopped leaves what it measured.
+The alternatives take turns in every round, and ratios are computed within a round, so that a temporarily slow machine
+affects all of them. Results are checked before timing. On a GPU, kernel time is the time of a replayed CUDA graph over
+several sets of inputs that together exceed the cache, and the roofs are measured in the same run. The JSON is rewritten
+after every case, so that an interrupted bench keeps its results.
 """
 
 import argparse
@@ -29,18 +29,18 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 ROUNDS = 15
 SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
-# torch.compile's alternatives and their modes: without CUDA graphs of its own, since all are captured into ours.
+# Alternatives by torch.compile and their modes, without its own CUDA graphs since the harness captures all calls.
 MODES = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotune-no-cudagraphs"}
-COMPILING = 50  # seconds into a bench after which nothing more is compiled: bench.gpu stops each after 90
-AUTHORS = ("official", "loops")  # the alternatives that are the authors' code
-AMX = "linear_act"  # the op whose C++ is that of csrc/amx.h
-MOST_SETS = 256  # of inputs in one graph
+COMPILING = 50  # seconds after which a bench compiles nothing more; bench.gpu stops each bench after 90
+AUTHORS = ("official", "loops")  # alternatives that follow the official code
+AMX = "linear_act"  # the op that uses csrc/amx.h
+MOST_SETS = 256  # maximum number of input sets in one graph
 HEAD = f"{'case':<40} {'alternative':<27} {'median':>9} {'p20':>9} {'p80':>9} {'over ours':>9} {'of floor':>8}"
 Timer = Callable[[], float]  # seconds of one call
 
 
 class Work(NamedTuple):
-    """The least that must be done, by formula: bytes read and written once each, and FLOPs."""
+    """The minimum work, by formula: bytes that must be read and written once, and FLOPs."""
 
     bytes: float
     flops: float = 0
@@ -48,19 +48,19 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Bench:
-    """One case of an op, and who computes it. make() draws inputs: those that require gradients get them."""
+    """One case of an op and its alternatives. make() draws inputs; those that require gradients get them."""
 
     case: str
     make: Callable[[], tuple]
-    alternatives: dict[str, Callable[..., Tensor]]  # "reference" is among them
+    alternatives: dict[str, Callable[..., Tensor]]  # includes "reference"; ours is last
     forward: Work
-    both: Work | None = None  # forward and backward; None: there is no backward pass to time
-    parts: dict[str, Callable[..., object]] = field(default_factory=dict)  # less than the op, for scale
-    waits: tuple[str, ...] = ("official", "loops")  # alternatives that wait for the GPU: no graph holds them
+    both: Work | None = None  # forward and backward; None without a backward pass
+    parts: dict[str, Callable[..., object]] = field(default_factory=dict)  # parts of the op, for comparison
+    waits: tuple[str, ...] = ("official", "loops")  # alternatives that synchronize, so no graph
 
     @property
     def ours(self) -> str:
-        """The alternative in terms of which the others are told."""
+        """The name of our alternative, relative to which the others are reported."""
         return list(self.alternatives)[-1]
 
     def only(self, names: Iterable[str]) -> "Bench":
@@ -68,7 +68,7 @@ class Bench:
 
 
 def served(op: str, function: Callable, inputs: tuple) -> dict[str, Callable[..., Tensor]]:
-    """Every backend of `op` that can serve function(*inputs, backend=...), the reference first, the chosen one last."""
+    """Returns every backend of `op` that supports function(*inputs, backend=...), from the reference to the default."""
     found = {}
     for backend in reversed(_dispatch.ORDER):
         try:
@@ -81,15 +81,15 @@ def served(op: str, function: Callable, inputs: tuple) -> dict[str, Callable[...
 
 
 def on_gpu() -> bool:
-    """Whether a bench's cases are being made for a GPU."""
+    """Whether cases are being created for a GPU."""
     return torch.get_default_device().type == "cuda"
 
 
 def compiled(function: Callable, tuned: bool = True) -> dict[str, Callable[..., Tensor]]:
-    """What torch.compile makes of a reference: as it is, and with max-autotune, which times tiles of every product.
+    """Returns a reference under torch.compile, in default mode and, if `tuned`, with max-autotune.
 
-    On a GPU only, where there is something to beat. Tuning takes seconds a product, and all benches have minutes
-    together: a bench asks for it once for each kind of graph, at the model's sizes, and not where only sizes change.
+    Only on a GPU; returns {} on a CPU. Tuning takes seconds per product, and all benches together have minutes, so a
+    bench tunes each kind of graph once, at the model's sizes, and not where only sizes change.
     """
     if not on_gpu():
         return {}
@@ -106,7 +106,7 @@ def first(out: Tensor | tuple) -> Tensor:
 
 
 def forward_backward(function: Callable, inputs: tuple, wanted: tuple[Tensor, ...]) -> Callable[[], tuple]:
-    """A call of `function` and of the backward pass of its (first) result's sum."""
+    """Returns a call of `function` followed by the backward pass of the sum of its (first) result."""
 
     def call() -> tuple:
         out = first(function(*inputs))
@@ -123,16 +123,17 @@ def forward(function: Callable, inputs: tuple, wanted: tuple[Tensor, ...]) -> Ca
     return call
 
 
-# Right first
+# Correctness
 
 
 def check(bench: Bench, inputs: tuple) -> None:
-    """Raises AssertionError where a result or gradient is further from the reference in float64 than the reference in
-    the same dtype allows: three times its error, in norm, and a quarter of eps, which is what rounding an exact result
-    costs; 3e-5 for sums of thousands of rows in another order.
+    """Raises AssertionError if a result or gradient is too far from the reference in float64.
 
-    The authors' code is held to it in float32, with no two numbers equal: of equal scores it takes other ones, and it
-    rounds bfloat16's cosines before it holds them to their threshold.
+    The limit on the relative error in norm is three times the error of the reference in the same dtype, plus eps / 4,
+    the cost of rounding an exact result; it is at least 3e-5, for sums of thousands of rows in another order.
+
+    The official code is checked in float32 on inputs without equal values: it breaks ties between scores differently,
+    and it rounds cosines to bfloat16 before comparing them with the threshold.
     """
     theirs = [name for name in bench.alternatives if name in AUTHORS]
     _check(bench.only(name for name in bench.alternatives if name not in theirs), inputs)
@@ -145,7 +146,7 @@ def _check(bench: Bench, inputs: tuple) -> None:
         out = first(function(*inputs))
         if bench.both is None:
             return [out]
-        # weights that differ, so that no gradient cancels by symmetry
+        # varying weights, so that no gradient cancels by symmetry
         weight = torch.linspace(1, 2, out.numel(), dtype=torch.float64, device=out.device).view(out.shape)
         return [out, *torch.autograd.grad(out, leaves(inputs), weight.to(out.dtype), allow_unused=True)]
 
@@ -164,7 +165,7 @@ def _check(bench: Bench, inputs: tuple) -> None:
 
 
 def converted(inputs: tuple, dtype: torch.dtype, apart: float = 0.0) -> tuple:
-    """Copies of inputs, the floating-point ones in another dtype; leaves are moved by up to `apart` of their size."""
+    """Copies inputs with floating-point tensors cast to `dtype`; leaves are scaled by up to 1 + apart."""
 
     def one(x: object) -> object:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -179,11 +180,11 @@ def relative(got: Tensor, oracle: Tensor) -> float:
     return float((got.double() - oracle).norm() / oracle.norm().clamp_min(1e-30))
 
 
-# Clocks
+# Timers
 
 
 def host_timer(call: Callable[[], object]) -> Timer:
-    """A plain call, until its work is done."""
+    """Times a plain call on the host, until its work is done."""
 
     def timed() -> float:
         start = time.perf_counter()
@@ -196,11 +197,11 @@ def host_timer(call: Callable[[], object]) -> Timer:
 
 
 def graph_timer(calls: list[Callable[[], object]]) -> Timer:
-    """All calls in one CUDA graph, replayed: the mean of a call."""
+    """Times the mean of all calls, replayed in one CUDA graph."""
     replays = max(1, min(5, 40 // len(calls)))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and fills the allocator
+    with torch.cuda.stream(side):  # warm up: compile kernels and fill the allocator
         for call in calls[:4] * 2:
             call()
     torch.cuda.current_stream().wait_stream(side)
@@ -209,7 +210,7 @@ def graph_timer(calls: list[Callable[[], object]]) -> Timer:
         kept = [call() for call in calls]
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def timed(_kept=kept) -> float:  # what the graph writes to lives as long as it
+    def timed(_kept=kept) -> float:  # keeps the outputs of the graph alive
         start.record()
         for _ in range(replays):
             graph.replay()
@@ -221,7 +222,7 @@ def graph_timer(calls: list[Callable[[], object]]) -> Timer:
 
 
 def measure(timers: dict[str, Timer], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of each alternative in each round, after one round that does not count."""
+    """Returns the seconds of each alternative in each round, after one warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in timers}
     for round_ in range(rounds + 1):
         for name, timer in timers.items():
@@ -232,11 +233,13 @@ def measure(timers: dict[str, Timer], rounds: int = ROUNDS) -> dict[str, list[fl
 
 
 def compare(case: str, times: dict[str, list[float]], ours: str, **counts: float | str) -> list[dict]:
-    """One row an alternative: median, p20, p80 in ms, and how many times longer than `ours` it takes (median of the
-    rounds). counts: bytes and FLOPs, by formula."""
+    """Returns a row per alternative: median, p20 and p80 in ms, and the median ratio to `ours` over the rounds.
+
+    counts: further values for each row, such as bytes and FLOPs by formula.
+    """
     rows = []
     for name, seconds in times.items():
-        # of what is too long to be timed more than once, the only time there is
+        # a call timed only once has no quantiles: duplicate the value
         p20, *_, p80 = statistics.quantiles(seconds * 2 if len(seconds) == 1 else seconds, n=5, method="inclusive")
         ratio = statistics.median(a / b for a, b in zip(seconds, times[ours], strict=True))
         ms = {"median_ms": statistics.median(seconds) * 1e3, "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3}
@@ -250,13 +253,13 @@ def compare(case: str, times: dict[str, list[float]], ours: str, **counts: float
 def prepared(
     cases: Callable[[torch.dtype], Iterable[Bench]], dtype: torch.dtype, device: str
 ) -> Iterator[tuple[Bench, list[tuple]]]:
-    """Each case with its inputs, on which all of its alternatives have been found right."""
+    """Yields each case with its inputs, after checking all of its alternatives on them."""
     began = time.monotonic()
-    with torch.device(device):  # for making inputs alone: it costs time in every call
+    with torch.device(device):  # only to create inputs, since it slows down every call
         benches = list(cases(dtype))
     for bench in benches:
         if MODES.keys() & bench.alternatives.keys():
-            torch.compiler.reset()  # it compiles a function eight times, and refuses the ninth
+            torch.compiler.reset()  # a function is recompiled at most eight times
             if time.monotonic() - began > COMPILING:
                 print(f"{bench.case}: without torch.compile, {COMPILING} s are up", flush=True)
                 bench = bench.only(name for name in bench.alternatives if name not in MODES)
@@ -269,7 +272,7 @@ def prepared(
 def run(
     cases: Callable[[torch.dtype], Iterable[Bench]], dtype: torch.dtype, device: str, rounds: int
 ) -> Iterator[list[dict]]:
-    """The rows of each case. On a CPU forward and backward together; on a GPU the forward pass by itself as well."""
+    """Yields the rows of each case: forward and backward together, and on a GPU also the forward pass alone."""
     gpu = device == "cuda"
     with torch.device(device):
         roofs = gpu_roofs() if gpu else None
@@ -289,35 +292,35 @@ def run(
 
 
 def on_both_clocks(case: str, calls: dict[str, list], bench: Bench, rounds: int, **counts: float) -> list[dict]:
-    """Rows by kernel time; those of alternatives that no graph holds by the host's clock, and their ratio as well."""
+    """Returns rows by kernel time, or by host time for alternatives that cannot be captured in a graph."""
     waits = calls.keys() if bench.ours in bench.waits else calls.keys() & set(bench.waits)
     kernels = measure({name: graph_timer(c) for name, c in calls.items() if name not in waits}, rounds)
     latency = measure({name: host_timer(c[0]) for name, c in calls.items()}, rounds)
     by_host = compare(case, latency, bench.ours, clock="host", **counts)
     by_graph = compare(case, kernels, bench.ours, clock="graph", **counts) if kernels else []
-    found = {row["alternative"]: row for row in (*by_host, *by_graph)}  # the graph's, where there is one
+    found = {row["alternative"]: row for row in (*by_host, *by_graph)}  # graph times take precedence
     return [found[row["alternative"]] | {"call_ms": row["median_ms"]} for row in by_host]
 
 
 def input_sets(bench: Bench) -> list[tuple]:
-    """So many draws of a case's inputs that a round over them finds none in the GPU's cache, within MOST_SETS."""
+    """Draws enough inputs that a round over them finds none in the GPU cache, but at most MOST_SETS."""
     drawn = [bench.make()]
     more = 2 * cache_size() // max(size_of(drawn), 1)
     return drawn + [bench.make() for _ in range(min(MOST_SETS - 1, more))]
 
 
 def size_of(sets: Iterable[tuple]) -> int:
-    """Bytes of inputs."""
+    """Returns the total size of inputs in bytes."""
     return sum(x.nbytes for inputs in sets for x in inputs if isinstance(x, Tensor))
 
 
 def cache_size() -> int:
-    """Bytes of the GPU's L2."""
+    """Returns the size of the GPU's L2 cache in bytes."""
     return torch.cuda.get_device_properties(0).L2_cache_size
 
 
 def with_floor(rows: list[dict], work: Work, roofs: dict[str, float], in_cache: bool) -> list[dict]:
-    """Adds how near kernel times come to the roofs; not where inputs lie in the cache: it is faster than they are."""
+    """Adds the ratio of the roofline minimum to kernel times, unless inputs fit the cache, which is faster."""
     if in_cache:
         return [row | {"in_cache": True} for row in rows]
     floor = max(work.bytes / roofs["copy_bytes_per_s"], work.flops / roofs["matmul_flops_per_s"]) * 1e3
@@ -326,7 +329,7 @@ def with_floor(rows: list[dict], work: Work, roofs: dict[str, float], in_cache: 
 
 
 def gpu_roofs() -> dict[str, float]:
-    """What this GPU copies a second (read and written) and multiplies in bfloat16."""
+    """Measures the copy bandwidth (bytes read and written per second) and bfloat16 matmul FLOP/s of this GPU."""
     source = torch.randn(2**28, dtype=torch.bfloat16)
     target, side = torch.empty_like(source), 8192
     a, b = torch.randn(2, side, side, dtype=torch.bfloat16)
@@ -342,12 +345,12 @@ def gpu_roofs() -> dict[str, float]:
 
 
 def main(name: str, cases: Callable[[torch.dtype], Iterator[Bench]]) -> None:
-    """`python -m bench.NAME`: runs a file's cases, prints a table, and with --json writes results/NAME.json."""
+    """Entry point of `python -m bench.NAME`: runs the cases, prints a table, and with --json writes NAME.json."""
     command(name, lambda o: run(cases, getattr(torch, o.dtype), o.device, o.rounds))
 
 
 def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dict]]]) -> None:
-    """rows_of: gives the rows of a case as soon as they are there."""
+    """Command line of a bench. rows_of: yields the rows of each case when they are measured."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, help="default: torch's")
@@ -367,14 +370,14 @@ def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dic
         "bench": name,
         "setting": setting(name, options),
         "rows": [],
-    }  # before the results that it tells of are written
+    }  # before results are written, which may change the git state
     torch.manual_seed(0)
     print(HEAD, flush=True)
     for rows in rows_of(options):
         show(rows)
         record["rows"] += rows
         if options.json:
-            write(options.json, record | {"cut": True})  # more is to come: nothing says so if nothing comes
+            write(options.json, record | {"cut": True})  # stays set if the bench is interrupted
     if options.json:
         write(options.json, record)
 
@@ -386,7 +389,7 @@ def write(folder: Path, record: dict) -> None:
 
 
 def whole_float32() -> None:
-    """No tf32: float32 would be a name for two things. cuDNN's convolutions take it unless they are told not to."""
+    """Disables tf32, so that float32 means float32; cuDNN convolutions use tf32 by default."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
@@ -399,7 +402,7 @@ def show(rows: list[dict]) -> None:
 
 
 def setting(name: str, options: argparse.Namespace) -> dict:
-    """Commit, versions, processor, and the hash of the sources that were measured."""
+    """Returns the commit, versions, processor, and hash of the measured sources."""
     commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     told = subprocess.run(commit, capture_output=True, text=True)
     facts = {
@@ -421,7 +424,7 @@ def setting(name: str, options: argparse.Namespace) -> dict:
 
 
 def source_hash(device: str, bench: str) -> str:
-    """Changes with the kernels that a bench runs on a device, and with what they are compared to."""
+    """Returns a hash of the kernels that a bench runs on a device, and of the references they are compared to."""
     op = bench.removeprefix("bench_")
     alone = (ROOT / f"avadclip_fast/reference/{op}.py").exists()
     own = f"{op}*" if alone else "*"  # a whole step or model
@@ -429,10 +432,10 @@ def source_hash(device: str, bench: str) -> str:
     patterns = [f"avadclip_fast/reference/{own}.py", *shared]
     patterns += {
         "cpu": [f"csrc/{own}_cpu.cpp"],
-        "cuda": ["csrc/*.cu*", "csrc/*.h", "kernels/**/*"],  # which include one another
+        "cuda": ["csrc/*.cu*", "csrc/*.h", "kernels/**/*"],  # they include one another
     }[device]
     paths = {path for pattern in patterns for path in ROOT.glob(pattern) if path.suffix in SOURCES}
-    if not alone:  # videos are pooled before there is a step, or a model to run
+    if not alone:  # pooling happens before training steps and inference
         paths = {path for path in paths if not path.name.startswith("uniform_pool")}
     digest = hashlib.sha256()
     for path in sorted(paths):
@@ -441,7 +444,7 @@ def source_hash(device: str, bench: str) -> str:
 
 
 def measured(text: str) -> str:
-    """A source without what only tests compile: the branches of `#ifdef AVADCLIP_EMULATED_TILES`."""
+    """Removes code that only tests compile: the branches of `#ifdef AVADCLIP_EMULATED_TILES`."""
     kept, emulated = [], None
     for line in text.splitlines(keepends=True):
         if line.rstrip() == "#ifdef AVADCLIP_EMULATED_TILES":

@@ -1,7 +1,7 @@
-"""Writes the figures of README and docs from bench/results/*.json: no number there is typed by hand.
+"""Writes the figures in README and docs from bench/results/*.json, so that no number is typed by hand.
 
-python -m bench.report              rewrites what stands between <!-- figures: NAME --> and <!-- end -->, and the plots
-python -m bench.report --check      fails where a page does not say what the JSON says
+python -m bench.report              rewrites the text between <!-- figures: NAME --> and <!-- end -->, and the plots
+python -m bench.report --check      fails if a page does not match the JSON
 """
 
 import argparse
@@ -26,7 +26,7 @@ def read(name: str) -> dict:
 
 
 def operations() -> str:
-    """Per case: our time, and how many times as long each alternative took in the same run."""
+    """Returns a table of our time per case, and the relative time of each alternative in the same run."""
     lines = ["| op | case | C++, ms | times as long in the same run |", "|---|---|---|---|"]
     for op in OPERATIONS:
         rows = read(f"bench_{op}")["rows"]
@@ -47,7 +47,7 @@ def steps() -> str:
     for case in dict.fromkeys(row["case"] for row in record["rows"]):
         rows = {row["alternative"]: row for row in record["rows"] if row["case"] == case}
         if "official" not in rows:
-            continue  # a GPU's comparison of steps in bfloat16
+            continue  # a comparison of bfloat16 steps on a GPU
         ours = ("ours", "ours, bfloat16", "ours, masked", "ours, masked, bfloat16")
         times = " | ".join(f"{rows[name]['median_ms'] / 1e3:.2f}" for name in ("official", *ours))
         ratios = ", ".join(f"{rows['official']['over_ours'] / rows[name]['over_ours']:.2f}" for name in ours)
@@ -76,7 +76,7 @@ def demo() -> str:
 
 
 def _where(*records: dict) -> str:
-    """What they were measured on; whether the kernels have changed since, and whether cases are missing."""
+    """Returns the machine of the records, whether kernels have changed since, and whether cases are missing."""
     found: dict[str, list[str]] = {}
     for record in records:
         setting, name = record["setting"], record["bench"]
@@ -111,7 +111,7 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 
 def draw(folder: Path) -> None:
-    """The plots of docs/performance.md. Of what has not run on a GPU yet there is no roofline."""
+    """Draws the plots of docs/performance.md. Without results on a GPU, there is no roofline."""
     plots.ratios(folder / "performance-operations.png", [row for op in OPERATIONS for row in _named(op)])
     plots.ratios(folder / "performance-steps.png", [*read("bench_step")["rows"], *read("bench_inference")["rows"]])
     timed = [json.loads(path.read_text()) for path in sorted((RESULTS / "gpu").glob("bench_*.json"))]
@@ -120,12 +120,12 @@ def draw(folder: Path) -> None:
 
 
 def _named(op: str) -> list[dict]:
-    """An op's rows, its name before each case."""
+    """Returns the rows of an op, with its name before each case."""
     return [{**row, "case": f"{op}: {row['case'].removeprefix('f+b ')}"} for row in read(f"bench_{op}")["rows"]]
 
 
 def rendered(text: str) -> str:
-    """The page with every block written anew. Raises KeyError on a block that no figure has."""
+    """Returns a page with every block rewritten. Raises KeyError on an unknown figure."""
     return BLOCK.sub(lambda block: block[1] + FIGURES[block["name"]](), text)
 
 

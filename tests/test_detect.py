@@ -14,7 +14,7 @@ from test_cli import call, mistake
 from videos import BAD, bad_videos, forbid, joined, make_video
 
 from avadclip_fast import data
-from avadclip_fast.engine import detect
+from avadclip_fast.engine import detect, timeline
 from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.evaluate import stream_scores
 from avadclip_fast.engine.timeline import _apart
@@ -258,9 +258,43 @@ def test_motion_is_that_of_the_whole_video_in_every_part(pair):
 
 def test_names_in_the_plot_do_not_cover_one_another():
     events = [detect.Event(i, i + 1, str(i), 1 - abs(i - 50) / 100, 1.0) for i in range(0, 100, 2)]
-    shown = _apart(events, 10)
-    assert shown[0] == (50.5, "50") and len(shown) == 10  # the highest first
-    assert min(np.diff(sorted(middle for middle, _ in shown))) >= 10
+    shown = _apart(events, 0, 100, lambda name: 10)
+    assert shown[0] == (50.5, "50") and len(shown) == 9  # the highest first
+    middles = sorted(middle for middle, _ in shown)
+    assert min(np.diff(middles)) >= 10 and middles[0] >= 5 and middles[-1] <= 95
+
+
+def test_plot_names_each_kind_of_part_once_and_keeps_names_inside(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(timeline, "save", lambda figure, path: drawn.append(figure))
+    n = 1000
+    normal = np.full(n, 0.9, np.float32)
+    normal[[*range(3), *range(500, 510), n - 1]] = 0.1
+    probabilities = np.stack([normal, 1 - normal], 1)
+    parts = [
+        detect.Part(0, 300, "teacher", "sound"),
+        *(detect.Part(i, i + 100, "student", "silent") for i in (300, 500)),
+        detect.Part(400, 500, "teacher", "sound"),
+        detect.Part(900, n, "student", "the sound ends"),
+    ]
+    for seconds in (12.6, 0.5, 0.004):
+        times = np.arange(n) * seconds
+        arguments = ["normal", "fighting, $long$ name"], times, seconds, 1 - normal, probabilities, np.full(n, 0.5)
+        timeline.timeline("x.png", detect.Detection("x", *arguments, parts), {1: np.zeros((9, 16, 3), np.uint8)})
+    for figure, last in zip(drawn, ("3:30:00", "8:00", "0:04.0"), strict=True):
+        figure.draw_without_rendering()
+        image, ax = figure.axes
+        assert image.get_title().endswith("  score 0.90")
+        said = [text.get_text() for text in figure.legends[0].get_texts()]
+        assert sorted(said) == ["event", "score", "student: silent", "student: the sound ends", "threshold"]
+        inside = ax.get_window_extent()
+        assert len(ax.texts) == 3
+        for text in ax.texts:
+            box = text.get_window_extent()
+            assert inside.x0 <= box.x0 < box.x1 <= inside.x1
+        low, high = ax.get_xlim()
+        ticks = [t.get_text() for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high]
+        assert ticks[-1] == last and 4 <= len(ticks) <= 11, ticks
 
 
 def test_time_codes():

@@ -160,7 +160,29 @@ def test_another_label_is_taken(folder, tmp_path, capsys):
         assert call("extract", video, "-o", out, *label, *QUICK) == 0
         (row,) = (out / "list.csv").read_text().splitlines()[1:]
         assert row.split(",")[-1] == listed
-    assert "0 extracted, 1 were there" in capsys.readouterr().out.splitlines()[-2]
+    assert "\n0 extracted, 1 were there" in capsys.readouterr().out
+
+
+def test_what_training_would_miss_is_told(folder, tmp_path, capsys):
+    """A teacher takes no row without sound, and nobody one without a label."""
+
+    def told(*given):
+        assert call("extract", *given, "-o", tmp_path / "out", *QUICK) == 0
+        return capsys.readouterr().out.splitlines()[2:]  # after what was extracted and written
+
+    unlabelled = "1 video has no label: call again with --label, or give a list"
+    needs, alone = "a teacher needs sound for every row; ", "train a student on its own (train --student)"
+    some = f"1 of 2 videos has no sound (more/b): {needs}remove these rows, or {alone}"
+    assert told(folder) == [some, unlabelled]
+    assert told(folder, "--label", "A") == [some]
+    assert told(folder, "--audio-encoder", "none") == []
+    (folder / "a_label_B1-0-0.mkv").unlink()
+    make_video(folder / "c.mp4", frames=20)
+    assert told(folder, "--every", 4) == [
+        f"2 of 2 videos have no sound (c, more/b): {needs}{alone}", unlabelled.replace("1 video has", "2 videos have"),
+    ]  # fmt: skip
+    make_video(folder / "c.mp4", frames=20, audio=1, tone=(0, 1))
+    assert told(folder / "c.mp4", "--every", 5, "--label", "A") == []
 
 
 def test_a_broken_record_is_done_again(folder, tmp_path, capsys):

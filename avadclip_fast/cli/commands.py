@@ -1,4 +1,4 @@
-"""train, distill, eval, demo, check, pack, convert, env."""
+"""Commands train, distill, eval, demo, check, pack, convert and env."""
 
 import json
 import os
@@ -83,36 +83,47 @@ List_ = Annotated[
     ),
 ]
 Root = Annotated[
-    Path | None, Option(help="Where a list's paths start, and stay; its folder by default.", show_default=False)
+    Path | None,
+    Option(
+        help="Base folder of the list's paths, which none may leave; default: the list's folder.", show_default=False
+    ),
 ]
 PresetName = Annotated[str, Option("--preset", help=f"Class codes and settings: {', '.join(data.PRESETS)}.")]
 Classes = Annotated[str | None, Option(help='Other classes, normal first: "A=normal,B1=fighting".', show_default=False)]
-FramesPer = Annotated[int | None, Option(min=1, help="Video frames a snippet stands for; the preset's by default.")]
+FramesPer = Annotated[int | None, Option(min=1, help="Video frames per snippet; default: the preset's.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
 Output = Annotated[Path, Option("--output", "-o", help="Folder of the run.", show_default=False)]
 RecipeOf = Annotated[
     RecipeName,
-    Option("--recipe", help="Defaults of the options below: the paper's, or those for hundreds of videos of your own."),
+    Option(
+        "--recipe",
+        help="Defaults of the options below: official (the paper's), or robust (for sets of hundreds of videos).",
+    ),
 ]
-Epochs = Annotated[int | None, Option(min=1, help=f"Official 10, robust {ROBUST['epochs']}.", show_default=False)]
+Epochs = Annotated[int | None, Option(min=1, help=f"Default: 10; robust {ROBUST['epochs']}.", show_default=False)]
 Milestones = Annotated[
     str | None,
     Option(
-        help=f"Epochs after which the learning rate falls tenfold: 3,6; robust {_joined(ROBUST['milestones'])}.",
+        help=f"Epochs after which the rate drops tenfold; default: 3,6; robust {_joined(ROBUST['milestones'])}.",
         show_default=False,
     ),
 ]
-BatchSize = Annotated[int | None, Option(min=1, help=f"96; robust {ROBUST['batch_size']}.", show_default=False)]
+BatchSize = Annotated[
+    int | None, Option(min=1, help=f"Samples per step; default: 96; robust {ROBUST['batch_size']}.", show_default=False)
+]
 Rate = Annotated[
     float | None,
-    Option("--lr", min=0.0, help=f"AdamW's learning rate: 1e-5; robust {ROBUST['lr']:g}.", show_default=False),
+    Option(
+        "--lr", min=0.0, help=f"Learning rate of AdamW; default: 1e-5; robust {ROBUST['lr']:g}.", show_default=False
+    ),
 ]
 TemporalRate = Annotated[
     float | None,
     Option(
         "--temporal-lr",
         min=0.0,
-        help=f"The temporal encoder's, as a share of --lr: 1; robust {ROBUST['temporal_lr']:g}, students of sound 1.",
+        help="Learning rate of the temporal encoder, as a fraction of --lr; default: 1; "
+        f"robust {ROBUST['temporal_lr']:g}, audio students 1.",
         show_default=False,
     ),
 ]
@@ -120,53 +131,58 @@ Noise = Annotated[
     float | None,
     Option(
         min=0.0,
-        help=f"Noise on sight, in standard deviations: 0; robust {ROBUST['noise']:g}.",
+        help=f"Noise on visual features, in standard deviations; default: 0; robust {ROBUST['noise']:g}.",
         show_default=False,
     ),
 ]
 Seed = Annotated[int, Option()]
 Length = Annotated[int, Option(min=1, help="Snippets per training sample and test chunk.")]
 Window = Annotated[
-    int | None, Option(min=1, max=WIDEST, help="Snippets that attend to one another: teacher 4, student 64.")
+    int | None, Option(min=1, max=WIDEST, help="Attention window in snippets; default: teacher 4, student 64.")
 ]
 OfficialWindow = Annotated[
-    int | None, Option("--window", min=1, max=WIDEST, help="Window of an official .pth (teacher 4, student 64).")
+    int | None,
+    Option("--window", min=1, max=WIDEST, help="Window of an official .pth; default: teacher 4, student 64."),
 ]
-PaddingMode = Annotated[Padding, Option(help="masked: padding changes nothing; official: as the authors' code.")]
+PaddingMode = Annotated[Padding, Option(help="masked: padding has no effect; official: as in the official code.")]
 PromptMode = Annotated[Prompt, Option(help="Form of the audio-visual prompt.")]
 Motion = Annotated[
     bool | None,
     Option(
         "--motion/--no-motion",
-        help="Sight with its motion, which tells of places that training has not seen: off; robust on.",
+        help="Add motion to visual features, which helps in scenes unseen in training; default: off; robust on.",
         show_default=False,
     ),
 ]
 Standard = Annotated[
     list[Modality] | None,
     Option(
-        help="Streams to bring to mean 0, variance 1 first: for features whose mean outweighs what varies. "
-        "None; robust: audio; visual with --motion.",
+        help="Streams to standardize to mean 0 and variance 1, for features with a large mean. "
+        "Default: none; robust audio. --motion always adds visual.",
     ),
 ]
-TextWeights = Annotated[str, Option(help="openai (downloaded), random (tests, demonstrations), or CLIP's file.")]
+TextWeights = Annotated[
+    str, Option(help="openai (downloaded), random (tests, demos), or the path of a CLIP checkpoint.")
+]
 TextLayers = Annotated[int, Option(min=1, help="Depth of the text transformer; CLIP's is 12.")]
 SelectBy = Annotated[Select, Option(help="Epoch to keep: lowest held-out loss, the last, or best on the test list.")]
 HeldOut = Annotated[float, Option(min=0.0, max=0.9, help="Share of the training videos held out for --select val.")]
 HeldOutList = Annotated[
     Path | None,
     Option(
-        help="Videos held out in place of a share, of other sources than the list's: what comes back in both is learnt "
-        "by heart, and measures nothing.",
+        help="List of held-out videos, instead of a share. Use other sources than in LIST: shared clips only measure "
+        "memorization.",
         show_default=False,
     ),
 ]
 TestList = Annotated[Path | None, Option(help="For --select test.", show_default=False)]
 TestTruth = Annotated[Path | None, Option(help="Frame ground truth of the test list.", show_default=False)]
-Every = Annotated[int, Option(min=1, help="Steps between saved states; one is saved after each epoch in any case.")]
-PrecisionOf = Annotated[Precision, Option(help="Of products: bf16, or tf32 (GPU, AMX); weights, losses: float32.")]
-Exact = Annotated[bool, Option("--deterministic", help="Only operations that give the same bits in each run.")]
-Resume = Annotated[bool, Option("--resume", help="Go on from the run's saved state, exactly.")]
+Every = Annotated[int, Option(min=1, help="Steps between checkpoints; one is also saved after each epoch.")]
+PrecisionOf = Annotated[
+    Precision, Option(help="Precision of matrix products; tf32 needs a GPU or AMX. Weights and losses stay float32.")
+]
+Exact = Annotated[bool, Option("--deterministic", help="Use only deterministic operations, for bitwise equal runs.")]
+Resume = Annotated[bool, Option("--resume", help="Resume exactly from the run's saved state.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bars.")]
 Profile = Annotated[
     Path | None,
@@ -175,7 +191,9 @@ Profile = Annotated[
 Graph = Annotated[
     bool | None,
     Option(
-        "--graph/--no-graph", help="A step as one CUDA graph; by default on one GPU. Same numbers.", show_default=False
+        "--graph/--no-graph",
+        help="Run each step as one CUDA graph, with identical results; default: on a single GPU.",
+        show_default=False,
     ),
 ]
 
@@ -221,9 +239,9 @@ def train(
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train the teacher (or, with --student, a student on its own).
+    """Train the teacher or, with --student, a student without a teacher.
 
-    On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli train ..., where --batch-size is that of all.
+    On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli train ..., where --batch-size is the total.
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     if student and fusion != Fusion.gated:
@@ -250,7 +268,7 @@ def train(
     how |= {"profile": profile, "graph": graph, "resume": resume}
     model: AVadCLIP | AVadCLIPStudent
     with distributed.joined(how["device"]):
-        with distributed.main_first():  # it fetches the text weights
+        with distributed.main_first():  # rank 0 downloads the text weights
             if student:
                 model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape)
             else:
@@ -297,9 +315,9 @@ def distill(
     resume: Resume = False,
     quiet: Quiet = False,
 ) -> None:
-    """Distil a student, which needs one stream only, from a teacher. The text weights are the teacher's.
+    """Distil a student, which needs only one stream, from a teacher. The student uses the teacher's text weights.
 
-    On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli distill ..., where --batch-size is that of all.
+    On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli distill ..., where --batch-size is the total.
     """
     codes, frames, weight = _preset(preset, classes, frames_per_snippet)
     known = load_model(teacher, list(codes.values()))
@@ -341,10 +359,10 @@ def evaluate_(
     missing: Annotated[
         str | None,
         Option(
-            "--missing-sound", help="Percents of the videos that lose their sound, such as 0,25,50,100: AP of each."
+            "--missing-sound", help="Percentages of videos without sound, such as 0,25,50,100; prints the AP of each."
         ),
     ] = None,
-    seed: Annotated[int, Option(help="Of the draw of --missing-sound.")] = 0,
+    seed: Annotated[int, Option(help="Random seed of --missing-sound.")] = 0,
     preset: PresetName = "xd-violence",
     classes: Classes = None,
     root: Root = None,
@@ -356,10 +374,10 @@ def evaluate_(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Score the videos of a list, and print AP, AUC and detection mAP against the ground truth.
+    """Score the videos of a list, and print AP, AUC and, with --segments, detection mAP against the ground truth.
 
-    Scores are over the temperatures that training fitted on held-out videos, where it did. With --missing-sound: frame
-    AP of the teacher --model, of --student, and of the student taking over where sound is missing.
+    Scores use the temperatures that training fitted on held-out videos, if any. With --missing-sound: also print the
+    frame AP of the teacher (--model), of --student, and of the student replacing the teacher for videos without sound.
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     detector = load_model(model, list(codes.values()), window)
@@ -384,7 +402,7 @@ def evaluate_(
 
     for folder in (None if json_ is None else json_.parent, plots):
         if folder is not None:
-            make_folder(folder)  # now: what cannot be written is not worth scoring
+            make_folder(folder)  # before scoring, to fail early
 
     def scored(of, path: Path, silent: bool = silent):
         calibration, progress = Calibration.load(path), not quiet
@@ -423,7 +441,7 @@ def demo(
     output: Annotated[Path, Option("--output", "-o", help="Folder of the report.")] = Path("runs/demo"),
     device: Device = "auto",
 ) -> None:
-    """Train and evaluate teacher and student on a small built-in set; write a report with plots."""
+    """Train and evaluate a teacher and students on a small generated set, and write a report with plots."""
     from ..engine.demo import run
 
     typer.echo(run(output, device_of(device)))
@@ -436,12 +454,12 @@ def check(
     classes: Classes = None,
     root: Root = None,
     audio: Annotated[bool, Option(help="Whether every row must have sound.")] = True,
-    gt: Annotated[Path | None, Option(help="Frame ground truth to hold against the list.")] = None,
+    gt: Annotated[Path | None, Option(help="Frame ground truth to check against the list.")] = None,
     frames_per_snippet: FramesPer = None,
     width: Annotated[int, Option(help="Feature width.")] = 512,
     quiet: Quiet = False,
 ) -> None:
-    """Read a list and all its feature files, or a packed file; report every problem with its file and row."""
+    """Read a list and all its feature files, or a packed file, and report every problem with its file and row."""
     if list_.suffix == PACKED:
         data.check_packed(list_)
         typer.echo(f"{list_}: no problems")
@@ -476,9 +494,9 @@ def pack(
     full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Pool the features of a list once, into one file that train and distill read in place of the list.
+    """Pool the features of a list into one file that train and distill read instead of the list.
 
-    A call that was cut short is gone on with by the same call. `check` reads the file against its checksum.
+    Run the same command again to resume an interrupted one. `check` verifies the checksum of the file.
     """
     if output.suffix != PACKED:
         raise DataError(f"--output {output}: a packed file's name ends in {PACKED}")
@@ -497,10 +515,11 @@ def convert(
     classes: Classes = None,
     window: OfficialWindow = None,
     image_tower: Annotated[
-        Path | None, Option(help="Where to take CLIP's image tower from when writing a .pth, for strict loading there.")
+        Path | None,
+        Option(help="CLIP checkpoint whose image tower is added to a .pth, for strict loading by the official code."),
     ] = None,
 ) -> None:
-    """Turn an official checkpoint into a folder (safetensors + config.json), or back."""
+    """Convert an official checkpoint to a model folder (safetensors + config.json), or back."""
     codes, _, _ = _preset(preset, classes, None)
     if source.is_dir() and target.suffix not in (".pth", ".pt"):
         raise CheckpointError(f"{target}: a folder is turned into an official checkpoint: a name that ends in .pth")
@@ -514,12 +533,12 @@ def convert(
 
 @app.command()
 def env() -> None:
-    """Show versions, devices, and which backend serves each op, and why."""
+    """Show versions, devices, and the backend selected for each op, with the reason."""
     typer.echo(report.environment())
 
 
 def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[str, str], int, float]:
-    """Codes, frames per snippet and distillation weight."""
+    """Returns codes (label code -> class name), frames per snippet, and distillation weight."""
     if name not in data.PRESETS:
         raise DataError(f"no preset {name!r}; there are {', '.join(data.PRESETS)}")
     preset = data.PRESETS[name]
@@ -535,7 +554,7 @@ def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[st
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder for results, before anything long begins. Raises DataError where it cannot be written to."""
+    """Creates a folder for results, so that long runs fail early. Raises DataError if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -553,7 +572,7 @@ def _same_classes(model, codes: dict[str, str], path: Path) -> None:
 
 
 def _recipe(name: RecipeName, sees: bool, milestones: str | None, **options) -> Recipe:
-    """A recipe by name; what the user gave goes before it."""
+    """Returns a recipe by name, overridden by the options that the user gave."""
     defaults = {} if name == RecipeName.official else ROBUST if sees else ROBUST_HEARER
     given = {key: value for key, value in options.items() if value is not None}
     if given.get("noise") and not sees:
@@ -566,7 +585,7 @@ def _recipe(name: RecipeName, sees: bool, milestones: str | None, **options) -> 
 def _scaled(
     standardize: list[Modality] | None, recipe: RecipeName, streams: list[Modality], motion: bool = False
 ) -> list[str]:
-    """The streams that a model standardises, of those that it takes."""
+    """Returns the streams that a model standardizes. Raises DataError on a stream that it does not take."""
     if standardize is None:
         standardize = [Modality.audio] if recipe == RecipeName.robust and Modality.audio in streams else []
     if motion and Modality.visual not in streams:
@@ -591,7 +610,7 @@ def _percents(text: str) -> list[float]:
 
 
 def _seed(seed: int, deterministic: bool) -> None:
-    """Drawn weights depend on the seed alone; deterministic: and so does every bit of the run."""
+    """Seeds the random initialization. deterministic: also makes the whole run bitwise reproducible."""
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts

@@ -1,4 +1,4 @@
-"""The command that writes a model for other runtimes."""
+"""Command export, which writes a model for other runtimes."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -32,17 +32,17 @@ def export(
         ),
     ] = None,
     every: Annotated[
-        int | None, Option(min=1, help="Frames a snippet, told in the file's metadata.", show_default=False)
+        int | None, Option(min=1, help="Frames per snippet, stored in the file's metadata.", show_default=False)
     ] = None,
     preset: PresetName = "xd-violence",
     classes: Classes = None,
     window: OfficialWindow = None,
 ) -> None:
-    """Write a model from features to scores as one file, which runs without this library.
+    """Export a model, from features to scores, to one file that runs without this library.
 
     Inputs: visual and audio (teacher) or the student's stream, each [B, T, D], and lengths [B]; outputs: anomaly [B, T]
-    and probabilities [B, T, C], calibrated, 0 past lengths. The file is run, and written only if its scores are the
-    model's.
+    and probabilities [B, T, C], calibrated, 0 past lengths. The file is written only if running it reproduces the
+    model's scores.
     """
     from ..engine.export import TOLERANCE, export_model
 

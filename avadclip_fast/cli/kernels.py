@@ -1,4 +1,4 @@
-"""Commands for those who look after the kernels."""
+"""Commands for kernel developers."""
 
 from enum import StrEnum
 from importlib.util import find_spec
@@ -23,9 +23,9 @@ def tune(
     dtype: Annotated[Number, Option(help="The numbers to tune for.")] = Number.bfloat16,
     only: Annotated[str, Option(help="Calls with this in their name alone, such as mlp.")] = "",
 ) -> None:
-    """Find the fastest tiles of the matrix kernels on this GPU, and keep them in the installed table.
+    """Find the fastest tiles of the matrix kernels on this GPU, and save them in the installed table.
 
-    Where a GPU has no table, safe defaults serve until this has been run once.
+    A GPU without a table uses safe defaults until this command has been run once.
     """
     if not torch.cuda.is_available() or find_spec("triton") is None:
         raise BackendError("tune: needs a GPU and Triton, and one of them is not here")

@@ -1,4 +1,4 @@
-"""Commands for videos: extract, detect, stream."""
+"""Commands for videos: extract, detect and stream."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from ..data.lists import videos as by_video
 from ..device import device_of
 from .commands import PACKED, Device, Quiet, Root, app, make_folder
 
-if TYPE_CHECKING:  # imported when a command runs: the others go without PyAV, and start sooner
+if TYPE_CHECKING:  # imported when a command runs, so that other commands start fast and without PyAV
     from ..engine.detect import Event, Scorer
     from ..media.encoders import AudioEncoder, Encoders, VisualEncoder
 
@@ -36,8 +36,8 @@ class Engine(StrEnum):
     ray = "ray"
 
 
-Every = Annotated[int, Option("--every", min=1, help="Frames a snippet: 16 for XD-Violence, 4 for CCTV-Fights.")]
-Fps = Annotated[float | None, Option(min=0.01, help="Snippets a second, in place of --every.", show_default=False)]
+Every = Annotated[int, Option("--every", min=1, help="Frames per snippet: 16 for XD-Violence, 4 for CCTV-Fights.")]
+Fps = Annotated[float | None, Option(min=0.01, help="Snippets per second, instead of --every.", show_default=False)]
 GeometryName = Annotated[Geometry, Option(help="crops: parts of 340x256; clip: CLIP's own resize and centre.")]
 Visual = Annotated[str, Option(help="clip, or module:factory.")]
 VisualWeights = Annotated[str, Option(help="openai (downloaded), random (tests), or a path.")]
@@ -62,17 +62,21 @@ Threshold = Annotated[
     Option(
         min=0.0,
         max=1.0,
-        help="Score of an event; the model's own, of its held-out videos, by default.",
+        help="Minimum score of an event; default: the model's own, from its held-out videos.",
         show_default=False,
     ),
 ]
 
 
 def encoders(visual: str, visual_weights: str, audio: str, audio_weights: str | None, device: str) -> "Encoders":
-    """What was chosen; module:factory is looked for in the folder at hand too."""
+    """Returns the chosen encoders; module:factory is also searched in the current folder."""
     from ..media.encoders import Encoders
 
     return Encoders(visual, visual_weights, audio, audio_weights, device, os.getcwd())
+
+
+def have_no(count: int) -> str:
+    return "has no" if count == 1 else "have no"
 
 
 def watchers(
@@ -85,7 +89,7 @@ def watchers(
     audio_weights: str | None,
     device: str,
 ) -> "tuple[list[Scorer], VisualEncoder, AudioEncoder | None]":
-    """Whoever scores, and the encoders that they need."""
+    """Loads the models, and the encoders that they need (no audio encoder if no model takes audio)."""
     from ..engine.detect import load_scorers
 
     scorers = load_scorers(model, student, [] if classes is None else classes.split(","))
@@ -107,7 +111,9 @@ def extract(
     visual_weights: VisualWeights = "openai",
     audio_encoder: Audio = "wav2clip",
     audio_weights: AudioWeights = None,
-    label: Annotated[str, Option(help="Of videos whose list or name has none, such as A.", show_default=False)] = "",
+    label: Annotated[
+        str, Option(help="Label, such as A, of videos whose list or name has none.", show_default=False)
+    ] = "",
     root: Root = None,
     shard: Annotated[str | None, Option(help="i/n: the i-th of n equal parts.", show_default=False)] = None,
     workers: Annotated[
@@ -120,10 +126,10 @@ def extract(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Turn videos into features: a visual file a crop, an audio file, and list.csv, as train and eval read them.
+    """Extract features from videos: a visual file per crop, an audio file, and list.csv, as train and eval read them.
 
-    Goes on where a killed call was; what was done with another --label or list gets the new label. A video that fails
-    is told at the end and in extract.json, and the exit code is 1. Ctrl-C ends it, and what is done is listed.
+    Resumes an interrupted call; videos extracted with another --label or list get the new label. Videos that fail are
+    reported at the end and in extract.json, and the exit code is 1. After Ctrl-C, list.csv has the finished videos.
     """
     from ..engine.stop import Stopped, listening
     from ..media import cluster
@@ -132,7 +138,7 @@ def extract(
     from ..media.errors import import_av
     from ..media.features import Sampling
 
-    import_av()  # where it is absent that is told once, not once a video
+    import_av()  # report a missing package once, not for every video
     if engine == Engine.ray:
         cluster.import_ray()
     if crops not in COUNTS or (geometry == Geometry.clip and crops != 1):
@@ -149,7 +155,7 @@ def extract(
     settings = media.settings_of(sampling, not full, named)
     chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
     by_ray = engine == Engine.ray
-    # by ray here too: what is wrong with them is told once, not once a video
+    # also loaded here with ray, so that their errors are reported once, not for every video
     seen, heard = (replace(chosen, device="cpu") if by_ray else chosen).load()
     with tqdm(total=len(sources), desc="extracting", unit="video", disable=quiet) as bar, listening() as request:
 
@@ -160,7 +166,7 @@ def extract(
             return request.number is not None
 
         if by_ray:
-            # Ray tells of each worker that died, on standard output; what came of its video is told below
+            # Ray reports dead workers on standard output; the failure of the video is reported below
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 record = cluster.extract(sources, folder, sampling, chosen, settings, ended, until)
         else:
@@ -177,10 +183,20 @@ def extract(
         typer.echo(f"failed: {failure['reason']}", err=True)
     if request.number is not None:
         raise Stopped(request.number, "what is done stays, and the same call goes on from there")
-    silent = [str(video_of(group[0]).relative_to(folder / "visual")) for group in by_video(rows) if not group[0].audio]
-    mixed = packed is not None and len(silent) > 0 and any(row.audio for row in rows)
+    groups = by_video(rows)
+    silent = [str(video_of(group[0]).relative_to(folder / "visual")) for group in groups if not group[0].audio]
+    shown = ", ".join(silent[:10]) + (f" and {len(silent) - 10} more" if len(silent) > 10 else "")
+    mixed = packed is not None and 0 < len(silent) < len(groups)
+    if silent and heard is not None and not mixed:
+        have, remove = have_no(len(silent)), "remove these rows, or " if len(silent) < len(groups) else ""
+        typer.echo(
+            f"{len(silent)} of {len(groups)} videos {have} sound ({shown}): a teacher needs sound for every row; "
+            f"{remove}train a student on its own (train --student)"
+        )
+    if unlabelled := sum(not group[0].label for group in groups):
+        videos_have = f"{unlabelled} video{'s' if unlabelled > 1 else ''} {have_no(unlabelled)}"
+        typer.echo(f"{videos_have} label: call again with --label, or give a list")
     if mixed:
-        shown = ", ".join(silent[:10]) + (f" and {len(silent) - 10} more" if len(silent) > 10 else "")
         typer.echo(
             f"{packed} was not written: it holds the sound of all videos or of none, and there is none of {shown}. "
             f"Remove their lines from {folder / 'list.csv'}, or leave all sound out by --no-audio, and call "
@@ -219,9 +235,9 @@ def detect(
 ) -> None:
     """Find events in videos: OUTPUT/NAME.json, OUTPUT/NAME.png and OUTPUT/events.csv, with time codes.
 
-    The teacher scores what has sound; the student, where there is one, what has none, and that is told. A video that
-    fails is told at the end, and the exit code is 1. The snippets must be those that the model was trained on: --every.
-    Where it is interrupted, events.csv has what was found until then.
+    The teacher scores parts with sound; the student, if given, scores parts without, which are reported. Videos that
+    fail are reported at the end, and the exit code is 1. --every must match the snippets that the model was trained on.
+    If interrupted, events.csv has the events found so far.
     """
     from ..engine.detect import best_snippets, summary, write_detection, write_events, write_frame_scores
     from ..engine.detect import detect as detect_in
@@ -264,7 +280,7 @@ def detect(
                 if copy:
                     curve = detection.edges, detection.scores, detection.thresholds, detection.names()
                     annotate(source.path, target.with_name(f"{target.name}.mkv"), *curve)
-            except Exception as error:  # whatever one video did, the others go on, and it is told
+            except Exception as error:  # a failing video is reported and does not stop the others
                 failed.append(failure(source.path, error))
                 continue
             detections.append(detection)
@@ -289,11 +305,13 @@ def stream(
     every: Every = 16,
     fps: Fps = None,
     window: Annotated[
-        int | None, Option(min=1, help="Snippets in sight; as many as the model takes by default.", show_default=False)
+        int | None, Option(min=1, help="Context in snippets; default: as many as the model takes.", show_default=False)
     ] = None,
-    delay: Annotated[int, Option(min=0, help="Snippets that a score waits for what follows.")] = 0,
-    longest: Annotated[float, Option(min=0.1, help="Seconds after which an event is told though it lasts.")] = 10.0,
-    retries: Annotated[int, Option(min=0, help="Times in a row to connect again before giving up.")] = 8,
+    delay: Annotated[int, Option(min=0, help="Later snippets to wait for before a snippet is scored.")] = 0,
+    longest: Annotated[
+        float, Option(min=0.1, help="Seconds after which an event is printed even if it continues.")
+    ] = 10.0,
+    retries: Annotated[int, Option(min=0, help="Reconnections in a row before giving up.")] = 8,
     geometry: GeometryName = Geometry.crops,
     visual_encoder: Visual = "clip",
     visual_weights: VisualWeights = "openai",
@@ -302,10 +320,10 @@ def stream(
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Watch a stream: one line of JSON for each event on standard output, as it ends.
+    """Watch a stream: print one line of JSON per event to standard output when it ends.
 
-    What cannot be scored in time is dropped, and counted. A lost connection is made again. Ctrl-C ends it, and the
-    event at hand is told.
+    Snippets that cannot be scored in time are dropped and counted. Lost connections are reopened. Ctrl-C prints the
+    open event and exits.
     """
     from datetime import UTC, datetime, timedelta
 

@@ -1,4 +1,4 @@
-"""The command that runs a case under a profiler."""
+"""Command profile, which runs a case under a profiler."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +13,8 @@ from .commands import Device, Precision, PrecisionOf, app
 @app.command()
 def profile(
     case: Annotated[str, Argument(help="train-teacher, train-student, distil, infer, or an op, such as gated_fusion.")],
-    iterations: Annotated[int, Option(min=1, help="How many are captured.")] = 10,
-    warmup: Annotated[int, Option(min=0, help="How many go before them.")] = 3,
+    iterations: Annotated[int, Option(min=1, help="Captured iterations.")] = 10,
+    warmup: Annotated[int, Option(min=0, help="Warm-up iterations.")] = 3,
     batch: Annotated[int | None, Option(min=1, help="Videos of 256 snippets: 96 on a GPU, 4 on a CPU.")] = None,
     precision: PrecisionOf = Precision.fp32,
     trace: Annotated[
@@ -22,10 +22,10 @@ def profile(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Run a training step, inference or an op with its ranges on, between cudaProfilerStart and cudaProfilerStop.
+    """Run a training step, inference or an op with profiler ranges, between cudaProfilerStart and cudaProfilerStop.
 
-    For `nsys profile --capture-range=cudaProfilerApi` and `ncu --profile-from-start off`; --trace needs neither, and
-    no GPU.
+    Use with `nsys profile --capture-range=cudaProfilerApi` or `ncu --profile-from-start off`. --trace needs neither
+    tool, and no GPU.
     """
     from ..engine.profile import run
 

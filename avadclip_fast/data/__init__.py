@@ -1,4 +1,4 @@
-"""Lists, labels, feature files, ground truth, batches."""
+"""Lists, labels, feature files, ground truth and batches."""
 
 from .atomic import atomic_write
 from .check import check_list

@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there whole, or not at all."""
+"""Atomic writes: a file is complete or does not exist."""
 
 import contextlib
 import os
@@ -8,24 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-LEFT = 3600  # seconds after which a temporary file is no longer being written
+LEFT = 3600  # seconds after which a temporary file counts as abandoned
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Opens a temporary file beside `path` (mode "wb", or "w" for UTF-8 text).
 
-    On success the file replaces `path`, on failure nothing is left behind and `path` is as it was.
+    On success the file replaces `path`. On failure it is removed, and `path` is unchanged.
     """
     path = Path(path)
-    # Not named after `path`, whose name may already be as long as the file system allows; "x" honours the umask.
+    # Not named after `path`, whose name may already have the maximum length; mode "x" honours the umask.
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
     with open(temporary, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
         try:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # before the rename, or a crash could leave the new name on empty blocks
+            os.fsync(file.fileno())  # before the rename, or a crash could leave `path` empty
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -33,7 +33,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def remove_left(folder: str | Path) -> None:
-    """Removes the temporary files of `atomic_write` that a kill has left in a folder."""
+    """Removes temporary files of `atomic_write` that killed processes left in a folder."""
     for path in Path(folder).glob(f".{'[0-9a-f]' * 16}.tmp"):
         if time.time() - path.stat().st_mtime > LEFT:
             path.unlink(missing_ok=True)

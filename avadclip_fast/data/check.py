@@ -1,4 +1,4 @@
-"""Everything that is wrong with a list and its files, at once."""
+"""Validation of a list and its files, reporting all problems at once."""
 
 from pathlib import Path
 
@@ -23,16 +23,18 @@ def check_list(
     full: bool = True,
     progress: Progress | None = None,
 ) -> list[str]:
-    """The problems of a list, one line each with the file and the line of the list; none means that all is well.
+    """Returns the problems of a list, one line each with file and line number; empty if the list is valid.
 
-    codes: code -> class name. audio: whether each row must have sound. frame_gt: frame ground truth to hold against
-    the list. full: read all features (NaN is found only so), not their headers alone.
+    codes: code -> class name
+    audio: whether every row must have audio
+    frame_gt: frame ground truth to compare with the list, or None
+    full: reads all features, which is necessary to find NaN; False reads only their headers
     """
     try:
         rows, problems = scan_list(path, root, audio)
     except DataError as error:
         return [str(error)]
-    whole = not problems  # only then do the counts add up to the ground truth's
+    whole = not problems  # with rows missing, the counts cannot match the ground truth
     counts: list[int | None] = []
     for row in progress(rows) if progress else rows:
         found, count = _check_row(row, codes, audio, width, full)
@@ -50,7 +52,7 @@ def check_list(
 
 
 def _check_row(row: Row, codes: dict[str, str], audio: bool, width: int, full: bool) -> tuple[list[str], int | None]:
-    """Problems of a row, and its snippets if they could be counted."""
+    """Returns the problems of a row, and its number of snippets or None if unknown."""
     problems: list[str] = []
     counts: list[int | None] = []
     try:
@@ -96,7 +98,7 @@ def _check_truth(
         positive = int(truth[end - count * frames : end].sum())
         try:
             normal = is_normal(row.label, codes)
-        except LabelError:  # told already
+        except LabelError:  # already reported
             continue
         if normal == (positive > 0):
             problems.append(

@@ -1,4 +1,4 @@
-"""Features of whole lists: a training set in memory or in one packed file, test videos one by one."""
+"""Features of whole lists: training sets in memory or in a packed file, and test videos one at a time."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,11 +17,11 @@ from .labels import encode
 from .lists import Row
 from .packed import Field, checksum, open_packed, write_packed
 
-Progress = Callable[[Iterable], Iterable]  # wraps what is iterated, as tqdm does
+Progress = Callable[[Iterable], Iterable]  # wraps an iterable, like tqdm
 
 
 class Batch(NamedTuple):
-    """B videos of T snippets; rows past `lengths` are zero."""
+    """B videos of T snippets; rows t >= lengths[b] are zero."""
 
     visual: Tensor  # (B, T, D) float32, or (B, T, 2 D) with motion
     audio: Tensor | None  # (B, T, D) float32
@@ -34,26 +34,26 @@ class Batch(NamedTuple):
         return Batch(visual, audio, lengths, labels)
 
     def float(self) -> "Batch":
-        """With streams in float32."""
+        """Casts the streams to float32."""
         return self._replace(visual=self.visual.float(), audio=None if self.audio is None else self.audio.float())
 
     def pin_memory(self) -> "Batch":
-        """In memory that a GPU copies from while the host goes on."""
-        # What is cut short is no one piece of memory, and a copy of it would wait.
+        """Copies the batch to pinned memory, for asynchronous transfers to a GPU."""
+        # Sliced tensors are not contiguous, and copying them would synchronise.
         return Batch(*(None if x is None else x.contiguous().pin_memory() for x in self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """A training set pooled to T snippets a row: in memory, or mapped from a packed file."""
+    """A training set pooled to T snippets per row, in memory or memory-mapped from a packed file."""
 
     visual: Tensor  # (N, T, D), or (N, T, 2 D) with motion
     audio: Tensor | None  # (N, T, D)
     lengths: Tensor  # (N,) int64
     labels: Tensor  # (N, C) float32, multi-hot
-    index: Tensor | None = None  # (M,) int64: the rows that the set consists of; all of them by default
-    mapped: bool = False  # whether the streams lie in a file, of which a step reads its rows
-    checksum: str | None = None  # of the packed file that they are from
+    index: Tensor | None = None  # (M,) int64, the rows in the set; all by default
+    mapped: bool = False  # whether the streams are memory-mapped
+    checksum: str | None = None  # of the packed file they come from
 
     @classmethod
     def load(
@@ -70,11 +70,13 @@ class FeatureSet:
     ) -> "FeatureSet":
         """Reads and pools the features of `rows`.
 
-        codes: code -> class name, the first being normal. length: T. audio: whether to read the sound.
-        motion: whether sight is to have its motion beside it, (N, T, 2 D), as `with_motion` gives it.
-        dtype: what they are kept in; float16 halves the memory, and loses nothing of files that are float16 and no
-        longer than T. progress: wraps the iteration over rows. workers: threads that read.
-        Raises DataError (LabelError for a label) of the first bad row; labels are looked at before any file is read.
+        codes: code -> class name, normal first
+        length: T; width: D
+        audio: whether to read audio features
+        motion: whether to append motion to the visual features, (N, T, 2 D), see `with_motion`
+        dtype: in memory; float16 halves memory and is lossless for float16 files of at most T rows
+        progress: wraps the iteration over rows; workers: reader threads
+        Raises DataError for the first invalid row, LabelError for a label; checks labels before reading any file.
         """
         if not rows:
             raise DataError("no videos to load: the list, or this part of it, is empty")
@@ -105,11 +107,12 @@ class FeatureSet:
         audio: bool = True,
         motion: bool = False,
     ) -> tuple["FeatureSet", list[Row]]:
-        """A set that `pack` has written, mapped from its file, and the rows of its list.
+        """Memory-maps a set written by `pack`.
 
-        Arguments as for `load`. Returns (FeatureSet, list of Row).
-        Raises DataError: not such a file, or one packed with another length or width, without sound or motion where
-        they are wanted; LabelError for a label.
+        Arguments as for `load`.
+        Returns (FeatureSet, list of Row).
+        Raises DataError if the file is not a packed set, or was packed with another length, width or motion setting, or
+        without the audio requested; LabelError for a label.
         """
         tensors, info = open_packed(path)
         found = list(tensors["visual"].shape[1:])
@@ -122,7 +125,7 @@ class FeatureSet:
                 f"{path}: packed as {shape}, {length} x {(1 + motion) * width} is wanted; pack it again with --length"
             )
         if audio and "audio" not in tensors:
-            raise DataError(f"{path}: packed without sound, which is wanted; pack it again with --audio")
+            raise DataError(f"{path}: packed without sound, which is required; pack it again with --audio")
         rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
         labels = torch.from_numpy(np.stack([_encode(row, codes) for row in rows]))
         heard = tensors["audio"] if audio else None
@@ -133,7 +136,7 @@ class FeatureSet:
         return len(self.lengths if self.index is None else self.index)
 
     def subset(self, index: Tensor) -> "FeatureSet":
-        """The rows of `index` (M,) int64, without a copy."""
+        """The rows of `index` (M,) int64, without copying."""
         return replace(self, index=index if self.index is None else self.index[index])
 
     def batch(self, index: Tensor) -> Batch:
@@ -141,7 +144,7 @@ class FeatureSet:
         return self.stored(index).float()
 
     def stored(self, index: Tensor) -> Batch:
-        """The rows of `index` (B,) int64, in the dtype that the set is kept in."""
+        """The rows of `index` (B,) int64, in the stored dtype."""
         index = index.to(self.lengths.device, non_blocking=True)
         if self.index is not None:
             index = self.index[index]
@@ -149,12 +152,12 @@ class FeatureSet:
         return Batch(self.visual[index], audio, self.lengths[index], self.labels[index])
 
     def valid(self) -> Tensor:
-        """The valid snippets of each sample, (M,) int64."""
+        """Number of valid snippets per sample, (M,) int64."""
         return self.lengths if self.index is None else self.lengths[self.index]
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes of the streams that the set draws on, all rows of them."""
+        """Bytes of the underlying streams, including rows not in the set."""
         return sum(x.nbytes for x in (self.visual, self.audio) if x is not None)
 
     def batches(self, size: int = 256) -> Iterator[Batch]:
@@ -162,7 +165,7 @@ class FeatureSet:
         return (self.batch(index) for index in torch.arange(len(self)).split(size))
 
     def fingerprint(self) -> str:
-        """Of what the set holds, in order and to the bit; of a packed file by its checksum."""
+        """SHA-256 of the exact contents in order; uses the checksum of a packed file instead of its bytes."""
         digest = hashlib.sha256()
         if self.checksum is not None:
             index = torch.arange(len(self)) if self.index is None else self.index.cpu()
@@ -176,7 +179,7 @@ class FeatureSet:
         return digest.hexdigest()
 
     def to(self, device: str | torch.device) -> "FeatureSet":
-        """The whole set on a device, where batches are then gathered."""
+        """Copies the whole set to a device, where batches are then gathered."""
         audio, index = (None if x is None else x.to(device) for x in (self.audio, self.index))
         visual, lengths, labels = (x.to(device) for x in (self.visual, self.lengths, self.labels))
         return FeatureSet(visual, audio, lengths, labels, index, checksum=self.checksum)
@@ -193,10 +196,12 @@ def pack(
     progress: Progress | None = None,
     workers: int = 4,
 ) -> None:
-    """Pools the features of `rows` once, into one file that `FeatureSet.open` maps; goes on where a killed call was.
+    """Pools the features of `rows` into one file for `FeatureSet.open`, resuming a killed call.
 
-    Labels are kept as they are written, and become columns when classes are known. Arguments as for `FeatureSet.load`;
-    dtype "float16" or "float32". Raises DataError.
+    Labels are stored as text and encoded on opening, when the classes are known.
+
+    Arguments as for `FeatureSet.load`; dtype is "float16" or "float32"
+    Raises DataError.
     """
     if not rows:
         raise DataError("no videos to pack: the list is empty")
@@ -219,7 +224,7 @@ def pack(
 def _pooled(
     row: Row, length: int, width: int, audio: bool, motion: bool, limit: float
 ) -> tuple[np.ndarray, np.ndarray | None, int]:
-    """Both streams of a row at T = length, and its valid snippets. limit: the largest number that can be kept."""
+    """Both streams of a row pooled to `length`, and its valid snippets. limit: largest value that can be stored."""
     visual, heard = load_row(row, width, audio, motion)
     for file, x in ((row.visual, visual), (row.audio, heard)):
         if x is None or limit >= np.finfo(x.dtype).max:
@@ -231,14 +236,14 @@ def _pooled(
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """A permutation of range(count), (count,) int64, of the three arguments alone: a resumed run finds it again."""
+    """A permutation of range(count), (count,) int64, fixed by the arguments so that a resumed run repeats it."""
     return torch.from_numpy(np.random.default_rng([seed % 2**64, epoch]).permutation(count))
 
 
 class TestVideo(NamedTuple):
-    """A video of n snippets in K chunks of T, each to be scored on its own."""
+    """A video of n snippets in K chunks of T, each scored independently."""
 
-    name: str  # of the visual file, without its suffix
+    name: str  # of the visual file, without suffix
     visual: np.ndarray  # (K, T, D) float32; (K, T, 2 D) with motion
     audio: np.ndarray | None  # (K, T, D) float32
     lengths: np.ndarray  # (K,) int64, valid rows of each chunk
@@ -248,7 +253,7 @@ class TestVideo(NamedTuple):
 def test_videos(
     rows: Iterable[Row], length: int, width: int = 512, audio: bool = True, motion: bool = False
 ) -> Iterator[TestVideo]:
-    """The videos of a test list in order, each read when it is asked for. Raises DataError of a bad one."""
+    """Yields the videos of a test list in order, reading each on demand. Raises DataError for an invalid one."""
     for row in rows:
         visual, heard = load_row(row, width, audio, motion)
         chunks, lengths = chunk(visual, length)
@@ -257,14 +262,14 @@ def test_videos(
         )
 
 
-# By their names, pytest would collect both where a test module imports them.
+# Because of their names, pytest would collect both in any test module that imports them.
 test_videos.__test__ = TestVideo.__test__ = False  # type: ignore[attr-defined]
 
 
 def load_row(row: Row, width: int, audio: bool, motion: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-    """Both streams of a row, (n, D) float32 each; sight with its motion (n, 2 D).
+    """Both streams of a row, (n, D) float32 each, or (n, 2 D) for visual features with motion.
 
-    Raises DataError, also where their lengths differ.
+    Raises DataError, also if their lengths differ.
     """
     seen = load_features(row.visual, width)
     seen = with_motion(seen) if motion else seen
@@ -279,7 +284,7 @@ def load_row(row: Row, width: int, audio: bool, motion: bool = False) -> tuple[n
 
 
 def unequal(row: Row, visual: int, audio: int) -> str:
-    """Says that the two streams of a row have unequal lengths, and what to do."""
+    """Error message for a row whose streams differ in length."""
     return (
         f"{row.visual} has {visual} snippets, {row.audio} has {audio} (list line {row.line}); "
         "extract both with the same snippet length, and check that they are of one video"

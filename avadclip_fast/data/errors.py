@@ -1,9 +1,9 @@
-"""The error a user can act on."""
+"""Errors that users can act on."""
 
 
 class DataError(ValueError):
-    """Something in the user's files is wrong; the message names the file, the row, and what to do about it."""
+    """Invalid user data; the message names the file, the row and the remedy."""
 
 
 class LabelError(DataError):
-    """A label that the known class codes cannot express."""
+    """A label that is invalid for the class codes."""

@@ -1,4 +1,4 @@
-"""Feature files (`.npy`, one row a snippet), and the two ways of fitting a video to a fixed length."""
+"""Feature files (`.npy`, one row per snippet), and pooling or chunking videos to a fixed length."""
 
 import math
 from collections.abc import Iterator
@@ -19,16 +19,16 @@ MOTION_ROWS = 9  # odd
 
 
 def load_features(path: str | Path, width: int | None = None) -> np.ndarray:
-    """Features of a video from a `.npy` file of float16, float32 or float64.
+    """Reads the features of a video from a `.npy` file of float16, float32 or float64.
 
-    width: the D that is expected, if any.
+    width: the expected D, or None for any
     Returns (n, D) float32, n >= 1, finite, C-contiguous.
-    Raises DataError: no such file, not `.npy`, cut short, an object array (never unpickled), another dtype or number
-    of dimensions, no rows, another width, NaN or infinity.
+    Raises DataError if the file is missing, not `.npy`, truncated or empty, contains objects (never unpickled), NaN or
+    infinity, or has another dtype, width or number of dimensions.
     """
     with _open(path, width) as (file, shape, fortran, dtype):
         stored = np.fromfile(file, dtype, math.prod(shape))
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is reported as such
+    with np.errstate(over="ignore"):  # float64 values beyond float32 become infinite and are reported below
         features = stored.astype(np.float32, copy=False).reshape(shape, order="F" if fortran else "C")
     finite = np.isfinite(features)
     if not finite.all():
@@ -41,14 +41,14 @@ def load_features(path: str | Path, width: int | None = None) -> np.ndarray:
 
 
 def snippet_count(path: str | Path, width: int | None = None) -> int:
-    """n of a feature file, from its header alone. Raises DataError as `load_features`, values aside."""
+    """Number of rows of a feature file, from its header. Raises DataError as `load_features`, but ignores values."""
     with _open(path, width) as (_, shape, _, _):
         return shape[0]
 
 
 @contextmanager
 def _open(path: str | Path, width: int | None) -> Iterator[tuple[IO[bytes], tuple[int, int], bool, np.dtype]]:
-    """The file standing at its data, and a header that is known to be good and backed by enough bytes."""
+    """Opens a file, validates header and size, and yields it positioned at the data, with shape, order and dtype."""
     try:
         file = open(path, "rb")
     except FileNotFoundError as error:
@@ -73,17 +73,20 @@ def _open(path: str | Path, width: int | None) -> Iterator[tuple[IO[bytes], tupl
 
 
 def with_motion(features: np.ndarray, start: int = 0, end: int | None = None) -> np.ndarray:
-    """Sight, and beside it how it moves: [x | m], to be taken before `pool`, whose rows are too far apart.
+    """Appends motion to visual features, [x | m]; apply before `pool`, whose rows are too far apart in time.
 
-    The motion of row t is m_t = |x_t - x_{t-1}| in every dimension (row 0 has that of row 1), first the median of three
-    rows, since a cut is no motion, then the mean of the MOTION_ROWS rows about t; the ends are repeated.
+        m_t = mean over MOTION_ROWS rows around t of median3(|x_t - x_{t-1}|)
 
-    features: (n, D) float32 of a whole video; start, end: the rows that are wanted, all of them by default.
+    All operations are per dimension. The median of three rows suppresses cuts. Row 0 takes the difference of row 1, and
+    edge rows are repeated.
+
+    features: (n, D) float32 of a whole video
+    start, end: range of rows to return, all by default
     Returns (end - start, 2 D) float32.
     """
     end = len(features) if end is None else end
     half = MOTION_ROWS // 2
-    first = max(0, start - half - 2)  # as far as a row's motion reaches
+    first = max(0, start - half - 2)  # the first row that affects the motion at start
     x = features[first : end + half + 1]
     change = np.zeros_like(x)
     if len(x) > 1:
@@ -98,10 +101,10 @@ def with_motion(features: np.ndarray, start: int = 0, end: int | None = None) ->
 
 
 def pool(features: np.ndarray, length: int) -> tuple[np.ndarray, int]:
-    """Fits a video to `length` rows for training: averages if it is longer, pads with zeros if it is shorter.
+    """Fits a video to `length` rows for training: averages a longer video, zero-pads a shorter one.
 
     Row i of a longer video is the mean of rows b[i] to b[i+1], b = int(linspace(0, n, length + 1)); an empty range
-    takes its first row.
+    takes its first row (official code of arXiv 2504.04495).
 
     features: (n, D) float32
     Returns (length, D) float32 and the number of valid rows, min(n, length).
@@ -113,10 +116,10 @@ def pool(features: np.ndarray, length: int) -> tuple[np.ndarray, int]:
 
 
 def chunk(features: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a video into K = ceil(n / length) chunks for testing, the last one padded with zeros.
+    """Cuts a video into K = ceil(n / length) chunks for testing and zero-pads the last one.
 
     features: (n, D) float32
-    Returns (K, length, D) float32 and the valid rows of each chunk, (K,) int64, all >= 1.
+    Returns (K, length, D) float32 and the number of valid rows per chunk, (K,) int64, all >= 1.
     """
     n, width = features.shape
     count = -(-n // length)
@@ -132,7 +135,7 @@ def _padded(features: np.ndarray, rows: int) -> np.ndarray:
 
 
 def write_features(path: str | Path, array: np.ndarray) -> None:
-    """Writes (n, D) float16 or float32 features to a `.npy` file, atomically. Raises DataError on other arrays."""
+    """Writes non-empty (n, D) floating-point features to a `.npy` file, atomically. Raises DataError otherwise."""
     if array.ndim != 2 or array.dtype not in _DTYPES or not array.size:
         raise DataError(f"{path}: features must be non-empty (snippets, width) floats, got {array.dtype} {array.shape}")
     with atomic_write(path) as file:

@@ -1,4 +1,4 @@
-"""Ground truth of the test sets: anomalous spans, and one number per frame."""
+"""Ground truth of the test sets: anomalous spans and frame labels."""
 
 import json
 import pickle
@@ -22,7 +22,7 @@ class Span(NamedTuple):
 
 
 def read_spans(path: str | Path, labels: str | Path | None = None) -> list[list[Span]]:
-    """Spans per video, from a `.json` file or from the official pair of `.npy` files. Raises DataError."""
+    """Reads spans per video from a `.json` file or the official pair of `.npy` files. Raises DataError."""
     if Path(path).suffix == ".json":
         if labels is not None:
             raise DataError(f"{path} holds the labels of its spans itself; leave out {labels}")
@@ -33,13 +33,13 @@ def read_spans(path: str | Path, labels: str | Path | None = None) -> list[list[
 
 
 def segments(path_segment: str | Path, path_label: str | Path) -> list[list[Span]]:
-    """Spans per video from the official `gt_*_segment.npy` and `gt_*_label.npy`. Raises DataError."""
+    """Reads spans per video from the official `gt_*_segment.npy` and `gt_*_label.npy`. Raises DataError."""
     source = f"{path_segment} and {path_label}"
     return _spans(read_object_array(path_segment), read_object_array(path_label), source)
 
 
 def read_segments_json(path: str | Path) -> list[list[Span]]:
-    """Spans per video from `{"segments": [[[start, end], ...], ...], "labels": [[code, ...], ...]}`.
+    """Reads spans per video from `{"segments": [[[start, end], ...], ...], "labels": [[code, ...], ...]}`.
 
     Raises DataError.
     """
@@ -63,7 +63,7 @@ def _spans(segments: Sequence, labels: Sequence, source: str) -> list[list[Span]
             spans = [Span(int(start), int(end), str(code)) for (start, end), code in zip(pairs, codes, strict=True)]
         except (ValueError, TypeError) as error:
             raise DataError(
-                f"{source}: video {video}, from 0: wants a label and [start, end] per span: {error}"
+                f"{source}: video {video}, from 0: expected a label and [start, end] per span: {error}"
             ) from error
         if bad := [span for span in spans if not 0 <= span.start < span.end]:
             raise DataError(f"{source}: video {video}, from 0: span {bad[0][:2]} is not 0 <= start < end")
@@ -72,11 +72,11 @@ def _spans(segments: Sequence, labels: Sequence, source: str) -> list[list[Span]
 
 
 def read_object_array(path: str | Path) -> list:
-    """A `.npy` file of Python objects, as nested lists of strings and integers, without executing its pickle.
+    """Reads a `.npy` file of Python objects as nested lists of strings and integers, without running pickled code.
 
-    A pickle calls what it names. Here the three names that numpy writes stand for inert objects, any other is refused,
-    and no code but this file's is reached.
-    Raises DataError: not such a file, or one that asks for more, by the name it asks for.
+    A pickle calls the names it contains. The names that numpy writes map to inert classes of this file, and any other
+    name is refused, so no other code runs.
+    Raises DataError if the file is not an object array, or refers to another name.
     """
     try:
         with open(path, "rb") as file:
@@ -92,7 +92,7 @@ def read_object_array(path: str | Path) -> list:
     except DataError:
         raise
     except _Forbidden as error:
-        raise DataError(f"{path}: refused: its pickle asks for {error}, which no list of spans needs") from error
+        raise DataError(f"{path}: refused: its pickle refers to {error}, which spans do not need") from error
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -112,7 +112,7 @@ class _Forbidden(Exception):
 
 
 class _Array:
-    """In place of numpy.ndarray: keeps what a pickled array sets, and can only be turned into lists."""
+    """Stands in for numpy.ndarray: stores the pickled state and converts it to lists."""
 
     def __init__(self, *_: Any):
         self.state: tuple = ()
@@ -123,13 +123,13 @@ class _Array:
     def tolist(self) -> list:
         _, shape, _, _, items = self.state
         array: np.ndarray = np.empty(len(items), dtype=object)
-        for i, item in enumerate(items):  # a whole assignment would look into the lists
+        for i, item in enumerate(items):  # assigning all at once would make numpy unpack the lists
             array[i] = _plain(item)
-        return array.reshape(shape).tolist()  # pickled objects are in C order, whatever the flag between says
+        return array.reshape(shape).tolist()  # object arrays are pickled in C order, whatever the flag says
 
 
 class _Inert:
-    """In place of a dtype, and of the class that `_reconstruct` is told to make."""
+    """Stands in for numpy.dtype, and for the class passed to `_reconstruct`."""
 
     def __init__(self, *_: Any):
         pass
@@ -161,9 +161,9 @@ def _plain(item: Any) -> Any:
 
 
 def read_annotations(path: str | Path) -> dict[str, list[tuple[int, int]]]:
-    """XD-Violence's annotations.txt: per line a name and start end pairs of frames; a `.mp4` after a name is dropped.
+    """Reads XD-Violence's annotations.txt: one line per video with its name and pairs of start and end frames.
 
-    Returns name -> [(start, end), ...], frames start <= t < end. Raises DataError.
+    Returns name (without `.mp4`) -> [(start, end), ...], frames start <= t < end. Raises DataError.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -181,7 +181,7 @@ def read_annotations(path: str | Path) -> dict[str, list[tuple[int, int]]]:
             frames = [int(text) for text in numbers]
             pairs = list(zip(frames[::2], frames[1::2], strict=True))
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: wants a name and pairs of frame numbers") from error
+            raise DataError(f"{path}, line {number}: expected a name and pairs of frame numbers") from error
         if bad := [pair for pair in pairs if not 0 <= pair[0] < pair[1]]:
             raise DataError(f"{path}, line {number}: span {bad[0]} is not 0 <= start < end")
         if name in annotations:
@@ -191,17 +191,17 @@ def read_annotations(path: str | Path) -> dict[str, list[tuple[int, int]]]:
 
 
 def frame_vector(annotations: dict[str, list[tuple[int, int]]], videos: Iterable[tuple[str, int]]) -> np.ndarray:
-    """XD-Violence's frame ground truth.
+    """Frame ground truth of XD-Violence.
 
-    videos: (name, frames) in order of evaluation.
-    Returns (sum of frames,) float32 of 0 and 1. Raises DataError where an annotated video is not among `videos`.
+    videos: (name, frames) in evaluation order
+    Returns (sum of frames,) float32 of 0 and 1. Raises DataError if an annotated video is not in `videos`.
     """
     parts, named = [np.zeros(0, np.float32)], set()
     for name, frames in videos:
         named.add(name)
         truth = np.zeros(frames, np.float32)
         for start, end in annotations.get(name, []):
-            truth[start:end] = 1  # annotations run past the last whole snippet, which slicing drops
+            truth[start:end] = 1  # annotations may extend past the last whole snippet; slicing drops the rest
         parts.append(truth)
     if unknown := [name for name in annotations if name not in named]:
         raise DataError(f"{len(unknown)} annotated videos are not in the list, {unknown[0]} first")
@@ -209,7 +209,7 @@ def frame_vector(annotations: dict[str, list[tuple[int, int]]], videos: Iterable
 
 
 def read_frame_gt(path: str | Path) -> np.ndarray:
-    """Frame ground truth from `.npy`, or from `.npz` (its array `gt`, or its only one).
+    """Reads frame ground truth from `.npy`, or from `.npz` (its array `gt`, or its only array).
 
     Returns (frames,) float32 of 0 and 1. Raises DataError.
     """

@@ -1,4 +1,4 @@
-"""Class codes of the datasets, and labels as multi-hot vectors."""
+"""Class codes of the datasets, and multi-hot label encoding."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from .errors import LabelError
 
-# Code -> class name, in the order of the models' classes; the first is normal.
+# Code -> class name, in the models' class order, normal first.
 XD_VIOLENCE = {
     "A": "normal",
     "B1": "fighting",
@@ -22,7 +22,7 @@ FILLER = "0"
 
 @dataclass(frozen=True)
 class Preset:
-    """What a dataset settles: its classes, how many frames a snippet stands for, the weight of L_ukd."""
+    """Settings of a dataset: class codes, frames per snippet and the weight of L_ukd."""
 
     name: str
     codes: dict[str, str]
@@ -40,10 +40,10 @@ PRESETS = {
 
 
 def encode(label: str, codes: dict[str, str]) -> np.ndarray:
-    """A label such as `B2-G-B6` or `B1-0-0` (0 fills) as a multi-hot vector.
+    """Encodes a label such as `B2-G-B6` or `B1-0-0` (0 is filler) as a multi-hot vector.
 
-    codes: code -> class name, the first being normal.
-    Returns (C,) float32. Raises LabelError: an unknown code, no code at all, normal beside an anomaly.
+    codes: code -> class name, normal first
+    Returns (C,) float32. Raises LabelError if the label has an unknown code, no code, or normal with an anomaly.
     """
     order = list(codes)
     found = {code.strip() for code in label.split("-")} - {FILLER, ""}
@@ -61,5 +61,5 @@ def encode(label: str, codes: dict[str, str]) -> np.ndarray:
 
 
 def is_normal(label: str, codes: dict[str, str]) -> bool:
-    """Whether a label is that of a normal video. Arguments and errors as for `encode`."""
+    """Whether a label denotes a normal video. Arguments and errors as for `encode`."""
     return bool(encode(label, codes)[0])

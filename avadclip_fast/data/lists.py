@@ -1,4 +1,4 @@
-"""Lists of videos: CSV files with the columns path, audio_path and label."""
+"""Video lists: CSV files with the columns path, audio_path and label."""
 
 import csv
 import os
@@ -18,21 +18,21 @@ _CROP = re.compile(r"__\d$")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a list: the feature files of a video (or of one crop of it), and its label."""
+    """One line of a list: the feature files of a video (or one of its crops) and its label."""
 
     visual: Path
     audio: Path | None
     label: str
-    line: int  # in the list file, from 1, the header included
+    line: int  # in the list file, from 1, including the header
 
 
 def read_list(path: str | Path, root: str | Path | None = None, audio: bool = True) -> list[Row]:
-    """The rows of a list, in order; the feature files are not opened.
+    """Reads the rows of a list in order, without opening the feature files.
 
-    root: where relative paths start, and what no path may lead out of; the list's own folder by default.
-    audio: whether each row must name its sound. Without, a list may lack the column, or cells of it.
-    Raises DataError: no such file, not UTF-8 CSV, missing columns, no rows, an empty cell, a video listed twice,
-    a path that leads out of the root.
+    root: base of relative paths, which no path may leave; the list's folder by default
+    audio: whether every row must have an audio_path; if False, the column or its cells may be missing
+    Raises DataError if the file is missing, not UTF-8 CSV or without rows, or has a missing column, an empty cell, a
+    duplicate video or a path outside the root.
     """
     rows, problems = scan_list(path, root, audio)
     if problems:
@@ -42,7 +42,7 @@ def read_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
 
 
 def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = True) -> tuple[list[Row], list[str]]:
-    """The good rows of a list, and a line for each bad one. Raises DataError where there is no list to speak of."""
+    """Returns the valid rows of a list, and a message for each invalid one. Raises DataError if unreadable or empty."""
     path = Path(path)
     root = path.parent if root is None else Path(root)
     rows, problems = [], []
@@ -68,14 +68,14 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
 
 
 def is_inside(root: str | Path, name: str) -> bool:
-    """Whether a path of a list stays below its root. It is judged as written: links below the root are its owner's."""
+    """Whether a path stays below the root. It does not resolve links: those below the root are trusted."""
     return Path(os.path.abspath(Path(root, name))).is_relative_to(os.path.abspath(root))
 
 
 def _cells(path: Path, audio: bool) -> list[tuple[int, dict[str, str]]]:
-    """(line, column -> text without surrounding blanks; "" where there is none) of each line that is not blank."""
+    """(line number, column -> stripped text, "" if missing) of each non-blank line."""
     try:
-        # utf-8-sig: spreadsheets put a byte order mark before the header
+        # utf-8-sig: spreadsheets write a byte order mark
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = [name.strip() for name in next(reader, [])]
@@ -96,7 +96,7 @@ def _cells(path: Path, audio: bool) -> list[tuple[int, dict[str, str]]]:
 
 
 def write_list(path: str | Path, rows: Sequence[Row]) -> None:
-    """Writes a list atomically; paths under the list's folder become relative to it. No audio at all, no column."""
+    """Writes a list atomically, with paths relative to its folder if below it; omits audio_path if no row has audio."""
     folder = Path(path).absolute().parent
 
     def cell(file: Path | None) -> str:
@@ -114,7 +114,7 @@ def write_list(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def videos(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows by video, in order of first appearance: crops `NAME__0.npy` ... `NAME__9.npy` are one video."""
+    """Groups rows by video in order of first appearance: crops `NAME__0.npy` ... `NAME__9.npy` are one video."""
     groups: dict[Path, list[Row]] = {}
     for row in rows:
         groups.setdefault(video_of(row), []).append(row)
@@ -122,15 +122,18 @@ def videos(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def video_of(row: Row) -> Path:
-    """The video of a row: its visual file without suffix and crop."""
+    """The video of a row: its visual file without suffix and crop number."""
     return row.visual.with_name(_CROP.sub("", row.visual.stem))
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int, codes: dict[str, str]) -> tuple[list[Row], list[Row]]:
-    """Training rows and held-out rows, each in list order; it depends on the arguments alone.
+    """Splits rows into training and held-out rows, each in list order, deterministically.
 
-    Whole videos are held out, the same share of normal ones as of anomalous ones: the nearest number, but at least one
-    where there are two, and never all. codes: code -> class name, the first being normal. Raises LabelError.
+    Holds out whole videos, the same fraction of normal and anomalous ones, rounded, but never all and at least one of
+    two or more.
+
+    fraction: in [0, 1); codes: code -> class name, normal first
+    Raises ValueError on an invalid fraction, LabelError on an invalid label.
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction}")

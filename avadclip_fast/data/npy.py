@@ -1,4 +1,4 @@
-"""The header of a `.npy` file, read without trusting it."""
+"""Reading `.npy` headers from untrusted files."""
 
 import os
 import tokenize
@@ -13,7 +13,7 @@ _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.r
 
 
 def read_header(file: IO[bytes], path: str | Path) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype; leaves `file` at the data. Raises DataError naming `path`."""
+    """Reads shape, Fortran order and dtype, leaving `file` at the data. Raises DataError with `path`."""
     try:
         return _READERS[np.lib.format.read_magic(file)](file)
     except (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError) as error:
@@ -21,5 +21,5 @@ def read_header(file: IO[bytes], path: str | Path) -> tuple[tuple[int, ...], boo
 
 
 def bytes_left(file: IO[bytes]) -> int:
-    """How many bytes follow the place where `file` stands."""
+    """Number of bytes after the current position of `file`."""
     return os.fstat(file.fileno()).st_size - file.tell()

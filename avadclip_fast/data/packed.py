@@ -1,7 +1,7 @@
-"""One large file of tensors that share their first dimension: written row by row, resumed after a kill, mapped to read.
+"""Packed files: tensors that share their first dimension, written in blocks of rows, resumable and memory-mapped.
 
-The format is safetensors. Its metadata holds a JSON `info` and, once the file is whole, the SHA-256 of all bytes after
-the header. Until then the file is called NAME.part, with a journal of the rows that are in it beside it.
+The format is safetensors. The metadata has a JSON `info` and, once the file is complete, the SHA-256 of all bytes after
+the header. Until then the file is named NAME.part, and NAME.part.json records the number of rows written.
 """
 
 import fcntl
@@ -21,14 +21,14 @@ from torch import Tensor
 from .atomic import atomic_write
 from .errors import DataError
 
-PACKED = ".safetensors"  # how the name of such a file ends
+PACKED = ".safetensors"  # suffix of packed files
 _NAMES = {"float32": "F32", "float16": "F16", "int64": "I64"}
-_PLAIN = "0" * 64  # stands in the header for the checksum, until that is known
+_PLAIN = "0" * 64  # placeholder for the checksum in the header
 _READ = 1 << 24  # bytes at a time
 
 
 class Field(NamedTuple):
-    """A tensor of the file: its dtype, and the shape of one of its rows."""
+    """Dtype and row shape of a tensor in the file."""
 
     dtype: str  # "float32", "float16" or "int64"
     shape: tuple[int, ...]
@@ -47,11 +47,11 @@ def write_packed(
     block: int = 64,
     progress: Callable[[Iterable], Iterable] | None = None,
 ) -> None:
-    """Writes a file of `rows` rows; what an earlier call with the same arguments had written is kept.
+    """Writes a file of `rows` rows, resuming an interrupted call with the same arguments.
 
-    fill: (start, stop) -> name -> array (stop - start, *shape), asked for `block` rows at a time, in order.
-    info: anything JSON can hold; a file begun with other fields, rows or info is begun anew.
-    Raises DataError where the disk is full or closed to us, or where another process writes the same file.
+    fill: (start, stop) -> name -> array (stop - start, *shape), called for `block` rows at a time, in order
+    info: any JSON value; a partial file with other fields, rows or info is overwritten
+    Raises DataError if the file cannot be written, or another process is writing it.
     """
     path = Path(path)
     part, journal = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
@@ -67,7 +67,7 @@ def write_packed(
             done = _done(journal, begun) if os.fstat(file.fileno()).st_size == size else 0
             if done == 0:
                 file.truncate(0)
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told now, not after hours
+                os.posix_fallocate(file.fileno(), 0, size)  # fail now if the disk is too small, not after hours
                 os.pwrite(file.fileno(), header, 0)
             starts = range(done, rows, block)
             for start in progress(starts) if progress else starts:
@@ -78,16 +78,16 @@ def write_packed(
                     json.dump({"begun": begun, "rows": stop}, note)
             os.pwrite(file.fileno(), _header(fields, rows, info, _digest(file, len(header))), 0)
             os.fsync(file.fileno())
-            journal.unlink(missing_ok=True)  # before it could tell of a file that is no longer called so
+            journal.unlink(missing_ok=True)  # before the rename, so that it never outlives the partial file
             os.replace(part, path)
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be written: {error.strerror}; what is there stays, and is gone on with"
+            f"{path}: cannot be written: {error.strerror}; another call resumes from the rows written"
         ) from error
 
 
 def open_packed(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a packed file, mapped rather than read, and its info. Raises DataError."""
+    """Memory-maps a packed file and returns its tensors and info. Raises DataError."""
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads((file.metadata() or {})["info"])
@@ -99,7 +99,7 @@ def open_packed(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 
 def check_packed(path: str | Path) -> None:
-    """Reads the whole file and holds it against its checksum. Raises DataError."""
+    """Verifies a whole file against its checksum. Raises DataError."""
     open_packed(path)
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
@@ -108,7 +108,7 @@ def check_packed(path: str | Path) -> None:
 
 
 def checksum(path: str | Path) -> str | None:
-    """What the header of a packed file gives as the SHA-256 of the rest."""
+    """The SHA-256 in the header of a packed file, or None."""
     with safe_open(path, framework="pt") as file:
         return (file.metadata() or {}).get("sha256")
 
@@ -122,7 +122,7 @@ def _header(fields: dict[str, Field], rows: int, info: dict, checksum: str) -> b
         entries[name] = {"dtype": _NAMES[field.dtype], "shape": shape, "data_offsets": [at, end]}
         at = end
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
+    text += b" " * (-len(text) % 8)  # aligns tensors to eight bytes
     return struct.pack("<Q", len(text)) + text
 
 
@@ -139,7 +139,7 @@ def _write_rows(file: int, at: int, fields: dict[str, Field], rows: int, start: 
 
 
 def _done(journal: Path, begun: str) -> int:
-    """Rows that a call with the same header has written, 0 where there was none."""
+    """Number of rows written by an earlier call with the same header, or 0."""
     try:
         note = json.loads(journal.read_text())
         return note["rows"] if note["begun"] == begun else 0

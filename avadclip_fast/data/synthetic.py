@@ -1,13 +1,13 @@
-"""A made-up set in the official form, in which sound matters: for demonstrations, tests and timing.
+"""A synthetic dataset in the official format in which audio matters, for demonstrations, tests and timing.
 
-Each stream of a video is a smooth walk about a scene of its own, inside a small subspace that all videos share, as
-embeddings of real videos have. Spans of it, the events, add a direction:
+Each stream of a video is a smooth random walk around its own scene, in a small subspace shared by all videos, like
+embeddings of real videos. Events add a direction over a span:
 
-    anomalies   a direction of their class, in sight, in sound, or in both; an anomaly that is only heard leaves a
-                faint trace in sight, which a student can learn from a teacher that hears, hardly from labels alone
-    distractors harmless sights and sounds as strong as anomalies, in normal and anomalous videos alike
+    anomalies   a direction per class, visible, audible or both; an audible-only anomaly leaves a faint visual trace,
+                which a student can learn from a teacher with audio, but hardly from labels
+    distractors harmless visual and audio events as strong as anomalies, in normal and anomalous videos
 
-so that change alone tells nothing, and a detector without sound misses what is only heard.
+Change alone is therefore uninformative, and a detector without audio misses audible-only anomalies.
 """
 
 import json
@@ -23,23 +23,23 @@ from .errors import DataError
 from .labels import FILLER, XD_VIOLENCE
 from .lists import Row, write_list
 
-MODES = {"visible": 0.25, "audible": 0.45, "both": 0.3}  # share of the anomalous videos
-SCENE = 8  # dimensions of the subspace of backgrounds
-HARMLESS = 6  # kinds of distractors in each stream
-# Norms, a row's being near 10 as CLIP's: MEAN is of what all rows share, JITTER of noise along an event's direction.
+MODES = {"visible": 0.25, "audible": 0.45, "both": 0.3}  # fraction of the anomalous videos
+SCENE = 8  # dimensions of the background subspace
+HARMLESS = 6  # kinds of distractors per stream
+# Norms; a row's is near 10, as for CLIP. MEAN: component shared by all rows. JITTER: noise along event directions.
 MEAN, SCENE_NORM, WALK_NORM, NOISE_NORM, EVENT_NORM, JITTER = 6.0, 1.5, 1.5, 1.0, 7.0, 0.5
-SPREAD = 0.3  # of an event's strength about its mean
-TRACE = 0.2  # what an anomaly that is only heard leaves in sight, of its strength
-DOUBLE = 0.25  # share of anomalous videos with two classes
+SPREAD = 0.3  # relative standard deviation of an event's strength
+TRACE = 0.2  # visual strength of an audible-only anomaly, relative to a visible one
+DOUBLE = 0.25  # fraction of anomalous videos with two classes
 LEAST_EVENT, LONGEST_EVENT = 4, 24  # snippets
 
 
 class Event(NamedTuple):
     start: int
     end: int
-    code: str | None  # None: a distractor
+    code: str | None  # None for a distractor
     mode: str
-    kind: int  # row of the stream's directions
+    kind: int  # index into the stream's directions
 
 
 def make_synthetic(
@@ -56,10 +56,12 @@ def make_synthetic(
 ) -> None:
     """Writes train.csv, test.csv, train/*.npy, test/*.npy (float16), gt.npy, gt_segments.json and info.json.
 
-    Half the videos are normal. A video depends on its number and on seed, classes, width and the snippets alone, so
-    the same arguments give the same bytes, and more videos leave the earlier ones as they were.
-    classes: names of XD_VIOLENCE, the first one normal. info.json tells how each anomaly of the test set shows.
-    Raises DataError on arguments that make no set.
+    Half the videos are normal. A video depends only on its index, seed, classes, width and the snippet limits, so equal
+    arguments give equal bytes, and adding videos does not change earlier ones. info.json gives the mode of each test
+    anomaly.
+
+    classes: names from XD_VIOLENCE, normal first
+    Raises DataError on invalid arguments.
     """
     codes = _codes(classes)
     if width < SCENE + HARMLESS + len(codes) + 1 or not 4 * LEAST_EVENT <= min_snippets <= max_snippets:
@@ -87,8 +89,7 @@ def make_synthetic(
         name = f"{part}_{i:05d}_label_{label}"
         seen, heard = (folder / part / f"{name}__{stream}.npy" for stream in "va")
         row = Row(seen, heard, label, i + 2)
-        # Written in place, unlike features that took hours: syncing thousands of small files to disk takes minutes,
-        # and a set cut short is made again.
+        # Not atomic: syncing thousands of small files takes minutes, and an interrupted set is cheap to make again.
         np.save(seen, sight.draw(snippets, events, rng))
         np.save(heard, sound.draw(snippets, events, rng))
         rows[part].append(row)
@@ -129,7 +130,7 @@ def _codes(classes: Iterable[str]) -> list[str]:
 
 
 def _events(snippets: int, anomalies: list[str], rng: np.random.Generator) -> list[Event]:
-    """One to three anomalies, if any are offered, and one to three distractors, apart from one another."""
+    """Draws one to three anomalies, if `anomalies` is not empty, and one to three distractors, without overlap."""
     plan: list[tuple[str | None, str, int]] = []
     if anomalies:
         count = 1 + int(rng.integers(3))
@@ -152,18 +153,18 @@ def _events(snippets: int, anomalies: list[str], rng: np.random.Generator) -> li
 
 
 class _Stream:
-    """Sight or sound: its subspace, and the rows of a video in it."""
+    """The visual or audio stream: its subspace, and the rows of a video in it."""
 
     def __init__(self, width: int, anomalies: int, faint: dict[str, float], rng: np.random.Generator):
-        """faint: the share of its strength that an anomaly of the other stream's mode has here."""
+        """faint: mode -> relative strength in this stream of anomalies that only the other stream shows."""
         self.faint = faint
         basis = np.linalg.qr(rng.standard_normal((width, 1 + SCENE + HARMLESS + anomalies)))[0].T
         self.mean, self.scene, self.events = basis[0], basis[1 : SCENE + 1], basis[SCENE + 1 :]
 
     def draw(self, snippets: int, events: list[Event], rng: np.random.Generator) -> np.ndarray:
-        """The rows of a video, (snippets, width) float16."""
+        """Draws the rows of a video, (snippets, width) float16."""
         place = rng.standard_normal(SCENE)
-        # a walk that is drawn back to the scene: an autoregression, as a sum over its decaying past
+        # mean-reverting walk: an AR(1) process as a sum over its decaying past
         age = np.subtract.outer(np.arange(snippets), np.arange(snippets))
         decay = np.where(age >= 0, 0.9 ** np.maximum(age, 0), 0) * (1 - 0.9**2) ** 0.5
         walk = decay @ rng.standard_normal((snippets, SCENE))

@@ -1,7 +1,7 @@
-"""Calibration: what a score is worth as a probability, and from where on it is an alarm, told by held-out videos.
+"""Calibration on held-out videos: temperatures that turn scores into probabilities, and alarm thresholds.
 
-Held-out training videos carry a label each and no frame truth, so scores are calibrated as a whole video's: the mean of
-its top len // 16 + 1 snippets, as in training, against whether the video is abnormal.
+Held-out training videos have video labels but no frame ground truth, so the score of a whole video is calibrated: the
+mean of its top len // 16 + 1 snippet scores, as in training, against whether the video is abnormal.
 """
 
 import json
@@ -17,14 +17,14 @@ from ..data.atomic import atomic_write
 from ..models.avadclip import Detector
 
 CALIBRATION = "calibration.json"  # beside config.json
-TEMPERATURES = np.geomspace(0.25, 16, 121)  # bounded: beyond them scores near 0 and 1 would tie in float32
+TEMPERATURES = np.geomspace(0.25, 16, 121)  # bounded, since outside scores near 0 and 1 would tie in float32
 BINS = 10
 HEADS = ("align", "binary")  # 1 - p(normal), sigmoid of the anomaly logit
 
 
 @dataclass(frozen=True)
 class Head:
-    """Of one output: score = sigmoid(logit / temperature), an alarm from `threshold` on."""
+    """Calibration of one output: score = sigmoid(logit / temperature), an alarm if score >= threshold."""
 
     temperature: float = 1.0
     threshold: float = 0.5
@@ -32,11 +32,11 @@ class Head:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of both outputs of a model; as it is made without a fit, it changes no score."""
+    """Calibration of both outputs of a model; the default does not change scores."""
 
     align: Head = Head()
     binary: Head = Head()
-    videos: int = 0  # held-out ones that it was fitted on
+    videos: int = 0  # held-out videos used for the fit
 
     def save(self, folder: str | Path) -> None:
         with atomic_write(Path(folder) / CALIBRATION) as file:
@@ -44,7 +44,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
-        """That of a model's or a run's folder; the neutral one where there is none. Raises DataError."""
+        """Loads the calibration of a model or run folder; returns the default if there is none. Raises DataError."""
         found = [p for p in (Path(path) / CALIBRATION, Path(path) / "model" / CALIBRATION) if p.is_file()]
         if not found:
             return cls()
@@ -57,7 +57,7 @@ class Calibration:
 
 
 def snippet_scores(head: str, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """How abnormal each snippet is, (n,) in 0..1: align from class logits (n, C), binary from anomaly logits (n,)."""
+    """Returns anomaly scores (n,) in 0..1: align from class logits (n, C), binary from anomaly logits (n,)."""
     x = np.asarray(logits, np.float64) / temperature
     if head == "align":
         x = np.logaddexp.reduce(x[:, 1:], axis=1) - x[:, 0]
@@ -65,15 +65,15 @@ def snippet_scores(head: str, logits: np.ndarray, temperature: float = 1.0) -> n
 
 
 def video_scores(snippets: Sequence[np.ndarray]) -> np.ndarray:
-    """(videos,) the mean of each one's top n // 16 + 1 snippet scores, as L_mil has it."""
+    """Returns video scores (videos,): the mean of the top n // 16 + 1 snippet scores of each video, as in L_mil."""
     return np.array([np.sort(s)[-(len(s) // 16 + 1) :].mean() for s in snippets])
 
 
 def fit_calibration(logits: Mapping[str, Sequence[np.ndarray]], abnormal: np.ndarray) -> Calibration:
-    """Temperatures of the least log loss of whole videos, and at these the thresholds of the best F1.
+    """Fits the temperatures that minimize the log loss of video scores, then the thresholds that maximize their F1.
 
-    logits: by head, one array a video, as for `snippet_scores`; abnormal: (videos,) bool, with some of both kinds.
-    Raises ValueError where one kind is missing.
+    logits: head -> one array per video, as for `snippet_scores`. abnormal: (videos,) bool.
+    Raises ValueError unless there are both normal and abnormal videos.
     """
     abnormal = np.asarray(abnormal, bool)
     if abnormal.all() or not abnormal.any():
@@ -87,15 +87,15 @@ def fit_calibration(logits: Mapping[str, Sequence[np.ndarray]], abnormal: np.nda
 
 
 def log_loss(scores: np.ndarray, abnormal: np.ndarray) -> float:
-    """Mean binary cross-entropy of (videos,) scores."""
+    """Returns the mean binary cross-entropy of scores (videos,)."""
     right = np.where(abnormal, scores, 1 - scores)
     return float(-np.log(np.maximum(right, 1e-12)).mean())
 
 
 def best_threshold(scores: np.ndarray, abnormal: np.ndarray) -> float:
-    """The threshold of the best F1, halfway between two scores; of several, the middle one.
+    """Returns the threshold with the best F1, halfway between two scores; of several, the middle one.
 
-    The middle one: a set that is told apart without fault has many, and the outermost would be its last video's score.
+    Several thresholds can share the best F1; the outermost would lie next to the score of a single video.
     """
     levels = np.unique(scores)
     cuts = np.concatenate([levels[:1], (levels[1:] + levels[:-1]) / 2])
@@ -106,9 +106,9 @@ def best_threshold(scores: np.ndarray, abnormal: np.ndarray) -> float:
 
 
 def reliability(scores: np.ndarray, positive: np.ndarray) -> dict:
-    """How often what is scored s is positive: by ten bins of equal width, and the expected calibration error.
+    """Computes a reliability diagram with ten bins of equal width, and the expected calibration error.
 
-    scores (n,) in 0..1, positive (n,) in 0..1 (the share of it that is).
+    scores: (n,) in 0..1. positive: (n,) in 0..1, the positive share of each snippet or video.
     Returns {"ece": mean |score - share positive|, "bins": [[mean score, share positive, share of all]]}.
     """
     at = np.minimum((scores * BINS).astype(int), BINS - 1)
@@ -125,7 +125,7 @@ def reliability(scores: np.ndarray, positive: np.ndarray) -> dict:
 
 @torch.no_grad()
 def held_out_logits(model: Detector, data: FeatureSet, batch_size: int, device) -> dict[str, list[np.ndarray]]:
-    """Both heads' logits of every video of a held-out set, in eval mode."""
+    """Returns the logits of both heads for every video of a held-out set, in eval mode."""
     model.eval()
     text = model.encode_text()
     logits: dict[str, list[np.ndarray]] = {name: [] for name in HEADS}
@@ -139,12 +139,12 @@ def held_out_logits(model: Detector, data: FeatureSet, batch_size: int, device) 
 
 
 def has_both_kinds(data: FeatureSet) -> bool:
-    """Whether there are normal and abnormal videos, without which nothing can be calibrated."""
+    """Whether a set has both normal and abnormal videos, as calibration requires."""
     return len(np.unique(_abnormal(data))) == 2
 
 
 def calibrate(model: Detector, held_out: FeatureSet, batch_size: int, device) -> Calibration:
-    """The calibration of a model by a held-out set. Raises ValueError where normal or abnormal videos are missing."""
+    """Calibrates a model on a held-out set. Raises ValueError unless it has both normal and abnormal videos."""
     return fit_calibration(held_out_logits(model, held_out, batch_size, device), _abnormal(held_out))
 
 

@@ -1,4 +1,4 @@
-"""The demo: the whole life of the model in a few minutes, on a set made up on the spot."""
+"""The demo: trains, distils and evaluates models on a generated set in a few minutes."""
 
 import json
 import time
@@ -20,12 +20,12 @@ from .train import fit
 CODES = {code: data.XD_VIOLENCE[code] for code in ("A", "B1", "B2", "G")}
 FRAMES = 16
 SEED = 0
-# Random text weights and videos of 48 snippets at most: two layers of text and 48 rows are enough, and quick.
+# The text weights are random and videos have at most 48 snippets, so two text layers and 48 rows are enough.
 LENGTH, TEXT_LAYERS = 48, 2
-# Every video has a scene of its own, so that there is less to learn by heart, and less noise will do.
+# Every video has its own scene, so overfitting is weaker and less noise is needed.
 SETTINGS: dict[str, Any] = {"epochs": 6, "milestones": (5,), "noise": 1.0, "seed": SEED}
 RECIPE = Recipe(**{**ROBUST, **SETTINGS})
-# What is heard leaves but a trace in sight: a temporal encoder that stays as it was drawn would not find it.
+# Sounds leave only a trace in the visual features, which a barely trained temporal encoder would not find.
 STUDENT_RECIPE = Recipe(**{**ROBUST, **SETTINGS, "temporal_lr": 1.0})
 
 INTRODUCTION = """# AVadCLIP on a made-up set
@@ -38,7 +38,7 @@ teacher's help. Scores are of the test videos; AP and AUC are per frame, from `1
 
 
 def run(folder: Path, device: torch.device) -> str:
-    """Trains and evaluates teacher and students under `folder`; returns the report. Raises StateError."""
+    """Trains and evaluates a teacher and two students in `folder`; returns the report. Raises StateError."""
     started = time.monotonic()
     folder = Path(folder)
     if any((folder / name).exists() for name in ("teacher", "student", "baseline")):
@@ -92,7 +92,7 @@ def run(folder: Path, device: torch.device) -> str:
 
 
 def _plot(path: Path, curves: dict, spans: list, count: int = 6) -> None:
-    """Curves of the anomalous test videos where hearing matters most, by the gap between teacher and student."""
+    """Plots the `count` anomalous test videos with the largest gap between the teacher with sound and the others."""
     first, *others = curves.values()
     anomalous = [i for i, video in enumerate(spans) if any(code != "A" for _, _, code in video)]
     gap = {i: max(np.abs(first[i].probabilities - o[i].probabilities)[:, 0].max() for o in others) for i in anomalous}

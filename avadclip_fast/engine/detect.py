@@ -1,4 +1,4 @@
-"""Detection in video files: the teacher where there is sound, the student where there is none, and their events."""
+"""Detection in video files: the teacher scores parts with sound, the student parts without; scores become events."""
 
 import csv
 import json
@@ -19,47 +19,47 @@ from ..models.text import tokenize
 from .calibrate import Calibration
 from .evaluate import PACKED_CHUNKS, VideoScores, load_model, stream_scores
 
-PAUSE = 5.0  # seconds: a shorter silence is a pause in the sound, not the lack of it
+PAUSE = 5.0  # seconds: a shorter silence counts as part of the surrounding sound
 
 
 class Scorer(NamedTuple):
-    """A model, and what its scores are worth."""
+    """A model, its calibration, and its encoded class names."""
 
     model: Detector
     calibration: Calibration
-    text: torch.Tensor  # of its classes
+    text: torch.Tensor  # result of `model.encode_text`
 
 
 class Part(NamedTuple):
-    """Snippets start to end of a video, and who scored them."""
+    """Snippets start (inclusive) to end (exclusive) of a video, and which model scored them."""
 
     start: int
     end: int
     by: str  # "teacher", "student", or "teacher without sound"
-    why: str  # what was found out about the sound
+    why: str  # the reason, such as "the sound ends"
 
 
 class Event(NamedTuple):
-    """A stretch of a video at or above its threshold."""
+    """A run of snippets whose scores reach the threshold."""
 
     start: float  # seconds
     end: float
-    name: str  # the likeliest class but normal
-    score: float  # the highest there, 1 - p(normal)
-    probability: float  # of the class, on average
+    name: str  # the most likely class other than normal
+    score: float  # maximum of 1 - p(normal) over the event
+    probability: float  # mean probability of the class over the event
 
 
 @dataclass
 class Detection:
-    """Of one video of n snippets."""
+    """The result of detection in one video of n snippets."""
 
     name: str
     classes: list[str]
-    times: np.ndarray  # (n,) seconds, where each snippet starts
-    seconds: float  # of one snippet
+    times: np.ndarray  # (n,) start of each snippet in seconds
+    seconds: float  # duration of one snippet
     anomaly: np.ndarray  # (n,) sigmoid of the anomaly logits
     probabilities: np.ndarray  # (n, C)
-    thresholds: np.ndarray  # (n,): teacher and student may have their own
+    thresholds: np.ndarray  # (n,), since the thresholds of teacher and student may differ
     parts: list[Part]
 
     @property
@@ -69,16 +69,16 @@ class Detection:
 
     @property
     def alarm(self) -> np.ndarray:
-        """(n,) bool."""
+        """(n,) bool, whether each score reaches its threshold."""
         return self.scores >= self.thresholds
 
     @property
     def edges(self) -> np.ndarray:
-        """(n + 1,) seconds: snippet i lasts from i to i + 1."""
+        """(n + 1,) seconds: snippet i spans edges[i] to edges[i + 1]."""
         return np.append(self.times, self.times[-1] + self.seconds)
 
     def events(self) -> list[Event]:
-        """Stretches of snippets at or above the threshold, in order."""
+        """Returns the runs of snippets at or above the threshold, in order."""
         edges = self.edges.tolist()
         return [
             event_of(edges[start], edges[end], self.classes, self.probabilities[start:end])
@@ -86,7 +86,7 @@ class Detection:
         ]
 
     def names(self) -> list[str]:
-        """Of each snippet, the event that it is part of, or ""."""
+        """Returns the class name of the event that contains each snippet, or "" for snippets outside events."""
         found = [""] * len(self.times)
         for (start, end), event in zip(runs(self.alarm), self.events(), strict=True):
             found[start:end] = [event.name] * (end - start)
@@ -94,17 +94,18 @@ class Detection:
 
 
 def event_of(start: float, end: float, classes: Sequence[str], probabilities: np.ndarray) -> Event:
-    """The event of a stretch of snippets, from their class probabilities (n, C)."""
+    """Returns the event of a run of n snippets from start to end (seconds), from their probabilities (n, C)."""
     mean = probabilities.mean(0)
     c = 1 + int(mean[1:].argmax())
     return Event(start, end, classes[c], float(1 - probabilities[:, 0].min()), float(mean[c]))
 
 
 def load_scorers(path: str | Path, student: str | Path | None = None, classes: Sequence[str] = ()) -> list[Scorer]:
-    """The teacher and the student, or the one there is, for `detect`.
+    """Loads the teacher and the student, or just one of them, for `detect`.
 
-    path: a model of either kind, or a folder that holds teacher/ and student/. classes: other names than those that the
-    models were trained with, normal first: they are put before the text side, and need no training.
+    path: a model of either kind, or a folder that contains teacher/ and student/. student: the student, if `path` is a
+    teacher. classes: class names to use instead of those that the models were trained with, normal first; the text
+    encoder embeds them, without training.
     Raises CheckpointError, DataError.
     """
     path = Path(path)
@@ -125,7 +126,7 @@ def load_scorers(path: str | Path, student: str | Path | None = None, classes: S
 
 
 def _load(path: Path, names: list[str] | None) -> Detector:
-    """A model; an official .pth, which does not hold its classes, may have as many as there are names."""
+    """Loads a model. An official .pth does not store its classes, so it is loaded with `names` if it needs them."""
     try:
         return load_model(path)
     except CheckpointError:
@@ -135,7 +136,7 @@ def _load(path: Path, names: list[str] | None) -> Detector:
 
 
 def class_names(classes: Sequence[str]) -> list[str]:
-    """Names without surrounding blanks. Raises DataError where they are not two or more, each once."""
+    """Strips the names of blanks. Raises DataError unless there are at least two, all different and not empty."""
     classes = [name.strip() for name in classes]
     if len(classes) < 2 or len(set(classes)) < len(classes) or not all(classes):
         raise DataError(f"classes must be at least two different names, normal first; got {', '.join(classes)}")
@@ -143,7 +144,7 @@ def class_names(classes: Sequence[str]) -> list[str]:
 
 
 def set_classes(model: Detector, classes: Sequence[str]) -> None:
-    """Gives a model other class names, normal first. Raises DataError on names that do not fit."""
+    """Replaces the class names of a model, normal first. Raises DataError on invalid names."""
     classes = class_names(classes)
     try:
         model.text.set_tokens(tokenize(classes))
@@ -161,9 +162,11 @@ def detect(
 ) -> Detection:
     """Scores one video.
 
-    A teacher scores the parts that can be heard, each on its own, so that nothing of a silence enters; a student, if
-    there is one, the others, with the whole video in sight. threshold: in place of the models' own.
-    Raises DataError where the features do not fit the model.
+    A teacher scores each part with sound separately, so that silent parts do not influence it. A student, if given,
+    scores the other parts, with the whole video as context.
+
+    name: of the video. found: its features. scorers: from `load_scorers`. threshold: replaces the models' own.
+    Raises DataError if the features do not match the model.
     """
     visual = found.visual[0].astype(np.float32, copy=False)
     first, last = scorers[0], scorers[-1]
@@ -182,7 +185,7 @@ def detect(
     unheard = None
     for part in parts:
         here = slice(part.start, part.end)
-        if part.by == "teacher" and found.audio is not None:  # it always has sound then
+        if part.by == "teacher" and found.audio is not None:  # audio is never None for the teacher
             scored, scorer = score(first, visual[here], found.audio[here].astype(np.float32, copy=False), device), first
             anomaly[here], probabilities[here] = scored.anomaly, scored.probabilities
         else:
@@ -194,7 +197,7 @@ def detect(
 
 
 def check_widths(model: Detector, visual: int, audio: int | None) -> None:
-    """Raises DataError where a model cannot take what encoders of these widths give."""
+    """Raises DataError if a model cannot take the features of encoders of these widths (audio: None without one)."""
     if model.streams() == ("audio",):
         raise DataError("a student of the sound alone cannot look at videos: give a teacher, or a student of sight")
     if wrong := [given for given in (visual, audio) if given not in (model.width, None)]:
@@ -202,17 +205,17 @@ def check_widths(model: Detector, visual: int, audio: int | None) -> None:
 
 
 def deaf_name(scorers: Sequence[Scorer]) -> str:
-    """Who scores where there is no sound: the last of `load_scorers`."""
+    """Returns the name of the model that scores parts without sound, the last of `load_scorers`."""
     return "teacher without sound" if "audio" in scorers[-1].model.streams() else "student"
 
 
 def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: str | torch.device) -> VideoScores:
-    """One video's scores; no audio is silence to a teacher."""
+    """Returns the scores of one video from features (n, D); audio None is silence to a teacher."""
     model, calibration, text = scorer
-    full = PACKED_CHUNKS * model.temporal.positions.num_embeddings  # rows that are computed in one pass
+    full = PACKED_CHUNKS * model.temporal.positions.num_embeddings  # rows per pass
 
     def parts() -> Iterator[TestVideo]:
-        """Of hours, one after the other: padding copies a part, not the whole."""
+        """Splits long videos, so that padding copies one part at a time."""
         for start in range(0, len(visual), full):
             here = slice(start, min(start + full, len(visual)))
             seen = with_motion(visual, here.start, here.stop) if model.motion else visual[here]
@@ -227,10 +230,10 @@ def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: 
 
 
 def sound_parts(heard: np.ndarray, stream: bool, seconds: float) -> Iterator[tuple[int, int, bool, str]]:
-    """(start, end, whether there is sound, why) of each part of a video, in order.
+    """Yields (start, end, whether there is sound, why) for each part of a video, in order.
 
-    heard (n,) bool, of each snippet; stream: whether there is sound at all; seconds: of a snippet. Silences shorter
-    than PAUSE belong to the sound around them.
+    heard: (n,) bool, whether each snippet is audible. stream: whether the video has a sound track. seconds: duration
+    of a snippet. Silences shorter than PAUSE count as part of the surrounding sound.
     """
     n = len(heard)
     if not stream:
@@ -254,20 +257,20 @@ def sound_parts(heard: np.ndarray, stream: bool, seconds: float) -> Iterator[tup
 
 
 def runs(mask: np.ndarray) -> list[tuple[int, int]]:
-    """(start, end) of each run of True."""
+    """Returns (start, end) of each run of True, end exclusive."""
     edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def time_code(seconds: float) -> str:
-    """HH:MM:SS.mmm."""
+    """Formats seconds as HH:MM:SS.mmm."""
     milliseconds = round(seconds * 1000)
     minutes, rest = divmod(milliseconds, 60_000)
     return f"{minutes // 60:02}:{minutes % 60:02}:{rest // 1000:02}.{rest % 1000:03}"
 
 
 def event_record(event: Event) -> dict:
-    """For JSON: seconds, time codes, class, the highest score, and the mean probability of the class."""
+    """Returns an event as JSON: seconds, time codes, class, maximum score, and mean probability of the class."""
     return {
         "start": round(event.start, 3),
         "end": round(event.end, 3),
@@ -280,7 +283,7 @@ def event_record(event: Event) -> dict:
 
 
 def as_record(detection: Detection, source: str | Path) -> dict:
-    """All that was found, for JSON."""
+    """Returns a detection as JSON. source: path of the video."""
     edges = detection.edges
     return {
         "video": str(source),
@@ -307,7 +310,7 @@ def write_detection(path: Path, detection: Detection, source: str | Path) -> Non
 
 
 def write_events(path: Path, detections: Sequence[Detection]) -> None:
-    """A CSV line an event: video, start, end (time codes), start_seconds, end_seconds, class, score."""
+    """Writes one CSV row per event: video, start, end (time codes), start_seconds, end_seconds, class, score."""
     with atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["video", "start", "end", "start_seconds", "end_seconds", "class", "score"])
@@ -318,7 +321,10 @@ def write_events(path: Path, detections: Sequence[Detection]) -> None:
 
 
 def write_frame_scores(path: Path, detection: Detection, frames: int, every: int) -> None:
-    """A CSV line a frame: frame, score, class probabilities; frames after the last whole snippet have its scores."""
+    """Writes one CSV row per frame: frame, score, class probabilities.
+
+    frames: number of frames. every: frames per snippet. Frames after the last whole snippet get its scores.
+    """
     snippet = np.minimum(np.arange(frames) // every, len(detection.times) - 1)
     rows = np.concatenate([detection.scores[:, None], detection.probabilities], 1)[snippet]
     with atomic_write(path, "w") as file:
@@ -328,14 +334,17 @@ def write_frame_scores(path: Path, detection: Detection, frames: int, every: int
 
 
 def best_snippets(detection: Detection, most: int = 5) -> list[int]:
-    """The snippets worth a look, in order: the highest of each event, of the highest events; of none, the highest."""
+    """Returns the highest-scoring snippet of each of the `most` highest events, in order of time.
+
+    Without events, returns the highest-scoring snippet of the video.
+    """
     tops = [start + int(detection.scores[start:end].argmax()) for start, end in runs(detection.alarm)]
     tops = sorted(tops, key=lambda i: -detection.scores[i])[:most] or [int(detection.scores.argmax())]
     return sorted(tops)
 
 
 def summary(detection: Detection) -> str:
-    """A few lines for the terminal: who scored what where that was not the teacher, and the events."""
+    """Returns lines for the terminal: the parts that the teacher did not score, and the events."""
     lines = []
     for part in detection.parts:
         if part.by != "teacher" and part.why != "the model needs no sound":

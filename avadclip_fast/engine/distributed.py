@@ -1,6 +1,6 @@
-"""The processes of one run, started by torchrun: who each is, what it takes of a batch, what they agree on.
+"""Distributed training with torchrun: ranks, the part of a batch that each rank processes, and collectives.
 
-Alone a process is rank 0 of 1, and nothing here communicates.
+In a single process the rank is 0, the world size is 1, and nothing here communicates.
 """
 
 import contextlib
@@ -13,27 +13,27 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-# Of a process that hangs, or a machine without power. One that dies closes its connections, which gloo tells the others
-# at once, and torchrun ends the rest. Longer than what rank 0 does alone: writing and checking files, calibration.
+# Detects a rank that hangs or a machine that loses power. A rank that dies closes its connections, which gloo reports
+# to the others at once, and torchrun ends the rest. Longer than any work that only rank 0 does, such as calibration.
 TIMEOUT = timedelta(minutes=10)
 
 
 class PeerLost(ConnectionError):
-    """Another process of the run has ended, or no longer answers."""
+    """Another process of the run has ended or no longer responds."""
 
 
 def rank() -> int:
-    """Of this process, from 0."""
+    """Returns the rank of this process; 0 in a single-process run."""
     return dist.get_rank() if _several() else 0
 
 
 def world() -> int:
-    """How many processes the run has."""
+    """Returns the world size: the number of processes of the run."""
     return dist.get_world_size() if _several() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Whether this is rank 0, the only rank that writes files and prints progress."""
     return rank() == 0
 
 
@@ -43,9 +43,9 @@ def _several() -> bool:
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Inside the block the processes that torchrun started are one run, by NCCL on GPUs, else by gloo.
+    """Joins the processes that torchrun started into one run inside the block: NCCL on GPUs, gloo otherwise.
 
-    Nothing happens where there is but one. Raises PeerLost where another does not come.
+    Does nothing if the world size is 1. Raises PeerLost if another process does not join.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or _several():
         yield
@@ -56,13 +56,13 @@ def joined(device: torch.device) -> Iterator[None]:
     with _answered():
         dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
     yield
-    # Not after an error: others may wait for this process, which its end alone tells them.
+    # Skipped after an error: other ranks may be waiting for this one, and only its exit unblocks them.
     dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 runs the block, then the others: for what one leaves to all, such as a download."""
+    """Rank 0 runs the block before the other ranks, which can then reuse its files, such as a download."""
     if not is_main():
         agreed(0)
     yield
@@ -71,21 +71,21 @@ def main_first() -> Iterator[None]:
 
 
 class Part(NamedTuple):
-    """What one process takes of a batch; all of it by default."""
+    """The part of a batch that one rank processes; by default all of it."""
 
-    where: slice = slice(None)  # its samples
-    samples: float = 1.0  # their share of the batch's samples, for means over samples: sums to 1 over the processes
-    rows: float = 1.0  # their share of the batch's valid rows, for means over rows
+    where: slice = slice(None)  # the samples
+    samples: float = 1.0  # their share of the batch's samples; weights means over samples; sums to 1 over the ranks
+    rows: float = 1.0  # their share of the batch's valid rows; weights means over rows
 
 
 WHOLE = Part()
 
 
 def part(lengths: Tensor) -> Part:
-    """This process's part of a batch, by the valid rows (n,) of its samples, on the host.
+    """Returns this rank's part of a batch of n samples. lengths: (n,) valid rows of each sample, on the host.
 
-    Where a batch has fewer samples than the run has processes, one that would have none takes the first at weight 0: it
-    has the same parameters' gradients to add as the others, all zero.
+    If a batch has fewer samples than there are ranks, a rank without samples takes the first sample with weight 0, so
+    that it contributes (zero) gradients of the same parameters to the all-reduce.
     """
     if world() == 1:
         return WHOLE
@@ -97,12 +97,15 @@ def part(lengths: Tensor) -> Part:
 
 
 def add_up(parameters: Iterable[nn.Parameter], losses: dict[str, Tensor], ask: bool) -> Tensor:
-    """Sums gradients and losses over the processes, in place, and returns how many of them ask to stop, on the device.
+    """Sums gradients and losses over the ranks, in place.
 
-    One all-reduce of one flat buffer, not DistributedDataParallel: the weights of uneven parts are in the losses, so
-    that a sum is wanted, not its average; a student that is not distilled has parameters without gradients, which DDP
-    would have to look for in every graph; losses and the question ride along; and one launch of one size is what a
-    CUDA graph captures. What DDP gains, sending while the backward pass goes on, is little: 17 million numbers a step.
+    ask: this rank asks to stop. Returns how many ranks ask, as a scalar tensor on the device.
+
+    This is one all-reduce of one flat buffer instead of DistributedDataParallel. The losses already carry the weights
+    of uneven parts, so gradients are summed, not averaged. A student that is not distilled has parameters without
+    gradients, which DDP would have to find in every graph. The losses and the stop flag share the buffer. One launch
+    of fixed size can be captured in a CUDA graph. DDP would gain little by overlapping communication with the backward
+    pass: a step sends only 17 million numbers.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     scalars = [loss.detach().float() for loss in losses.values()]
@@ -118,7 +121,7 @@ def add_up(parameters: Iterable[nn.Parameter], losses: dict[str, Tensor], ask: b
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum of a tensor over the processes, on the device that it is on."""
+    """Returns the sum of a tensor over the ranks, on the device of `x`."""
     if world() == 1:
         return x
     sent = x.to(_wire(), copy=True)
@@ -128,17 +131,17 @@ def total(x: Tensor) -> Tensor:
 
 
 def agreed(value: float) -> float:
-    """Rank 0's value."""
+    """Broadcasts rank 0's value to all ranks and returns it."""
     return total(torch.tensor(value if is_main() else 0.0, dtype=torch.float64)).item()
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is so for one process at least."""
+    """Whether `flag` is true on at least one rank."""
     return total(torch.tensor(float(flag))).item() > 0
 
 
 def share_weights(model: nn.Module) -> None:
-    """Gives every process rank 0's parameters and statistics."""
+    """Broadcasts the parameters and buffers of rank 0 to all ranks."""
     if world() > 1:
         with _answered():
             for tensor in model.state_dict().values():
@@ -146,7 +149,7 @@ def share_weights(model: nn.Module) -> None:
 
 
 def _wire() -> torch.device:
-    """Where tensors must be to be sent."""
+    """Returns the device from which the backend sends tensors."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
@@ -154,9 +157,9 @@ def _wire() -> torch.device:
 def _answered() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # gloo has no error of its own
+    except RuntimeError as error:  # gloo has no error type of its own
         reason = str(error).splitlines()[0].rpartition(".cc:")[2].partition("] ")[2] or str(error).splitlines()[0]
         raise PeerLost(
-            f"process {os.environ.get('RANK', '?')} lost another one of the run, whose own message says why; "
-            f"what was saved stays, and --resume goes on from there ({reason.partition('. ')[0]})"
+            f"rank {os.environ.get('RANK', '?')} lost another process of the run, whose own message has the cause; "
+            f"the last saved state is kept, and --resume continues from it ({reason.partition('. ')[0]})"
         ) from error

@@ -1,4 +1,4 @@
-"""Evaluation: scores of whole videos, chunk by chunk, and what they are worth."""
+"""Evaluation: scores whole videos chunk by chunk, and computes metrics of the scores."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,25 +18,26 @@ from .calibrate import Calibration, reliability
 from .metrics import evaluate_scores, positive_frames
 
 KINDS: dict[str, type[Detector]] = {"AVadCLIP": AVadCLIP, "AVadCLIPStudent": AVadCLIPStudent}
-WIDEST = 1 << 14  # snippets of a window: each weighs every other, which is a gigabyte a video at this many
-PACKED_CHUNKS = 16  # of 256 rows: enough to fill a processor, and 50 MB of activations a layer
+WIDEST = 1 << 14  # snippets in a window: its attention matrix takes a gigabyte per video at this size
+PACKED_CHUNKS = 16  # chunks of 256 rows: enough to fill a CPU, and 50 MB of activations per layer
 
 
 Item = TypeVar("Item")
 
 
 class VideoScores(NamedTuple):
-    """What a model says of one video of n snippets."""
+    """A model's scores of one video of n snippets."""
 
     name: str
-    anomaly: np.ndarray  # (n,) sigmoid of the anomaly logits, over their temperature
-    probabilities: np.ndarray  # (n, C) softmax of the class logits, over theirs
+    anomaly: np.ndarray  # (n,) sigmoid(anomaly logits / temperature)
+    probabilities: np.ndarray  # (n, C) softmax(class logits / temperature)
 
 
 def load_model(path: str | Path, classes: list[str] | None = None, window: int | None = None) -> Detector:
-    """A teacher or student from a saved folder, a run's folder, or an official .pth (told apart by their contents).
+    """Loads a teacher or student from a model folder, a run folder, or an official .pth; its contents tell which.
 
-    classes, window: of an official checkpoint, which does not hold them. Raises CheckpointError.
+    classes, window: class names and window of an official checkpoint, which does not store them.
+    Raises CheckpointError.
     """
     path = Path(path)
     folder = next((f for f in (path, path / "model") if (f / CONFIG).is_file()), None)
@@ -55,7 +56,7 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
             model = official.from_official(path, classes, **({} if window is None else {"window": window}))
     except (CheckpointError, TextWeightsError):
         raise
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of torch: sizes that are none, or too large
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: invalid or too large sizes
         reason = " ".join(str(error).split()) or repr(error)
         raise CheckpointError(f"{where} does not describe a model of this library: {reason}") from error
     if (wide := model.settings()["window"]) > WIDEST:
@@ -73,7 +74,7 @@ def score_videos(
     total: int | None = None,
     progress: bool = True,
 ) -> list[VideoScores]:
-    """`stream_scores` of all videos, with a progress bar."""
+    """Returns the `stream_scores` of all videos, with a progress bar."""
     scores = stream_scores(model, videos, device, silent=silent, calibration=calibration)
     return list(tqdm(scores, total=total, desc="scoring", unit="video", disable=not progress))
 
@@ -88,16 +89,16 @@ def score_rows(
     calibration: Calibration | None = None,
     progress: bool = True,
 ) -> list[VideoScores]:
-    """The scores of a test list, in its order; audio: whether its sound is read.
+    """Returns the scores of a test list, in its order. audio: whether to read the audio features.
 
-    The processes of a run (`distributed.joined`) share the list, and each returns all scores. They are dealt whole
-    packs, the very ones that a single process makes, so that the scores are the same to the bit. Raises DataError.
+    In a distributed run (`distributed.joined`) the ranks share the list, and each returns all scores. Each rank scores
+    whole packs, the same ones as in a single process, so that the scores are bitwise equal. Raises DataError.
     """
     length, width = model.temporal.positions.num_embeddings, model.width
     rank, world = distributed.rank(), distributed.world()
     own = list(range(len(rows)))
     if world > 1:
-        snippets = [snippet_count(row.visual, width) for row in rows]  # of the headers alone
+        snippets = [snippet_count(row.visual, width) for row in rows]  # reads only the headers
         packs = list(_packs(own, lambda i: -(-snippets[i] // length), PACKED_CHUNKS))
         own = [i for pack in packs[rank::world] for i in pack]
     videos = test_videos([rows[i] for i in own], length, width, audio, model.motion)
@@ -110,7 +111,7 @@ def score_rows(
     merged = torch.zeros(int(starts[-1]), 1 + len(model.classes))
     for i, video in zip(own, scores, strict=True):
         merged[starts[i] : starts[i + 1]] = torch.from_numpy(np.column_stack([video.anomaly, video.probabilities]))
-    parts = np.split(distributed.total(merged).numpy(), starts[1:-1])  # every row is one process's, zero for the others
+    parts = np.split(distributed.total(merged).numpy(), starts[1:-1])  # one rank fills a row; others hold zero
     return [VideoScores(row.visual.stem, part[:, 0], part[:, 1:]) for row, part in zip(rows, parts, strict=True)]
 
 
@@ -125,13 +126,15 @@ def stream_scores(
     text: torch.Tensor | None = None,
     chunks: int = PACKED_CHUNKS,
 ) -> Iterator[VideoScores]:
-    """Scores every snippet of every video, in order; each chunk is scored on its own, the text side once.
+    """Yields the scores of every snippet of every video, in order.
 
-    Videos are packed until they have `chunks` chunks together: short ones fill a batch. No more than that many are
-    computed in one pass, so that the memory of a long video is that of its features. silent: withholds the sound from a
-    teacher. calibration: whose temperatures logits are divided by. text: of `model.encode_text`, where it is known
-    already.
-    Raises DataError where a model hears and a video has no sound.
+    Each chunk is scored independently. Videos are packed until they have `chunks` chunks together, so that short videos
+    fill a batch. At most `chunks` chunks are computed in one pass, so that a long video needs little more memory than
+    its features.
+
+    silent: withhold the audio from a teacher. calibration: its temperatures divide the logits. text: the result of
+    `model.encode_text` if already computed.
+    Raises DataError if the model takes audio and a video has none.
     """
     model.to(device).eval()
     text = model.encode_text() if text is None else text.to(device)
@@ -141,7 +144,7 @@ def stream_scores(
         if hears and (deaf := [video.name for video in pack if video.audio is None]):
             raise DataError(f"{deaf[0]}: the model hears, but the list gives no sound; score without it by --silent")
         lengths = np.concatenate([video.lengths for video in pack])
-        # in masked mode the rows past the longest chunk change nothing
+        # in masked mode the rows past the longest chunk do not affect the scores
         rows = int(lengths.max()) if model.padding == "masked" else None
         streams = {"visual": [video.visual[:, :rows] for video in pack], "audio": []}
         if hears:
@@ -163,7 +166,7 @@ def stream_scores(
 
 
 def _packs(items: Iterable[Item], size: Callable[[Item], int], full: int) -> Iterator[list[Item]]:
-    """Items in a row, until their sizes come to `full` or more."""
+    """Groups consecutive items until the sum of their sizes reaches `full`."""
     pack, filled = [], 0
     for item in items:
         pack.append(item)
@@ -183,9 +186,10 @@ def evaluate(
     spans: list | None = None,
     codes: dict[str, str] | None = None,
 ) -> dict:
-    """`evaluate_scores` of scored videos. spans: per video, (start, end, code); codes: code -> class name.
+    """Runs `evaluate_scores` on scored videos.
 
-    Raises DataError where the ground truth does not fit the videos.
+    spans: per video, a list of (start, end, code); codes: label code -> class name.
+    Raises DataError if the ground truth does not match the videos.
     """
     if spans is not None:
         spans = _class_spans(spans, classes, codes or {})
@@ -205,11 +209,11 @@ def evaluate(
 def at_threshold(
     scores: list[VideoScores], truth: np.ndarray, frames_per_snippet: int, calibration: Calibration
 ) -> dict:
-    """By output, what its threshold finds of the frames, and how far its scores are probabilities of a frame.
+    """Computes precision, recall and F1 at the calibrated threshold, and the calibration error, over frames.
 
-    Returns {"align" | "binary": {threshold, temperature, precision, recall, f1, ece, bins}}, see `reliability`;
-    precision is None where nothing is found, recall where there is nothing. Raises DataError where the truth does not
-    fit.
+    Returns {"align" | "binary": {threshold, temperature, precision, recall, f1, ece, bins}}, see `reliability`.
+    precision is None if no frame is detected, recall if no frame is positive. Raises DataError if the truth does not
+    match the scores.
     """
     try:
         share = positive_frames(truth, sum(len(s.anomaly) for s in scores), frames_per_snippet) / frames_per_snippet

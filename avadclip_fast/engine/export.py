@@ -1,4 +1,4 @@
-"""Export: from features to scores in one file that runs without this library, checked by running it."""
+"""Exports a model, from features to scores, to a file that runs without this library, and verifies the file."""
 
 import copy
 import json
@@ -30,30 +30,30 @@ OUTPUTS = ("anomaly", "probabilities")
 METADATA = "metadata.json"  # the extra file of a torch.export archive
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
-# Of scores in 0..1: float32 summed in another order over some thirty layers. Measured on drawn weights: 1e-6, all
-# formats, 512 x 256; trained ones, whose logits are larger, may have some ten times that. A single weight matrix that
-# is 1 % off: 5e-3.
+# Largest allowed difference of scores in 0..1. Float32 sums in another order over about thirty layers give 1e-6 with
+# random weights (all formats, D = 512, T = 256); trained weights have larger logits and may give ten times that. A 1 %
+# error in a single weight matrix gives 5e-3.
 TOLERANCE = 1e-4
-DRAWS = 8  # of a random video, to choose from
+DRAWS = 8  # random videos to choose from, see `_draw`
 
 Run = Callable[..., Sequence[Any]]  # features and lengths as tensors -> anomaly, probabilities as arrays
 
 
 class ExportError(CheckpointError):
-    """A model cannot be exported here, or what was written does not compute what the model does."""
+    """A model cannot be exported here, or the exported file does not compute the same scores."""
 
 
 class Scores(nn.Module):
-    """From features to scores, as evaluation has them, in plain PyTorch operators.
+    """Maps features to scores, as in evaluation, with plain PyTorch operators.
 
         anomaly = sigmoid(anomaly_logits / temperature),   probabilities = softmax(class_logits / temperature)
 
-    The temperatures are the calibration's, and the text side is a constant. The model is copied, and left as it is.
+    The temperatures come from the calibration, and the text features are a constant. The model is copied, not changed.
 
-    forward: the model's streams, visual, audio, or both in this order, each (B, T, D) float32 with T <= length;
-    lengths (B,) int64 in 1..T -> anomaly (B, T), probabilities (B, T, C), float32, both 0 for t >= lengths[b].
-    What the streams hold there is not read. Any T is computed as the model's whole length, zero past lengths: so too
-    where padding is "official", and scores depend on it, they are those of evaluation.
+    forward: the model's streams (visual, audio, or both in this order), each (B, T, D) float32 with T <= length, and
+    lengths (B,) int64 in 1..T -> anomaly (B, T) and probabilities (B, T, C), float32, both 0 for t >= lengths[b].
+    Stream values at t >= lengths[b] are ignored. Inputs are zero-padded to the model's full length, so that scores
+    match evaluation also if padding is "official", where they depend on the padding.
     """
 
     text: Tensor
@@ -66,14 +66,14 @@ class Scores(nn.Module):
         with torch.no_grad():
             self.register_buffer("text", model.encode_text())
         self.model = copy.deepcopy(model)
-        del self.model.text  # a constant now; four fifths of the weights
+        del self.model.text  # replaced by a constant; four fifths of the weights
         self.requires_grad_(False)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         *streams, lengths = inputs
         rows = torch.arange(streams[0].shape[1], device=lengths.device)
         valid = torch.arange(self.length, device=lengths.device) < lengths[:, None]  # [B, length]
-        # One row count inside: windows of a T that is known later alone cannot be traced.
+        # The number of rows is fixed inside, since windows over a symbolic T cannot be traced.
         padded = [F.pad(x, (0, 0, 0, self.length))[:, : self.length] for x in streams]
         out = self.model(*(torch.where(valid[..., None], x, 0) for x in padded), lengths, text_features=self.text)
         binary, align = self.temperatures
@@ -89,18 +89,20 @@ def export_model(
     calibration: Calibration | None = None,
     every: int | None = None,
 ) -> float:
-    """Writes a teacher or a student from features to scores (`Scores`), and checks the file by running it.
+    """Exports a teacher or a student, from features to scores (`Scores`), and verifies the file by running it.
 
-    path: NAME.onnx or NAME.pt2; its folder is made. format: "onnx"; "torch", a torch.export archive; "aoti", an
-    AOTInductor package, compiled for processors such as this one. By default the suffix tells, .pt2 being "torch".
-    calibration: whose temperatures are put in, and whose thresholds are told; none changes no score.
-    every: frames a snippet, to be told. All metadata is in the file, see `metadata`.
+    path: NAME.onnx or NAME.pt2; its folder is created if needed.
+    format: "onnx"; "torch", a torch.export archive; or "aoti", an AOTInductor package compiled for CPUs like this one.
+    Default: by suffix, with "torch" for .pt2.
+    calibration: its temperatures are baked into the scores, and its thresholds are stored as metadata. By default
+    scores are not rescaled.
+    every: frames per snippet, stored as metadata. The file contains all metadata, see `metadata`.
 
-    Batch and T are free in all formats, T up to the model's length. A longer T is refused by onnx and torch; aoti ends
-    the process, or with AOTI_RUNTIME_CHECK_INPUTS=1 in the environment raises.
-    The file appears when it has been run and agrees with `stream_scores` on random features; where it does not, nothing
-    is written. The model is moved to the CPU, in eval mode.
-    Returns the largest difference of a score. Raises ExportError.
+    Batch size and T are dynamic in all formats, with T up to the model's length. With a longer T, onnx and torch raise
+    an error; aoti aborts the process, or raises if AOTI_RUNTIME_CHECK_INPUTS=1 is set in the environment.
+    The file is written only if its scores agree with `stream_scores` on random features. The model is moved to the
+    CPU and put in eval mode.
+    Returns the largest absolute difference of a score. Raises ExportError.
     """
     path = Path(path)
     if format is None:
@@ -129,12 +131,13 @@ def export_model(
 
 
 def metadata(model: Detector, calibration: Calibration, every: int | None = None) -> dict[str, str]:
-    """What a file says of itself: by name, a value in JSON.
+    """Returns the metadata of an exported file, name -> JSON value.
 
-    inputs, outputs; classes, normal first; length (the largest T) and width (D); motion: whether visual is [x | m] of
-    width 2 D, sight and its motion as `data.with_motion` gives them; every: frames a snippet, or null;
-    temperature: in the scores already; threshold: align's of 1 - probabilities[..., 0], binary's of anomaly.
-    It stands in metadata_props (onnx), in the extra file metadata.json (torch), in get_metadata() (aoti).
+    model, avadclip_fast (its version), inputs, outputs, padding; classes, normal first; length (the largest T) and
+    width (D); motion: whether visual is [x | m] of width 2 D, visual features and their motion as `data.with_motion`
+    computes them; every: frames per snippet, or null; temperature: already applied to the scores; threshold: align's
+    applies to 1 - probabilities[..., 0], binary's to anomaly.
+    The file stores it in metadata_props (onnx), the extra file metadata.json (torch), or get_metadata() (aoti).
     """
     heads = {"align": calibration.align, "binary": calibration.binary}
     facts = {
@@ -155,11 +158,11 @@ def metadata(model: Detector, calibration: Calibration, every: int | None = None
 
 
 def trace(model: Detector, calibration: Calibration | None = None) -> ExportedProgram:
-    """`Scores` of a model in eval mode as a graph of ATen operators, batch and T free."""
+    """Exports the `Scores` of a model in eval mode to a graph of ATen operators, with dynamic batch size and T."""
     scores = Scores(model, calibration).eval()
     lengths = torch.full((2,), scores.length)
     inputs = (*(torch.zeros(2, scores.length, model.width_of(stream)) for stream in model.streams()), lengths)
-    with torch.no_grad(), use_backend("reference"):  # other operators are known only where this library is
+    with torch.no_grad(), use_backend("reference"):  # custom operators exist only with this library
         return torch.export.export(scores, inputs, dynamic_shapes=_free(model))
 
 
@@ -169,7 +172,7 @@ def _free(model: Detector) -> tuple:
 
 
 def _require(format: str) -> None:
-    """Raises ExportError where something that a format needs is absent."""
+    """Raises ExportError if a package or compiler that a format needs is missing."""
     if format == "onnx" and (missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]):
         raise ExportError(f"ONNX needs {', '.join(missing)}: pip install 'avadclip_fast[onnx]'")
     if format == "aoti":
@@ -187,7 +190,7 @@ def _require(format: str) -> None:
 def _write_onnx(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
     free = tuple({0: "batch", 1: "snippets"} for _ in json.loads(facts["inputs"])[:-1]) + ({0: "batch"},)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "# The axis name: ")  # that two inputs share an axis is meant
+        warnings.filterwarnings("ignore", "# The axis name: ")  # inputs share axes on purpose
         onnx = torch.onnx.export(
             program,
             dynamo=True,
@@ -222,14 +225,14 @@ def _write_aoti(program: ExportedProgram, path: Path, facts: dict[str, str]) -> 
     from torch._inductor import aoti_compile_and_package, config
     from torch._inductor.exc import CppCompileError, InductorError
 
-    settings = {"aot_inductor.metadata": facts, "cpp.dynamic_threads": True}  # not the thread count of today
+    settings = {"aot_inductor.metadata": facts, "cpp.dynamic_threads": True}  # do not fix the current thread count
     if hasattr(config.aot_inductor, "check_lowerbound"):
-        # AOTI_RUNTIME_CHECK_INPUTS=1 would else refuse a batch of 1, and a T of 1, which are computed rightly
+        # Otherwise AOTI_RUNTIME_CHECK_INPUTS=1 rejects a batch size or T of 1, which work correctly.
         settings["aot_inductor.check_lowerbound"] = False
     try:
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     except (CppCompileError, InductorError) as error:
-        cause = getattr(error, "inner_exception", error)  # the first file's failure comes wrapped
+        cause = getattr(error, "inner_exception", error)  # a failure in the first file is wrapped
         if not isinstance(cause, CppCompileError):
             raise
         lines = cause.output.strip().splitlines()
@@ -242,9 +245,10 @@ def _load_aoti(path: Path) -> Run:
 
 
 def largest_difference(run: Run, model: Detector, calibration: Calibration) -> float:
-    """The largest difference between what a file gives and `stream_scores`, in any score; NaN where one is NaN.
+    """Returns the largest absolute difference between an exported file's scores and `stream_scores`; NaN if any is NaN.
 
-    Videos of one snippet, of an odd number and of the whole length, alone and three in a batch, with NaN for padding.
+    The inputs are random videos of one snippet, an odd number of snippets and the full length, alone and in batches of
+    three, padded with NaN.
     """
     length = model.temporal.positions.num_embeddings
     odd = (length + 1) // 2 | 1 if length > 1 else 1
@@ -268,10 +272,10 @@ def largest_difference(run: Run, model: Detector, calibration: Calibration) -> f
 
 
 def _draw(model: Detector, calibration: Calibration, n: int, generator) -> tuple[TestVideo, VideoScores]:
-    """A random video of n snippets, in four scenes, and its scores.
+    """Returns a random video of n snippets in four scenes, and its scores.
 
-    The similarity graph drops cosines of up to 0.7, where the last bit of a sum can decide: of several videos, the one
-    whose cosines stay clearest of that is taken.
+    The similarity graph drops cosines up to 0.7, so rounding decides about a cosine near 0.7. Of DRAWS videos, returns
+    the one whose cosines stay farthest from it.
     """
     length = model.temporal.positions.num_embeddings
     graph = model.temporal.aggregator.simAdj

@@ -1,6 +1,6 @@
-"""A training step as one CUDA graph: recorded once for each size of a batch, then replayed on what its inputs hold.
+"""Runs a training step as one CUDA graph, recorded once per batch size and replayed for every batch.
 
-A step launches hundreds of kernels, many of which take less time than a launch. A graph launches them all at once.
+A step launches hundreds of kernels, many of which take less time than their launch. A graph launches them all at once.
 """
 
 import contextlib
@@ -12,44 +12,45 @@ from torch import Tensor
 
 from . import distributed
 
-REHEARSALS = 2  # the first compiles kernels and makes AdamW's moments, the second allocates what every later one does
+REHEARSALS = 2  # warm-up calls: the first compiles kernels and creates moments, the second allocates like later steps
 
 
 def refusal(device: torch.device) -> str | None:
-    """Why steps on `device` cannot be recorded, or None."""
+    """Returns why steps on `device` cannot be recorded, or None if they can."""
     if device.type != "cuda":
-        return f"only a GPU's work can be, and this is {device.type}"
+        return f"this needs a GPU, and the device is {device.type}"
     if distributed.world() > 1:
-        return "each of several processes weighs its part of a batch anew"
+        return "each process of a distributed run weights its part of every batch differently"
     return None
 
 
 def changed_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """The tensors that its steps change: the parameters and, once there are some, their moments."""
+    """Returns the tensors that a step changes: the parameters and, once they exist, their moments."""
     moments = [x for state in optimizer.state.values() for x in state.values()]
     return [*(p for group in optimizer.param_groups for p in group["params"]), *moments]
 
 
 class StepGraph:
-    """function(*inputs) -> Tensor, as a graph for each set of input shapes.
+    """Runs function(*inputs) -> Tensor as a CUDA graph, one for each set of input shapes.
 
         step = StepGraph(train_on, changed=lambda: changed_by(optimizer))
-        step.record(index)                   # before the first step, with an example of every shape to come
-        torch.manual_seed(seed)              # a replay draws what a plain call would
-        losses = step(index)                 # lies where the next replay of this shape will write
+        step.record(index)                   # before the first step, once for every shape
+        torch.manual_seed(seed)              # a replay draws the same numbers as a plain call
+        losses = step(index)                 # overwritten by the next replay of this shape
 
-    function: reads nothing of the device on the host, changes tensors in place, and draws from the default generator.
-    changed: gives the tensors that it changes. Recording leaves them as they are: those that it finds get their values
-    back, those that were made by the first call, as AdamW's moments are, become zero.
+    function: must not synchronize with the device, must change tensors in place, and must draw from the default
+    generator.
+    changed: returns the tensors that the function changes. Recording has no net effect on them: existing tensors get
+    their values back, and tensors that the first call creates, such as AdamW's moments, are set to zero.
     """
 
     def __init__(self, function: Callable[..., Tensor], changed: Callable[[], Iterable[Tensor]]):
         self.function, self.changed = function, changed
         self.recorded: dict[tuple, tuple[tuple[Tensor, ...], Callable[[], None], Tensor]] = {}
-        self.pool: tuple[int, int] | None = None  # of memory: graphs that take turns share it
+        self.pool: tuple[int, int] | None = None  # memory pool, shared by graphs that never run at the same time
 
     def record(self, *inputs: Tensor) -> None:
-        """Makes the graph for inputs of these shapes, if it is not there. The values are only to be fit to compute."""
+        """Records the graph for inputs of these shapes unless it exists. The inputs may hold any valid values."""
         if _shapes(inputs) in self.recorded:
             return
         kept = tuple(x.clone() for x in inputs)
@@ -67,20 +68,20 @@ class StepGraph:
 
 
 def rehearse(function: Callable[[], object]) -> None:
-    """Calls it a few times on a stream of its own, as recording wants."""
+    """Warms up a function on a side stream, as CUDA graph capture requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*capturable=True.*")  # AdamW, of being called without being recorded
+        warnings.filterwarnings("ignore", ".*capturable=True.*")  # AdamW warns if called outside a capture
         for _ in range(REHEARSALS):
             function()
     torch.cuda.current_stream().wait_stream(side)
 
 
 def capture(function: Callable[[], Tensor], pool) -> tuple[Callable[[], None], Tensor, tuple[int, int]]:
-    """Records a call. Returns what replays it, its result, and the memory pool it lies in."""
+    """Captures a call. Returns the replay function, the result tensor, and the memory pool."""
     graph = torch.cuda.CUDAGraph()
-    # Other threads may use the GPU meanwhile: what they do is not recorded, nor an error.
+    # Other threads may use the GPU meanwhile: their work is neither captured nor an error.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result, graph.pool()

@@ -1,7 +1,7 @@
-"""Frame-level AP and ROC-AUC, and detection mAP, computed on snippets and exact for frames.
+"""Frame-level AP and ROC-AUC, and detection mAP, computed on snippets with exact frame-level results.
 
-A score belongs to a snippet and holds for each of its `frames_per_snippet` frames, so nothing here repeats it:
-frames enter as weights (AP, AUC, top means) and as a factor on positions (proposals).
+All `frames_per_snippet` frames of a snippet share its score, so scores are not repeated per frame: frames enter as
+weights (AP, AUC, top means) and as a factor on positions (proposals).
 """
 
 import math
@@ -17,18 +17,19 @@ Spans = Sequence[Sequence[tuple[int, int, int]]]  # per video: (first frame, one
 
 
 def frame_ap(scores: np.ndarray, truth: np.ndarray, frames_per_snippet: int = 1) -> float:
-    """Average precision over frames, a fraction.
+    """Returns the average precision over frames, as a fraction.
 
         AP = sum_i (R_i - R_{i-1}) P_i over the distinct scores in descending order      (scikit-learn's)
 
-    scores: (n,) one per snippet; truth: (n * frames_per_snippet,) of 0 and 1
-    Returns nan where the truth has one class only. Raises ValueError on lengths, other values, or non-finite scores.
+    scores: (n,), one per snippet; truth: (n * frames_per_snippet,) of 0 and 1
+    Returns nan if the truth has only one class. Raises ValueError on mismatched lengths, other truth values, or
+    non-finite scores.
     """
     return _frame_metric(average_precision_score, scores, truth, frames_per_snippet)
 
 
 def frame_auc(scores: np.ndarray, truth: np.ndarray, frames_per_snippet: int = 1) -> float:
-    """Area under the ROC curve over frames, a fraction: P(positive > negative) + P(equal) / 2.
+    """Returns the area under the ROC curve over frames, as a fraction: P(positive > negative) + P(equal) / 2.
 
     Arguments, nan and errors as in `frame_ap`.
     """
@@ -46,9 +47,9 @@ def _frame_metric(metric, scores, truth, frames_per_snippet: int) -> float:
 
 
 def _weighted_metric(metric, scores: np.ndarray, positives: np.ndarray, frames_per_snippet: int) -> float:
-    """`metric` of frames from snippet scores [n] and positive frames a snippet [n].
+    """Computes a frame-level `metric` from snippet scores [n] and the number of positive frames per snippet [n].
 
-    Frames of one snippet are tied, so a snippet is one positive of weight `positives` and one negative of the rest.
+    Frames of a snippet are tied, so a snippet is one positive of weight `positives` and one negative with the rest.
     """
     negatives = frames_per_snippet - positives
     if not positives.any() or not negatives.any():
@@ -60,7 +61,7 @@ def _weighted_metric(metric, scores: np.ndarray, positives: np.ndarray, frames_p
 
 
 def positive_frames(truth, snippets: int, frames_per_snippet: int) -> np.ndarray:
-    """Positive frames in each snippet, [snippets] int64."""
+    """Returns the number of positive frames in each snippet, [snippets] int64."""
     truth = np.asarray(truth)
     if frames_per_snippet < 1:
         raise ValueError(f"frames_per_snippet must be at least 1, got {frames_per_snippet}")
@@ -77,13 +78,13 @@ def positive_frames(truth, snippets: int, frames_per_snippet: int) -> np.ndarray
 
 @dataclass(frozen=True)
 class DetectionResult:
-    """Detection mAP in percent, as the papers give it."""
+    """Detection mAP in percent, as in the papers."""
 
     ious: tuple[float, ...]  # [I]
-    map_at_iou: np.ndarray  # [I] mean over the classes that count
-    average: float  # mean of map_at_iou, the AVG of the papers
-    per_class: np.ndarray  # [I, C], a class without truth at 0
-    truths: np.ndarray  # [C] int, ground-truth spans
+    map_at_iou: np.ndarray  # [I] mean over the included classes
+    average: float  # mean of map_at_iou, AVG in the papers
+    per_class: np.ndarray  # [I, C], 0 for a class without truth
+    truths: np.ndarray  # [C] int, number of ground-truth spans
 
 
 def detection_map(
@@ -102,20 +103,21 @@ def detection_map(
         score of a run = max of s in it + top_weight * mean of the video's top n // top_divisor of s
         AP_c = sum over hits of (hits so far / proposals so far) / truths,    mAP = 100 * mean_c AP_c
 
-    with s the video's n = n_b * frames_per_snippet frame scores of c. Proposals of all videos are taken in descending
-    score; one is a hit if among the unmatched truths of its class and video the one of highest IoU has at least `iou`,
-    and takes it. IoU counts frames, ends exclusive; a truth may reach beyond the scored frames, and counts whole.
+    where s holds the video's n = n_b * frames_per_snippet frame scores of c. Proposals of all videos are visited in
+    descending order of score. A proposal is a hit if, among the unmatched truths of its class and video, the one with
+    the highest IoU reaches `iou`; that truth is then matched. IoU counts frames, with exclusive ends. A truth may
+    extend beyond the scored frames; its full length counts.
     Source: the evaluator of VadCLIP (Wu et al., AAAI 2024), after W-TALC (Paul et al., ECCV 2018), used by AVadCLIP.
 
     scores: per video (n_b, C), softmax of the class logits; spans: per video (start, end, class) in frames
     exclude_normal: leave class 0 out of the mean (official drops the videos after the 500th and keeps the class)
-    Returns a `DetectionResult`. Raises ValueError on shapes, non-finite scores, classes or IoUs that do not fit.
+    Returns a `DetectionResult`. Raises ValueError on invalid shapes, classes or IoUs and on non-finite scores.
 
-    As official: a class without truth has AP 0 and counts (so an unlabelled normal class halves a two-class mAP);
-    constant scores propose nothing; neither does a video of fewer than top_divisor frames, nor one whose top mean is
-    not positive. The official non-maximum suppression is absent since runs over one threshold never overlap.
-    Departures: float64 where official sums float32; equal scores keep the order of video and start (unstable sort
-    there); a class nobody proposes has AP 0 (there it makes the whole mAP 0).
+    As in the official code, a class without truth has AP 0 and is included (so an unlabelled normal class halves a
+    two-class mAP). Constant scores, videos of fewer than top_divisor frames, and videos whose top mean is not positive
+    produce no proposals. The official non-maximum suppression is omitted since runs over one threshold never overlap.
+    Differences from the official code: sums are float64, not float32; equal scores keep the order of video and start
+    (the official sort is unstable); a class without proposals has AP 0 (officially it makes the whole mAP 0).
     Deterministic. Cost: O(N log N) in snippets.
     """
     scores, classes = _check_scores(scores)
@@ -147,7 +149,10 @@ def detection_map(
 def _proposals(
     scores: np.ndarray, frames_per_snippet: int, threshold: float, top_weight: float, top_divisor: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """class [P], start [P] and end [P] in frames, score [P] of one video's runs, by class and start; scores [n, C]."""
+    """Returns class, start, end (in frames) and score, each [P], of one video's runs; scores [n, C].
+
+    Runs are sorted by class and start.
+    """
     values = scores.T.astype(np.float64)  # [C, n]
     n = values.shape[1]
     top = n * frames_per_snippet // top_divisor  # frames in the top mean
@@ -157,10 +162,10 @@ def _proposals(
     low, high = values.min(1), values.max(1)
     above = values > (high - threshold * (high - low))[:, None]
     above &= top_mean[:, None] > 0
-    klass, edge = np.nonzero(np.diff(above, axis=1, prepend=False, append=False))  # start, end, start, end, ... a row
+    klass, edge = np.nonzero(np.diff(above, axis=1, prepend=False, append=False))  # alternating starts and ends
     klass, start, end = klass[::2], edge[::2], edge[1::2]
 
-    row = klass * (n + 1)  # one spare column, so that an end is an index too
+    row = klass * (n + 1)  # with a spare column, so that an end is a valid index
     bounds = np.stack([row + start, row + end], 1).ravel()
     peak = np.maximum.reduceat(np.pad(values, ((0, 0), (0, 1))).ravel(), bounds)[::2] if len(klass) else np.empty(0)
     keep = (end - start) * frames_per_snippet >= 2
@@ -171,12 +176,12 @@ def _proposals(
 def _match(
     video: np.ndarray, start: np.ndarray, end: np.ndarray, truths: np.ndarray, ious: tuple[float, ...]
 ) -> np.ndarray:
-    """Which proposals hit, [I, P] bool: proposals [P] in descending score, truths [S, 3] (video, start, end)."""
+    """Returns which proposals hit, [I, P] bool. Proposals [P] in descending score; truths [S, 3]: video, start, end."""
     hits = np.zeros((len(ious), len(video)), bool)
     by_video = np.argsort(video, kind="stable")
     for b in np.unique(truths[:, 0]):
         left, right = np.searchsorted(video[by_video], [b, b + 1])
-        own = by_video[left:right]  # the video's proposals, still in descending score
+        own = by_video[left:right]  # proposals of the video, in descending score
         _, first, last = truths[truths[:, 0] == b].T
         inter = np.minimum(end[own, None], last) - np.maximum(start[own, None], first)
         inter = np.maximum(inter, 0)
@@ -184,7 +189,7 @@ def _match(
         for i, least in enumerate(ious):
             free = iou * (iou >= least)
             for p in np.flatnonzero(free.any(1)):
-                best = free[p].argmax()  # the first of equals
+                best = free[p].argmax()  # the first of ties
                 if free[p, best] > 0:
                     hits[i, own[p]] = True
                     free[:, best] = 0
@@ -204,7 +209,7 @@ def _check_scores(scores: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
 
 
 def _check_spans(spans: Spans, videos: int, classes: int) -> np.ndarray:
-    """[S, 4] int64: video, start, end, class."""
+    """Validates spans and returns them as [S, 4] int64: video, start, end, class."""
     if len(spans) != videos:
         raise ValueError(f"spans of {len(spans)} videos, scores of {videos}")
     rows = [(b, *span) for b, own in enumerate(spans) for span in own]
@@ -223,18 +228,18 @@ def evaluate_scores(
     frames_per_snippet: int = 16,
     exclude_normal: bool = False,
 ) -> dict:
-    """Every metric of one model's scores, ready for JSON (undefined numbers are None).
+    """Computes all metrics of one model's scores, ready for JSON (undefined values are None).
 
     anomaly: per video (n_b,), sigmoid(logits1); class_probabilities: per video (n_b, C), softmax(logits2), class 0
     normal; truth: (sum of n_b * frames_per_snippet,) of 0 and 1, videos in order; spans: see `detection_map`
 
-    Returns counts and, as fractions,
-        align, binary   ap, auc over all frames, abnormal_ap, abnormal_auc over the videos with a positive frame;
-                        align scores 1 - p[0] (the AP that papers report), binary scores sigmoid(logits1)
-        class_ap        with spans, by class: over the videos that have a span of c, p[c] against frames in such spans
-                        (None where these are all their frames, as for normal videos)
-        detection       with spans, in percent: `detection_map`'s result by name
-    Raises ValueError on lengths and shapes that do not fit, a truth of other length first of all.
+    Returns counts and, as fractions unless stated otherwise,
+        align, binary   ap, auc over all frames; abnormal_ap, abnormal_auc over videos with a positive frame;
+                        align scores 1 - p[0] (the AP in papers), binary scores sigmoid(logits1)
+        class_ap        per class c, if spans are given: AP of p[c] against the frames inside spans of c, over videos
+                        with such a span (None if the spans cover all their frames, as for normal videos)
+        detection       if spans are given: the result of `detection_map`, in percent
+    Raises ValueError on lengths or shapes that do not match, such as a truth of the wrong length.
     """
     class_probabilities, classes = _check_scores(class_probabilities)
     anomaly = [np.asarray(p) for p in anomaly]
@@ -246,7 +251,7 @@ def evaluate_scores(
         raise ValueError(f"expected {classes} distinct class names, got {names}")
 
     positives = positive_frames(truth, lengths.sum(), frames_per_snippet)  # [N]
-    first = np.concatenate([[0], np.cumsum(lengths)[:-1]])  # [B] each video's first snippet
+    first = np.concatenate([[0], np.cumsum(lengths)[:-1]])  # [B] first snippet of each video
     abnormal = np.add.reduceat(positives, first) > 0  # [B]
     in_abnormal = np.repeat(abnormal, lengths)  # [N]
     probabilities = np.concatenate(class_probabilities)  # [N, C]
@@ -290,7 +295,7 @@ def evaluate_scores(
 
 
 def _class_ap(scores: np.ndarray, spans: np.ndarray, first: np.ndarray, lengths: np.ndarray, frames: int) -> float:
-    """AP of one class over the videos that have it: scores [N], spans [S, 3] (video, start, end)."""
+    """Returns the AP of one class over the videos with a span of it. scores: [N]; spans: [S, 3] (video, start, end)."""
     parts = []
     for b in np.unique(spans[:, 0]):
         inside = np.zeros(lengths[b] * frames, np.int64)
@@ -308,7 +313,7 @@ def _or_none(value: float) -> float | None:
 
 
 def format_table(result: dict) -> str:
-    """`evaluate_scores`' result as a small table, in percent."""
+    """Formats the result of `evaluate_scores` as a table, in percent."""
 
     def cells(values) -> str:
         return "".join(f"{'-' if v is None else format(v, '.2f'):>9}" for v in values)

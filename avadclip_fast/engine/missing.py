@@ -1,4 +1,4 @@
-"""Missing sound: what teacher, student and the choice between them are worth when some videos are mute."""
+"""Missing sound: compares the teacher, the student, and a choice between them when some videos have no sound."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,10 @@ CHOICES = ("teacher", "student", "automatic")
 
 
 def mute(videos: int, percent: float, seed: int) -> np.ndarray:
-    """(videos,) bool, which ones lose their sound: `percent` of them, drawn by seed; a larger share holds a smaller."""
+    """Returns which videos lose their sound, (videos,) bool: a random `percent` of them.
+
+    With the same seed, a larger share includes a smaller one. Raises DataError unless percent is in 0..100.
+    """
     if not 0 <= percent <= 100:
         raise DataError(f"a share of videos without sound is 0 to 100 percent, got {percent:g}")
     chosen = np.random.default_rng(seed % 2**64).permutation(videos)[: round(videos * percent / 100)]
@@ -29,11 +32,11 @@ def missing_sound(
     percents: Sequence[float],
     seed: int,
 ) -> list[dict]:
-    """One record a share: {"missing": percent, "teacher" | "student" | "automatic" | "oracle": {branch: AP}}.
+    """Returns a record per share: {"missing": percent, "teacher" | "student" | "automatic" | "oracle": {branch: AP}}.
 
-    hearing, deaf: the teacher's scores of all videos with their sound and with none; student: the student's.
-    teacher hears the videos that have sound, and is deaf on the others; automatic takes the student there; oracle is
-    the best of the three, chosen by the truth. Raises DataError on shares or a truth that do not fit.
+    hearing, deaf: the teacher's scores of all videos with and without their sound; student: the student's scores.
+    "teacher" scores every video with the teacher; "automatic" uses the student for videos without sound; "oracle" is
+    the best of the three by the ground truth. Raises DataError on invalid shares or ground truth.
     """
     if not 0 < np.count_nonzero(truth) < len(truth):
         raise DataError("the frames of the ground truth are all of one kind, of which there is no AP to compare")
@@ -55,7 +58,7 @@ def missing_sound(
 
 
 def format_missing(records: Sequence[dict]) -> str:
-    """The records as a table of frame AP in percent."""
+    """Formats the records as a table of frame AP in percent."""
     lines = [f"{'frame AP, %':<16}" + "".join(f"{name:>20}" for name in (*CHOICES, "oracle"))]
     lines.append(f"{'without sound':<16}" + f"{'align':>12}{'binary':>8}" * 4)
     for record in records:

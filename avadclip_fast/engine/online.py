@@ -1,4 +1,4 @@
-"""Detection in a stream: a snippet at a time, with a bounded memory of what was, and events as they end."""
+"""Detection in a stream, one snippet at a time, with bounded memory; events are returned when they end."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -14,21 +14,23 @@ from .detect import PAUSE, Event, Scorer, check_widths, deaf_name, event_of, sco
 
 
 class OnlineDetector:
-    """Takes the snippets of a stream as they come, and gives its events.
+    """Scores the snippets of a stream as they arrive and returns its events.
 
         detector = OnlineDetector(load_scorers("model"), ClipVisual(), Wav2Clip("Wav2CLIP.pt"), seconds=16 / 25)
         for frame, audio in camera:                  # (H, W, 3) uint8 RGB; (n,) float32 mono at 16 kHz, or None
             for event in detector.push(frame, audio):
                 print(event)
 
-    A snippet is scored in sight of the `window` snippets up to it (by default as many as the model takes) and of
-    `delay` snippets after it: by the teacher while there is sound, by the student, if there is one, when there has
-    been none for PAUSE seconds. An event is given when it ends, or has lasted `longest` seconds: the next then begins
-    where it ended. A gap of more than PAUSE seconds in time ends everything: what follows is scored afresh.
+    The context of a snippet is at most the last `window` snippets (default: as many as the model takes), which include
+    the snippet itself and the `delay` snippets after it. The teacher scores while there is sound; the student, if
+    given, scores after PAUSE seconds without sound. An event is returned when it ends or has lasted `longest` seconds;
+    in the latter case the next event starts where it ends. A gap of more than PAUSE seconds in the times ends all
+    events and resets the context.
 
-    seconds: of a snippet, which should be as long as those that the model was trained on. threshold: in place of the
-    models' own. by: who scored last; score: the last score, 1 - p(normal).
-    Raises DataError where the encoders do not fit the model, or a delay the window.
+    seconds: duration of a snippet; should match the snippets that the model was trained on. threshold: replaces the
+    models' own. geometry: how frames are cut, see `media.crops.cut`.
+    Attributes: `by`, the model that scored last; `score`, the last 1 - p(normal).
+    Raises DataError if the encoders do not match the model, or the delay does not fit the window.
     """
 
     def __init__(
@@ -58,14 +60,14 @@ class OnlineDetector:
         self._forget()
 
     def _forget(self) -> None:
-        self._seen: deque = deque(maxlen=self.window)  # features (D,) of each snippet
+        self._seen: deque = deque(maxlen=self.window)  # visual features (D,) of each snippet
         self._heard: deque = deque(maxlen=self.window)
         self._loudness: deque = deque(maxlen=self.window)  # mean and mean square of each spectrogram
-        self._sounding = 0  # snippets since there is sound, pauses included
-        self._silent = 0.0  # seconds since there was any
-        self._open: list[np.ndarray] = []  # probabilities (C,) of the snippets of the event at hand
-        self._from = self._until = 0.0  # where its first snippet begins, and its last ends
-        self._later: list[tuple[float, float, np.ndarray, float]] = []  # start, end, probabilities, threshold: not told
+        self._sounding = 0  # snippets since the sound began, including pauses
+        self._silent = 0.0  # seconds since the last sound
+        self._open: list[np.ndarray] = []  # probabilities (C,) of the snippets of the open event
+        self._from = self._until = 0.0  # start of its first snippet, end of its last
+        self._later: list[tuple[float, float, np.ndarray, float]] = []  # pending: start, end, probabilities, threshold
 
     def push(
         self,
@@ -74,10 +76,10 @@ class OnlineDetector:
         time: float | None = None,
         seconds: float | None = None,
     ) -> list[Event]:
-        """One snippet. Returns the events that ended.
+        """Scores one snippet and returns the events that ended.
 
-        frame: (H, W, 3) uint8 RGB; audio: (n,) float32 mono at 16 kHz, None where there is no sound; time: seconds,
-        rising; without, it follows on the last. seconds: that it lasts, where a stream ends before a snippet does.
+        frame: (H, W, 3) uint8 RGB. audio: (n,) float32 mono at 16 kHz, or None without sound. time: start in seconds,
+        increasing; by default the snippet follows the last one. seconds: its duration, if the stream ends within it.
         """
         events = []
         if time is None:
@@ -98,7 +100,7 @@ class OnlineDetector:
         self.score = float(1 - probabilities[-1, 0])
         threshold = scorer.calibration.align.threshold if self.threshold is None else self.threshold
         self._later.append((time, time + (seconds or self.seconds), probabilities[-1], threshold))
-        # what was scored before is scored again in sight of what came since, by whoever scores now
+        # pending snippets get new scores, now that more snippets after them are known
         for i in range(2, min(len(self._later), rows) + 1):
             self._later[-i] = *self._later[-i][:2], probabilities[-i], threshold
         while len(self._later) > self.delay:
@@ -106,7 +108,7 @@ class OnlineDetector:
         return events
 
     def flush(self) -> list[Event]:
-        """The events that are still open; what follows is scored afresh."""
+        """Returns the events that are still open and resets the context."""
         events = [event for one in self._later for event in self._judge(*one)]
         if self._open:
             events.append(self._close(self._until))
@@ -129,12 +131,12 @@ class OnlineDetector:
             self._sounding = 0
 
     def _embedded(self, encoder: AudioEncoder, samples: np.ndarray) -> np.ndarray:
-        """(1, n) -> (D,), standardised by the window's statistics where the encoder takes them."""
+        """Encodes samples (1, n) into (D,), standardized by the window's statistics if the encoder takes them."""
         if not hasattr(encoder, "statistics"):
             return encoded("audio", encoder, samples, 1)[0]
         mean, std = encoder.statistics(samples)
         self._loudness.append((mean, std**2 + mean**2))
-        mean, square = np.mean(self._loudness, axis=0)  # all windows are of one size
+        mean, square = np.mean(self._loudness, axis=0)  # all spectrograms have the same size
         statistics = float(mean), float(max(square - mean**2, 0.0)) ** 0.5
         return encoded("audio", encoder, samples, 1, statistics=statistics)[0]
 

@@ -1,4 +1,4 @@
-"""Cases to look at under a profiler: the whole steps, and each op, forward and backward, at the paper's sizes."""
+"""Profiling cases: whole training and inference steps, and each op forward and backward, at the paper's sizes."""
 
 import time
 from collections.abc import Callable
@@ -19,13 +19,13 @@ from .train import float32_products, teacher_features, train_step
 
 T, D = 256, 512
 CLASSES = list(XD_VIOLENCE.values())
-BATCH = {"cuda": 96, "cpu": 4}  # the paper's; a tenth of a second or so
-ROWS = 15  # of the table
+BATCH = {"cuda": 96, "cpu": 4}  # the paper's batch size; a step takes about 0.1 s on a CPU
+ROWS = 15  # rows of the operator table
 Step = Callable[[], object]
 
 
 class Setting(NamedTuple):
-    """Where and how a case runs."""
+    """Device, precision and batch size of a case."""
 
     device: torch.device
     precision: str  # fp32, tf32 or bf16
@@ -33,12 +33,12 @@ class Setting(NamedTuple):
 
 
 def names() -> list[str]:
-    """Of all cases."""
+    """Returns the names of all cases."""
     return [*STEPS, *_dispatch.TABLE]
 
 
 def make(case: str, setting: Setting) -> Step:
-    """The function that is one iteration of a case, on inputs that do not change. Raises DataError on other names."""
+    """Returns a function that runs one iteration of a case on fixed inputs. Raises DataError on an unknown case."""
     torch.manual_seed(0)
     if case not in names():
         raise DataError(f"no case {case!r}; there are {', '.join(names())}")
@@ -54,11 +54,11 @@ def run(
     iterations: int = 10,
     trace: Path | None = None,
 ) -> str:
-    """Runs a case with the ranges on, and returns what there is to tell, as text.
+    """Runs a case with profiler ranges enabled and returns a text report.
 
-    On a GPU the iterations after the warm-up lie between cudaProfilerStart and cudaProfilerStop. trace: writes a Chrome
-    trace of them instead, on any device, and tells the operators that took longest.
-    Raises DataError on an unknown case, RecipeError on a precision that the device does not have, OSError.
+    On a GPU the iterations after the warm-up run between cudaProfilerStart and cudaProfilerStop.
+    trace: write a Chrome trace of the iterations to this file instead, on any device, and report the slowest operators.
+    Raises DataError on an unknown case, RecipeError on a precision that the device does not support, and OSError.
     """
     setting = Setting(device, precision, batch or BATCH.get(device.type, BATCH["cpu"]))
     with float32_products(precision, device):
@@ -75,7 +75,7 @@ def run(
 
 
 def _repeated(step: Step, iterations: int, device: torch.device) -> float:
-    """Seconds of an iteration, on average."""
+    """Returns the mean time of an iteration in seconds."""
     _wait(device)
     start = time.perf_counter()
     for _ in range(iterations):
@@ -88,7 +88,7 @@ def _repeated(step: Step, iterations: int, device: torch.device) -> float:
 def _captured(step: Step, iterations: int, device: torch.device) -> float:
     if device.type != "cuda":
         return _repeated(step, iterations, device)
-    _wait(device)  # what warmed up is not to be seen
+    _wait(device)  # excludes the warm-up from the capture
     with torch.cuda.profiler.profile():
         return _repeated(step, iterations, device)
 
@@ -110,7 +110,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _train(setting: Setting, kind: str) -> Step:
-    """What `train` and `distill` do with a batch; distilling, the teacher's features are at hand."""
+    """A training step of `train` or `distill`; for distillation the teacher features are precomputed."""
     device = setting.device
     teacher = AVadCLIP(CLASSES, text_weights="random").to(device)
     model: AVadCLIP | AVadCLIPStudent = teacher if kind == "teacher" else AVadCLIPStudent.beside(teacher).to(device)
@@ -122,7 +122,7 @@ def _train(setting: Setting, kind: str) -> Step:
 
 
 def _infer(setting: Setting) -> Step:
-    """The student's scores, the text side at hand, as in evaluation."""
+    """Inference of the student with precomputed text features, as in evaluation."""
     model = AVadCLIPStudent(CLASSES, text_weights="random").to(setting.device).eval()
     batch = _batch(setting)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def _labels(setting: Setting) -> Tensor:
 
 
 def _op(name: str, setting: Setting) -> Step:
-    """Forward and backward pass of one op, by the backend that is chosen for it."""
+    """Forward and backward pass of one op, with the backend that is selected for it."""
     arguments = _arguments(name, setting)
     given = [x for value in arguments.values() for x in (value if isinstance(value, tuple) else (value,))]
     leaves = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
@@ -181,7 +181,7 @@ def _op(name: str, setting: Setting) -> Step:
 
 
 def _arguments(name: str, setting: Setting) -> dict:
-    """One call of an op in a training step."""
+    """Returns the arguments of an op as in a training step."""
     device, _, batch = setting
     dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
 

@@ -1,4 +1,4 @@
-"""How to train: the paper's recipe, and one for hundreds of videos."""
+"""Training recipes: the paper's, and one for sets of only hundreds of videos."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +8,12 @@ SELECT = ("last", "val", "test")
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be followed: a name that does not exist, or what the data or the device do not have."""
+    """A recipe is invalid, or the data or the device does not support it."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train; the defaults are the paper's."""
+    """Training hyperparameters; the defaults are the paper's."""
 
     epochs: int = 10
     batch_size: int = 96
@@ -23,13 +23,13 @@ class Recipe:
     seed: int = 234
     text_weight: float = 1e-4
     distill_weight: float = 1e-8
-    select: str = "last"  # "last", "val" (lowest held-out loss) or "test" (highest frame AP, as the official code)
+    select: str = "last"  # "last", "val" (lowest held-out loss) or "test" (highest frame AP, as in the official code)
     checkpoint_every: int = 100  # steps
-    # Of the products: "tf32" (of float32, on a GPU or AMX), "bf16" (autocast). Weights, moments, losses stay float32.
+    # Of matrix products: "fp32", "tf32" (on a GPU or AMX), "bf16" (autocast). Weights, moments, losses stay float32.
     precision: str = "fp32"
-    # Against learning the training videos' sights by heart (docs/training-that-hears.md):
-    temporal_lr: float = 1.0  # of the temporal encoder, through which sight alone passes, as a share of lr
-    noise: float = 0.0  # added to sight, in standard deviations of the training rows
+    # Against overfitting to the visual features of the training videos (docs/training-that-hears.md):
+    temporal_lr: float = 1.0  # learning rate of the temporal encoder (visual branch), relative to lr
+    noise: float = 0.0  # added to visual features, in standard deviations of the training rows
 
     def __post_init__(self):
         for name, known in (("precision", PRECISIONS), ("select", SELECT)):
@@ -40,11 +40,11 @@ class Recipe:
                 raise RecipeError(f"{name} must be at least 1; got {getattr(self, name)!r}")
 
     def lr_at(self, epoch: int) -> float:
-        """The learning rate of an epoch, counted from 0."""
+        """Returns the learning rate of an epoch, counted from 0."""
         return self.lr * 0.1 ** sum(epoch >= m for m in self.milestones)
 
 
-# What differs from the defaults where there are hundreds of videos, not thousands; measured on FightSurv, see
+# Changes to the defaults for sets of hundreds of videos, not thousands; measured on FightSurv, see
 # docs/training-that-hears.md.
 ROBUST: dict[str, Any] = {
     "epochs": 5,
@@ -55,6 +55,6 @@ ROBUST: dict[str, Any] = {
     "noise": 3.0,
     "distill_weight": 10.0,
 }
-# Of a student of the sound alone: it passes through the temporal encoder too, and is not learnt by heart.
+# For an audio-only student: audio passes through its temporal encoder too, and is not overfitted.
 ROBUST_HEARER = {**ROBUST, "temporal_lr": 1.0}
-ROBUST_STREAMS: dict[str, Any] = {"motion": True, "standardize": ["audio", "visual"]}  # how a teacher is to take them
+ROBUST_STREAMS: dict[str, Any] = {"motion": True, "standardize": ["audio", "visual"]}  # arguments of AVadCLIP

@@ -1,4 +1,4 @@
-"""What commands show: progress, plots of chosen videos, the environment."""
+"""Output of commands: progress bars, score plots, tables, and the environment report."""
 
 import importlib.metadata
 import platform
@@ -28,14 +28,17 @@ PACKAGES = (
 
 
 def bar(description: str, unit: str) -> Callable:
-    """A progress callback for the data functions: wraps an iterable in a bar."""
+    """Returns a progress callback for the data functions that wraps an iterable in a progress bar."""
     return lambda items: tqdm(items, desc=description, unit=unit)
 
 
 def draw(
     scores: list[VideoScores], truth: np.ndarray, frames_per_snippet: int, folder: Path, names: list[str] | None = None
 ) -> list[Path]:
-    """Score curves over the ground truth, one PNG a video: those named, or the first five. Raises DataError."""
+    """Plots score curves over the ground truth, one PNG per video, and returns their paths.
+
+    names: the videos to plot; default: the first five. Raises DataError on an unknown name.
+    """
     known = {s.name: i for i, s in enumerate(scores)}
     missing = [name for name in names or () if name not in known]
     if missing:
@@ -54,7 +57,7 @@ def draw(
 
 
 def threshold_table(found: dict) -> str:
-    """What `at_threshold` found, in percent."""
+    """Formats the result of `at_threshold` as a table, in percent except for the threshold itself."""
     lines = ["", f"{'at threshold':<16}" + "".join(f"{h:>10}" for h in ("value", "precision", "recall", "F1", "ECE"))]
     for name, row in found.items():
         shares = ("-" if row[key] is None else f"{100 * row[key]:.2f}" for key in ("precision", "recall", "f1", "ece"))
@@ -63,7 +66,7 @@ def threshold_table(found: dict) -> str:
 
 
 def environment() -> str:
-    """Versions, devices, and per op which backend serves it and why the ones before it do not."""
+    """Returns versions, devices, and for each op the selected backend and why earlier ones were not selected."""
     lines = [f"python {platform.python_version()}, {platform.platform()}"]
     for package in ("avadclip_fast", *PACKAGES):
         try:
@@ -90,7 +93,7 @@ def environment() -> str:
 
 
 def _examples(device: str) -> dict[str, tuple]:
-    """Ordinary arguments of each op, for asking who would serve them."""
+    """Returns typical arguments of each op, used to query which backend is selected."""
     x = torch.zeros(4, 256, 512, device=device)
     lengths = torch.tensor([256, 100, 7, 31], device=device)
     square, double, bias = (torch.zeros(*shape, device=device) for shape in ((512, 512), (512, 1024), (512,)))

@@ -1,4 +1,4 @@
-"""Where a training set lies, by what fits: GPU memory, host memory, or its file; and how batches come from there."""
+"""Places a training set in GPU memory, in host memory, or in its file, by what fits, and fetches its batches."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,24 +12,24 @@ from torch import Tensor
 
 from ..data import Batch, FeatureSet
 
-# Stream-sized tensors (B, T, D) of float32 that a step is left room for: the teacher keeps 108 for its backward pass,
-# the student 66, and as many again are in flight or lost between blocks.
+# Room left for a step, in float32 tensors of shape (B, T, D): the teacher saves 108 for its backward pass, the student
+# 66, and temporaries and allocator fragmentation take as much again.
 STEP_TENSORS = 220
-HOST_SHARE = 0.5  # of free host memory that a set may take: the rest is for page cache, the teacher's features, others
+HOST_SHARE = 0.5  # of free host memory for a set; the rest is for page cache, teacher features, and other processes
 
 
 class Place(NamedTuple):
-    """Where a set is to lie, "gpu", "memory" or "file", and why."""
+    """Where to place a set ("gpu", "memory" or "file"), and why."""
 
     where: str
     why: str
 
 
 def choose(size: int, mapped: bool, gpu_free: int | None, host_free: int, step: int) -> Place:
-    """Where `size` bytes of features go: as near to the model as they fit.
+    """Chooses where `size` bytes of features go: as close to the model as they fit.
 
-    mapped: they lie in a file so far, else in host memory. gpu_free: bytes, None without a GPU. host_free: bytes that
-    this process may count on. step: bytes of GPU memory that a step takes besides.
+    mapped: they are now in a memory-mapped file, not in host memory. gpu_free: free bytes, None without a GPU.
+    host_free: free bytes of host memory for this process. step: bytes of GPU memory that a step needs.
     """
     if gpu_free is None:
         return Place("file", "mapped, and read as needed") if mapped else Place("memory", "where they were read to")
@@ -42,7 +42,7 @@ def choose(size: int, mapped: bool, gpu_free: int | None, host_free: int, step: 
 
 
 def place(data: FeatureSet, device: torch.device, batch_size: int) -> tuple[FeatureSet, str]:
-    """A set where it is best read, and a line that tells where and why."""
+    """Moves a set to where it fits best. Returns it and a line that says where it is and why."""
     chosen = decide(data.stream_bytes, data.mapped, data.visual.shape[1:], device, batch_size)
     if chosen.where == "gpu":
         data = data.to(device)
@@ -53,21 +53,21 @@ def place(data: FeatureSet, device: torch.device, batch_size: int) -> tuple[Feat
 
 
 def decide(size: int, mapped: bool, sample: Sequence[int], device: torch.device, batch_size: int) -> Place:
-    """Where `size` bytes of samples (T, D) are to lie, for steps of `batch_size` of them on `device`."""
+    """Chooses where to place `size` bytes of samples (T, D), for steps of `batch_size` samples on `device`."""
     rows, width = sample
     gpu_free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that share this host; torchrun tells
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this host, set by torchrun
     return choose(size, mapped, gpu_free, free_memory() // processes, STEP_TENSORS * batch_size * rows * width * 4)
 
 
 def told(size: int, chosen: Place) -> str:
-    """A line's end that says so."""
+    """Describes a placement: size, place and reason."""
     named = {"gpu": "GPU memory", "memory": "host memory", "file": "their file"}[chosen.where]
     return f"{_gb(size)} in {named} ({chosen.why})"
 
 
 def free_memory() -> int:
-    """Bytes of host memory that a process can take without swapping."""
+    """Returns the bytes of host memory that a process can allocate without swapping."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -77,7 +77,7 @@ def free_memory() -> int:
         group = Path("/sys/fs/cgroup")  # a container's limit
         limit, used = ((group / name).read_text() for name in ("memory.max", "memory.current"))
         return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # there is none
+    except (OSError, ValueError):  # no limit
         return free
 
 
@@ -87,10 +87,10 @@ def fetched(
     device: torch.device,
     ahead: bool | None = None,
 ) -> Iterator[tuple[Batch, Tensor | None]]:
-    """What `fetch` gives for each item, in order, on the device: batches in float32, and teacher features if any.
+    """Yields `fetch(item)` for each item, in order, on the device: a float32 batch, and teacher features or None.
 
-    ahead: whether the next batch is fetched by another thread while this one is used; by default on a GPU, where it is
-    sent from pinned memory, and the host does not wait.
+    ahead: whether a thread prefetches the next batch while the current one is used; default: on a GPU, where batches
+    are copied asynchronously from pinned memory.
     """
     gpu = device.type == "cuda"
 
@@ -109,7 +109,7 @@ def fetched(
         for item in items:
             yield sent(*pinned(item))
         return
-    start = (lambda: torch.cuda.set_device(device)) if device.index is not None else None  # of this process's GPU
+    start = (lambda: torch.cuda.set_device(device)) if device.index is not None else None  # selects this process's GPU
     with ThreadPoolExecutor(1, initializer=start) as thread:
         waiting = None
         for item in items:

@@ -1,4 +1,4 @@
-"""A whole training run, from list files to a model folder."""
+"""A complete training run, from list files to a model folder."""
 
 import os
 from collections.abc import Callable
@@ -37,15 +37,15 @@ def train_on_list(
     progress: bool = True,
     **how: Any,
 ) -> Path:
-    """Trains a model, or distils a student from `teacher`, on the videos of a list; all files are read first.
+    """Trains a model, or distils a student from `teacher`, on the videos of a list. All inputs are checked first.
 
-    list_, held_out_list: official CSV lists, or files that `data.pack` wrote. root: where their relative paths start.
-    codes: label code -> class name, normal first.
-    held_out: with select="val", the share of the videos that choose the epoch and calibrate the model; or a list of
-    its own, held_out_list, which calibrates it under any `select`.
-    test_list, gt, frames_per_snippet: with select="test", the list and its frame ground truth.
+    list_, held_out_list: official CSV lists, or files written by `data.pack`. root: base folder of relative paths.
+    output: folder of the run. codes: label code -> class name, normal first.
+    held_out: for select="val", the share of videos to hold out; they select the epoch and calibrate the model.
+    held_out_list: a separate held-out list, used instead; it calibrates the model under any `select`.
+    test_list, gt, frames_per_snippet: for select="test", the test list and its frame ground truth.
     how: `resume`, `profile` and `graph` of `fit`.
-    Returns the model's folder. Raises DataError on lists, features or ground truth that do not fit; else as `fit`.
+    Returns the model's folder. Raises DataError on invalid lists, features or ground truth; otherwise as `fit`.
     """
     progress = progress and distributed.is_main()
     audio = "audio" in model.streams() or teacher is not None
@@ -90,7 +90,7 @@ def train_on_list(
 
 
 def _test_ap(model, list_: Path, root: Path | None, gt: Path, frames_per_snippet: int, device) -> Callable:
-    """What gives the frame AP of a model on a test list, the ground truth having been held against it."""
+    """Checks the ground truth against a test list; returns a function that computes a model's frame AP on the list."""
     audio = "audio" in model.streams()
     rows, truth = data.read_list(list_, root, audio=audio), data.read_frame_gt(gt)
     snippets = sum(data.snippet_count(row.visual, model.width) for row in rows)

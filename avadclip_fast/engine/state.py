@@ -1,4 +1,4 @@
-"""The state of a training run in one file, written atomically: weights, optimizer, place in the run."""
+"""The state of a training run in one atomically written file: weights, optimizer state, and progress."""
 
 import contextlib
 import hashlib
@@ -15,15 +15,15 @@ from ..data.atomic import atomic_write
 
 
 class StateError(RuntimeError):
-    """A run cannot be resumed from its state file; the message says why and what to do."""
+    """A run's files cannot be read, written, or resumed from; the message says why and what to do."""
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Says which file or folder of a run could not be written, and what that leaves. Raises StateError."""
+    """Turns an OSError in the block into a StateError that names `path`, the file or folder being written."""
     try:
         yield
-    except OSError as error:  # a full disk, above all, of which Python does not say where
+    except OSError as error:  # mostly a full disk, for which Python does not name the file
         raise StateError(
             f"{path}: cannot be written: {error.strerror}; files that were there are as they were. Make room, or "
             "choose another folder; --resume goes on from the last state"
@@ -31,22 +31,22 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes. CLIP's frozen text weights, four fifths of the bytes, are left out."""
+    """Returns the trainable parameters. This leaves out CLIP's frozen text weights, four fifths of the bytes."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """A fingerprint of the weights that training does not change, so that a run is resumed onto the same ones."""
+    """Returns a fingerprint of the frozen weights, to check that a run resumes with the same ones."""
     return _digest((name, p) for name, p in model.named_parameters() if not p.requires_grad)[:16]
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A fingerprint of every weight and statistic of a model."""
+    """Returns a fingerprint of all parameters and buffers of a model."""
     return _digest(model.state_dict().items())
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """To the bit: a sum would depend on the number of threads."""
+    """Hashes exact bytes, since a sum would depend on the number of threads."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda named: named[0]):
         digest.update(name.encode())
@@ -55,9 +55,9 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, info: dict) -> None:
-    """Writes weights, AdamW's moments and `info` (JSON) to `path`; an earlier file stays until the new one is whole.
+    """Writes trained weights, AdamW's state and `info` (JSON) to `path`, replacing an earlier file atomically.
 
-    Raises StateError where it cannot be written.
+    Raises StateError if it cannot be written.
     """
     tensors = {f"model.{name}": tensor for name, tensor in trained(model).items()}
     if optimizer is not None:
@@ -70,7 +70,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Puts back what `save_state` wrote, in place; returns `info`. Raises StateError."""
+    """Loads the file of `save_state` into the model and optimizer in place; returns `info`. Raises StateError."""
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads(file.metadata()["info"])
@@ -91,7 +91,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
             prefix = f"optimizer.{name}."
             moments = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
             if moments:
-                # `step` stays where the optimizer keeps it: on the host, unless its kernels are fused
+                # AdamW keeps `step` on the host unless its kernels are fused
                 fused = optimizer.defaults.get("fused")
                 optimizer.state[parameter] = {
                     key: value.to(parameter.device) if key != "step" or fused else value

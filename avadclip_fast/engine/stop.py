@@ -1,4 +1,4 @@
-"""Being asked to end: a run that gets SIGTERM or Ctrl-C saves its state first."""
+"""Graceful shutdown: a run that receives SIGTERM or Ctrl-C saves its state before it ends."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class Stopped(Exception):
-    """The run ended because it was asked to, by signal `number`; what it had done is saved. left: what to do next."""
+    """Signal `number` ended the run, after its progress was saved. left: what was saved and how to continue."""
 
     def __init__(self, number: int, left: str = "the state is saved, and --resume goes on from there"):
         super().__init__(f"stopped by {signal.Signals(number).name}; {left}")
@@ -15,18 +15,18 @@ class Stopped(Exception):
 
 
 class Request:
-    """Which signal asked the run to end, if one did."""
+    """The signal that asked the run to end, or None."""
 
     number: int | None = None
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[Request]:
-    """Inside the block SIGTERM and SIGINT are noted instead of obeyed. A second SIGINT is obeyed at once.
+    """Records SIGTERM and SIGINT inside the block instead of handling them. A second SIGINT takes effect at once.
 
-    A second SIGTERM is not: who ends a job by a signal to all its processes reaches those of torchrun twice.
+    A second SIGTERM does not: when a job manager signals all processes, those of torchrun receive it twice.
 
-    Outside the main thread, where Python hears no signals, nothing is changed.
+    Does nothing outside the main thread, where Python receives no signals.
     """
     request = Request()
     if threading.current_thread() is not threading.main_thread():

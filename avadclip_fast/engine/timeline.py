@@ -1,6 +1,6 @@
-"""What was found in a video as one picture: score over time, events, who scored what, key frames."""
+"""Plots the detection in a video: score over time, events, the model that scored each part, and key frames."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,53 +8,91 @@ import numpy as np
 from .detect import Detection, Event, time_code
 from .plots import COLOURS, DPI, TRUTH_COLOUR, save
 
-SPACE = 0.08  # of the width of a plot: what a name takes
+WIDTH = 9.0  # inches
+PLOT = 8.0  # inches, a little less than what the labels beside the plot leave of it
+SPACE = 0.15  # inches between event names
+STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200)  # of time, seconds
+TICKS = 10  # at most
 
 
 def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.ndarray]) -> None:
-    """Writes one PNG. frames: snippet -> image (H, W, 3) uint8, shown above the curve in order."""
+    """Writes one PNG. frames: snippet index -> image (H, W, 3) uint8, shown above the curve in order."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.ticker import MultipleLocator
 
-    figure = Figure((9.0, 4.6), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure((WIDTH, 4.6), dpi=DPI, layout="constrained")
+    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.suptitle(detection.name, fontsize=10, parse_math=False)
     grid = figure.add_gridspec(2, max(1, len(frames)), height_ratios=(1, 1.5))
     for column, (snippet, image) in enumerate(sorted(frames.items())):
         ax = figure.add_subplot(grid[0, column])
         ax.imshow(image)
-        ax.set_title(f"{time_code(detection.times[snippet])[:-2]}  {detection.scores[snippet]:.2f}", fontsize=8)
+        ax.set_title(f"{time_code(detection.times[snippet])[:-2]}  score {detection.scores[snippet]:.2f}", fontsize=8)
         ax.set_axis_off()
     ax = figure.add_subplot(grid[1, :])
     edges = detection.edges
     low, high = -0.1, 1.12
     events = detection.events()
     spans = [(event.start, event.end - event.start) for event in events]
-    ax.broken_barh(spans, (low, high - low), facecolor=TRUTH_COLOUR, alpha=0.3, linewidth=0)
-    for middle, name in _apart(events, SPACE * (edges[-1] - edges[0])):
+    if spans:
+        ax.broken_barh(spans, (low, high - low), facecolor=TRUTH_COLOUR, alpha=0.3, linewidth=0, label="event")
+    inch = (edges[-1] - edges[0]) / PLOT  # seconds
+
+    def width(name: str) -> float:
+        pixels = renderer.get_text_width_height_descent(name, FontProperties(size=8), False)[0]
+        return (pixels / DPI + SPACE) * inch
+
+    for middle, name in _apart(events, edges[0], edges[-1], width):
         ax.text(middle, 1.04, name, ha="center", fontsize=8, clip_on=True, parse_math=False)
+    kinds: list[str] = []
     for part in detection.parts:
         if part.by != "teacher":
             span = edges[[part.start, part.end]]
             label = f"{part.by}: {part.why}"
-            ax.plot(span, [-0.05, -0.05], color=COLOURS[1], linewidth=4, solid_capstyle="butt", label=label)
+            known = label in kinds
+            kinds += [] if known else [label]
+            ax.plot(
+                span, [-0.05, -0.05], color=COLOURS[1 + kinds.index(label)], linewidth=4, solid_capstyle="butt",
+                label=None if known else label,
+            )  # fmt: skip
     ax.step(edges, np.append(detection.scores, detection.scores[-1]), where="post", color=COLOURS[0], label="score")
     ax.step(
         edges, np.append(detection.thresholds, detection.thresholds[-1]), where="post", color="0.4", linewidth=0.8,
         linestyle="--", label="threshold",
     )  # fmt: skip
-    ax.set(xlim=(edges[0], edges[-1]), ylim=(low, high), xlabel="time (s)", ylabel="1 - p(normal)")
+    ax.set(xlim=(edges[0], edges[-1]), ylim=(low, high), ylabel="1 - p(normal)")
+    hours = edges[-1] >= 3600
+    step = next((step for step in STEPS if (edges[-1] - edges[0]) / step <= TICKS), STEPS[-1])
+    ax.xaxis.set_major_locator(MultipleLocator(step))
+    ax.xaxis.set_major_formatter(lambda x, _: _clock(x, hours, decimals=step < 1))
+    ax.set_xlabel("time (h:mm:ss)" if hours else "time (m:ss)")
     ax.grid(color="0.9", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(labels), loc="outside lower center")
     save(figure, path)
 
 
-def _apart(events: Sequence[Event], space: float) -> list[tuple[float, str]]:
-    """(middle, name) of events whose names do not cover one another: hours may hold hundreds. The highest go first."""
+def _apart(events: Sequence[Event], start: float, end: float, width: Callable[[str], float]) -> list[tuple[float, str]]:
+    """Returns (middle, name) of the events whose names fit without overlap, highest scores first.
+
+    start, end: of the plot, which no name leaves. width: of a name, in the same unit. Long videos may have hundreds of
+    events.
+    """
     shown: list[tuple[float, str]] = []
     for event in sorted(events, key=lambda event: -event.score):
-        middle = (event.start + event.end) / 2
-        if all(abs(middle - other) >= space for other, _ in shown):
+        half = width(event.name) / 2
+        middle = max(start + half, min((event.start + event.end) / 2, end - half))
+        if all(abs(middle - other) >= half + width(name) / 2 for other, name in shown):
             shown.append((middle, event.name))
     return shown
+
+
+def _clock(seconds: float, hours: bool, decimals: bool = False) -> str:
+    """Formats seconds as m:ss or h:mm:ss, with tenths if asked for."""
+    tenths = round(abs(seconds) * 10)
+    minutes, rest = divmod(tenths, 600)
+    text = f"{minutes // 60}:{minutes % 60:02}" if hours else f"{minutes}"
+    return ("-" if seconds < 0 and tenths else "") + f"{text}:{rest // 10:02}" + (f".{rest % 10}" if decimals else "")

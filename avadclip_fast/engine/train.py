@@ -1,4 +1,4 @@
-"""Training: the teacher on its own, or a student distilled from one. One loop serves both."""
+"""Trains a teacher, or a student distilled from a teacher; both use the same loop."""
 
 import contextlib
 import json
@@ -35,22 +35,23 @@ from .stop import Request, Stopped, listening
 
 STATE, BEST, MODEL, HISTORY = "state.safetensors", "best.safetensors", "model", "history.json"
 TEACHER_FEATURES = "teacher_features.safetensors"
-CACHE_LIMIT = 4 << 30  # bytes of teacher features kept in memory; more go to a file
-CACHE_BLOCK = 64  # samples that a teacher computes at once
-PROFILED = 10  # steps in a trace, after a few that warm up
+CACHE_LIMIT = 4 << 30  # bytes; a larger teacher feature cache goes to a file
+CACHE_BLOCK = 64  # samples per teacher forward pass
+PROFILED = 10  # traced steps, after the warm-up steps
 
 _log = logging.getLogger("avadclip_fast")
 
 
 def feature_std(data: FeatureSet) -> Tensor:
-    """The standard deviation (D,) of each dimension of sight, over the valid rows of a set."""
+    """Returns the standard deviation (D,) of each visual feature dimension over the valid rows of a set."""
     return moments(data.batches(), ["visual"])["visual"][1].float()
 
 
 def add_noise(batch: Batch, scale: Tensor, count: int | None = None, where: slice = slice(None)) -> Batch:
-    """With Gaussian noise of `scale` (D,) on every row of sight; padded rows stay as they are.
+    """Adds Gaussian noise of standard deviation `scale` (D,) to every valid visual row; padded rows are unchanged.
 
-    count, where: the batch is this part of one of `count` samples, and gets the noise that it would have there.
+    count, where: the batch is the slice `where` of a full batch of `count` samples, and gets the same noise as it
+    would in the full batch.
     """
     _, rows, width = batch.visual.shape
     noise = torch.randn(count or len(batch.visual), rows, width, device=batch.visual.device)[where]
@@ -60,9 +61,9 @@ def add_noise(batch: Batch, scale: Tensor, count: int | None = None, where: slic
 
 
 def trim(batch: Batch, *models: Detector, longest: int | None = None) -> Batch:
-    """Without the rows past the longest video, which change nothing unless a model's padding is "official".
+    """Drops the rows past the longest video. They affect the result only if a model's padding is "official".
 
-    longest: its rows, where they are known; on a GPU the host would have to wait for them.
+    longest: number of rows to keep; by default read from `lengths`, which on a GPU makes the host wait.
     """
     if any(model.padding == "official" for model in models):
         return batch
@@ -73,18 +74,18 @@ def trim(batch: Batch, *models: Detector, longest: int | None = None) -> Batch:
 
 @contextlib.contextmanager
 def float32_products(precision: str, device: torch.device) -> Iterator[None]:
-    """Lets float32 products be tf32 inside the block, or forbids it, also to cuDNN, whose convolutions are by default.
+    """Allows or forbids tf32 for float32 matrix products and cuDNN convolutions (tf32 by default) inside the block.
 
-    Raises RecipeError where there is no tf32.
+    Raises RecipeError if the device has no tf32.
 
-    On a processor's tile units it is better than its name: of each number the first 16 bits count, not 11.
+    On a CPU's AMX tile units, "tf32" is more precise than its name: products keep 16 significant bits, not 11.
     """
     if precision == "tf32" and device.type != "cuda" and not HAS_AMX:
         raise RecipeError("precision tf32 needs a GPU, or a processor with tile units (AMX); choose fp32 or bf16")
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     cudnn: Any = torch.backends.cudnn
-    convolutions = cudnn.conv.fp32_precision == "tf32"  # asked for allow_tf32, torch raises where both ways were used
+    convolutions = cudnn.conv.fp32_precision == "tf32"  # reading allow_tf32 raises if both APIs were used
     cudnn.allow_tf32 = precision == "tf32"
     try:
         yield
@@ -95,9 +96,10 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
 
 @torch.no_grad()
 def teacher_features(teacher: AVadCLIP, batch: Batch) -> Tensor:
-    """The frozen teacher's fused features (B, T, D): they depend on the sample alone.
+    """Returns the frozen teacher's fused features (B, T, D), each of which depends only on its own sample.
 
-    What a masked teacher says of padding does not, and is 0: a student whose padding is "official" asks for it.
+    A masked teacher's output at padded rows also depends on the batch, so it is set to 0; a student whose padding is
+    "official" reads it.
     """
     features = teacher.fuse(batch.visual, batch.audio, batch.lengths)
     return features if teacher.padding == "official" else zero_padding(features, batch.lengths)
@@ -118,19 +120,22 @@ def fit(
     profile: str | Path | None = None,
     graph: bool | None = None,
 ) -> list[dict]:
-    """Trains `model` on `data` and leaves the selected weights in it and in `folder`/model.
+    """Trains `model` on `data`, loads the selected weights into it, and saves them to `folder`/model.
 
-    teacher: distils from it (the model is then a student); it is frozen and put in eval mode.
-    held_out: needed by select="val"; its loss is logged after each epoch, and the selected model is calibrated by it,
-    into `folder`/model/calibration.json. test_ap: needed by select="test".
-    resume: goes on from `folder`/state.safetensors if there is one; the result is bit for bit that of an unbroken run
-    on the same device and thread count. profile: a folder for trace.json, a trace of some steps.
-    graph: whether a step is one CUDA graph; by default on a GPU, in a run of one process. The numbers are the same.
-    In a run of several processes (`distributed.joined`) each calls this with the same arguments and takes its part of
-    every batch; rank 0 alone writes, and gives the others its weights. `folder` is one that all of them see.
-    Returns one record per epoch. Raises StateError where the folder's state does not fit, would be overwritten, or
-    cannot be written; RecipeError on settings that do not fit; Stopped after SIGTERM or SIGINT, the state having been
-    saved; PeerLost where another process of the run ends.
+    teacher: model to distil from (`model` is then a student); it is frozen and put in eval mode.
+    held_out: required by select="val". Its loss is logged after each epoch, and the selected model is calibrated on it
+    into `folder`/model/calibration.json. test_ap: returns a model's frame AP; required by select="test".
+    resume: continue from `folder`/state.safetensors if it exists. The result is bitwise equal to that of an
+    uninterrupted run on the same device with the same thread count.
+    profile: folder for trace.json, a trace of a few steps.
+    graph: run each step as one CUDA graph, with identical results; default: on a GPU with a world size of 1.
+
+    In a distributed run (`distributed.joined`), every rank calls this with the same arguments and processes its part
+    of every batch; only rank 0 writes, and it broadcasts its weights. All ranks must see `folder`.
+
+    Returns one record per epoch. Raises StateError if the state in `folder` does not match, would be overwritten, or
+    cannot be written; RecipeError on settings that do not fit; Stopped after SIGTERM or SIGINT, once the state is
+    saved; PeerLost if another process of the run ends.
     """
     folder, device = Path(folder), torch.device(device)
     main, progress = distributed.is_main(), progress and distributed.is_main()
@@ -179,7 +184,7 @@ def fit(
         board = stack.enter_context(contextlib.closing(_Board(folder, first * steps + info["step"]))) if main else None
         stack.enter_context(float32_products(recipe.precision, device))
         part = -(-recipe.batch_size // distributed.world())
-        lengths = data.valid().cpu()  # the host's, which is asked for the longest of a batch
+        lengths = data.valid().cpu()  # on the host, so that a batch's longest video is known without a sync
         source, told = residency.place(data, device, part)
         lines = [told]
         cache = None
@@ -191,7 +196,7 @@ def fit(
             lines.append("steps: one CUDA graph")
         if progress:
             tqdm.write("\n".join(lines))
-        request = stack.enter_context(listening())  # what came before is made anew, or goes on from its own file
+        request = stack.enter_context(listening())  # the work before this is redone, or resumes from its own file
         step_done = stack.enter_context(trace(profile, PROFILED)) if profile is not None and main else None
         loop = _Loop(
             model, teacher, cache, source, lengths, recipe, optimizer, noise, state, board, device, progress, request,
@@ -215,7 +220,7 @@ def fit(
             if info["best"] is None or score > info["best"]["score"]:
                 info["best"] = {"epoch": epoch + 1, "score": score}
                 if main:
-                    save_state(folder / BEST, model, None, info["best"])  # before the state that names it
+                    save_state(folder / BEST, model, None, info["best"])  # before the state that refers to it
             info |= {"epoch": epoch + 1, "step": 0, "sums": {}, "history": [*info["history"], record]}
             if main:
                 save_state(state, model, optimizer, info)
@@ -234,23 +239,26 @@ def fit(
                 _log.warning("not calibrated: the held-out videos are all normal, or all abnormal")
             with atomic_write(folder / HISTORY) as file:
                 file.write(json.dumps(history, indent=1).encode())
-    distributed.share_weights(model.eval())  # and all are there until the folder is whole
+    distributed.share_weights(model.eval())  # also a barrier: all ranks wait until the folder is complete
     return info["history"]
 
 
 def adamw(model: torch.nn.Module, recipe: Recipe, device: torch.device, graph: bool = False) -> torch.optim.Optimizer:
-    """AdamW on what a model trains; the temporal encoder at its share of the rate. graph: it is to be recorded."""
+    """AdamW on the trainable parameters, with `recipe.temporal_lr` times the learning rate for the temporal encoder.
+
+    graph: make it capturable in a CUDA graph.
+    """
     groups: list[dict] = [{"params": [], "share": share} for share in (1.0, recipe.temporal_lr)]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[name.startswith("temporal.")]["params"].append(parameter)
-    for group in groups:  # a GPU reads the rate from its memory, so that a graph finds today's
+    for group in groups:  # on a GPU the rate is a tensor, so that a replayed graph reads its current value
         group["lr"] = torch.tensor(recipe.lr, device=device) if device.type == "cuda" or graph else recipe.lr
     return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True, capturable=graph)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every group its share of the rate, in place where it is a tensor."""
+    """Sets the learning rate of every parameter group to its share of `lr`, in place if it is a tensor."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr * group["share"])
@@ -267,13 +275,13 @@ def train_step(
     part: Part = WHOLE,
     ask: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Forward pass, losses, backward pass, AdamW, all without the host reading anything of the device.
+    """Runs the forward pass, the losses, the backward pass and AdamW without synchronizing with the device.
 
-    known: (B, T, D) teacher features, or None. part: what the batch is of that of all processes.
-    Returns the losses of the whole batch, and how many processes `ask` to stop: None where there is but one.
+    known: (B, T, D) teacher features, or None. part: this rank's part of the full batch. ask: this rank asks to stop.
+    Returns the losses of the full batch, and how many ranks ask to stop (None if the world size is 1).
     """
     several = distributed.world() > 1
-    # A mean over the valid rows has other weights than one over the samples, by which the whole loss is weighted.
+    # The total is weighted by this rank's share of samples; distillation, a mean over valid rows, needs a correction.
     rows = part.rows / part.samples if several and part.samples and model.padding == "masked" else 1.0
     weights = recipe.distill_weight * rows, recipe.text_weight
     with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
@@ -297,7 +305,7 @@ def train_step(
 
 @dataclass
 class _Loop:
-    """What the epochs of a run share."""
+    """State shared by the epochs of a run."""
 
     model: AVadCLIP | AVadCLIPStudent
     teacher: AVadCLIP | None
@@ -312,17 +320,17 @@ class _Loop:
     device: torch.device
     progress: bool
     request: Request
-    step_done: Callable[[], None] | None  # of a trace
-    names: tuple[str, ...] = ()  # of the losses, in the order in which steps give them
+    step_done: Callable[[], None] | None  # advances the profiler
+    names: tuple[str, ...] = ()  # names of the losses, in the order of a step's result
     graph: StepGraph | None = None
 
     def __post_init__(self):
-        # A GPU gets the same shapes in every step: batches are cut to the set's longest video, not to their own.
+        # On a GPU every step has the same shapes: batches are trimmed to the set's longest video, not to their own.
         self.longest = int(self.lengths.max()) if self.device.type == "cuda" else None
         self.resident = self.data.visual.is_cuda and (self.cache is None or self.cache.is_cuda)
 
     def record(self) -> None:
-        """Makes steps CUDA graphs: one for whole batches, one for an epoch's last, each with the right number."""
+        """Records CUDA graphs of a step: one for full batches, and one for an epoch's last batch if it is smaller."""
         self.model.train()
         self.graph = StepGraph(self._recorded, lambda: changed_by(self.optimizer))
         count, size = len(self.lengths), self.recipe.batch_size
@@ -330,7 +338,7 @@ class _Loop:
             self.graph.record(*next(self._inputs([torch.arange(n)])))
 
     def epoch(self, info: dict) -> None:
-        """The rest of an epoch from step info["step"]; leaves its mean losses in info["last"]."""
+        """Runs an epoch from step info["step"] to its end and stores its mean losses in info["last"]."""
         self.model.train()
         recipe, epoch, size = self.recipe, info["epoch"], self.recipe.batch_size
         chunks = epoch_order(len(self.lengths), recipe.seed, epoch).split(size)
@@ -341,7 +349,7 @@ class _Loop:
             unit="sample",
             disable=not self.progress,
         )
-        # Sums stay on the device between checkpoints: reading a loss each step would make the host wait.
+        # Sums stay on the device between checkpoints: reading a loss every step would stall the host.
         sums = torch.tensor(list(info["sums"].values()) or 0.0, dtype=torch.float64, device=self.device)
         inputs = self._inputs(chunks[info["step"] :])
         shown = time.monotonic()
@@ -378,10 +386,10 @@ class _Loop:
     def _named(self, losses: Tensor) -> dict[str, float]:
         return dict(zip(self.names, losses.tolist(), strict=True))
 
-    # A step's inputs are what changes from one to the next: tensors, of one shape for batches of one size.
+    # The inputs of a step are tensors whose shapes depend only on the batch size, so that a graph can be replayed.
 
     def _inputs(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-        """For each chunk of an order what `_batch` takes: rows of the set, for a graph to gather, or a batch."""
+        """Yields the input of `_batch` for each chunk: sample indices that a graph gathers itself, or a batch."""
         if self.graph is not None and self.resident:
             order = torch.cat(list(chunks)).to(self.device)
             yield from ((index,) for index in order.split([len(index) for index in chunks]))
@@ -398,7 +406,7 @@ class _Loop:
         return Batch(visual, audio[0] if audio else None, lengths, labels), known
 
     def _fetch(self, index: Tensor) -> tuple[Batch, Tensor | None]:
-        """This process's part of a batch, and the teacher's features of it; trimmed to the longest of all parts."""
+        """Returns this rank's part of a batch and its teacher features, trimmed to the longest video of all parts."""
         own = index[distributed.part(self.lengths[index]).where]
         return self._gather(own, self.longest or int(self.lengths[index].max()))
 
@@ -411,7 +419,7 @@ class _Loop:
             return batch, self.cache[own.to(self.cache.device), : batch.visual.shape[1]]
 
     def _step(self, given: tuple[Tensor, ...], index: Tensor, seed: int) -> tuple[Tensor, Tensor | None]:
-        """Dropout and noise depend on seed and step alone, so that a resumed run draws what an unbroken one would."""
+        """Runs a step. Dropout and noise depend only on `seed` and the step, so that a resumed run draws the same."""
         torch.manual_seed(seed)
         if self.graph is not None:
             with span("graph"):
@@ -419,15 +427,15 @@ class _Loop:
         batch, known = self._batch(given)
         part = distributed.part(self.lengths[index])
         if self.noise is not None:
-            batch = add_noise(batch, self.noise, len(index), part.where)  # what the teacher says stays of the clean one
+            batch = add_noise(batch, self.noise, len(index), part.where)  # teacher features stay clean
         if distributed.rank():
-            torch.manual_seed(seed + 7_000_003 * distributed.rank())  # each process drops out on its own
+            torch.manual_seed(seed + 7_000_003 * distributed.rank())  # different dropout on each rank
         ask = self.request.number is not None
         losses, asked = train_step(self.model, self.optimizer, batch, known, self.recipe, part, ask)
         return self._stacked(losses), asked
 
     def _recorded(self, *given: Tensor) -> Tensor:
-        """What a graph holds of `_step`: all that the device does."""
+        """The part of `_step` that a graph captures: all the work on the device."""
         batch, known = self._batch(given)
         if self.noise is not None:
             batch = add_noise(batch, self.noise)
@@ -438,14 +446,14 @@ class _Loop:
         return torch.stack([loss.detach().float() for loss in losses.values()])
 
     def _stops(self, asked: Tensor | None, due: bool) -> bool:
-        """Whether the run is to end: for one process, or for any, which a GPU is asked where the host waits anyway."""
+        """Whether any rank asks to stop. On a GPU the flag is read only at checkpoints, which synchronize anyway."""
         if asked is None:
             return self.request.number is not None
         return (due or self.device.type == "cpu") and asked.item() > 0
 
 
 class _Board:
-    """TensorBoard's losses, read from the device when the host waits for it anyway."""
+    """TensorBoard writer whose losses are read from the device only when the host synchronizes anyway."""
 
     def __init__(self, folder: Path, purge_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -469,13 +477,13 @@ class _Board:
     def close(self) -> None:
         try:
             self.writer.close()
-        except OSError as error:  # what ended the run is to be told, and this is not it
+        except OSError as error:  # must not hide the error that ended the run
             _log.warning("TensorBoard's losses are not all written: %s", error)
 
 
 @torch.no_grad()
 def validation_loss(model, data: FeatureSet, batch_size: int, device) -> float:
-    """L_mil + L_align over a held-out set in eval mode; each process takes its part of every batch."""
+    """Returns the mean L_mil + L_align of a held-out set in eval mode; each rank computes its part of every batch."""
     model.eval()
     text, total = model.encode_text(), 0.0
     lengths = data.valid()
@@ -492,10 +500,10 @@ def _teacher_features(
     teacher: AVadCLIP, data: FeatureSet, source: FeatureSet, made_by: dict[str, str], folder: Path, device,
     batch_size: int, progress: bool,
 ) -> tuple[Tensor, str]:  # fmt: skip
-    """(M, T, D) teacher features, computed once a sample and kept on the GPU, in memory, or on disk; and where, told.
+    """Returns teacher features (M, T, D), on the GPU, in host memory, or in a file, and a line that says where.
 
-    source: the same data where it is read from. made_by: what a file of them is known by again. Processes share the
-    work, block by block; rank 0 writes.
+    Each sample is computed once. source: the data as placed for reading. made_by: fingerprints stored in the file to
+    recognize it. Ranks share the work of each block; rank 0 writes.
     """
     rows, width = data.visual.shape[1], teacher.width
     field, lengths = Field("float32", (rows, width)), data.valid().cpu()
@@ -511,12 +519,12 @@ def _teacher_features(
             with span("teacher"):
                 features = teacher_features(teacher, batch.to(device))
             known[part.where, : features.shape[1]] = features.float()
-        return distributed.total(known)  # zero but for each one's part
+        return distributed.total(known)  # each rank fills its part; the rest is zero
 
     def shown(blocks):
         return tqdm(blocks, desc="teacher features", unit="batch", disable=not progress)
 
-    everywhere = not distributed.any_of(chosen.where != "gpu")  # all make the cache in the same way
+    everywhere = not distributed.any_of(chosen.where != "gpu")  # all ranks take the same branch
     if everywhere or size <= CACHE_LIMIT:
         cache = torch.zeros(len(data), rows, width, device=device if chosen.where == "gpu" else None)
         for index in shown(torch.arange(len(data)).split(CACHE_BLOCK)):
@@ -532,7 +540,7 @@ def _teacher_features(
         _log.warning("teacher features of %d samples are kept in %s", len(data), path)
 
         def block(start: int, stop: int) -> dict[str, np.ndarray]:
-            distributed.agreed(stop)  # which of them it is: a file that was begun goes on where it ended
+            distributed.agreed(stop)  # tells the others which block: writing resumes in the middle of a partial file
             return {"features": compute(torch.arange(start, stop)).cpu().numpy()}
 
         write_packed(path, {"features": field}, len(data), block, made_by, block=CACHE_BLOCK, progress=shown)
@@ -549,7 +557,7 @@ def _teacher_features(
 
 
 def _settings(model, teacher, data: FeatureSet, held_out: FeatureSet | None, recipe: Recipe) -> dict[str, Any]:
-    """What must be the same for a run to be gone on with, by the names that are told where it is not."""
+    """The settings that must match to resume a run, keyed by the names used in the error message."""
     shape = {k: v for k, v in model.settings().items() if k not in ("text_weights", "class_tokens")}
     settings = {
         "recipe": asdict(recipe),
@@ -560,11 +568,11 @@ def _settings(model, teacher, data: FeatureSet, held_out: FeatureSet | None, rec
         "teacher": None if teacher is None else weights_digest(teacher),
         "frozen": frozen_digest(model),
     }
-    return json.loads(json.dumps(settings))  # as a state gives it back: tuples are lists there
+    return json.loads(json.dumps(settings))  # as loaded from a state: tuples become lists
 
 
 def _differing(before: dict, now: dict) -> list[str]:
-    """The names in `now` that are otherwise in `before`, also of dictionaries inside."""
+    """Returns the names in `now` whose values differ from those in `before`, also in nested dictionaries."""
     names = []
     for name, value in now.items():
         if isinstance(value, dict):
@@ -575,7 +583,11 @@ def _differing(before: dict, now: dict) -> list[str]:
 
 
 def _check_finite(losses: dict[str, float], model: torch.nn.Module, epoch: int, step: int) -> None:
-    """Before a state is saved: the loss is that of weights before a step, which can go wrong in the very step."""
+    """Raises FloatingPointError on losses or weights that are not finite.
+
+    Called before a state is saved. The weights are checked too, since a finite loss belongs to the weights before the
+    step, which may itself diverge.
+    """
     bad = [name for name, value in losses.items() if not math.isfinite(value)]
     if not torch.stack([p.isfinite().all() for p in trained(model).values()]).all():
         bad.append("weights")

@@ -1,4 +1,4 @@
-"""From a video file to features, scores and events. Needs PyAV: pip install "avadclip_fast[media]"."""
+"""Video files to features, scores and events. Requires PyAV: pip install "avadclip_fast[media]"."""
 
 from .errors import MediaError
 

@@ -1,4 +1,4 @@
-"""A copy of a video with what was found drawn into it: the score curve, and the name of an event while it lasts."""
+"""Annotated copies of videos, with the score curve and the name of the current event drawn in."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -12,7 +12,7 @@ from ..data.atomic import atomic_write
 from .decode import JUMP, Clock, Progress, frames, opened, upright, video_stream
 from .errors import import_av
 
-TICKS = 1000  # a second: times to the millisecond, whatever the rate was
+TICKS = 1000  # per second: millisecond timestamps for any frame rate
 BLUE, RED, GREY = (86, 180, 233), (213, 94, 0), (160, 160, 160)
 
 
@@ -25,10 +25,13 @@ def annotate(
     names: list[str],
     progress: Progress | None = None,
 ) -> None:
-    """Writes a Matroska copy of a video: its pictures drawn upon and encoded anew, its sound as it is.
+    """Writes a Matroska copy of a video with annotated, re-encoded frames and the original audio stream.
 
-    edges (n + 1,) seconds: where the snippets begin and end; scores, thresholds (n,) in 0..1; names: of the event at
-    each snippet, "" where there is none. Raises MediaError.
+    edges: (n + 1,) snippet boundaries in seconds
+    scores, thresholds: (n,) in 0..1
+    names: event name per snippet, "" for none
+    progress: called with 1 for each frame
+    Raises MediaError.
     """
     av = import_av()
     with (
@@ -44,7 +47,7 @@ def annotate(
         strip, last = np.zeros(0), -1
         for time, frame in frames(source, seen, given, clock):
             image = upright(frame, frame.to_ndarray(format="rgb24"))
-            image = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]  # what encoders take
+            image = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2]  # encoders require even sizes
             if out is None:
                 height, width = image.shape[:2]
                 codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
@@ -52,7 +55,7 @@ def annotate(
                 out.width, out.height, out.pix_fmt = width, height, "yuv420p"
                 out.codec_context.time_base = Fraction(1, TICKS)
                 strip = _strip(width, max(16, height // 8), edges, scores, thresholds)
-            if image.shape != (height, width, 3):  # a stream may change its size on the way
+            if image.shape != (height, width, 3):  # the frame size may change within a stream
                 image = np.asarray(Image.fromarray(image).resize((width, height)))
             snippet = int(np.clip(np.searchsorted(edges, time, "right") - 1, 0, len(scores) - 1))
             shown = _drawn(image, strip, edges, time, scores[snippet], names[snippet])
@@ -60,7 +63,7 @@ def annotate(
             last = max(last + 1, round(time * TICKS))
             encoded.pts, encoded.time_base = last, Fraction(1, TICKS)
             made.mux(out.encode(encoded))
-            track.write(time)  # side by side, as players read
+            track.write(time)  # interleaved, as players expect
             if progress is not None:
                 progress(1)
         made.mux(out.encode(None))
@@ -68,7 +71,7 @@ def annotate(
 
 
 class Track:
-    """Packets of sound for the stream `copied`, from the first picture on, by the clock of the pictures."""
+    """Copies audio packets to the stream `copied`, from the first frame on, retimed to the clock of the frames."""
 
     def __init__(self, container: Any, heard: Any, copied: Any, made: Any, clock: Clock):
         self.packets: Iterator[Any] = iter(()) if heard is None else container.demux(heard)
@@ -76,15 +79,15 @@ class Track:
         self.copied, self.made, self.clock, self.end = copied, made, clock, -np.inf
 
     def write(self, until: float) -> None:
-        """What belongs before the time `until`, of which the pictures have come."""
+        """Writes the packets before the time `until`, up to which frames have been written."""
         while self.waiting is not None:
             packet = self.waiting
             if packet.pts is not None:
                 raw = float(packet.pts * packet.time_base)
                 at = self.clock.place(raw)
                 if at > until or (at < self.end - JUMP and until < np.inf):
-                    return  # it is later, or from after a jump that the pictures have yet to make
-                if at >= max(self.end, 0.0):  # else from before the first picture, or there already
+                    return  # later, or after a timestamp jump that the frames have not reached
+                if at >= max(self.end, 0.0):  # else before the first frame, or a duplicate
                     self.end = at
                     shift = round((at - raw) / packet.time_base)
                     packet.pts += shift
@@ -95,7 +98,7 @@ class Track:
 
 
 def _strip(width: int, height: int, edges: np.ndarray, scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """The curve over the whole video, (height, width, 3) uint8: it is drawn once."""
+    """The curve over the whole video, (height, width, 3) uint8, drawn once."""
     strip = Image.new("RGB", (width, height), (24, 24, 24))
     draw = ImageDraw.Draw(strip)
     x = (edges - edges[0]) / (edges[-1] - edges[0]) * (width - 1)

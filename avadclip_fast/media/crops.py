@@ -1,8 +1,8 @@
-"""Which part of a frame an encoder sees.
+"""Cropping of frames for the encoder.
 
-"crops" is the geometry of XD-Violence's features: a frame at 340 x 256, five positions of 224 x 224 (centre, top left,
-top right, bottom left, bottom right), then the same five flipped: crop 5 is the flipped centre, which is what the
-authors test on. "clip" is CLIP's own: the shorter side at 224, and the middle of the longer.
+"crops" is the geometry of XD-Violence's features: the frame is resized to 340 x 256 and cropped to 224 x 224 at five
+positions (centre, top left, top right, bottom left, bottom right), then the same five are flipped. Crop 5, the flipped
+centre, is the authors' test crop. "clip" is CLIP's geometry: the shorter side is resized to 224, then centre-cropped.
 """
 
 import numpy as np
@@ -15,14 +15,18 @@ COUNTS = (1, 5, 10)
 
 
 def cut(image: np.ndarray, crops: int = 1, geometry: str = "crops", side: int = SIDE) -> Tensor:
-    """image (H, W, 3) uint8 -> (crops, 3, side, side) uint8. crops: 1 (the centre), 5 or 10; of "clip", 1."""
+    """Crops image (H, W, 3) uint8 -> (crops, 3, side, side) uint8.
+
+    crops: 1 (the centre), 5 or 10; only 1 with geometry "clip"
+    Raises ValueError on other geometries or crops.
+    """
     if geometry not in ("crops", "clip") or crops not in COUNTS or (geometry == "clip" and crops != 1):
         raise ValueError(f"geometry is 'crops' with 1, 5 or 10 of them, or 'clip' with 1; got {geometry!r}, {crops}")
     x = torch.from_numpy(image).permute(2, 0, 1)  # [3, H, W]
     cubic = transform.InterpolationMode.BICUBIC
     if geometry == "clip":
         return transform.center_crop(transform.resize(x, [side], cubic, antialias=True), [side])[None]
-    scale = side / SIDE  # for an encoder that sees more than 224 x 224
+    scale = side / SIDE  # for encoders with inputs larger than 224 x 224
     height, width = round(HEIGHT * scale), round(WIDTH * scale)
     x = transform.resize(x, [height, width], cubic, antialias=True)
     if crops == 1:

@@ -91,7 +91,7 @@ class ClipVisual(nn.Module):
                 model = open_clip.create_model("ViT-B-16-quickgelu", pretrained=pretrained, device="cpu")
         except Exception as error:  # network, proxy, full disk: the remedy is the same
             raise MediaError(
-                f"CLIP's ViT-B/16 weights could not be had ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
+                f"CLIP's ViT-B/16 weights could not be loaded ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
                 "~/.cache/clip, or give its path as --visual-weights; 'random' runs without them, for tests only"
             ) from error
         self.tower = model.visual.float().eval().requires_grad_(False)
@@ -140,7 +140,7 @@ def audio_encoder(name: str, weights: str | None, device: str | torch.device) ->
         return Wav2Clip(weights, device)
     encoder: AudioEncoder = _by_name(name, device, ("rate", "width"))
     if encoder.rate != RATE:
-        raise MediaError(f"audio encoder {name}: it wants {encoder.rate} Hz; sound is given at {RATE}")
+        raise MediaError(f"audio encoder {name}: it requires {encoder.rate} Hz, but sound is decoded at {RATE} Hz")
     return encoder
 
 
@@ -151,7 +151,7 @@ def _by_name(name: str, device: str | torch.device, wanted: tuple[str, ...]) -> 
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise MediaError(f"encoder {name!r}: expected module:factory, a function of a device ({error})") from error
     if missing := [attribute for attribute in wanted if not hasattr(encoder, attribute)]:
-        raise MediaError(f"encoder {name!r}: what its factory made has no {' and no '.join(missing)}")
+        raise MediaError(f"encoder {name!r}: the object returned by its factory has no {' and no '.join(missing)}")
     return encoder
 
 

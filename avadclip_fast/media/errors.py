@@ -1,14 +1,14 @@
-"""What goes wrong with a video file."""
+"""Errors of video files."""
 
 from ..data import DataError
 
 
 class MediaError(DataError):
-    """A video cannot be used; the message names the file, the reason and what to do."""
+    """A video cannot be used; the message names the file, the reason and the remedy."""
 
 
 def import_av():
-    """PyAV, or a MediaError that says how to get it."""
+    """Imports PyAV. Raises MediaError if it is not installed."""
     try:
         import av
     except ImportError as error:

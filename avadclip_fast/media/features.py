@@ -1,4 +1,4 @@
-"""The features of one video: what `extract` writes, and what `detect` scores."""
+"""Features of one video, which `extract` writes and `detect` scores."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ from .encoders import BATCH, AudioEncoder, VisualEncoder, encoded
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a video is cut into snippets, and what of a frame is seen."""
+    """How videos are cut into snippets and frames are cropped."""
 
-    every: int = 16  # frames a snippet
-    fps: float | None = None  # snippets a second, in place of `every`
+    every: int = 16  # frames per snippet
+    fps: float | None = None  # snippets per second, instead of `every`
     crops: int = 1
     geometry: str = "crops"
 
 
 @dataclass
 class VideoFeatures:
-    """Of n snippets."""
+    """Features of a video of n snippets."""
 
     visual: np.ndarray  # (crops, n, D)
-    audio: np.ndarray | None  # (n, D); None: no audio stream
+    audio: np.ndarray | None  # (n, D), or None without an audio stream
     times: np.ndarray  # (n,) seconds from the first frame
-    seconds: float  # of one snippet
-    heard: np.ndarray  # (n,) bool: whether there is anything to hear
+    seconds: float  # duration of a snippet
+    heard: np.ndarray  # (n,) bool, whether the snippet has audible sound
 
 
 def video_features(
@@ -42,14 +42,17 @@ def video_features(
     progress: Progress | None = None,
     dtype: npt.DTypeLike = np.float32,
 ) -> VideoFeatures:
-    """Decodes and encodes one file. Memory does not grow with its length but for the features.
+    """Decodes and encodes one file; only the features' memory grows with its length.
 
-    A snippet's window of sound starts with its frame and is as long as a snippet. audio: None leaves the sound out.
-    dtype: of both features. progress: is called with 0 while the sound is read and encoded; what it raises ends the
-    work. Raises MediaError.
+    A snippet's audio window starts at its frame and lasts one snippet.
+
+    audio: None skips the audio
+    progress: called with the number of decoded frames, and with 0 during audio; may raise to stop
+    dtype: of both features
+    Raises MediaError.
     """
     clock = Clock()
-    rows = bytearray()  # grows in place: a list of arrays would be there twice when it is joined
+    rows = bytearray()  # grows in place; concatenating a list of arrays would need twice the memory
     pending: list[torch.Tensor] = []
     starts: list[float] = []
 
@@ -77,7 +80,7 @@ def video_features(
 
 
 def key_frames(source: str | Path, sampling: Sampling, snippets: Collection[int]) -> dict[int, np.ndarray]:
-    """Snippet -> image (H, W, 3) uint8 of some snippets of a video. Raises MediaError."""
+    """Images of the given snippets of a video: snippet -> (H, W, 3) uint8. Raises MediaError."""
     images = {}
     for i, frame in enumerate(snippet_frames(source, sampling.every, sampling.fps)):
         if i in snippets:
@@ -88,9 +91,9 @@ def key_frames(source: str | Path, sampling: Sampling, snippets: Collection[int]
 
 
 def snippet_seconds(times: np.ndarray, sampling: Sampling, rate: float) -> float:
-    """The usual distance of two snippets: their median, which a few odd time stamps do not move.
+    """Duration of a snippet: the median distance between snippets, which is robust to a few odd timestamps.
 
-    rate: frames a second, which tells how long a single snippet is.
+    rate: frames per second, which determines the duration of a single snippet
     """
     if sampling.fps is not None:
         return 1 / sampling.fps

@@ -1,4 +1,4 @@
-"""Weights by path, or by an address with the hash that they must have."""
+"""Weights from a path, or from a URL with a pinned SHA-256."""
 
 import hashlib
 import os
@@ -13,9 +13,9 @@ _PINNED = re.compile(r"(https://\S+?/([\w.-]+))#sha256=([0-9a-f]{64})")
 
 
 def fetch(source: str | Path) -> Path:
-    """A file's path; "https://HOST/NAME#sha256=<64 hex digits>" is fetched once, and kept only if its hash is right.
+    """Returns a path; downloads "https://HOST/NAME#sha256=<64 hex digits>" once and verifies its hash.
 
-    Raises MediaError: no such file, an address without a hash, no network, another hash.
+    Raises MediaError if the file does not exist, or the URL has no hash, cannot be fetched, or has another hash.
     """
     if "://" not in str(source):
         path = Path(source)

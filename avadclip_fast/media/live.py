@@ -1,6 +1,6 @@
-"""Snippets of a stream that is still being made: a camera, an RTSP or HTTP address; or of a file, as if it were one.
+"""Snippets of a live stream, such as a camera or an RTSP or HTTP URL, or of a file read like one.
 
-A thread reads and decodes; what is not fetched in time is dropped, so that memory and delay stay bounded.
+A thread reads and decodes. Snippets not fetched in time are dropped, so that memory and latency stay bounded.
 """
 
 import os
@@ -17,31 +17,35 @@ import numpy as np
 from .decode import GAP, JUMP, RATE, Beat, Clock, Mono, check_whole, decoded, opened, rate_of, upright, video_stream
 from .errors import MediaError, import_av
 
-WAITING = 4  # snippets between the reader and who fetches them
-LAG = 1.0  # seconds that a snippet waits for its sound, which may come after its picture
-HELD = 256  # blocks of sound, of some 20 to 60 ms, that wait for a frame to place them by
-LONGEST_PAUSE = 30.0  # seconds between two tries to connect again
+WAITING = 4  # snippets queued between the reader and the consumer
+LAG = 1.0  # seconds that a snippet waits for its audio, which may arrive after its frame
+HELD = 256  # audio blocks, about 20 to 60 ms each, waiting for a frame to align with
+LONGEST_PAUSE = 30.0  # seconds between reconnection attempts
 
 
 class Snippet(NamedTuple):
-    """One moment of a stream."""
+    """A snippet of a stream."""
 
     time: float  # seconds from the start of the stream
-    image: np.ndarray  # (H, W, 3) uint8 RGB, upright: its first frame
-    sound: np.ndarray | None  # (n,) float32 mono at RATE, zeros where nothing came; None: no audio stream
-    frames: int  # that it stands for
-    seconds: float  # that it lasts: where a file ends, until the end of its last frame
+    image: np.ndarray  # (H, W, 3) uint8 RGB, upright, its first frame
+    sound: np.ndarray | None  # (n,) float32 mono at RATE, zero where missing; None without an audio stream
+    frames: int  # number of frames it covers
+    seconds: float  # its duration; at the end of a file, up to the end of the last frame
 
 
 class LiveSource:
-    """Iterates over the snippets of a file, a device such as /dev/video0, or an rtsp, http, udp or srt address.
+    """Iterates over the snippets of a file, a device such as /dev/video0, or an rtsp, http, udp or srt URL.
 
-    every: frames a snippet, or fps: snippets a second. What is not a file and has no known end is *live*: snippets that
-    wait too long are dropped, oldest first, and a lost connection is made again, up to `retries` times in a row. A file
-    is read as fast as it is fetched. until: is asked twice a second whether to end.
-    Raises MediaError: not there, not a video, lost for good.
+    A source that is not a file and has no known duration is *live*: the oldest queued snippets are dropped if the
+    consumer is too slow, and a lost connection is re-established. A file is read as fast as it is consumed.
 
-    seconds: of a snippet, once the first has come. frames, dropped, reconnects: counts so far.
+    every: frames per snippet; fps: snippets per second, instead of `every`
+    retries: consecutive reconnection attempts before giving up
+    until: polled twice per second; returning True ends the iteration
+    Raises MediaError if the source does not exist, is not a video, or is lost for good.
+
+    The attributes frames, dropped and reconnects are counts so far; `seconds` is the duration of a snippet, known once
+    the first one is read.
     """
 
     def __init__(
@@ -77,12 +81,12 @@ class LiveSource:
             self._closed.set()
 
     def _read(self) -> None:
-        begun, last, tries = None, 0.0, 0  # begun: when time 0 was
+        begun, last, tries = None, 0.0, 0  # begun: monotonic time of time 0
         try:
             while not self._closed.is_set():
                 lost = MediaError(f"{self.source}: the stream ended")
                 try:
-                    # a server may send faster than it was filmed: time still does not run backwards
+                    # a server may send faster than real time, but times must not decrease
                     now = 0.0 if begun is None else max(time.monotonic() - begun, last + self.seconds)
                     for snippet in self._snippets(now):
                         begun, last, tries = begun or time.monotonic() - snippet.time, snippet.time, 0
@@ -99,7 +103,7 @@ class LiveSource:
                 self.reconnects += 1
                 self._closed.wait(min(0.25 * 2**tries, LONGEST_PAUSE))
             self._put(None)
-        except Exception as error:  # it is raised where the snippets are fetched
+        except Exception as error:  # raised in the consumer
             self._put(error)
 
     def _put(self, item: "Snippet | Exception | None") -> None:
@@ -111,11 +115,11 @@ class LiveSource:
                     try:
                         oldest = self._queue.get_nowait()
                     except queue.Empty:
-                        continue  # it was fetched just now
+                        continue  # fetched in the meantime
                     self.dropped += oldest.frames if isinstance(oldest, Snippet) else 0
 
     def _snippets(self, offset: float) -> Iterator[Snippet]:
-        """The snippets of one connection; its first frame is at `offset` seconds."""
+        """Yields the snippets of one connection, whose first frame is at `offset` seconds."""
         av = import_av()
         with opened(self.source, live=True) as container:
             video = video_stream(container, self.source)
@@ -152,7 +156,7 @@ class LiveSource:
             check_whole(self.source, video, clock.seen)
 
     def _complete(self, at: float, clock: Clock, audio: Any, sound: "Ring") -> bool:
-        """Whether all of the snippet at `at` has come, or has been waited for long enough."""
+        """Whether the snippet at `at` is complete, or its audio is overdue."""
         end = at + self.seconds
         return clock.now >= end and (audio is None or sound.end >= end or clock.now >= end + LAG)
 
@@ -167,15 +171,15 @@ class LiveSource:
 
 
 class Ring:
-    """The last seconds of a stream's sound, (n,) float32 at RATE."""
+    """Ring buffer of a stream's latest audio, (n,) float32 at RATE."""
 
     def __init__(self, seconds: float):
         self.size = round(seconds * RATE)
         self.samples = np.zeros(0, np.float32)
-        self.end = 0.0  # seconds, of the last sample
+        self.end = 0.0  # time of the last sample in seconds
 
     def add(self, at: float, block: np.ndarray) -> None:
-        """Samples from `at` on: a gap becomes silence, what is there already is left out."""
+        """Appends samples that start at `at`, filling gaps with silence and skipping overlaps."""
         gap = at - self.end
         if len(self.samples) == 0 or gap > self.size / RATE:
             self.samples, self.end, gap = np.zeros(0, np.float32), at, 0.0
@@ -187,19 +191,19 @@ class Ring:
         self.end += len(block) / RATE
 
     def take(self, at: float, samples: int) -> np.ndarray:
-        """(samples,) from `at` on, zeros where there is nothing."""
+        """Returns (samples,) starting at `at`, zero where there is no audio."""
         out = np.zeros(samples, np.float32)
-        first = round((at - self.end) * RATE) + len(self.samples)  # of self.samples, maybe before its start
+        first = round((at - self.end) * RATE) + len(self.samples)  # index into self.samples, possibly negative
         here = self.samples[max(first, 0) : max(first + samples, 0)]
         out[max(-first, 0) : max(-first, 0) + len(here)] = here
         return out
 
 
 class Placed(Ring):
-    """The last seconds of a stream's sound by the clock of its frames; blocks come by the container's time.
+    """Ring buffer that maps blocks from container time to the clock of the frames.
 
-    What cannot be placed yet is held: what comes before the first frame, or from after a jump back in time that the
-    frames have yet to make.
+    Holds blocks that cannot be placed yet: those before the first frame, or after a backward timestamp jump that the
+    frames have not reached.
     """
 
     def __init__(self, seconds: float, clock: Clock):
@@ -215,7 +219,7 @@ class Placed(Ring):
             super().add(placed, block)
 
     def settle(self) -> None:
-        """Tries what is held again, once the frames have made a jump."""
+        """Retries the held blocks after the frames have jumped."""
         if len(self.clock.shifts) > self.known:
             self.known, again = len(self.clock.shifts), list(self.held)
             self.held.clear()

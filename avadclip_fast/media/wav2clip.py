@@ -80,7 +80,7 @@ class Wav2Clip(nn.Module):
         x = torch.as_tensor(windows, dtype=torch.float32, device=self.encoder.conv1.weight.device)
         if x.shape[1] <= FFT // 2:
             raise MediaError(
-                f"a window of sound has {x.shape[1]} samples, Wav2CLIP needs {FFT // 2 + 1}: longer snippets"
+                f"a window of sound has {x.shape[1]} samples, Wav2CLIP needs {FFT // 2 + 1}: use longer snippets"
             )
         window = self.encoder.spectrogram.window
         spectrum = torch.stft(x, FFT, HOP, FFT, window, center=True, pad_mode="reflect", return_complex=True)

@@ -1,4 +1,4 @@
-"""The whole models: teacher, student, text side, checkpoint formats."""
+"""Complete models: teacher, student, text encoder and checkpoint formats."""
 
 from .avadclip import AVadCLIP, AVadCLIPStudent, Output, objective
 from .checkpoints import CheckpointError

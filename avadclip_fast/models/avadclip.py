@@ -1,4 +1,4 @@
-"""AVadCLIP: the audio-visual teacher and the student that needs one stream (arXiv 2504.04495)."""
+"""AVadCLIP: the audio-visual teacher and the single-stream student (arXiv 2504.04495)."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple, cast
@@ -26,7 +26,7 @@ from .text import TextEncoder, tokenize
 
 
 class Output(NamedTuple):
-    """What a model says of a batch of B videos of T snippets, for C classes of which the first is normal."""
+    """Model outputs for a batch of B videos of T snippets and C classes, the first of which is normal."""
 
     features: Tensor  # (B, T, D): fused (teacher), or the mean mu (student)
     text_features: Tensor  # (C, D)
@@ -36,9 +36,9 @@ class Output(NamedTuple):
 
 
 class Detector(Checkpointed):
-    """What teacher and student share: temporal encoder, binary classifier, prompt and text side."""
+    """Base of teacher and student: temporal encoder, binary classifier, prompt and text encoder."""
 
-    distill_loss: UncertaintyDistillationLoss  # of a student
+    distill_loss: UncertaintyDistillationLoss  # student only
 
     def __init__(
         self,
@@ -82,28 +82,29 @@ class Detector(Checkpointed):
         self.align_loss = MILAlignLoss(len(classes))
         if text_weights is not None:
             self.text.load(text_weights)
-        self.remember(class_tokens=self.text.tokens)  # so that a saved model needs no tokenizer
+        self.remember(class_tokens=self.text.tokens)  # a saved model then needs no tokenizer
 
     def encode_text(self) -> Tensor:
-        """The class features (C, D). In evaluation compute them once, and hand them to `forward`."""
+        """Class features, (C, D). For evaluation, compute them once and pass them to `forward`."""
         return self.text()
 
     def streams(self) -> tuple[str, ...]:
-        """The streams that the model takes, in the order of `forward`'s arguments."""
+        """Names of the model's input streams, in the order of `forward`'s arguments."""
         raise NotImplementedError
 
     def inputs(self, batch: Any) -> tuple[Tensor, ...]:
-        """The streams of a batch, or of anything with `visual` and `audio`, that `forward` takes."""
+        """The streams that `forward` takes, from a batch or any object with `visual` and `audio`."""
         return tuple(getattr(batch, stream) for stream in self.streams())
 
     def width_of(self, stream: str) -> int:
-        """The last dimension of a stream as `forward` takes it: of sight with its motion, twice the model's."""
+        """Last dimension of a stream passed to `forward`; doubled for visual features with motion."""
         return 2 * self.width if stream == "visual" and self.motion else self.width
 
     def fit_inputs(self, batches: Iterable) -> None:
-        """Takes the statistics of a training set for `standardize`, in one pass; without it nothing is read.
+        """Fits the statistics of `standardize` to a training set in one pass; reads nothing if it is empty.
 
-        batches: as for `moments`, what `FeatureSet.batches()` gives. Raises ValueError where they lack a stream.
+        batches: as for `moments`, such as `FeatureSet.batches()`
+        Raises ValueError if the batches lack a stream.
         """
         if not self.standardize:
             return
@@ -121,17 +122,17 @@ class Detector(Checkpointed):
     def infer(
         self, *streams: Tensor | None, lengths: Tensor | None = None, text_features: Tensor | None = None
     ) -> Output:
-        """`forward` on `streams()` in their order, without what training alone needs."""
+        """Runs `forward` on `streams()`, in that order, without the outputs needed only for training."""
         return self(*streams, lengths, text_features)
 
     def _text(self, text_features: Tensor | None) -> Callable[[], Tensor]:
-        """Begins what the text side computes. To be called before the streams are looked at: it can run beside."""
+        """Starts the text encoder; call it before the stream encoders so that both can overlap."""
         return aside(self.text) if text_features is None else lambda: text_features
 
     def _each(
         self, function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """function(*streams, lengths), which takes every video on its own; padding costs little where it may."""
+        """function(*streams, lengths), which treats videos independently; groups them by length if that saves time."""
         if self.padding == "masked" and lengths is not None and pays(lengths):
             return by_length(function, streams, lengths)
         return function(*streams, lengths)
@@ -149,20 +150,24 @@ class Detector(Checkpointed):
 
 
 class AVadCLIP(Detector):
-    """The teacher: visual and audio snippets in, anomaly and class logits out.
+    """The AVadCLIP teacher: anomaly and class logits from visual and audio snippets (arXiv 2504.04495).
 
         model = AVadCLIP(["normal", "fighting", "explosion"])
         out = model(visual, audio, lengths)          # visual, audio: (B, T, 512), lengths: (B,)
         losses = objective(model, out, labels, lengths)
 
-    classes: names, normal first. window, layers, heads: of the temporal attention. length: the largest T.
-    padding: "masked" (padding and batch-mates never change a video's result) or "official" (the authors' code).
-    prompt: "official" or "paper", see `AVPrompt`. fusion: see `AVFusion`. dropout: in the audio encoder.
-    standardize: streams to bring to mean 0 and variance 1 first, by the statistics that `fit_inputs` takes.
-    motion: visual is (B, T, 2 D), sight and its motion as `data.with_motion` gives them; their sum is what is seen.
-    text_weights: "openai", "random", a path, or None to leave the text side unset; text_width, text_layers: its size.
-    class_tokens: the names' CLIP codes, where open_clip is absent. `use_backend` forces a backend.
-    Raises ValueError on settings that do not fit, TextWeightsError where the text weights cannot be had.
+    classes: names, normal first
+    window, layers, heads: of the temporal attention; length: the largest T; width: D
+    padding: "masked" (padding and batch-mates never change a video's result) or "official" (as in the official code)
+    prompt: "official" or "paper", see `AVPrompt`; fusion: see `AVFusion`; dropout: in the audio encoder
+    standardize: streams to normalise to mean 0 and variance 1 with the statistics of `fit_inputs`
+    motion: visual is (B, T, 2 D), features and motion from `data.with_motion`, whose sum the model sees
+    text_weights: "openai", "random", a path, or None to leave the text encoder uninitialised
+    text_width, text_layers: size of the text encoder; class_tokens: CLIP token ids, if open_clip is not installed
+    visual, audio: (B, T, D), in the parameters' dtype, float32 by default; lengths: (B,) int32 or int64
+    Returns an `Output` of tensors in that dtype.
+    Raises ValueError on invalid settings, shapes or lengths, TextWeightsError if the text weights are unavailable.
+    Precision and backends: see the ops; `use_backend` forces a backend.
     """
 
     def __init__(
@@ -195,7 +200,7 @@ class AVadCLIP(Detector):
         return "visual", "audio"
 
     def fuse(self, visual: Tensor, audio: Tensor | None, lengths: Tensor | None = None) -> Tensor:
-        """The fused features (B, T, D), which a student is distilled from; arguments as for `forward`."""
+        """Fused features (B, T, D), the distillation target of a student. Arguments as for `forward`."""
 
         def fused(visual: Tensor, audio: Tensor | None, lengths: Tensor | None) -> tuple[Tensor]:
             seen = self.temporal(self._input("visual", visual, lengths), lengths)
@@ -207,9 +212,11 @@ class AVadCLIP(Detector):
     def forward(
         self, visual: Tensor, audio: Tensor | None, lengths: Tensor | None = None, text_features: Tensor | None = None
     ) -> Output:
-        """visual, audio (B, T, D), no audio for silence; lengths (B,) valid snippets, None for all.
+        """Scores a batch of videos.
 
-        text_features: (C, D) of `encode_text`, if at hand.
+        visual, audio: (B, T, D) floating point; audio may be None for silence
+        lengths: (B,) int, number of valid snippets, or None if all are valid
+        text_features: (C, D) from `encode_text`, or None to compute them
         """
         text = self._text(text_features)
         features = self.fuse(visual, audio, lengths)
@@ -217,14 +224,14 @@ class AVadCLIP(Detector):
 
 
 class AVadCLIPStudent(Detector):
-    """The student: one stream in, visual by default; distilled from the teacher's fused features.
+    """The AVadCLIP student: one stream, visual by default, distilled from the teacher (arXiv 2504.04495).
 
         student = AVadCLIPStudent(["normal", "fighting", "explosion"])
         out = student(visual, lengths)               # out.log_variance: its uncertainty, (B, T, 512)
         losses = objective(student, out, labels, lengths, teacher_features=teacher_out.features)
 
-    modality: "visual", or "audio" (the paper's Table VIII): which stream it is trained on. Other arguments and errors
-    as for `AVadCLIP`.
+    modality: the input stream, "visual" or "audio" (the paper's Table VIII)
+    Other arguments, dtypes, results and errors as for `AVadCLIP`.
     """
 
     def __init__(
@@ -260,9 +267,9 @@ class AVadCLIPStudent(Detector):
 
     @classmethod
     def beside(cls, teacher: AVadCLIP, **settings: Any) -> "AVadCLIPStudent":
-        """A new student of a teacher's classes and sizes, with its frozen text weights; settings as for the class.
+        """A new student with a teacher's classes, sizes and frozen text weights; settings as for the class.
 
-        Where the teacher takes motion, a student that sees takes it too: they are trained on the same features.
+        A visual student of a teacher with motion also uses motion, since both train on the same features.
         """
         positions, text = teacher.temporal.positions, teacher.text
         text_width = text.positional_embedding.shape[1]
@@ -289,9 +296,12 @@ class AVadCLIPStudent(Detector):
         text_features: Tensor | None = None,
         uncertain: bool = True,
     ) -> Output:
-        """stream (B, T, D) of the student's modality; lengths (B,), None for all; text_features (C, D) if at hand.
+        """Scores a batch of videos.
 
-        uncertain: False leaves log_variance out, which distillation alone needs.
+        stream: (B, T, D) floating point, of the student's modality
+        lengths: (B,) int, number of valid snippets, or None if all are valid
+        text_features: (C, D) from `encode_text`, or None to compute them
+        uncertain: False skips log_variance, which only distillation needs
         """
 
         def described(stream: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
@@ -311,9 +321,9 @@ class AVadCLIPStudent(Detector):
 
 
 def text_loss(text_features: Tensor) -> Tensor:
-    """Keeps the anomalous classes away from normal: mean over c >= 1 of |cos(X_0, X_c)|, scalar."""
+    """Pushes the anomalous classes away from normal: mean over c >= 1 of |cos(X_0, X_c)|, float32 scalar."""
     x = F.normalize(text_features.float(), dim=-1)
-    return (x[1:] * x[0]).sum(1).abs().mean()  # no matrix product: autocast would make it bf16
+    return (x[1:] * x[0]).sum(1).abs().mean()  # not a matrix product, which autocast would run in low precision
 
 
 def objective(
@@ -325,11 +335,14 @@ def objective(
     distill_weight: float = 1e-8,
     text_weight: float = 1e-4,
 ) -> dict[str, Tensor]:
-    """The training loss: L_mil + L_align + text_weight·L_text, and for a distilled student + distill_weight·L_ukd.
+    """The training loss of arXiv 2504.04495, with the weights of the official code.
 
-    labels (B, C) multi-hot, class 0 normal; lengths (B,); teacher_features (B, T, D) from the frozen teacher.
-    Returns float32 scalars: total, mil, align, text, and distill where teacher features are given.
-    Raises ValueError on shapes or lengths that do not fit.
+        total = L_mil + L_align + text_weight · L_text  [+ distill_weight · L_ukd]
+
+    labels: (B, C) multi-hot, class 0 is normal; lengths: (B,) int
+    teacher_features: (B, T, D) from the frozen teacher, to distil a student, or None
+    Returns float32 scalars: total, mil, align, text, and distill if teacher features are given.
+    Raises ValueError on invalid shapes or lengths, or teacher features for a teacher's output.
     """
     losses = {
         "mil": model.mil_loss(out.anomaly_logits, labels, lengths),

@@ -219,12 +219,12 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
         Raises CheckpointError if the official code does not support the model, or the file has no image tower.
         """
         if self.standardize:
-            raise CheckpointError("the model standardises its inputs, which the official format has no place for")
+            raise CheckpointError("the model standardises its inputs, which the official format cannot represent")
         settings = self.settings()
         for name, only in OFFICIAL.items():
             if settings.get(name, only) != only:
                 raise CheckpointError(
-                    f"the model's {name} is {settings[name]!r}; the official code knows {only!r} alone, and would "
+                    f"the model's {name} is {settings[name]!r}; the official code supports only {only!r}, and would "
                     "compute something else with these weights"
                 )
         if settings["padding"] != "official":

@@ -1,4 +1,4 @@
-"""The temporal encoder that teacher and student share: window attention, then graphs."""
+"""The temporal encoder shared by teacher and student: window attention followed by graph convolutions."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ from ..reference._numerics import zero_padding
 
 
 class ResidualAttentionBlock(nn.Module):
-    """x = x + attn(LN1(x)); x = x + mlp(LN2(x)): a pre-norm block with attention inside windows."""
+    """Pre-norm block with window attention: x = x + attn(LN1(x)); x = x + mlp(LN2(x))."""
 
     def __init__(self, dim: int, window: int, heads: int):
         super().__init__()
@@ -26,10 +26,11 @@ class ResidualAttentionBlock(nn.Module):
 
 
 class Standardize(nn.Module):
-    """(x - mean) / std per dimension, the statistics being those of the training set; padded rows stay zero.
+    """(x - mean) / std per dimension with statistics of the training set; padded rows stay zero.
 
-    For features whose mean outweighs what varies, such as rectified ones: a model learns little from them as they are.
-    forward: x (B, T, D), lengths (B,) or None -> (B, T, D). The statistics are buffers, saved with the model.
+    For features whose mean dominates their variation, such as rectified ones, from which a model otherwise learns
+    little. The statistics are buffers, saved with the model.
+    forward: x (B, T, D), lengths (B,) or None -> (B, T, D).
     """
 
     mean: Tensor
@@ -42,26 +43,26 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def fit(self, mean: Tensor, std: Tensor) -> None:
-        """Takes the statistics (D,) of a training set, as `moments` gives them."""
+        """Sets the statistics, (D,) each, as returned by `moments`."""
         self.mean.copy_(mean)
-        self.std.copy_(torch.where(std > 1e-6 * std.max(), std, 1))  # a dimension that never varies stays as it is
+        self.std.copy_(torch.where(std > 1e-6 * std.max(), std, 1))  # constant dimensions are not scaled
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         return zero_padding((x - self.mean) / self.std, lengths)
 
 
 def moments(batches: Iterable, streams: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The mean and the standard deviation, (D,) float64, of every stream's valid rows, in one pass.
+    """Mean and standard deviation, (D,) float64, of each stream's valid rows, in one pass.
 
-    batches: with `lengths` (B,) and the streams (B, T, D), zero past each length: what `FeatureSet.batches()` gives.
-    Raises ValueError where they lack a stream.
+    batches: objects with `lengths` (B,) and streams (B, T, D) that are zero in padded rows, as `FeatureSet.batches()`
+    Raises ValueError if the batches lack a stream.
     """
     rows, sums = 0, {stream: torch.zeros(()) for stream in streams}
     for batch in batches:
         rows += int(batch.lengths.sum())
         for stream in sums:
             if (x := getattr(batch, stream)) is None:
-                raise ValueError(f"statistics of {stream!r} are wanted, which the batches do not hold")
+                raise ValueError(f"statistics of {stream!r} are required, but the batches have no such stream")
             x = x.double()
             sums[stream] = sums[stream] + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
     found = {}
@@ -72,7 +73,7 @@ def moments(batches: Iterable, streams: Iterable[str]) -> dict[str, tuple[Tensor
 
 
 class TemporalEncoder(nn.Module):
-    """Snippet features in context: position rows, `layers` blocks of window attention, graph convolutions.
+    """Contextualises snippets: position embeddings, `layers` window-attention blocks, then graph convolutions.
 
     forward: x (B, T, D) with T <= length, lengths (B,) or None -> (B, T, D). Raises ValueError on other shapes.
     """

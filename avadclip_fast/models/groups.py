@@ -1,4 +1,4 @@
-"""Videos of like lengths together: on a processor, rows of padding take as long as valid ones."""
+"""Groups videos of similar length, because on a CPU padded rows cost as much as valid ones."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,16 +8,16 @@ from torch.nn import functional as F
 
 from ..reference._numerics import zero_padding
 
-# Rows of padding that one more group must save: each adds its gradient to that of every weight once more, which takes
-# as long as some rows do. Training steps on two cores take the same to 8 % with anything from 60 to 300 here, and in
-# bfloat16, whose rows are cheaper, less with 500 than with 200.
+# Padded rows that an additional group must save: each group accumulates into every weight gradient once more, which
+# costs as much as some rows. On two cores, step times vary by at most 8 % for values from 60 to 300; in bfloat16, whose
+# rows are cheaper, 500 is faster than 200.
 WORTH = 300
 
 
 def split(lengths: Sequence[int]) -> list[list[int]]:
-    """The indices of `lengths` in groups, shorter ones first, so that padding each group to its longest costs least."""
+    """Groups the indices of `lengths`, shortest first, to minimise the cost of padding each group to its longest."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    least, start = [0], [0]  # of the first n videos: rows, and where their last group begins
+    least, start = [0], [0]  # for the first n videos: the cost, and where their last group starts
     for n in range(1, len(order) + 1):
         longest = lengths[order[n - 1]]
         costs = [least[s] + (n - s) * longest + WORTH for s in range(n)]
@@ -31,22 +31,22 @@ def split(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def pays(x: Tensor) -> bool:
-    """Whether rows of padding are worth looking for: a GPU would have to wait for the lengths, and wants one shape."""
+    """Whether grouping pays off: on a GPU, reading the lengths would synchronise, and one shape is faster."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def by_length(
     function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor
 ) -> tuple[Tensor, ...]:
-    """function(*streams, lengths), of each group by itself: for one that takes every video on its own.
+    """Computes function(*streams, lengths) per group; the function must treat videos independently.
 
-    streams: (B, T, D), or None for what is not there; lengths: (B,). The results are (B, T, ·), and zero past the
-    lengths where there is more than one group.
+    streams: (B, T, D), or None if absent; lengths: (B,) int
+    Returns results of shape (B, T, ·), with padded rows zero if there is more than one group.
     """
     present = [x for x in streams if x is not None]
     fit = lengths.ndim == 1 and all(x.ndim == 3 and x.shape[:2] == (len(lengths), present[0].shape[1]) for x in present)
     groups = split(lengths.tolist()) if fit else []
-    if len(groups) < 2:  # and a batch that does not fit is refused where it is looked at
+    if len(groups) < 2:  # the function itself rejects invalid batches
         return function(*streams, lengths)
     rows, found = present[0].shape[1], []
     for group in groups:
@@ -54,7 +54,7 @@ def by_length(
         own = lengths[index]
         longest = int(own.max())
         results = function(*(None if x is None else x[index, :longest] for x in streams), own)
-        # Zero past each length too: which batch-mates it has, no video is to tell.
+        # Zero every padded row, so that results do not depend on the other videos of the batch.
         found.append([F.pad(zero_padding(x, own), (0, 0, 0, rows - longest)) for x in results])
     back = torch.tensor([i for group in groups for i in group]).argsort()
     return tuple(torch.cat(parts)[back] for parts in zip(*found, strict=True))

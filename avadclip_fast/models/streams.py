@@ -1,4 +1,4 @@
-"""Work beside work: on a stream of its own while a CUDA graph is recorded."""
+"""Overlapping work on a side stream during CUDA graph capture."""
 
 from collections.abc import Callable
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def aside(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Begins function(), which needs nothing of what is computed meanwhile; what it returns gives the result.
+    """Starts function(), which must be independent of later work, and returns a callable that yields its result.
 
-    In a CUDA graph that is being recorded the two become branches that run side by side, in the backward pass too.
-    Otherwise, where the host's launches leave no room for it, function runs when its result is asked for.
+    During CUDA graph capture, function runs on a side stream and becomes a parallel branch of the graph, also in the
+    backward pass. Otherwise it runs when the callable is called, since launch-bound code gains nothing from overlap.
     """
     if torch.compiler.is_compiling() or not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
         return function
@@ -21,7 +21,7 @@ def aside(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
     def joined() -> Tensor:
         main.wait_stream(side)
-        result.record_stream(main)  # its memory is the side stream's to use again, but not before main is through
+        result.record_stream(main)  # the side stream may reuse its memory only after main is done with it
         return result
 
     return joined

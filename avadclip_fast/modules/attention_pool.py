@@ -1,4 +1,4 @@
-"""AVPrompt: the audio-visual prompt, and the class logits it leads to."""
+"""AVPrompt: audio-visual class prompts and class logits."""
 
 import torch
 from torch import Tensor, nn
@@ -9,19 +9,22 @@ from .prompt_similarity import PromptSimilarity
 
 
 class AVPrompt(nn.Module):
-    """Class prompts that have seen the video, and each snippet's cosine with them (arXiv 2504.04495, eq. 4-8).
+    """Adapts the class prompts to each video and compares every snippet with them (arXiv 2504.04495, eq. 4-8).
 
         g_b = normalised sum_t anomaly_logits_bt · features_bt
         y_bc = text_c + w_bc g_b,   X_bc = y_bc + mlp1(y_bc),   class_logits_btc = cos(features_bt, X_bc) / 0.07
 
-    prompt="official": w_bc = 1, what the authors' code comes to (its softmax runs over identical columns);
-    prompt="paper":    w_b = softmax over the classes of <text_c, g_b> (eq. 5), and the skip adds text_c alone (eq. 7).
+    prompt: "official" sets w_bc = 1, as in the official code (its softmax runs over identical columns);
+    "paper" uses w_b = softmax over the classes of <text_c, g_b> (eq. 5) and X_bc = text_c + mlp1(y_bc) (eq. 7)
 
         prompt = AVPrompt(512)
         class_logits = prompt(features, text, anomaly_logits, lengths)     # (B, T, C)
 
-    Raises ValueError on an unknown prompt form, and on shapes, dtypes, devices or lengths that do not fit.
-    Parameters carry the official names (`mlp1.c_fc`, `mlp1.c_proj`).
+    features: (B, T, D) floating point; text: (C, D); anomaly_logits: (B, T), before the sigmoid
+    lengths: (B,) int, or None; excludes padded rows from g
+    Returns the class logits, (B, T, C).
+    Raises ValueError on an unknown `prompt`, or invalid shapes, dtypes, devices or lengths.
+    Parameters have the official names (`mlp1.c_fc`, `mlp1.c_proj`).
     """
 
     def __init__(self, dim: int = 512, prompt: str = "official", temperature: float = 0.07, backend: str | None = None):
@@ -33,7 +36,7 @@ class AVPrompt(nn.Module):
         self.similarity = PromptSimilarity(temperature, backend=backend)
 
     def prompts(self, features: Tensor, text: Tensor, anomaly_logits: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """The class prompts X of each video: features (B, T, D), text (C, D), anomaly_logits (B, T) -> (B, C, D)."""
+        """Class prompts X of each video: features (B, T, D), text (C, D), anomaly_logits (B, T) -> (B, C, D)."""
         pooled = ops.attention_pool(features, anomaly_logits, lengths, backend=self.backend)[:, None]  # [B, 1, D]
         if self.prompt == "official":
             y = text + pooled  # [B, C, D]
@@ -43,7 +46,7 @@ class AVPrompt(nn.Module):
         return self.mlp1(y, residual=text.expand_as(y))
 
     def forward(self, features: Tensor, text: Tensor, anomaly_logits: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, T, D), (C, D), (B, T), (B,) or None -> class logits (B, T, C). `lengths` keeps padded rows out of g."""
+        """features (B, T, D), text (C, D), anomaly_logits (B, T), lengths (B,) or None -> class logits (B, T, C)."""
         return self.similarity(features, self.prompts(features, text, anomaly_logits, lengths))
 
     def extra_repr(self) -> str:

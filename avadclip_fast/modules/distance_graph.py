@@ -7,10 +7,16 @@ from .. import ops
 
 
 class DistanceGraph(nn.Module):
-    """Mixes snippets by closeness in time: out_i = sum_j exp(-|i - j| / e) values_j, not normalised.
+    """Mixes snippets by temporal distance, with unnormalised weights (official code of arXiv 2504.04495, `disAdj`).
 
-    forward: values (B, T, E), lengths (B,) or None -> (B, T, E). `sigma` stands in the official checkpoints and is
-    used by nothing. Raises ValueError on shapes, dtypes or lengths that do not fit.
+        out_i = sum_j exp(-|i - j| / scale) values_j
+
+    scale: decay length in snippets, e by default
+    values: (B, T, E) floating point; lengths: (B,) int, to exclude padded rows, or None
+    Returns (B, T, E) in the values' dtype.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or scale.
+    Precision, determinism and backends: see `ops.distance_graph`.
+    The parameter `sigma` is unused; official checkpoints contain it.
     """
 
     def __init__(self, scale: float = torch.e, backend: str | None = None):

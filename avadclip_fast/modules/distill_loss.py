@@ -6,12 +6,15 @@ from .. import ops
 
 
 class UncertaintyDistillationLoss(nn.Module):
-    """Distance of student to teacher features, weighted by the student's own uncertainty (arXiv 2504.04495, eq. 11).
+    """Student-to-teacher distance weighted by the student's uncertainty (arXiv 2504.04495, eq. 11; official code).
 
         out = mean of (teacher - student)² / (1e-6 + 2 exp(θ)) + θ,      θ = log_variance
 
-    forward: teacher, student, log_variance (B, T, D), lengths (B,) or None -> scalar. With lengths, the mean runs
-    over valid rows only. The teacher is detached. Raises ValueError on shapes, dtypes or lengths that do not fit.
+    teacher, student, log_variance: (B, T, D) floating point; the teacher is detached
+    lengths: (B,) int, to average over valid rows only, or None
+    Returns a float32 scalar (float64 for float64 inputs).
+    Raises ValueError on invalid shapes, dtypes, devices or lengths.
+    Precision, determinism and backends: see `ops.distill_loss`.
     """
 
     def __init__(self, backend: str | None = None):

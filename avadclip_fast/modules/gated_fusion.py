@@ -12,20 +12,20 @@ HEADS = 8  # of cross_attention
 
 
 class AVFusion(nn.Module):
-    """Fuses an audio stream into a visual one; rows are snippets (arXiv 2504.04495, section III-C and Table VII).
+    """Fuses audio features into visual features, snippet by snippet (arXiv 2504.04495, section III-C and Table VII).
 
         gated:            z = [v | a],   out = v + sigmoid(Wg z + bg) ⊙ (Wr GELU(Wh z + bh) + br)
         add:              out = v + a
         concat:           out = W [v | a] + b
         cross_attention:  out = v + MHA(query=v, key=a, value=a), 8 heads
 
-    "gated" is the model's; the others are the paper's ablation and run in plain PyTorch.
+    The model uses "gated" (eq. 1-3); the other modes reproduce the paper's ablation and run in plain PyTorch.
 
         fusion = AVFusion(512)
         fused = fusion(visual, audio)      # visual, audio: (B, T, 512) -> (B, T, 512)
 
-    Raises ValueError on an unknown mode, a width that does not suit it, and shapes, dtypes or devices that do not fit.
-    Parameters carry the official names (`gate_proj.0`, `residual_proj.0`, `residual_proj.2`).
+    Raises ValueError on an unknown mode, a width not divisible by the heads, or invalid shapes, dtypes or devices.
+    Parameters have the official names (`gate_proj.0`, `residual_proj.0`, `residual_proj.2`).
     """
 
     def __init__(self, dim: int = 512, mode: str = "gated", backend: str | None = None):
@@ -44,7 +44,7 @@ class AVFusion(nn.Module):
             self.attention = nn.MultiheadAttention(dim, num_heads=HEADS, batch_first=True)
 
     def forward(self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """(B, T, D), (B, T, D) -> (B, T, D). `lengths` (B,) hides padded audio from cross attention alone."""
+        """visual, audio (B, T, D) -> (B, T, D). `lengths` (B,) masks padded audio in cross attention only."""
         if self.mode == "gated":
             layers = self.gate_proj[0], self.residual_proj[0], self.residual_proj[2]
             gate, hidden, residual = (cast(nn.Linear, layer) for layer in layers)

@@ -1,4 +1,4 @@
-"""Layers that are one or two calls of linear_act: MLP, binary head, temporal convolution, the audio TCN."""
+"""Layers built on linear_act: MLP, binary head, temporal convolution and the audio TCN."""
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ class MLP(nn.Module):
 
 
 def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear) -> Tensor:
-    """classifier(mlp(x) + x) for a classifier of one output, without the MLP's second matrix product.
+    """classifier(mlp(x) + x) for a single-output classifier, without the MLP's second matrix product.
 
-        w·(P h + p + x) + b  =  (Pᵀw)·h + w·x + (w·p + b),      h = QuickGELU(c_fc x), P and p of c_proj
+        w·(P h + p + x) + b  =  (Pᵀw)·h + w·x + (w·p + b),      h = QuickGELU(c_fc x), c_proj = (P, p)
 
     x: (B, T, D) -> (B, T).
     """
@@ -40,9 +40,9 @@ def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear) -> Tensor:
 
 
 class TemporalConv(nn.Conv1d):
-    """A Conv1d over time that takes and gives (B, T, D); zero padding keeps T. Parameters as in nn.Conv1d."""
+    """Conv1d over time on (B, T, D) tensors; zero padding keeps T. Parameters as in nn.Conv1d."""
 
-    bias: nn.Parameter  # there always is one
+    bias: nn.Parameter  # never None
 
     def __init__(self, inputs: int, outputs: int, taps: int, backend: str | None = None):
         super().__init__(inputs, outputs, taps, padding=taps // 2)
@@ -57,9 +57,9 @@ class TemporalConv(nn.Conv1d):
 
 
 class CausalConv(nn.Module):
-    """A causal, dilated, weight-normed convolution: w = g · v / |v|, the norm over each output channel.
+    """Causal, dilated, weight-normed convolution: w = g · v / |v|, with one norm per output channel.
 
-    Parameters carry the names of torch's first weight norm (`weight_g`, `weight_v`), as the official checkpoints do.
+    Parameters have the names of torch.nn.utils.weight_norm (`weight_g`, `weight_v`), as in official checkpoints.
     forward: (B, T, D), activation -> (B, T, D).
     """
 
@@ -96,9 +96,9 @@ class TemporalBlock(nn.Module):
 
 
 class TemporalConvNet(nn.Module):
-    """The audio encoder: residual levels of causal convolutions with dilation 1, 2, 4, ... .
+    """Audio encoder: residual levels of causal convolutions with dilation 1, 2, 4, ... (official `temporalconvnet`).
 
-    forward: (B, T, D) -> (B, T, D). Causal, so that padding at the end never reaches a valid row.
+    forward: (B, T, D) -> (B, T, D). It is causal, so trailing padding never reaches a valid row.
     """
 
     def __init__(

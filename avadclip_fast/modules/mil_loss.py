@@ -7,10 +7,14 @@ from .. import ops
 
 
 class MILLoss(nn.Module):
-    """Binary cross-entropy of each video's top-k mean anomaly score: BCE(topk_mean(sigmoid(logits)), 1 - labels[:, 0]).
+    """Binary cross-entropy of each video's top-k mean anomaly score (L_mil in the official code of arXiv 2504.04495).
 
-    forward: logits (B, T), labels (B, C) with class 0 normal, lengths (B,) -> scalar.
-    Raises ValueError on shapes, dtypes or lengths that do not fit.
+        out = mean_b BCE(topk_mean(sigmoid(logits_b)), 1 - labels[b, 0]),      k_b = lengths[b] // divisor + 1
+
+    logits: (B, T) floating point; labels: (B, C), class 0 is normal; lengths: (B,) int in 1..T
+    Returns a float32 scalar (float64 for float64 logits).
+    Raises ValueError on invalid shapes, dtypes, devices or lengths.
+    Precision, determinism and backends: see `ops.mil_loss`.
     """
 
     def __init__(self, divisor: int = 16, backend: str | None = None):
@@ -22,13 +26,17 @@ class MILLoss(nn.Module):
 
 
 class MILAlignLoss(nn.Module):
-    """Cross-entropy plus focal loss of top-k pooled class logits, halved; `alpha` (C,) is learnable.
+    """Mean of cross-entropy and focal loss of top-k pooled class logits (L_align in the official code).
 
         s = topk_mean(logits),   y = labels / sum(labels),   ce = -sum y log_softmax(s)
         out = mean_b (ce + (sum y alpha)(1 - sum y softmax(s))² ce) / 2
 
-    forward: logits (B, T, C), labels (B, C), lengths (B,) -> scalar.
-    Raises ValueError on shapes, dtypes or lengths that do not fit.
+    The focal weight `alpha` (C,) is learnable. The official code is that of arXiv 2504.04495.
+
+    logits: (B, T, C) floating point; labels: (B, C) multi-hot; lengths: (B,) int in 1..T
+    Returns a float32 scalar (float64 for float64 logits).
+    Raises ValueError on invalid shapes, dtypes, devices or lengths.
+    Precision, determinism and backends: see `ops.mil_align_loss`.
     """
 
     def __init__(self, classes: int, alpha: float = 0.25, divisor: int = 16, backend: str | None = None):

@@ -1,4 +1,4 @@
-"""PromptSimilarity: class logits as cosines with prompts."""
+"""PromptSimilarity: class logits as cosines between snippets and prompts."""
 
 from torch import Tensor, nn
 
@@ -6,11 +6,14 @@ from .. import ops
 
 
 class PromptSimilarity(nn.Module):
-    """Class logits: cosines of snippets with per-video class prompts, over a temperature (arXiv 2504.04495, eq. 8).
+    """Class logits: cosines between snippets and per-video class prompts (arXiv 2504.04495, eq. 8).
 
         out_btc = cos(features_bt, prompts_bc) / temperature
 
-    forward: features (B, T, D), prompts (B, C, D) -> (B, T, C). Raises ValueError on shapes that do not fit.
+    features: (B, T, D) floating point; prompts: (B, C, D)
+    Returns (B, T, C) in the features' dtype.
+    Raises ValueError on invalid shapes, dtypes, devices or temperature.
+    Precision, determinism and backends: see `ops.prompt_similarity`.
     """
 
     def __init__(self, temperature: float = 0.07, backend: str | None = None):

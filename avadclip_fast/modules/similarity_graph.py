@@ -6,13 +6,15 @@ from .. import ops
 
 
 class SimilarityGraph(nn.Module):
-    """Mixes snippets by likeness: a softmax over cosines above a threshold, times values.
+    """Mixes snippets by similarity: softmax over thresholded cosines, times values (official code of arXiv 2504.04495).
 
         s_ij = cos(x_i, x_j),   t_ij = s_ij if s_ij > threshold else 0,   out = softmax_j(t) · values
 
-    forward: features (B, T, D), values (B, T, E), lengths (B,) or None, weights or None
-    -> (out (B, T, E), weights): give the weights back to multiply other values by the same graph.
-    Raises ValueError on shapes, dtypes, devices or lengths that do not fit.
+    features: (B, T, D) floating point; values: (B, T, E); lengths: (B,) int, to exclude padded rows, or None
+    weights: those returned by an earlier call, to multiply other values by the same graph, or None
+    Returns (out (B, T, E), weights).
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or threshold.
+    Precision, determinism and backends: see `ops.similarity_graph`.
     """
 
     def __init__(self, threshold: float = 0.7, backend: str | None = None):

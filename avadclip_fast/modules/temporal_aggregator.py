@@ -1,4 +1,4 @@
-"""TemporalAggregator: graph convolutions over the similarity and the distance graph."""
+"""TemporalAggregator: graph convolutions over the similarity and distance graphs."""
 
 import math
 
@@ -12,9 +12,9 @@ from .similarity_graph import SimilarityGraph
 
 
 class GraphConv(nn.Module):
-    """The parameters of one graph convolution, g(x, G) = G · (x W) + r(x): `weight` [in, out], no bias.
+    """Parameters of a graph convolution, g(x, G) = G · (x W) + r(x): `weight` [in, out], no bias.
 
-    r is a 5-tap convolution over time (`residual`) where the widths differ, else the identity.
+    r is a 5-tap convolution over time (`residual`) if the widths differ, else the identity.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -29,18 +29,23 @@ class GraphConv(nn.Module):
 
 
 class TemporalAggregator(nn.Module):
-    """Relates the snippets of a video to each other: two graph convolutions by likeness, two by closeness in time.
+    """Relates the snippets of a video: two graph convolutions by similarity and two by temporal distance.
 
         x1 = QG(gc2(QG(gc1(x, A)), A)),   x2 = QG(gc4(QG(gc3(x, E)), E)),   out = linear([x1 | x2])
 
-    with A of `SimilarityGraph`, E of `DistanceGraph`, QG(x) = x · sigmoid(1.702 x).
+    A is the matrix of `SimilarityGraph`, E that of `DistanceGraph`, and QG(x) = x · sigmoid(1.702 x), as in the
+    official code of arXiv 2504.04495.
 
         aggregate = TemporalAggregator(512)
         out = aggregate(x, lengths)            # (B, T, 512) -> (B, T, 512)
 
-    padding="official": as the authors' code, where only A knows the lengths, and padded rows reach valid ones through
-    the convolutions and E; padding="masked": valid rows see valid rows only. Parameters carry the official names.
-    Raises ValueError on shapes, dtypes or lengths that do not fit.
+    padding: "masked" hides padded rows from valid rows; "official" follows the official code, which masks A only, so
+    that padded rows leak through the convolutions and E
+    threshold: cosine above which `SimilarityGraph` keeps an edge
+    x: (B, T, D) floating point; lengths: (B,) int, or None if all rows are valid
+    Returns (B, T, D) in x's dtype.
+    Raises ValueError on an unknown `padding`, or invalid shapes, dtypes, devices or lengths.
+    Parameters have the official names.
     """
 
     def __init__(self, dim: int = 512, padding: str = "masked", threshold: float = 0.7):
@@ -52,7 +57,7 @@ class TemporalAggregator(nn.Module):
         self.gc2 = GraphConv(half, half)
         self.gc3 = GraphConv(dim, half)
         self.gc4 = GraphConv(half, half)
-        # The rows of E sum to (1 + a)/(1 - a), a = exp(-1/e): features are to leave at about the scale they came in.
+        # Rows of E sum to (1 + a) / (1 - a) with a = exp(-1/e); this gain preserves the scale of the features.
         decay = math.exp(-1 / math.e)
         for conv in (self.gc3, self.gc4):
             nn.init.xavier_uniform_(conv.weight, gain=(1 - decay) / (1 + decay))
@@ -62,7 +67,7 @@ class TemporalAggregator(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         valid = lengths if self.padding == "masked" else None
-        first, third = self.gc1, self.gc3  # both read x: one product with both weights side by side, one convolution
+        first, third = self.gc1, self.gc3  # both read x, so their weights are concatenated
         projected = ops.linear_act(x, torch.cat([first.weight, third.weight], dim=1).T)
         assert first.residual is not None and third.residual is not None  # their widths differ
         skipped = ops.linear_act(

@@ -6,9 +6,12 @@ from .. import ops
 
 
 class TopKMean(nn.Module):
-    """The mean of each video's k highest scores, k = lengths // divisor + 1.
+    """Mean of each video's k highest scores, k = lengths // divisor + 1 (official code of arXiv 2504.04495).
 
-    forward: scores (B, T, C), lengths (B,) -> (B, C). Raises ValueError on shapes or lengths that do not fit.
+    scores: (B, T, C) floating point; lengths: (B,) int in 1..T
+    Returns (B, C) in the scores' dtype.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or divisor.
+    Precision, determinism and backends: see `ops.topk_mean`.
     """
 
     def __init__(self, divisor: int = 16, backend: str | None = None):

@@ -1,4 +1,4 @@
-"""UncertaintyHead: the student's feature and how sure it is of it."""
+"""UncertaintyHead: the student's features and their log-variance."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -11,18 +11,20 @@ from .linear_act import TemporalConv
 
 
 class UncertaintyHead(nn.Module):
-    """The mean and the log-variance of the student's features (arXiv 2504.04495, section III-D).
+    """Mean and log-variance of the student's features (arXiv 2504.04495, section III-D; official `fe_net`).
 
         mu = v, then three times mu = mu + ReLU(conv3(mu))
         θ = -(v + ReLU(conv1(conv3(ReLU(conv1(v))))))
 
-    Nothing stands between the last conv3 and conv1, so where there are rows enough they are one convolution, whose
-    weight is the product of theirs.
+    No activation separates the last conv3 and conv1. With enough rows they run as one convolution, whose weight is the
+    product of theirs.
 
-    forward: v (B, T, D), lengths (B,) or None (then padded rows are seen by the convolutions), uncertain (False: θ, for
-    distillation alone, is None) -> (mu (B, T, D), θ (B, T, D)).
-    Parameters carry the official names (`conv.i.conv.0`, `theta.theta.{0,2,3}`).
-    Raises ValueError on shapes, dtypes or lengths that do not fit.
+    v: (B, T, D) floating point
+    lengths: (B,) int, or None, in which case the convolutions see padded rows
+    uncertain: False skips θ, which only distillation needs
+    Returns (mu (B, T, D), θ (B, T, D) or None).
+    Raises ValueError on invalid shapes, dtypes, devices or lengths.
+    Parameters have the official names (`conv.i.conv.0`, `theta.theta.{0,2,3}`).
     """
 
     def __init__(self, dim: int = 512, backend: str | None = None):
@@ -47,7 +49,7 @@ class UncertaintyHead(nn.Module):
     def _log_variance(self, v: Tensor, lengths: Tensor | None) -> Tensor:
         first, _, middle, last = cast(Iterable[TemporalConv], self.theta.theta)
         h = first(v, "relu")
-        # The product of the weights costs 3·D³, the product it saves rows·D². An exported graph has no rows to go by.
+        # Folding costs 3·D³ and saves rows·D². An exported graph must not depend on the number of rows.
         if torch.compiler.is_exporting() or v.shape[0] * v.shape[1] <= 3 * v.shape[2]:
             return -last(middle(h, lengths=lengths), "relu", residual=v)
         weight, bias = fold(middle, last)
@@ -55,14 +57,14 @@ class UncertaintyHead(nn.Module):
 
 
 def fold(conv: TemporalConv, after: TemporalConv) -> tuple[Tensor, Tensor]:
-    """Weight (O, I, K) and bias (O,) of the one convolution that equals `after`, of one tap, behind `conv`."""
+    """Weight (O, I, K) and bias (O,) of the convolution that equals `conv` followed by the one-tap `after`."""
     matrix = after.weight[:, :, 0]  # [O, M]
     weight = (matrix @ conv.weight.flatten(1)).unflatten(1, conv.weight.shape[1:])  # [O, M] @ [M, I·K]
     return weight, matrix @ conv.bias + after.bias
 
 
 class _Named(nn.Module):
-    """Holds children under given names, for the sake of the official parameter names."""
+    """Registers children under given names, which reproduces the official parameter names."""
 
     conv: nn.Sequential
     theta: nn.Sequential

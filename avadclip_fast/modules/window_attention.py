@@ -1,4 +1,4 @@
-"""WindowAttention: block-diagonal self-attention with its projections."""
+"""WindowAttention: block-diagonal self-attention with projections."""
 
 import torch
 from torch import Tensor, nn
@@ -7,12 +7,17 @@ from .. import ops
 
 
 class WindowAttention(nn.Module):
-    """Self-attention inside windows of `window` consecutive snippets; the last window may be shorter.
+    """Self-attention within windows of `window` consecutive snippets (official code of arXiv 2504.04495).
 
         qkv = in_proj(norm(x)),   out_i = out_proj(sum_j softmax_j(<q_i, k_j> / sqrt(D/heads)) v_j) + residual
 
-    Parameters carry nn.MultiheadAttention's names. forward: x (B, T, D), residual (B, T, D) or None, norm a LayerNorm
-    or None, lengths (B,) or None to leave padded keys out -> (B, T, D). Raises ValueError on what does not fit.
+    If `window` does not divide T, the last window is shorter.
+
+    x: (B, T, D) floating point; residual: (B, T, D) or None; norm: LayerNorm or None
+    lengths: (B,) int, to exclude padded keys, or None
+    Returns (B, T, D) in x's dtype.
+    Raises ValueError on invalid settings, shapes, dtypes, devices or lengths.
+    Parameters have the names of nn.MultiheadAttention.
     """
 
     def __init__(self, dim: int = 512, window: int = 64, heads: int = 1, backend: str | None = None):

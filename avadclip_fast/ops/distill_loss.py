@@ -16,7 +16,7 @@ def _triton(teacher: Tensor, student: Tensor, log_variance: Tensor, lengths: Ten
 
 def _triton_supports(teacher: Tensor, student: Tensor, log_variance: Tensor, lengths: Tensor | None) -> str | None:
     if teacher.requires_grad and torch.is_grad_enabled():
-        return "it makes no gradient of the teacher"
+        return "it does not compute gradients for the teacher"
     return triton_reason(teacher, student, log_variance)
 
 

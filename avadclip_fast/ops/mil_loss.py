@@ -25,7 +25,7 @@ def _kept(logits: Tensor) -> torch.dtype:
 
 def _supports(reason):
     def supports(logits: Tensor, labels: Tensor, *_) -> str | None:
-        return "it makes no gradient for labels" if labels.requires_grad else reason(logits)
+        return "it does not compute gradients for labels" if labels.requires_grad else reason(logits)
 
     return supports
 
