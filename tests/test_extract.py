@@ -167,7 +167,7 @@ def test_what_training_would_miss_is_told(folder, tmp_path, capsys):
     """A teacher takes no row without sound, and nobody one without a label."""
 
     def told(*given):
-        assert call("extract", *given, "-o", tmp_path / "out", *QUICK) == 0
+        assert call("extract", *QUICK, "-o", tmp_path / "out", *given) == 0
         return capsys.readouterr().out.splitlines()[2:]  # after what was extracted and written
 
     unlabelled = "1 video has no label: call again with --label, or give a list"
@@ -175,7 +175,7 @@ def test_what_training_would_miss_is_told(folder, tmp_path, capsys):
     some = f"1 of 2 videos has no sound (more/b): {needs}remove these rows, or {alone}"
     assert told(folder) == [some, unlabelled]
     assert told(folder, "--label", "A") == [some]
-    assert told(folder, "--audio-encoder", "none") == []
+    assert told(folder, "--audio-encoder", "none") == [unlabelled]
     (folder / "a_label_B1-0-0.mkv").unlink()
     make_video(folder / "c.mp4", frames=20)
     assert told(folder, "--every", 4) == [
