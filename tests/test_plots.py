@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from avadclip_fast.engine import plots
+from avadclip_fast.data import DataError
+from avadclip_fast.engine import plots, report
+from avadclip_fast.engine.evaluate import VideoScores
 from bench import plots as bench_plots
 
 CURVES = {"teacher": np.linspace(0, 1, 30), "student": np.linspace(1, 0, 30) ** 2}
@@ -130,6 +132,21 @@ def test_near_markers_of_a_row_do_not_hide_each_other():
     places = [(1.01, 0), (1.0, 0), (3.0, 0), (1.0, 1)]
     up, down, *alone = bench_plots._heights(places, 0.1)
     assert alone == [0, 1] and up - down == pytest.approx(bench_plots.APART) and up + down == 0
+
+
+def test_videos_with_positive_frames_are_drawn_first(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report, "score_curves", lambda path, name, curves, truth, every: drawn.update({name: truth}))
+    scores = [VideoScores(f"v{i}", np.zeros(i + 1), np.ones((i + 1, 2))) for i in range(8)]
+    truth = np.zeros(4 * 36)
+    truth[[4 * 3, 4 * 35]] = 1  # in v2 and v7
+    paths = report.draw(scores, truth, 4, tmp_path)
+    assert [path.stem for path in paths] == list(drawn) == ["v2", "v7", "v0", "v1", "v3"]
+    assert all(len(part) == 4 * (int(name[1:]) + 1) for name, part in drawn.items())
+    assert [int(drawn[name].sum()) for name in drawn] == [1, 1, 0, 0, 0]
+    assert [path.stem for path in report.draw(scores, truth, 4, tmp_path, ["v4", "v1"])] == ["v4", "v1"]
+    with pytest.raises(DataError, match="no video named w"):
+        report.draw(scores, truth, 4, tmp_path, ["w"])
 
 
 def test_errors_name_the_video(tmp_path):

@@ -370,7 +370,7 @@ def evaluate_(
     window: OfficialWindow = None,
     json_: Annotated[Path | None, Option("--json", help="Write the numbers here.")] = None,
     plots: Annotated[Path | None, Option(help="Draw score curves into this folder.")] = None,
-    plot: Annotated[list[str] | None, Option(help="Names of videos to draw; the first five by default.")] = None,
+    plot: Annotated[list[str] | None, Option(help="Videos to draw, by name; default: five, anomalous first.")] = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:

@@ -37,21 +37,19 @@ def draw(
 ) -> list[Path]:
     """Plots score curves over the ground truth, one PNG per video, and returns their paths.
 
-    names: the videos to plot; default: the first five. Raises DataError on an unknown name.
+    names: the videos to plot; default: five, those with positive frames first. Raises DataError on an unknown name.
     """
     known = {s.name: i for i, s in enumerate(scores)}
     missing = [name for name in names or () if name not in known]
     if missing:
         raise DataError(f"no video named {', '.join(missing)}; the list has {', '.join(list(known)[:5])}, ...")
-    ends = np.cumsum([len(s.anomaly) * frames_per_snippet for s in scores])
+    parts = np.split(truth, np.cumsum([len(s.anomaly) * frames_per_snippet for s in scores]))
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name in names or list(known)[:5]:
-        video = scores[known[name]]
-        end = ends[known[name]]
-        frames = truth[end - len(video.anomaly) * frames_per_snippet : end]
+    for name in names or sorted(known, key=lambda name: not parts[known[name]].any())[:5]:
+        video, frames = scores[known[name]], parts[known[name]]
         paths.append(folder / f"{name}.png")
-        curves = {"1 - p(normal)": 1 - video.probabilities[:, 0], "anomaly": video.anomaly}
+        curves = {"align: 1 - p(normal)": 1 - video.probabilities[:, 0], "binary": video.anomaly}
         score_curves(paths[-1], name, curves, frames, frames_per_snippet)
     return paths
 
