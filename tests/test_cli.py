@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from avadclip_fast import cli
+import avadclip_fast
+from avadclip_fast import cli, use_backend
 from avadclip_fast.data import make_synthetic
 from avadclip_fast.engine import demo
 from avadclip_fast.engine.calibrate import Calibration
@@ -154,7 +155,10 @@ def test_missing_sound(videos, trained, tmp_path, capsys):
     assert "hears" in mistake(capsys, *ask, "--student", trained, "--missing-sound", "50", *options)
     assert "--student is for --missing-sound" in mistake(capsys, *ask, "--student", student, *options)
     assert "--plots" in mistake(capsys, *ask, "--plot", "video", *options)
-    assert "percents" in mistake(capsys, *ask, "--student", student, "--missing-sound", "half", *options)
+    for percents in ("half", "0,200", "nan"):
+        said = mistake(capsys, *ask, "--student", student, "--missing-sound", percents, *options)
+        assert "percents from 0 to 100" in said
+    assert "takes visual only" in mistake(capsys, *ask[:3], student, *ask[4:], "--silent", *options)
 
 
 def test_demo(tmp_path, monkeypatch, capsys):
@@ -172,6 +176,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
         assert row in shown and row in report
     assert len(results) == 4
     assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
+    assert "distilling a student (3 of 3)" in shown
     assert "holds a demo already" in mistake(capsys, "demo", "--output", tmp_path / "demo")
 
 
@@ -182,13 +187,23 @@ def test_a_student_needs_no_sound(videos, tmp_path):
     assert call("train", silent, "-o", tmp_path / "run", "--student", "--epochs", 1, *QUICK) == 0
 
 
-def test_resume_through_the_command_line(videos, trained, tmp_path, capsys):
+def test_resume_through_the_command_line(videos, trained, tmp_path, capsys, caplog):
     assert "--resume" in mistake(capsys, "train", videos / "train.csv", "-o", trained, "--epochs", 1, *QUICK)
     assert call("train", videos / "train.csv", "-o", trained, "--epochs", 1, *QUICK, "--resume") == 0
+    said = capsys.readouterr().out
+    assert "epoch 1 of 1" in said and "from 2 held-out videos: too few to trust" in said and not caplog.text
+    assert call("train", videos / "train.csv", "-o", tmp_path / "new", "--epochs", 1, *QUICK, "--resume") == 0
+    assert "holds no run to resume: starting one" in caplog.text
+    assert "audio-visual" in (trained / "model" / "README.md").read_text()
 
 
-def test_convert_there_and_back(trained, tmp_path):
+def test_convert_there_and_back(trained, tmp_path, capsys):
     assert call("convert", trained, tmp_path / "official.pth", "--classes", CLASSES) == 0
+    assert "weights only" in capsys.readouterr().out
+    tower = "--image-tower", tmp_path / "nowhere.pth"
+    assert "nowhere.pth: no such file to take the image tower" in mistake(
+        capsys, "convert", trained, tmp_path / "x.pth", "--classes", CLASSES, *tower
+    )
     assert call("convert", tmp_path / "official.pth", tmp_path / "own", "--classes", CLASSES) == 0
     before, after = AVadCLIP.from_pretrained(trained / "model"), AVadCLIP.from_pretrained(tmp_path / "own")
     assert all(torch.equal(t, after.state_dict()[n]) for n, t in before.state_dict().items())
@@ -216,14 +231,42 @@ def test_where_numbers_go_is_looked_at_before_scoring(videos, trained, tmp_path,
     (tmp_path / "file").touch()
     for option in (["--json", tmp_path / "file" / "out.json"], ["--plots", tmp_path / "file"]):
         assert f"{tmp_path / 'file'}: cannot be made" in mistake(capsys, *ask, *option)
+    assert "is a folder" in mistake(capsys, *ask, "--json", tmp_path)
+    assert "no video is named xyz" in mistake(capsys, *ask, "--plots", tmp_path / "p", "--plot", "xyz")
+    assert "give both" in mistake(capsys, *ask, "--segment-labels", tmp_path / "file")
+    np.save(tmp_path / "short.npy", np.load(videos / "gt.npy")[16:])
+    assert "short.npy: the truth has" in mistake(capsys, *ask[:5], tmp_path / "short.npy", *ask[6:])
 
 
-def test_env_names_every_op(capsys):
+def test_what_cannot_be_is_told_before_features_are_read(videos, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("avadclip_fast.engine.run.FeatureSet", None)
+    train = "train", videos / "train.csv", *QUICK, "-o"
+    assert "holds a run already" in mistake(capsys, *train, trained)
+    (tmp_path / "file").touch()
+    assert "is a file; name a folder" in mistake(capsys, *train, tmp_path / "file")
+    assert "needs --test-list and --gt" in mistake(capsys, *train, tmp_path / "x", "--select", "test")
+
+
+def test_env_names_every_op(capsys, monkeypatch):
     from avadclip_fast.ops._dispatch import TABLE
 
     assert call("env") == 0
     out = capsys.readouterr().out
-    assert all(op in out for op in TABLE)
+    assert all(op in out for op in TABLE) and "forced" not in out
+    with use_backend("reference"):
+        assert call("env") == 0
+    out = capsys.readouterr().out
+    assert "forced by" in out and not any(f" {backend} " in out for backend in ("cpp", "amx", "triton"))
+    with use_backend("cuda"):
+        assert call("env") == 0
+    assert "forced, and cannot serve" in capsys.readouterr().out
+    monkeypatch.setattr("avadclip_fast.ops._dispatch._forced", "fpga")
+    assert "fpga: unknown backend; one of cuda" in mistake(capsys, "env")
+
+
+def test_the_version(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"avadclip_fast {avadclip_fast.__version__}\n"
 
 
 def test_check(videos, tmp_path, capsys):
@@ -274,6 +317,11 @@ def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):
     assert "--frames-per-snippet" in mistake(capsys, "eval", test, "--model", trained, *gt, *bad)
     (tmp_path / "broken.pth").write_bytes(b"no checkpoint")
     assert "broken.pth" in mistake(capsys, "convert", tmp_path / "broken.pth", tmp_path / "out")
+    assert "holds no video out" in mistake(capsys, "train", train, "-o", run, "--held-out", 0, *QUICK)
+    (tmp_path / "empty.csv").touch()
+    assert "empty.csv: the file is empty" in mistake(capsys, "train", tmp_path / "empty.csv", "-o", run, *QUICK)
+    odd = ["--gt", videos / "gt_segments.json", "--classes", CLASSES, "-q"]
+    assert "or holds pickles" in mistake(capsys, "eval", test, "--model", trained, *odd)
     assert not run.exists(), "a mistake leaves nothing behind"
 
 

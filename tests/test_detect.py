@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -92,8 +93,28 @@ def test_threshold_and_classes(pair, tmp_path, capsys):
     assert call("detect", tmp_path / "a.mkv", *alone, "--classes", "normal, people brawling, fire") == 0
     assert json.loads((out / "a.json").read_text())["classes"] == ["normal", "people brawling", "fire"]
     assert not list(out.glob("*.png"))
+    capsys.readouterr()
     for classes, wrong in (("normal", "at least two"), ("a,a", "different"), ("normal," + "very " * 70, "tokens")):
         assert wrong in mistake(capsys, "detect", tmp_path / "a.mkv", *alone, "--classes", classes)
+
+
+def test_a_threshold_that_nothing_calibrated_is_told(pair, tmp_path, capsys):
+    """On stderr, by detect and stream: of each model that has none, unless --threshold is given."""
+    film(tmp_path / "a.mkv", [])
+    given = shutil.copytree(pair, tmp_path / "pair")
+    none = "no calibrated threshold; using 0.5 (--threshold sets another)\n"
+
+    def told(model, *options):
+        for command in (["detect", "-o", tmp_path / "out", "--no-plot"], ["stream"]):
+            assert call(*command, tmp_path / "a.mkv", "-m", model, *QUICK, *options) == 0
+            yield from (line for line in capsys.readouterr().err.splitlines(True) if line.startswith("note: "))
+
+    assert list(told(given)) == [f"note: the models have {none}"] * 2
+    assert list(told(given / "student")) == [f"note: the model has {none}"] * 2
+    assert list(told(given, "--threshold", "0.5")) == []
+    Calibration(Head(1.2, 0.4), videos=4).save(given / "teacher")
+    assert list(told(given)) == [f"note: one of the models has {none}"] * 2
+    assert list(told(given / "teacher")) == []
 
 
 class Impatient(Sight):
@@ -112,7 +133,10 @@ def test_an_interrupt_leaves_the_events_that_were_found(pair, tmp_path, capsys):
     assert call("detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *options) == 130
     lines = (tmp_path / "out" / "events.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].startswith("a,")
-    assert "interrupted; what was written stays" in capsys.readouterr().err
+    found = f"stopped by SIGINT; {tmp_path / 'out' / 'events.csv'} holds what was found so far\n"
+    assert capsys.readouterr().err.endswith(f"error: {found}")
+    assert call("detect", tmp_path / "b.mkv", "-m", pair / "student", "-o", tmp_path / "new", *options) == 130
+    assert "no video was finished" in capsys.readouterr().err and not list((tmp_path / "new").iterdir())
 
 
 def test_where_results_go_is_looked_at_first(pair, tmp_path, capsys):

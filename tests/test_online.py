@@ -1,6 +1,7 @@
 """Streams: sources that never end, snippets of them, and events told as they come."""
 
 import http.server
+import io
 import json
 import re
 import threading
@@ -263,7 +264,7 @@ def test_bad_files_are_told_in_a_line(pair, tmp_path, capsys):
         assert call("stream", films / name, "-m", pair, "-q", *NAMED) == 2
         *counts, told = capsys.readouterr().err.splitlines()
         assert told.startswith("error: ") and re.search(wrong, told), told
-        assert len(counts) == (name == "cut.mp4")  # half of it was watched, and its events are told
+        assert len(counts) == 2 * (name == "cut.mp4")  # half of it was watched: the threshold, and what was read
     make_video(films / "one.mkv", frames=1, width=35, height=51)  # a single frame of odd sizes is a video
     assert call("stream", films / "one.mkv", "-m", pair, "-q", *NAMED) == 0
     assert "1 frames, 0 dropped" in capsys.readouterr().err
@@ -310,6 +311,17 @@ def test_an_event_ends_with_the_last_frame(pair, tmp_path, capsys):
         assert call("stream", tmp_path / f"{name}.mkv", "-m", pair / "student", *options) == 0
         (line,) = map(json.loads, capsys.readouterr().out.splitlines())
         assert line["end"] == pytest.approx(ends, abs=2e-3)
+
+
+def test_lines_are_not_glued_to_the_progress_bar(pair, tmp_path, monkeypatch):
+    """As a terminal shows both: what is told begins at the start of a line."""
+    film(tmp_path / "a.mkv", [(12, 20, 220)])
+    terminal = io.StringIO()
+    monkeypatch.setattr("sys.stdout", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert call("stream", tmp_path / "a.mkv", "-m", pair / "student", "--every", "5", *NAMED) == 0
+    shown = terminal.getvalue()
+    assert re.search(r'[\r\n]\{"source": .+\}\n', shown) and re.search(r"[\r\n]150 frames, 0 dropped", shown)
 
 
 def test_stream_command(pair, tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Commands train, distill, eval, demo, check, pack, convert and env."""
 
 import json
+import math
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -10,19 +11,20 @@ import torch
 import typer
 from typer import Argument, Option
 
-from .. import data
+from .. import __version__, data
 from ..data import DataError
 from ..data.atomic import atomic_write
 from ..data.packed import PACKED
 from ..device import device_of
 from ..engine import distributed, report
 from ..engine.calibrate import Calibration
-from ..engine.evaluate import WIDEST, at_threshold, evaluate, load_model, score_rows
+from ..engine.evaluate import WIDEST, at_threshold, check_truth, evaluate, load_model, score_rows
 from ..engine.metrics import format_table
 from ..engine.missing import format_missing, missing_sound
 from ..engine.plots import reliability_plot
 from ..engine.recipe import ROBUST, ROBUST_HEARER, Recipe
 from ..engine.run import train_on_list
+from ..engine.stop import Stopped
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 
 app = typer.Typer(
@@ -31,6 +33,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"avadclip_fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 class Select(StrEnum):
@@ -92,7 +108,15 @@ PresetName = Annotated[str, Option("--preset", help=f"Class codes and settings: 
 Classes = Annotated[str | None, Option(help='Other classes, normal first: "A=normal,B1=fighting".', show_default=False)]
 FramesPer = Annotated[int | None, Option(min=1, help="Video frames per snippet; default: the preset's.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
-Output = Annotated[Path, Option("--output", "-o", help="Folder of the run.", show_default=False)]
+Output = Annotated[
+    Path,
+    Option(
+        "--output",
+        "-o",
+        help="Folder of the run: model/, history.json, the state for --resume, TensorBoard logs.",
+        show_default=False,
+    ),
+]
 RecipeOf = Annotated[
     RecipeName,
     Option(
@@ -135,7 +159,7 @@ Noise = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, Option()]
+Seed = Annotated[int, Option(help="Random seed of weights, sample order, dropout and noise.")]
 Length = Annotated[int, Option(min=1, help="Snippets per training sample and test chunk.")]
 Window = Annotated[
     int | None, Option(min=1, max=WIDEST, help="Attention window in snippets; default: teacher 4, student 64.")
@@ -273,9 +297,9 @@ def train(
                 model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape)
             else:
                 model = AVadCLIP(list(codes.values()), fusion=fusion, **shape)
-        folder = train_on_list(model, settings, list_, output, codes, **files, **how)
+        train_on_list(model, settings, list_, output, codes, **files, **how)
         if distributed.is_main():
-            typer.echo(f"model: {folder}")
+            typer.echo(report.finished(output))
 
 
 @app.command()
@@ -283,7 +307,14 @@ def distill(
     list_: List_,
     teacher: Annotated[Path, Option(help="The teacher: a run, a model folder, or an official .pth.")],
     output: Output,
-    distill_weight: Annotated[float | None, Option(min=0.0, help="Weight of the distillation loss.")] = None,
+    distill_weight: Annotated[
+        float | None,
+        Option(
+            min=0.0,
+            help=f"Weight of the distillation loss; default: the preset's; robust {ROBUST['distill_weight']:g}.",
+            show_default=False,
+        ),
+    ] = None,
     modality: Annotated[Modality, Option(help="The student's stream.")] = Modality.visual,
     preset: PresetName = "xd-violence",
     classes: Classes = None,
@@ -342,9 +373,9 @@ def distill(
     how: dict[str, Any] = {"device": device_of(device), "progress": not quiet}
     how |= {"profile": profile, "graph": graph, "resume": resume}
     with distributed.joined(device_of(device)):
-        folder = train_on_list(model, settings, list_, output, codes, teacher=known, **files, **how)
+        train_on_list(model, settings, list_, output, codes, teacher=known, **files, **how)
         if distributed.is_main():
-            typer.echo(f"model: {folder}")
+            typer.echo(report.finished(output))
 
 
 @app.command("eval")
@@ -382,16 +413,23 @@ def evaluate_(
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     detector = load_model(model, list(codes.values()), window)
     _same_classes(detector, codes, model)
-    if silent and "visual" not in detector.streams():
-        raise DataError(f"--silent: {model} takes the sound alone")
+    if silent and detector.streams() != ("visual", "audio"):
+        raise DataError(f"--silent withholds the sound from a teacher; {model} takes {detector.streams()[0]} only")
     if student is not None and missing is None:
         raise DataError("--student is for --missing-sound; score it alone as --model")
     if plot and plots is None:
         raise DataError("--plot names videos to draw into the folder --plots")
+    if segment_labels is not None and segments is None:
+        raise DataError("--segment-labels are of --segments: give both")
+    if json_ is not None and json_.is_dir():
+        raise DataError(f"--json {json_} is a folder; give the name of a file")
     truth = data.read_frame_gt(gt)
     spans = None if segments is None else data.read_spans(segments, segment_labels)
     hears = "audio" in detector.streams() and not silent
     rows = data.read_list(list_, root, audio=hears)
+    check_truth(gt, truth, rows, detector.width, frames)  # before scoring, to fail early
+    if unknown := set(plot or ()) - {row.visual.stem for row in rows}:
+        raise DataError(f"--plot: no video is named {min(unknown)}; the first is {rows[0].visual.stem}")
     if missing is not None:
         if not hears or student is None:
             raise DataError("--missing-sound compares a teacher that hears, --model, with a --student: give both")
@@ -402,7 +440,7 @@ def evaluate_(
 
     for folder in (None if json_ is None else json_.parent, plots):
         if folder is not None:
-            make_folder(folder)  # before scoring, to fail early
+            make_folder(folder)
 
     def scored(of, path: Path, silent: bool = silent):
         calibration, progress = Calibration.load(path), not quiet
@@ -444,7 +482,10 @@ def demo(
     """Train and evaluate a teacher and students on a small generated set, and write a report with plots."""
     from ..engine.demo import run
 
-    typer.echo(run(output, device_of(device)))
+    try:
+        typer.echo(run(output, device_of(device)))
+    except Stopped as stop:
+        raise Stopped(stop.number, f"remove {output} to run the demo again") from stop
 
 
 @app.command()
@@ -460,11 +501,14 @@ def check(
     quiet: Quiet = False,
 ) -> None:
     """Read a list and all its feature files, or a packed file, and report every problem with its file and row."""
+    codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     if list_.suffix == PACKED:
+        if gt is not None or root is not None:
+            raise DataError("--gt and --root are for lists; a packed file is checked against its own checksum")
         data.check_packed(list_)
+        data.packed_rows(list_, codes)
         typer.echo(f"{list_}: no problems")
         return
-    codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     problems = data.check_list(
         list_,
         codes,
@@ -526,9 +570,10 @@ def convert(
     model = load_model(source, list(codes.values()), window)
     if source.is_dir():
         model.to_official(target, image_tower)
+        typer.echo(f"wrote {target}: weights only; window, padding and calibration are not part of this format")
     else:
         model.save_pretrained(target)
-    typer.echo(f"wrote {target}")
+        typer.echo(f"wrote {target}")
 
 
 @app.command()
@@ -604,9 +649,12 @@ def _epochs(milestones: str) -> tuple[int, ...]:
 
 def _percents(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        percents = [float(part) for part in text.split(",")]
     except ValueError:
-        raise DataError(f"--missing-sound wants percents such as 0,25,50,100; got {text!r}") from None
+        percents = [math.nan]
+    if not all(0 <= percent <= 100 for percent in percents):
+        raise DataError(f"--missing-sound wants percents from 0 to 100 such as 0,25,50,100; got {text!r}")
+    return percents
 
 
 def _seed(seed: int, deterministic: bool) -> None:

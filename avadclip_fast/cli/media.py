@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -62,7 +63,8 @@ Threshold = Annotated[
     Option(
         min=0.0,
         max=1.0,
-        help="Minimum score of an event; default: the model's own, from its held-out videos.",
+        help="Score (0-1) from which a snippet is an alarm. Default: the calibrated threshold saved with the model, "
+        "or 0.5 if it has none.",
         show_default=False,
     ),
 ]
@@ -97,6 +99,19 @@ def watchers(
     return scorers, *encoders(visual, visual_weights, audio if hears else "none", audio_weights, device).load()
 
 
+def note_threshold(scorers: "list[Scorer]", threshold: float | None) -> None:
+    """Tells on stderr that an alarm begins at 0.5 where nothing was calibrated: official .pth, --select last."""
+    from ..engine.calibrate import Calibration
+
+    missing = [scorer.calibration for scorer in scorers if scorer.calibration == Calibration()]
+    if threshold is None and missing:
+        of = (
+            "the models have" if len(missing) > 1 else "the model has" if len(scorers) == 1 else "one of the models has"
+        )
+        default = missing[0].align.threshold
+        tqdm.write(f"note: {of} no calibrated threshold; using {default} (--threshold sets another)", file=sys.stderr)
+
+
 @app.command()
 def extract(
     videos: Annotated[list[Path], Argument(help="Videos, folders of them, or lists (.csv with path,label, or .txt).")],
@@ -112,7 +127,7 @@ def extract(
     audio_encoder: Audio = "wav2clip",
     audio_weights: AudioWeights = None,
     label: Annotated[
-        str, Option(help="Label, such as A, of videos whose list or name has none.", show_default=False)
+        str, Option(help="Label for videos that have none in a list or file name, e.g. A (normal).", show_default=False)
     ] = "",
     root: Root = None,
     shard: Annotated[str | None, Option(help="i/n: the i-th of n equal parts.", show_default=False)] = None,
@@ -241,6 +256,7 @@ def detect(
     """
     from ..engine.detect import best_snippets, summary, write_detection, write_events, write_frame_scores
     from ..engine.detect import detect as detect_in
+    from ..engine.stop import Stopped
     from ..engine.timeline import timeline
     from ..media.annotate import annotate
     from ..media.errors import import_av
@@ -257,6 +273,7 @@ def detect(
     scorers, seen, heard = watchers(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
     )
+    note_threshold(scorers, threshold)
     sampling, detections = Sampling(every, fps, 1, geometry.value), []
     try:
         for source in tqdm(sources, desc="detecting", unit="video", disable=quiet):
@@ -285,6 +302,9 @@ def detect(
                 continue
             detections.append(detection)
             tqdm.write(summary(detection))
+    except KeyboardInterrupt as end:
+        found_so_far = f"{output / 'events.csv'} holds what was found so far"
+        raise Stopped(signal.SIGINT, found_so_far if detections else "no video was finished") from end
     finally:
         if detections:
             write_events(output / "events.csv", detections)
@@ -307,9 +327,11 @@ def stream(
     window: Annotated[
         int | None, Option(min=1, help="Context in snippets; default: as many as the model takes.", show_default=False)
     ] = None,
-    delay: Annotated[int, Option(min=0, help="Later snippets to wait for before a snippet is scored.")] = 0,
+    delay: Annotated[
+        int, Option(min=0, help="Snippets to wait for before scoring one (more context, later alarm).")
+    ] = 0,
     longest: Annotated[
-        float, Option(min=0.1, help="Seconds after which an event is printed even if it continues.")
+        float, Option(min=0.1, help="Report an event that is still going on every this many seconds.")
     ] = 10.0,
     retries: Annotated[int, Option(min=0, help="Reconnections in a row before giving up.")] = 8,
     geometry: GeometryName = Geometry.crops,
@@ -342,7 +364,8 @@ def stream(
     def tell(events: "Iterable[Event]") -> None:
         for event in events:
             clock = (began + timedelta(seconds=event.start)).isoformat(timespec="milliseconds")
-            typer.echo(json.dumps({"source": source, "clock": clock, **event_record(event)}))
+            # not echo: on a terminal, it would write behind the progress bar
+            tqdm.write(json.dumps({"source": source, "clock": clock, **event_record(event)}), file=sys.stdout)
             sys.stdout.flush()
 
     with listening() as request, tqdm(unit="snippet", disable=quiet) as bar:
@@ -350,6 +373,7 @@ def stream(
         try:
             for snippet in live:
                 if detector is None:
+                    note_threshold(scorers, threshold)  # after errors about the source
                     began = datetime.now(UTC) - timedelta(seconds=snippet.time)
                     detector = OnlineDetector(
                         scorers, seen, heard, seconds=live.seconds, window=window, delay=delay, longest=longest,
@@ -365,4 +389,4 @@ def stream(
             if detector is not None:
                 tell(detector.flush())
                 counts = f"{live.frames} frames, {live.dropped} dropped; connected again {live.reconnects} times"
-                typer.echo(counts, err=True)
+                tqdm.write(counts, file=sys.stderr)

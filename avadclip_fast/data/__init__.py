@@ -2,7 +2,7 @@
 
 from .atomic import atomic_write
 from .check import check_list
-from .dataset import Batch, FeatureSet, TestVideo, epoch_order, pack, test_videos
+from .dataset import Batch, FeatureSet, TestVideo, epoch_order, pack, packed_rows, test_videos
 from .errors import DataError, LabelError
 from .features import chunk, load_features, pool, snippet_count, with_motion, write_features
 from .ground_truth import (
@@ -42,6 +42,7 @@ __all__ = [
     "load_features",
     "make_synthetic",
     "pack",
+    "packed_rows",
     "pool",
     "read_annotations",
     "read_frame_gt",

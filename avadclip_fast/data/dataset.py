@@ -114,7 +114,7 @@ class FeatureSet:
         Raises DataError if the file is not a packed set, or was packed with another length, width or motion setting, or
         without the audio requested; LabelError for a label.
         """
-        tensors, info = open_packed(path)
+        tensors, _ = open_packed(path)
         found = list(tensors["visual"].shape[1:])
         if found != [length, (1 + motion) * width]:
             if found == [length, (2 - motion) * width]:
@@ -122,15 +122,15 @@ class FeatureSet:
                 raise DataError(f"{path}: packed {without} motion; pack it again {again} --motion")
             shape = " x ".join(map(str, found))
             raise DataError(
-                f"{path}: packed as {shape}, {length} x {(1 + motion) * width} is wanted; pack it again with --length"
+                f"{path}: packed as {shape}, {length} x {(1 + motion) * width} is wanted; "
+                f"train with --length {found[0]}, or pack it again with --length {length}"
             )
         if audio and "audio" not in tensors:
             raise DataError(f"{path}: packed without sound, which is required; pack it again with --audio")
-        rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
-        labels = torch.from_numpy(np.stack([_encode(row, codes) for row in rows]))
+        rows, labels = packed_rows(path, codes)
         heard = tensors["audio"] if audio else None
         streams = tensors["visual"], heard, tensors["lengths"]
-        return cls(*streams, labels, mapped=True, checksum=checksum(path)), rows
+        return cls(*streams, torch.from_numpy(labels), mapped=True, checksum=checksum(path)), rows
 
     def __len__(self) -> int:
         return len(self.lengths if self.index is None else self.index)
@@ -233,6 +233,13 @@ def _pooled(
             raise DataError(f"{file} holds {largest:g}, and float16 nothing beyond {limit:g}; keep float32 (--float32)")
     seen, valid = pool(visual, length)
     return seen, None if heard is None else pool(heard, length)[0], valid
+
+
+def packed_rows(path: str | Path, codes: dict[str, str]) -> tuple[list[Row], np.ndarray]:
+    """The list rows that a packed set was made from, and their labels (N, C). Raises DataError, LabelError."""
+    info = open_packed(path)[1]
+    rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
+    return rows, np.stack([_encode(row, codes) for row in rows])
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

@@ -226,7 +226,9 @@ def read_frame_gt(path: str | Path) -> np.ndarray:
     except DataError:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: not a readable .npy or .npz file: {error}") from error
+        # numpy's advice on other files is to unpickle them
+        reason = "it is neither, or holds pickles" if "pickle" in str(error) else error
+        raise DataError(f"{path}: not a readable .npy or .npz file: {reason}") from error
     if loaded.ndim != 1 or loaded.dtype.kind not in "bfiu" or not loaded.size:
         raise DataError(f"{path}: expected a vector with a number per frame, got {loaded.dtype} {loaded.shape}")
     if len(bad := np.flatnonzero((loaded != 0) & (loaded != 1))):

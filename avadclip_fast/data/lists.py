@@ -12,6 +12,7 @@ import numpy as np
 from .atomic import atomic_write
 from .errors import DataError
 from .labels import is_normal
+from .packed import PACKED
 
 _CROP = re.compile(r"__\d$")
 
@@ -85,7 +86,11 @@ def _cells(path: Path, audio: bool) -> list[tuple[int, dict[str, str]]]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
+        if str(path).endswith(PACKED):
+            raise DataError(f"{path}: a packed file, which only train and distill read; give the list") from error
         raise DataError(f"{path}: not a CSV file in UTF-8: {error}") from error
+    if not header:
+        raise DataError(f"{path}: the file is empty")
     expected = ["path", "audio_path", "label"] if audio else ["path", "label"]
     if missing := [name for name in expected if name not in header]:
         raise DataError(

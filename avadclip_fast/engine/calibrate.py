@@ -24,7 +24,7 @@ HEADS = ("align", "binary")  # 1 - p(normal), sigmoid of the anomaly logit
 
 @dataclass(frozen=True)
 class Head:
-    """Calibration of one output: score = sigmoid(logit / temperature), an alarm if score >= threshold."""
+    """Calibration of one output: `temperature` divides its logits; a score >= `threshold` is an alarm."""
 
     temperature: float = 1.0
     threshold: float = 0.5

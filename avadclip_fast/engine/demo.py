@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from .. import data
 from ..data.atomic import atomic_write
@@ -42,7 +43,7 @@ def run(folder: Path, device: torch.device) -> str:
     started = time.monotonic()
     folder = Path(folder)
     if any((folder / name).exists() for name in ("teacher", "student", "baseline")):
-        raise StateError(f"{folder} holds a demo already: remove it, or choose another --output")
+        raise StateError(f"{folder} holds a demo already, whole or begun: remove it, or choose another --output")
     data.make_synthetic(folder / "data", seed=SEED)
     rows = data.read_list(folder / "data" / "train.csv")
     features = data.FeatureSet.load(rows, CODES, LENGTH, motion=True)
@@ -50,9 +51,14 @@ def run(folder: Path, device: torch.device) -> str:
     classes = list(CODES.values())
     teacher = AVadCLIP(classes, length=LENGTH, text_weights="random", text_layers=TEXT_LAYERS, **ROBUST_STREAMS)
     teacher.fit_inputs(features.batches())
+    tqdm.write("training the teacher (1 of 3)")
     fit(teacher, features, RECIPE, folder / "teacher", device=device)
     students = {}
-    for name, guide in (("baseline", None), ("student", teacher)):
+    for name, guide, told in (
+        ("baseline", None, "training a student that is not distilled (2 of 3)"),
+        ("student", teacher, "distilling a student (3 of 3)"),
+    ):
+        tqdm.write(told)
         torch.manual_seed(SEED)
         students[name] = AVadCLIPStudent.beside(teacher)
         students[name].fit_inputs(features.batches())

@@ -79,6 +79,18 @@ def score_videos(
     return list(tqdm(scores, total=total, desc="scoring", unit="video", disable=not progress))
 
 
+def check_truth(path: Path, truth: np.ndarray, rows: Sequence[Row], width: int, frames_per_snippet: int) -> np.ndarray:
+    """Checks that the frame ground truth read from `path` has the frames of a list's features, by their headers.
+
+    Returns the positive frames, (frames,) bool. Raises DataError.
+    """
+    snippets = sum(snippet_count(row.visual, width) for row in rows)
+    try:
+        return positive_frames(truth, snippets, frames_per_snippet)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+
+
 def score_rows(
     model: Detector,
     rows: Sequence[Row],

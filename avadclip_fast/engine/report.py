@@ -1,6 +1,7 @@
 """Output of commands: progress bars, score plots, tables, and the environment report."""
 
 import importlib.metadata
+import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,12 @@ from tqdm import tqdm
 from .. import _build
 from ..data import DataError
 from ..ops import _dispatch
+from .calibrate import Calibration
 from .evaluate import VideoScores
 from .plots import score_curves
+from .train import HISTORY, MODEL
+
+FEW = 20  # held-out videos: with fewer, one video moves precision and recall by 5 points or more
 
 PACKAGES = (
     "torch",
@@ -24,6 +29,10 @@ PACKAGES = (
     "huggingface-hub",
     "scikit-learn",
     "matplotlib",
+    "av",
+    "onnx",
+    "onnxruntime",
+    "ray",
 )
 
 
@@ -54,6 +63,16 @@ def draw(
     return paths
 
 
+def finished(output: Path) -> str:
+    """Says where the model of a finished run is, which epoch was kept, and what its calibration rests on."""
+    history = json.loads((output / HISTORY).read_text())
+    lines = [f"model: {output / MODEL}, epoch {history['selected_epoch']} of {len(history['epochs'])}"]
+    if videos := Calibration.load(output).videos:
+        few = ": too few to trust" if videos < FEW else ""
+        lines.append(f"calibration: temperature and threshold from {videos} held-out videos{few}")
+    return "\n".join(lines)
+
+
 def threshold_table(found: dict) -> str:
     """Formats the result of `at_threshold` as a table, in percent except for the threshold itself."""
     lines = ["", f"{'at threshold':<16}" + "".join(f"{h:>10}" for h in ("value", "precision", "recall", "F1", "ECE"))]
@@ -79,6 +98,8 @@ def environment() -> str:
         lines.append(f"no CUDA device; cpu with {torch.get_num_threads()} threads")
     built = _build.facts()
     lines += [f"extensions: {name} {value}" for name, value in built.items()] or ["extensions: none built"]
+    forced = _dispatch.forced()
+    lines += [f"forced by AVADCLIP_FAST_BACKEND, for every op that has it: {forced}"] if forced else []
     lines += ["", f"{'op':<20}{'backend':<12}because"]
     for op, arguments in _examples("cuda" if torch.cuda.is_available() else "cpu").items():
         order = [name for name in _dispatch.ORDER if name in _dispatch.TABLE[op]]
@@ -86,6 +107,9 @@ def environment() -> str:
         chosen = next(name for name, reason in reasons.items() if reason is None)
         before = order[: order.index(chosen)]
         because = "; ".join(f"not {name}: {reasons[name]}" for name in before) or "the first choice"
+        if forced in order:
+            reason = _dispatch.why_not(op, forced, *arguments)
+            chosen, because = forced, "forced" if reason is None else f"forced, and cannot serve: {reason}"
         lines.append(f"{op:<20}{chosen:<12}{because}")
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """A complete training run, from list files to a model folder."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,11 @@ from ..data.lists import Row
 from ..data.packed import PACKED
 from ..models import AVadCLIP, AVadCLIPStudent
 from . import distributed, report
-from .evaluate import evaluate, score_rows
-from .metrics import positive_frames
+from .evaluate import check_truth, evaluate, score_rows
 from .recipe import Recipe
-from .train import MODEL, fit
+from .train import MODEL, STATE, check_resumable, fit
+
+_log = logging.getLogger("avadclip_fast")
 
 
 def train_on_list(
@@ -47,6 +49,14 @@ def train_on_list(
     how: `resume`, `profile` and `graph` of `fit`.
     Returns the model's folder. Raises DataError on invalid lists, features or ground truth; otherwise as `fit`.
     """
+    resume = how.get("resume", False)
+    check_resumable(output, resume)  # before any feature is read
+    if resume and not (output / STATE).exists() and distributed.is_main():
+        _log.warning("%s holds no run to resume: starting one", output)
+    if recipe.select == "test" and (test_list is None or gt is None):
+        raise DataError("--select test needs --test-list and --gt")
+    if recipe.select != "test" and (test_list is not None or gt is not None):
+        raise DataError("--test-list and --gt are for --select test; `eval` scores a test list")
     progress = progress and distributed.is_main()
     audio = "audio" in model.streams() or teacher is not None
     motion = model.motion or (teacher is not None and teacher.motion)
@@ -69,18 +79,16 @@ def train_on_list(
                 f"{held_out_list}: {min(both)} is in {list_} too, and not held out; remove it from one of them"
             )
     elif recipe.select == "val":
+        if held_out == 0:
+            raise DataError("--held-out 0 holds no video out; use --select last")
         kept, out = data.split(rows, held_out, recipe.seed, codes)
         if not kept or not out:
             raise DataError(f"{list_}: too few videos to hold out {held_out:g} of them; use --select last")
         at = {row: i for i, row in enumerate(rows)}
         held, features = (features.subset(torch.tensor([at[row] for row in part])) for part in (out, kept))
     test_ap = None
-    if recipe.select == "test":
-        if test_list is None or gt is None:
-            raise DataError("--select test needs --test-list and --gt")
+    if test_list is not None and gt is not None:
         test_ap = _test_ap(model, test_list, root, gt, frames_per_snippet, device)
-    elif test_list is not None or gt is not None:
-        raise DataError("--test-list and --gt are for --select test; `eval` scores a test list")
     model.fit_inputs(features.batches())
     fit(
         model, features, recipe, output,
@@ -93,11 +101,7 @@ def _test_ap(model, list_: Path, root: Path | None, gt: Path, frames_per_snippet
     """Checks the ground truth against a test list; returns a function that computes a model's frame AP on the list."""
     audio = "audio" in model.streams()
     rows, truth = data.read_list(list_, root, audio=audio), data.read_frame_gt(gt)
-    snippets = sum(data.snippet_count(row.visual, model.width) for row in rows)
-    try:
-        positive = positive_frames(truth, snippets, frames_per_snippet)
-    except ValueError as error:
-        raise DataError(f"{gt}: {error}") from error
+    positive = check_truth(gt, truth, rows, model.width, frames_per_snippet)
     if not 0 < positive.sum() < len(truth):
         raise DataError(f"{gt}: the frames are all of one kind, of which there is no AP to select by")
 

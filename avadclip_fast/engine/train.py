@@ -169,10 +169,9 @@ def fit(
     noise = recipe.noise * feature_std(data).to(device) if recipe.noise else None
     run = _settings(model, teacher, data, held_out, recipe)
     info: dict = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
+    check_resumable(folder, resume)
     state = folder / STATE
     if state.exists():
-        if not resume:
-            raise StateError(f"{folder} holds a run already: go on with --resume, or choose another output folder")
         info = load_state(state, model, optimizer)
         if changed := _differing(info["run"], run):
             raise StateError(
@@ -241,6 +240,14 @@ def fit(
                 file.write(json.dumps(history, indent=1).encode())
     distributed.share_weights(model.eval())  # also a barrier: all ranks wait until the folder is complete
     return info["history"]
+
+
+def check_resumable(folder: Path, resume: bool) -> None:
+    """Raises StateError if `folder` holds a run that is not to be resumed, or is no folder."""
+    if folder.exists() and not folder.is_dir():
+        raise StateError(f"{folder} is a file; name a folder for the run")
+    if (folder / STATE).exists() and not resume:
+        raise StateError(f"{folder} holds a run already: go on with --resume, or choose another output folder")
 
 
 def adamw(model: torch.nn.Module, recipe: Recipe, device: torch.device, graph: bool = False) -> torch.optim.Optimizer:

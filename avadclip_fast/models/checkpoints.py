@@ -140,7 +140,17 @@ def infer_sizes(state: dict[str, Tensor]) -> dict[str, int]:
         raise CheckpointError(f"not an AVadCLIP checkpoint: {error.args[0]} is missing") from error
 
 
-class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", license="apache-2.0"):
+CARD = """---
+{{ card_data }}
+---
+
+A model for audio-visual video anomaly detection ([AVadCLIP, arXiv 2504.04495](https://arxiv.org/abs/2504.04495)).
+`config.json` holds its kind, its classes and its settings. Load it with `AVadCLIP.from_pretrained(...)`, or
+`AVadCLIPStudent.from_pretrained(...)`, of the Python package avadclip_fast.
+"""
+
+
+class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model_card_template=CARD):
     """Adds save_pretrained, from_pretrained, push_to_hub and the official checkpoint format."""
 
     standardize: nn.ModuleDict
@@ -237,6 +247,8 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", licen
         if image_tower is not None:
             from .text import read_weights
 
+            if not Path(image_tower).is_file():
+                raise CheckpointError(f"{image_tower}: no such file to take the image tower from")
             tower = {k: v.float() for k, v in read_weights(Path(image_tower)).items() if k.startswith("visual.")}
             if not tower:
                 raise CheckpointError(f"{image_tower} holds no image tower (no name starts with 'visual.')")

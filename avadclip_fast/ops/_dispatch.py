@@ -109,6 +109,13 @@ def why_not_chosen(op: str, backend: str, *args, **kwargs) -> str | None:
     return row.supports(*args, **kwargs) or row.declines(*args, **kwargs)
 
 
+def forced() -> str | None:
+    """The backend that `use_backend` or AVADCLIP_FAST_BACKEND forces. Raises BackendError on an unknown name."""
+    if _forced is not None and _forced not in ORDER:
+        raise BackendError(f"AVADCLIP_FAST_BACKEND={_forced}: unknown backend; one of {', '.join(ORDER)}")
+    return _forced
+
+
 @contextlib.contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
     """Forces one backend inside the block for every op that has it (None: automatic choice for all)."""
