@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 if TYPE_CHECKING:
     from .models import AVadCLIP, AVadCLIPStudent, objective
 else:  # hidden from type checkers, so that they report misspelt names

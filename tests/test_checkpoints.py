@@ -168,9 +168,15 @@ def test_foreign_names_are_listed(official, settings):
 
 def test_a_teacher_is_no_student(official, settings):
     with pytest.raises(
-        CheckpointError, match=r"(?s)does not fit AVadCLIPStudent.*missing: uncertainty.*unknown: audio"
+        CheckpointError, match=r"(?s)of an AVadCLIP does not fit AVadCLIPStudent.*missing: uncertainty.*unknown: audio"
     ):
         AVadCLIPStudent.from_official(official[1], **settings)
+
+
+def test_the_folder_of_a_run_leads_to_its_model(tmp_path):
+    teacher().save_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(CheckpointError, match="did you mean .*run/model"):
+        AVadCLIP.from_pretrained(tmp_path / "run", classes=CLASSES)
 
 
 def test_the_number_of_names_must_fit(official):

@@ -187,7 +187,9 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
                 kind = (file.metadata() or {}).get("model", cls.__name__)
                 state = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            inner = folder / "model"
+            hint = f"; did you mean {inner}, the model of this run?" if (inner / WEIGHTS).is_file() else ""
+            raise CheckpointError(f"{path} cannot be read: {error}{hint}") from error
         if kind != cls.__name__:
             raise CheckpointError(f"{model_id} holds an {kind}; load it with {kind}.from_pretrained")
         model = cls(**settings)
@@ -217,7 +219,9 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         if count != len(classes):
             raise CheckpointError(f"the checkpoint has {count} classes, {len(classes)} names are given: {classes}")
         model = cls(classes, **{"padding": "official", "text_weights": None, **sizes, **settings})
-        load_strict(model, {k: v.float() for k, v in state.items()}, "the official checkpoint")
+        kind = "AVadCLIPStudent" if any(name.startswith("uncertainty.") for name in state) else "AVadCLIP"
+        of = "" if kind in [base.__name__ for base in cls.__mro__] else f" of an {kind}"
+        load_strict(model, {k: v.float() for k, v in state.items()}, f"the official checkpoint{of}")
         return model.eval()
 
     def to_official(self, path: str | Path, image_tower: str | Path | None = None) -> None:

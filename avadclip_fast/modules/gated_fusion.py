@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._check import check_lengths, check_tensors
 
 MODES = ("gated", "add", "concat", "cross_attention")
 HEADS = 8  # of cross_attention
@@ -59,10 +60,8 @@ class AVFusion(nn.Module):
                 residual.bias,
                 backend=self.backend,
             )
-        if visual.shape != audio.shape:
-            raise ValueError(
-                f"AVFusion: visual and audio must have one shape, got {list(visual.shape)} and {list(audio.shape)}"
-            )
+        sizes = check_tensors("AVFusion", ("visual", visual, "B T D"), ("audio", audio, "B T D"))
+        check_lengths("AVFusion", lengths, sizes["B"], sizes["T"], visual.device)
         if self.mode == "add":
             return visual + audio
         if self.mode == "concat":

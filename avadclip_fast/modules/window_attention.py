@@ -13,8 +13,9 @@ class WindowAttention(nn.Module):
 
     If `window` does not divide T, the last window is shorter.
 
-    x: (B, T, D) floating point; residual: (B, T, D) or None; norm: LayerNorm or None
+    x: (B, T, D) floating point
     lengths: (B,) int, to exclude padded keys, or None
+    residual: (B, T, D) or None; norm: LayerNorm or None
     Returns (B, T, D) in x's dtype.
     Raises ValueError on invalid settings, shapes, dtypes, devices or lengths.
     Parameters have the names of nn.MultiheadAttention.
@@ -34,9 +35,10 @@ class WindowAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
+        lengths: Tensor | None = None,
+        *,
         residual: Tensor | None = None,
         norm: nn.LayerNorm | None = None,
-        lengths: Tensor | None = None,
     ) -> Tensor:
         affine = None if norm is None else (norm.weight, norm.bias)
         qkv = ops.linear_act(x, self.in_proj_weight, self.in_proj_bias, norm=affine, backend=self.backend)

@@ -104,8 +104,8 @@ def linear_act(
     dilation: int = 1,
     causal: bool = False,
     lengths: Tensor | None = None,
-    backend: str | None = None,
     dot: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Linear layer or temporal convolution in [B, T, D] layout with fused LayerNorm, activation and residual.
 
