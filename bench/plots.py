@@ -20,15 +20,10 @@ OFFICIAL = "official"
 def ratios(path: Path, rows: Sequence[dict]) -> None:
     """Writes one PNG with a line per case and a marker per alternative at its time relative to ours.
 
-    rows: from `harness.compare`. The shaded area left of 1 is faster than ours. Rows that have variants of ours too,
-    "ours, ...", are drawn as `speedups`: as alternatives, they would look slower for being faster.
+    rows: from `harness.compare`. The shaded area left of 1 is faster than ours.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator
-
-    if any(row["alternative"].startswith("ours, ") for row in rows):
-        speedups(path, rows)
-        return
 
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["alternative"] for row in rows if row["over_ours"] != 1))

@@ -113,7 +113,7 @@ FIGURES: dict[str, Callable[[], str]] = {
 def draw(folder: Path) -> None:
     """Draws the plots of docs/performance.md. Without results on a GPU, there is no roofline."""
     plots.ratios(folder / "performance-operations.png", [row for op in OPERATIONS for row in _named(op)])
-    plots.ratios(folder / "performance-steps.png", [*read("bench_step")["rows"], *read("bench_inference")["rows"]])
+    plots.speedups(folder / "performance-steps.png", [*read("bench_step")["rows"], *read("bench_inference")["rows"]])
     timed = [json.loads(path.read_text()) for path in sorted((RESULTS / "gpu").glob("bench_*.json"))]
     if timed:
         plots.roofline(folder / "performance-roofline.png", timed)

@@ -121,7 +121,7 @@ def test_variants_of_ours_are_drawn_as_faster(monkeypatch):
     monkeypatch.setattr(bench_plots, "save", lambda figure, path: drawn.append(figure))
     times = {"a": {"official": 4.0, "ours": 1.0, "ours, masked": 0.5}, "b": {"ours": 1.0, "ours, masked": 0.7}}
     rows = [{"case": c, "alternative": n, "over_ours": t} for c, of in times.items() for n, t in of.items()]
-    bench_plots.ratios("s.png", rows)
+    bench_plots.speedups("s.png", rows)
     (ax,) = drawn[0].axes
     assert [bar.get_width() for bar in ax.patches] == [4, 8]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["a"]
