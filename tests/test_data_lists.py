@@ -74,7 +74,7 @@ def test_sound_is_optional_where_it_is_not_wanted(tmp_path):
     [
         (None, ["no such list"]),
         (b"\xff\xfe\x00binary\x80", ["UTF-8"]),
-        ("", ["no column path, audio_path, label"]),
+        ("", ["the file is empty"]),
         ("path,audio_path,label\n", ["empty"]),
         ("file,sound,label\na,b,A\n", ["no column path, audio_path", "found file,sound,label"]),
         ("a.npy,b.npy,A\n", ["no column", "found a.npy"]),
