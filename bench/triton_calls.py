@@ -1,6 +1,6 @@
-"""The calls of every Triton op in training steps, at real sizes: what is compiled ahead.
+"""The calls of every Triton op in training steps, at real sizes, for ahead-of-time compilation.
 
-Those of the GEMM family are the ones that are tuned. A new op adds its calls to `others`.
+The calls of the GEMM kernels are those that are tuned. A new op adds its calls to `others`.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from avadclip_fast.engine.tune import B, C, D, T, gemms
 
 
 def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, forward and backward pass) of each call of an op that is no GEMM of the family."""
+    """Yields (name, forward and backward pass) of each call of the ops other than the GEMM kernels."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)

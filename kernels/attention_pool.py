@@ -1,9 +1,9 @@
-"""attention_pool on Triton: a logit-weighted sum over time, then its direction.
+"""attention_pool on Triton: a logit-weighted sum over time, then L2 normalisation.
 
     g_b = sum_t logits_bt x_bt,   out_b = g_b / max(|g_b|, 1e-12)
 
-Traffic: the features once forward, a program a slice of a video's channels; once more backward, a program a block of a
-video's rows, which writes their gradient and that of the logits.
+Traffic: the features are read once in each direction. In the forward pass, a program handles a slice of a video's
+channels; in the backward pass, a block of a video's rows, for which it writes the gradients of features and logits.
 """
 
 import torch
@@ -40,7 +40,7 @@ def pool_kernel(
 
 @triton.jit
 def direction_kernel(pooled, out, width, COLS: tl.constexpr):
-    """One program a video: pooled [B, D] float32 -> out [B, D]."""
+    """pooled [B, D] float32 -> out [B, D], one program per video."""
     video = tl.program_id(0).to(tl.int64)
     squares = tl.zeros((COLS,), tl.float32)
     for first in range(0, width, COLS):
@@ -48,7 +48,7 @@ def direction_kernel(pooled, out, width, COLS: tl.constexpr):
         part = tl.load(pooled + video * width + d, mask=d < width, other=0.0)
         squares += part * part
     size = tl.sqrt(tl.sum(squares, 0))
-    size = tl.where(size < TINY, TINY, size)  # not maximum: NaN stays
+    size = tl.where(size < TINY, TINY, size)  # unlike tl.maximum, propagates NaN
     for first in range(0, width, COLS):
         d = first + tl.arange(0, COLS)
         part = tl.load(pooled + video * width + d, mask=d < width, other=0.0)
@@ -77,7 +77,7 @@ def pool_grad_kernel(
         part = tl.load(pooled + video * width + d, mask=d < width, other=0.0)
         squares += part * part
     size = tl.sqrt(tl.sum(squares, 0))
-    inverse = tl.where(size > TINY, 1 / tl.maximum(size, TINY), 0.0)  # no direction, nothing to take out
+    inverse = tl.where(size > TINY, 1 / tl.maximum(size, TINY), 0.0)  # a clamped norm has no radial term to remove
     along = tl.zeros((COLS,), tl.float32)
     for first in range(0, width, COLS):
         d = first + tl.arange(0, COLS)
@@ -101,7 +101,7 @@ def pool_grad_kernel(
 
 
 def forward(x: Tensor, logits: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The op: (out, the sums before they are normalised)."""
+    """The op: (out, the pooled sums before normalisation)."""
     batch, rows, width = x.shape
     out, pooled = x.new_empty(batch, width), x.new_empty(batch, width, dtype=torch.float32)
     if out.numel():

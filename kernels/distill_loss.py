@@ -1,9 +1,9 @@
-"""distill_loss on Triton: the loss and every gradient in one pass.
+"""distill_loss on Triton: the loss and all gradients in one pass.
 
     term = d² w + θ,   d = teacher - student,   w = 1 / (1e-6 + 2 exp(θ))
     d term / d student = -2 d w,   d term / d θ = 1 - 2 exp(θ) (d w)²
 
-Traffic: three tensors are read and two written, B·T·D each; the backward pass scales the two that were written.
+Traffic: three tensors read and two written, B·T·D each. The backward pass only scales the two gradients written here.
 """
 
 import torch
@@ -17,14 +17,14 @@ EPS = tl.constexpr(1e-6)
 @triton.jit
 def distill_kernel(
     teacher, student, theta,  # [B, T, D]
-    d_student, d_theta,  # [B·T, D]: of the sum of all terms
+    d_student, d_theta,  # [B·T, D], gradients of the sum of all terms
     sums,  # [programs] float32
     lengths,  # [B], or None
     count, rows, width,
     stride_vb, stride_vt, stride_vd, stride_sb, stride_st, stride_sd, stride_ob, stride_ot, stride_od,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS] of all B·T
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS] out of B·T
     video, t = (r // rows).to(tl.int64), r % rows
     valid = r < count
     if lengths is not None:
@@ -52,14 +52,14 @@ def distill_kernel(
 
 
 def kept(x: Tensor) -> torch.dtype:
-    """What gradients wait in: float16 has no room for them before they are divided by their number."""
+    """The dtype of the saved gradients: float16 would overflow before they are divided by the number of terms."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def forward(
     teacher: Tensor, student: Tensor, theta: Tensor, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The op: (loss, gradients of the sum of terms by student and by theta, number of terms as float32)."""
+    """The op: (loss, gradients of the sum of terms wrt student and theta, number of terms as float32)."""
     batch, rows, width = student.shape
     count = batch * rows
     d_student = student.new_empty(student.shape, dtype=kept(student))

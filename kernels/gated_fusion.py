@@ -1,9 +1,9 @@
-"""gated_fusion on Triton: gate and hidden layer from one pass over v and a, then one GEMM with the gate behind it.
+"""gated_fusion on Triton: gate and hidden layer in one pass over v and a, then a GEMM with the gate in its epilogue.
 
     gate = sigmoid(Wg [v | a] + bg),   h = GELU(Wh [v | a] + bh),   out = v + gate ⊙ (Wr h + br)
 
-[v | a] is never formed: it is two segments of the sum over channels. The second GEMM, and both of the backward pass,
-are linear_act's kernel.
+The concatenation [v | a] is never materialised: the reduction over channels has two segments instead. The second GEMM
+and those of the backward pass use linear_act's kernel.
 """
 
 import torch
@@ -16,16 +16,16 @@ from .linear_act import activate, config, describable, describe, gemm, load_rows
 
 @triton.jit
 def gates_kernel(
-    v, a,  # [1, M, D], tensor descriptors with TMA, else pointers
-    gate_weight, hidden_weight,  # [2, D, D] likewise: the visual half, the audio half
+    v, a,  # [1, M, D], tensor descriptors with TMA, otherwise pointers
+    gate_weight, hidden_weight,  # [2, D, D], likewise: visual half, audio half
     gate_bias, hidden_bias,  # [D]
     gate, hidden,  # [M, D]
-    y,  # [M, D]: hidden before its GELU, or None
+    y,  # [M, D] hidden before its GELU, or None
     count, width,
     stride_vt, stride_vd, stride_at, stride_ad, stride_gs, stride_gn, stride_gk, stride_hs, stride_hn, stride_hk,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """One tile of gate and the same tile of hidden, from the same blocks of v and a."""
+    """Computes the same tile of gate and of hidden, sharing the loads of v and a."""
     tiles_n = tl.cdiv(width, COLS)
     first_n = tl.program_id(0) % tiles_n * COLS
     first_t = tl.program_id(0) // tiles_n * ROWS
@@ -66,14 +66,14 @@ def gates_kernel(
 @triton.jit
 def gate_grad_kernel(
     g,  # [M, D] gradient of out
-    gate, r,  # [M, D]: the gate, and what it let through
+    gate, r,  # [M, D], with r = Wr h + br, the gated value
     dr,  # [M, D]
-    dz,  # [M, 2D], of which the left half, before the sigmoid, is written
-    sums,  # [M blocks, 2, D] float32: column sums of dz's half, of dr
+    dz,  # [M, 2D]; the left half is written, the gradient before the sigmoid
+    sums,  # [M blocks, 2, D] float32: column sums of dz's left half and of dr
     count, width,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """dr = g ⊙ gate,   dz = g ⊙ r ⊙ gate (1 - gate), and their column sums: the gradients of two biases."""
+    """dr = g ⊙ gate,   dz = g ⊙ r ⊙ gate (1 - gate), and their column sums for the two bias gradients."""
     m, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
     inside = (m < count)[:, None] & (n < width)[None, :]
     at = m.to(tl.int64)[:, None] * width + n[None, :]  # [ROWS, COLS]
@@ -126,7 +126,7 @@ def forward(
     residual_bias: Tensor,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The op: (out, gate, hidden, hidden before GELU, what the gate lets through); empty but for out unless saved."""
+    """The op: (out, gate, hidden, hidden before GELU, Wr h + br); all but out are empty unless `save`."""
     width = visual.shape[-1]
     dtype = gate_weight.dtype
     v, a = (x.to(dtype).reshape(1, -1, width) for x in (visual, audio))
@@ -156,7 +156,7 @@ def backward(
     y: Tensor,
     r: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of visual, audio, and of weight and bias of gate, hidden and residual layer, in the op's order."""
+    """Gradients of visual and audio, then of weight and bias of the gate, hidden and residual layers."""
     width = visual.shape[-1]
     dtype = gate_weight.dtype
     g = g.reshape(-1, width).contiguous()
@@ -167,16 +167,16 @@ def backward(
         return tuple(torch.zeros_like(t) for t in (visual, audio, *(t for pair in weights for t in pair)))
     side = (32, 128)
     blocks = triton.cdiv(count, side[0])
-    dr, dz = v.new_empty(count, width), v.new_empty(count, 2 * width)  # dz: gate's half, hidden's half
+    dr, dz = v.new_empty(count, width), v.new_empty(count, 2 * width)  # dz: gate half, hidden half
     sums = v.new_empty(blocks, 2, width, dtype=torch.float32)
     gate_grad_kernel[blocks, triton.cdiv(width, side[1])](
         g, gate, r, dr, dz, sums, count, width, ROWS=side[0], COLS=side[1]
     )
     gemm(dr[None], residual_weight.T[None], activation="gelu", y=y, y_use="grad", out=dz[:, width:])
-    weight = torch.cat([gate_weight, hidden_weight])  # [2D, 2D]: dz's columns by z's
+    weight = torch.cat([gate_weight, hidden_weight])  # [2D, 2D]: dz's columns x those of [v | a]
     dv = gemm(dz[None], weight[:, :width].T[None], residual=g[None]).to(visual.dtype).view(visual.shape)
     da = gemm(dz[None], weight[:, width:].T[None]).to(audio.dtype).view(audio.shape)
-    by_v, by_a = dz.T @ v, dz.T @ a  # [2D, D]: bare matrix products, cuBLAS
+    by_v, by_a = dz.T @ v, dz.T @ a  # [2D, D]; plain matrix products: cuBLAS
     d_gate = torch.cat([by_v[:width], by_a[:width]], dim=1)
     d_hidden = torch.cat([by_v[width:], by_a[width:]], dim=1)
     bias_sums = sums.sum(0).to(dtype)

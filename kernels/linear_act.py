@@ -2,9 +2,10 @@
 
     out[b, t, n] = E( sum_tap sum_k P(x)[b, t + first + tap·step, k] · w[tap, n, k] )
 
-P is LayerNorm or nothing, and zero outside the video; E is bias, activation, gate, residual, or a dot with a vector.
-The forward pass, the gradient of x (the taps walked backwards) and gated_fusion are this one kernel; the gradient of
-the weight is its transpose, a sum over rows in a fixed order. Nothing is accumulated by atomics.
+The prologue P is LayerNorm or the identity, and zero outside the video. The epilogue E applies bias, activation, gate
+and residual, each optional, or takes a dot product with a vector. The forward pass, the gradient of x (taps in reverse
+order) and gated_fusion all use this kernel. The weight gradient is its transpose, a sum over rows in a fixed order.
+There are no atomics.
 """
 
 import functools
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-EPS = tl.constexpr(1e-5)  # LayerNorm's
+EPS = tl.constexpr(1e-5)  # of LayerNorm
 CONFIGS = Path(__file__).parent / "configs" / "linear_act.json"
 
 
@@ -25,7 +26,7 @@ CONFIGS = Path(__file__).parent / "configs" / "linear_act.json"
 def activate(y, ACTIVATION: tl.constexpr):
     """act(y), float32."""
     if ACTIVATION == "relu":
-        return tl.where(y <= 0, 0.0, y)  # not maximum: NaN stays
+        return tl.where(y <= 0, 0.0, y)  # unlike tl.maximum, propagates NaN
     elif ACTIVATION == "gelu":
         return 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "quick_gelu":
@@ -58,10 +59,10 @@ def load_rows(
     t = first_row + tl.arange(0, ROWS)  # [ROWS]
     d = first_col + tl.arange(0, COLS)  # [COLS]
     inside = ((t >= 0) & (t < valid))[:, None] & (d < width)[None, :]
-    if TMA:  # the hardware fills with zeros outside the tensor, above the first row too
+    if TMA:  # TMA zero-fills out-of-bounds elements, including rows before the first
         tile = x.load([video, first_row, first_col]).reshape(ROWS, COLS)
     else:
-        # 64 bits for the block's corner, 32 within the block: a 64-bit offset an element takes registers.
+        # 64-bit offset for the tile's corner, 32-bit within the tile: 64-bit offsets per element cost registers.
         corner = tl.cast(video, tl.int64) * stride_b + tl.cast(first_row, tl.int64) * stride_t
         corner += tl.cast(first_col, tl.int64) * stride_d
         at = tl.arange(0, ROWS)[:, None] * stride_t + tl.arange(0, COLS)[None, :] * stride_d
@@ -82,7 +83,7 @@ def load_weight(
     w, tap, first_n, first_k, outputs, width, stride_tap, stride_n, stride_k,
     COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
 ):  # fmt: skip
-    """w[tap, first_n.., first_k..] as [DEPTH, COLS], zero outside. A descriptor is [taps, N, K], or [taps, K, N]."""
+    """w[tap, first_n.., first_k..] as [DEPTH, COLS], zero outside. Descriptor: [taps, N, K] or [taps, K, N]."""
     if TMA:
         if K_LAST:
             tile = w.load([tap, first_n, first_k]).reshape(COLS, DEPTH).T
@@ -106,7 +107,7 @@ def _tile(
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
 ):  # fmt: skip
     tiles_n, tiles_t = tl.cdiv(outputs, COLS), tl.cdiv(rows, ROWS)
-    first_n = tile % tiles_n * COLS  # columns run fastest: the weight stays in L2, each row of x comes in once
+    first_n = tile % tiles_n * COLS  # columns vary fastest: the weight stays in L2, each row of x is fetched once
     video = tile // tiles_n // tiles_t
     first_t = tile // tiles_n % tiles_t * ROWS
     length = rows if lengths is None else tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
@@ -114,7 +115,7 @@ def _tile(
 
     steps = tl.cdiv(width, DEPTH)
     acc = tl.zeros((ROWS, COLS), tl.float32)
-    for i in range(taps * steps):  # one loop over taps and channels, so that loads run ahead across taps
+    for i in range(taps * steps):  # a single loop over taps and channels keeps loads pipelined across taps
         tap, k = i // steps, i % steps * DEPTH
         a = load_rows(
             x, video, first_t + first + tap * step, k, valid, rows, width, stride_xb, stride_xt, stride_xd,
@@ -127,8 +128,8 @@ def _tile(
 
     t, n = first_t + tl.arange(0, ROWS), first_n + tl.arange(0, COLS)
     inside = (t < rows)[:, None] & (n < outputs)[None, :]
-    # Offsets count from a multiple of 1024 rows: they fit 32 bits, and change with the tile, so that a persistent
-    # program makes them anew instead of keeping them in registers (which spill).
+    # Offsets are relative to a multiple of 1024 rows. They fit in 32 bits and depend on the tile, so a persistent
+    # program recomputes them instead of keeping them in registers, which would spill.
     above = first_t % 1024
     row = video.to(tl.int64) * rows + (first_t - above)
     i, j = above + tl.arange(0, ROWS)[:, None], n[None, :]
@@ -143,7 +144,7 @@ def _tile(
         acc = activate(acc, ACTIVATION)
     if gate is not None:
         acc *= tl.load(gate + corner + at, mask=inside, other=0.0).to(tl.float32)
-    if dot is not None:  # one number a row and column tile; the caller adds the tiles
+    if dot is not None:  # one value per row and column tile; the caller sums over the column tiles
         part = tl.sum(acc * tl.load(dot + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :], 1)
         tl.store(
             out + (tile % tiles_n).to(tl.int64) * videos * rows + row + above + tl.arange(0, ROWS), part, mask=t < rows
@@ -159,24 +160,24 @@ def _tile(
 
 @triton.jit
 def gemm_kernel(
-    x,  # [B, T, I], a tensor descriptor with TMA, else a pointer
-    w,  # [taps, N, I] likewise; as a descriptor [taps, I, N] unless K_LAST
-    out,  # [B·T, N] with stride_o between rows, or float32 [N tiles, B, T] with dot
+    x,  # [B, T, I], a tensor descriptor with TMA, otherwise a pointer
+    w,  # [taps, N, I], likewise; the descriptor is [taps, I, N] unless K_LAST
+    out,  # [B·T, N] with row stride stride_o, or with dot float32 [N tiles, B, T]
     bias,  # [N]
-    y,  # [B, T, N]: written before the activation (Y="write"), or read for its gradient (Y="grad")
+    y,  # [B, T, N] pre-activation: written (Y="write"), or read to apply the activation's gradient (Y="grad")
     gate,  # [B, T, N]
     residual,  # [B, T, N], last dimension contiguous
     dot,  # [N]
-    mean, rstd,  # [B, T] float32, LayerNorm's statistics of x
-    scale, shift,  # [I], its weight and bias
-    lengths,  # [B], of which MASK tells the use: rows of the "input" or of the "output" are zero beyond
+    mean, rstd,  # [B, T] float32, LayerNorm statistics of x
+    scale, shift,  # [I], LayerNorm weight and bias
+    lengths,  # [B]; MASK selects whether rows of the "input" or the "output" are zero beyond the length
     videos, rows, width, outputs, taps, first, step,
     stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
     ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
-    """One tile a program, or with PERSISTENT as many as the grid leaves it."""
+    """One tile per program, or with PERSISTENT a grid-stride loop over the tiles."""
     if PERSISTENT:
         tiles = videos * tl.cdiv(rows, ROWS) * tl.cdiv(outputs, COLS)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -197,8 +198,8 @@ def gemm_kernel(
 
 @triton.jit
 def weight_grad_kernel(
-    g,  # [B, T, N] gradient of the output, a tensor descriptor with TMA, else a pointer
-    x,  # [B, T, I] likewise
+    g,  # [B, T, N] gradient of the output, a tensor descriptor with TMA, otherwise a pointer
+    x,  # [B, T, I], likewise
     out,  # [splits, N, I, taps] float32
     mean, rstd, scale, shift, lengths,  # of x, as in gemm_kernel
     videos, rows, width, outputs, taps, first, step,
@@ -208,7 +209,7 @@ def weight_grad_kernel(
 ):  # fmt: skip
     """out[split, n, k, tap] = sum of g[b, t, n] · P(x)[b, t + first + tap·step, k] over the split's blocks of rows."""
     tiles_k = tl.cdiv(width, COLS)
-    tap = tl.program_id(0) % taps  # taps run fastest: they read nearly the same rows of x
+    tap = tl.program_id(0) % taps  # taps vary fastest: they read nearly the same rows of x
     first_k = tl.program_id(0) // taps % tiles_k * COLS
     first_n = tl.program_id(0) // taps // tiles_k * ROWS
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -233,17 +234,17 @@ def weight_grad_kernel(
 
 @triton.jit
 def activation_grad_kernel(
-    g,  # [M, N] gradient of the output, contiguous; with dot [M]
-    y,  # [M, N] before the activation
+    g,  # [M, N] gradient of the output, contiguous; [M] with dot
+    y,  # [M, N] pre-activation
     dot,  # [N]
     dy,  # [M, N]
     bias_sums, dot_sums,  # [M groups, N] float32
     count, outputs,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dy = act'(y) · g (· dot), with its column sums, and those of act(y) · g for the gradient of dot.
+    """dy = act'(y) · g (· dot), its column sums, and the column sums of act(y) · g for the gradient of dot.
 
-    A program takes GROUP rows, ROWS at a time.
+    Each program processes GROUP rows, ROWS at a time.
     """
     n = tl.program_id(1) * COLS + tl.arange(0, COLS)
     bias_sum, dot_sum = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
@@ -271,7 +272,7 @@ def activation_grad_kernel(
 def norm_stats_kernel(
     x, mean, rstd, rows, width, count, stride_b, stride_t, stride_d, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """LayerNorm's mean and 1/std of each row of x [B, T, I], float32 [B, T]. COLS covers the width."""
+    """LayerNorm mean and 1/std of each row of x [B, T, I], as float32 [B, T]. COLS covers the full width."""
     m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
     at = (m // rows).to(tl.int64) * stride_b + (m % rows).to(tl.int64) * stride_t
     inside = (m < count)[:, None] & (d < width)[None, :]
@@ -292,14 +293,14 @@ def norm_grad_kernel(
     rows, width, count, stride_b, stride_t, stride_d,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """dx = rstd (g·scale - mean(g·scale) - x̂ mean(g·scale·x̂)); column sums of g·x̂ and g over the program's rows."""
+    """dx = rstd (g·scale - mean(g·scale) - x̂ mean(g·scale·x̂)), and column sums of g·x̂ and g over its rows."""
     d = tl.arange(0, COLS)
     w = tl.load(scale + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
     scale_sum, shift_sum = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0)):
         m = block * ROWS + tl.arange(0, ROWS)
         inside = (m < count)[:, None] & (d < width)[None, :]
-        valid = m < count  # a row beyond its length is not read: it may hold NaN, and its gradient is 0
+        valid = m < count  # rows beyond the length are not read: they may hold NaN, and their gradient is 0
         if lengths is not None:
             valid = valid & (m % rows < tl.load(lengths + m // rows, mask=valid, other=0))
         at = (m // rows).to(tl.int64) * stride_b + (m % rows).to(tl.int64) * stride_t
@@ -327,7 +328,7 @@ def _table() -> dict:
 
 @functools.cache
 def _chip(device: torch.device) -> tuple[str, int]:
-    """The architecture's name in the configuration table, and the number of multiprocessors."""
+    """The architecture's key in the configuration table, and the number of SMs."""
     if device.type != "cuda":
         return "interpreter", 2
     properties = torch.cuda.get_device_properties(device)
@@ -335,34 +336,35 @@ def _chip(device: torch.device) -> tuple[str, int]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as torch's own matrix products are told to."""
-    # not allow_tf32, which raises once someone has set fp32_precision; this one follows both
+    """The input precision of tl.dot. float32 follows PyTorch's matmul setting."""
+    # fp32_precision reflects both settings; reading allow_tf32 raises once fp32_precision has been set.
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs: int) -> dict:
-    """What unmeasured shapes run with: fits every supported chip, and spills no register (bench/aot_report.json)."""
+    """The fallback for untuned shapes: fits every supported chip without register spills (bench/aot_report.json)."""
     tma = chip.startswith("sm_") and int(chip.removeprefix("sm_")) >= 90
     common = {"stages": 3, "tma": tma, "persistent": False}
-    wide = 1 if kind == "gates" else 2  # gates has two accumulators
-    if dtype == torch.float32:  # fits "ieee" too, where each product is an instruction of its own
+    wide = 1 if kind == "gates" else 2  # gates keeps two accumulators
+    if dtype == torch.float32:  # also fits "ieee", where every product is a separate FMA instruction
         return {"rows": 64, "cols": 32 * wide, "depth": 32, "warps": 8} | common
-    if rows * outputs < 128 * 128 * 128:  # fewer large tiles than multiprocessors
+    if rows * outputs < 128 * 128 * 128:  # fewer large tiles than SMs
         return {"rows": 64, "cols": 64, "depth": 64, "warps": 4} | common
     return {"rows": 128, "cols": 64 * wide, "depth": 64, "warps": 8} | common
 
 
 def bucket(kind: str, dtype: torch.dtype, x_dtype: torch.dtype, rows: int, outputs: int, width: int) -> str:
-    """The problem's name in the configuration table: its rows count up to the next power of two.
+    """The problem's key in the configuration table, with rows rounded up to a power of two.
 
-    Under autocast what a norm takes is float32, twice as large in shared memory as what it is multiplied with.
+    x's dtype is part of the key: under autocast, the input of a fused LayerNorm is float32 and takes twice the shared
+    memory of the half-precision weight.
     """
     dtypes = "-".join(str(d).removeprefix("torch.") for d in dict.fromkeys((x_dtype, dtype)))
     return f"{kind} {dtypes} {triton.next_power_of_2(rows)}x{outputs}x{width}"
 
 
 def config(kind: str, w: Tensor, x: Tensor, rows: int, outputs: int, width: int) -> dict:
-    """Tile sizes for a problem on w's device, in w's dtype. kind: gemm, weight_grad or gates; width: of the sum."""
+    """Launch configuration on w's device, in w's dtype. kind: gemm, weight_grad or gates; width: of the reduction."""
     chip, _ = _chip(w.device)
     measured = _table().get(chip, {}).get(bucket(kind, w.dtype, x.dtype, rows, outputs, width))
     return measured or default_config(kind, chip, w.dtype, rows, outputs)
@@ -395,11 +397,12 @@ def gemm(
     step: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Launches gemm_kernel: x [B, T, I], w [taps, N, I], both strided -> [B, T, N], or float32 [B, T] with dot.
+    """Launches gemm_kernel: x [B, T, I], w [taps, N, I], any strides -> [B, T, N], or float32 [B, T] with dot.
 
-    x may be wider than w where a norm narrows it, and a wider residual widens the result.
+    With a norm, x may have a wider dtype than w: the normalised tile is cast to w's. The result takes the promoted
+    dtype of w and residual.
 
-    out: [B·T, N] to write to instead, its last dimension contiguous.
+    out: optional [B·T, N] tensor to write the result to, last dimension contiguous.
     """
     videos, rows, width = x.shape
     taps, outputs, _ = w.shape
@@ -413,7 +416,7 @@ def gemm(
         out = x.new_empty(videos, rows, outputs, dtype=dtype)
     if residual is not None and residual.stride(-1) != 1:
         residual = residual.contiguous()
-    # A descriptor's rows cannot end at a length, and zeros come from masked loads then.
+    # A TMA descriptor cannot end at a per-video length: mask="input" needs masked loads to get its zeros.
     k_last = w.stride(2) == 1
     by_k = w if k_last else w.transpose(1, 2)
     tma = c["tma"] and mask != "input" and describable(x) and describable(by_k)
@@ -441,13 +444,13 @@ def weight_grad(
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Launches weight_grad_kernel: g [B, T, N], x [B, T, I] -> float32 [N, I, taps]. The rows' order is fixed."""
+    """Launches weight_grad_kernel: g [B, T, N], x [B, T, I] -> float32 [N, I, taps], summed in a fixed order."""
     videos, rows, width = x.shape
     outputs = g.shape[2]
     c = config("weight_grad", g, x, videos * rows, outputs, width * taps)
     tiles = taps * triton.cdiv(outputs, c["rows"]) * triton.cdiv(width, c["cols"])
     blocks = videos * triton.cdiv(rows, c["depth"])
-    splits = max(1, min(2 * _chip(x.device)[1] // tiles, blocks))  # about two programs a multiprocessor
+    splits = max(1, min(2 * _chip(x.device)[1] // tiles, blocks))  # about two programs per SM
     out = x.new_empty(splits, outputs, width, taps, dtype=torch.float32)
     tma = c["tma"] and lengths is None and describable(x) and describable(g)
     weight_grad_kernel[tiles, splits](
@@ -463,7 +466,7 @@ def weight_grad(
 
 
 def activation_grad(g: Tensor, y: Tensor, activation: str, dot: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launches activation_grad_kernel: g, y [M, N] -> dy [M, N], and in float32 its column sums and dot's gradient."""
+    """Launches activation_grad_kernel: g, y [M, N] -> dy [M, N]; float32 [N] column sums and dot gradient."""
     count, outputs = y.shape
     rows, cols, group = 16, 128, 64
     groups = triton.cdiv(count, group)
@@ -479,7 +482,7 @@ def activation_grad(g: Tensor, y: Tensor, activation: str, dot: Tensor | None) -
 def norm_grad(
     g: Tensor, x: Tensor, norm: tuple[Tensor, Tensor, Tensor, Tensor], lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches norm_grad_kernel: g [M, I], x [B, T, I] -> dx [M, I], float32 gradients [I] of weight and bias."""
+    """Launches norm_grad_kernel: g [M, I], x [B, T, I] -> dx [M, I], and float32 gradients [I] of weight and bias."""
     count, width = g.shape
     cols = triton.next_power_of_2(width)
     side = max(1, 4096 // cols)
@@ -508,12 +511,12 @@ def norm_grad(
 
 
 def _videos(x: Tensor, weight: Tensor) -> Tensor:
-    """x as [B, T, I]: for a matrix all rows are one video."""
+    """x as [B, T, I]. If the weight is a matrix, all rows form a single video."""
     return x if weight.ndim == 3 else x.reshape(1, -1, x.shape[-1])
 
 
 def _taps(weight: Tensor) -> Tensor:
-    """The weight as [taps, N, I], channels contiguous where a convolution has them interleaved with its taps."""
+    """The weight as [taps, N, I], channels contiguous: a convolution weight with several taps is copied."""
     if weight.ndim == 2:
         return weight[None]
     w = weight.permute(2, 0, 1)
@@ -521,7 +524,7 @@ def _taps(weight: Tensor) -> Tensor:
 
 
 def _offsets(weight: Tensor, dilation: int, causal: bool) -> tuple[int, int]:
-    """(first, step): tap k of the convolution reads row t + first + k·step."""
+    """(first, step) such that tap k of the convolution reads row t + first + k·step."""
     taps = weight.shape[2] if weight.ndim == 3 else 1
     return -(taps - 1 if causal else taps // 2) * dilation, dilation
 
@@ -540,7 +543,7 @@ def forward(
     dot: Tensor | None,
     save_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op: (out, the value before the activation, LayerNorm's statistics); the former empty unless saved."""
+    """The op: (out, y, stats), with y the pre-activation, empty unless save_y, and stats those of LayerNorm."""
     h, w = _videos(x, weight), _taps(weight)
     (videos, rows, width), outputs = h.shape, w.shape[1]
     shape = x.shape[:-1] if dot is not None else (*x.shape[:-1], outputs)
@@ -583,9 +586,9 @@ def backward(
     stats: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, norm weight, norm bias and dot; empty where `needs` says so.
+    """Gradients of x, weight, bias, norm weight, norm bias and dot; empty where `needs` is False.
 
-    y: what the forward pass returned as such, or with relu its result, which has the same sign.
+    y: the pre-activation saved by the forward pass. For relu, the output works as well, since it has the same sign.
     """
     need_x, need_weight, need_bias, need_scale, need_shift, need_dot = needs
     h, w = _videos(x, weight), _taps(weight)
@@ -604,7 +607,7 @@ def backward(
     first, step = _offsets(weight, dilation, causal)
     masked = weight.ndim == 3 and lengths is not None
     norm = None if norm_weight is None else (stats[0], stats[1], norm_weight, norm_bias)
-    plain = taps == 1 and norm is None and not masked  # two bare matrix products: cuBLAS
+    plain = taps == 1 and norm is None and not masked  # two plain matrix products: cuBLAS
     if need_weight and plain:
         dw = dy.T @ h.reshape(count, width)
     elif need_weight:

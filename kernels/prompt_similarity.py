@@ -1,9 +1,10 @@
-"""prompt_similarity on Triton: norms and cosine logits from one read of the features.
+"""prompt_similarity on Triton: norms and cosine logits in one pass over the features.
 
-    out_btc = <x_bt, p_bc> / (|x_bt| |p_bc| τ),   |·| at least 1e-12
+    out_btc = <x_bt, p_bc> / (|x_bt| |p_bc| τ),   with |·| clamped to at least 1e-12
 
-Traffic: the features once forward, once more backward, where one program has a video's slice of channels and walks
-along time: it writes that slice of the features' gradient, and sums the prompts'. The C classes are few.
+Traffic: the features are read once in each direction. In the backward pass, a program takes a slice of a video's
+channels and loops over time: it writes that slice of the feature gradient and accumulates that of the prompt gradient.
+The number of classes C is small.
 """
 
 import torch
@@ -47,7 +48,7 @@ def cosine_kernel(
     at = (video * rows + t)[:, None] * classes + c[None, :]
     tl.store(out + at, (cosine / temperature).to(out.dtype.element_ty), mask=inside)
     tl.store(x_norm + video * rows + t, x_size, mask=t < rows)
-    tl.store(p_norm + video * classes + c, p_size, mask=c < classes)  # the same from every block of the video
+    tl.store(p_norm + video * classes + c, p_size, mask=c < classes)  # every block of the video stores the same values
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def cosine_grad_kernel(
     rows, width, classes, temperature, stride_xb, stride_xt, stride_xd, stride_pb, stride_pc, stride_pd,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """With x̂, p̂ the unit vectors: dx = (g p̂ - x̂ <g, cos>) / (|x| τ), dp = (gᵀ x̂ - p̂ <g, cos>) / (|p| τ)."""
+    """With unit vectors x̂, p̂: dx = (g p̂ - x̂ <g, cos>) / (|x| τ), dp = (gᵀ x̂ - p̂ <g, cos>) / (|p| τ)."""
     video = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)  # [DEPTH]
     c = tl.arange(0, CLASSES)
@@ -83,7 +84,7 @@ def cosine_grad_kernel(
         x_unit = tl.load(x + at_x, mask=inside_x, other=0.0).to(tl.float32) * x_inverse[:, None]  # [ROWS, DEPTH]
         by_p = tl.dot(tl.trans(grad), x_unit, by_p, input_precision=PRECISION)
         along_p += tl.sum(along, 0)
-        turn = tl.where(x_size > TINY, tl.sum(along, 1), 0.0)  # a row without length has no direction to keep
+        turn = tl.where(x_size > TINY, tl.sum(along, 1), 0.0)  # a clamped norm has no radial term
         by_x = (tl.dot(grad, p_unit, input_precision=PRECISION) - x_unit * turn[:, None]) * x_inverse[:, None]
         at_dx = (video * rows + t)[:, None] * width + d[None, :]
         tl.store(dx + at_dx, by_x.to(dx.dtype.element_ty), mask=inside_x)
@@ -114,7 +115,7 @@ def backward(
     dx, dp = x.new_empty(x.shape), p.new_zeros(p.shape)
     if out.numel():
         tile = {"ROWS": 32, "DEPTH": 64, "CLASSES": max(16, triton.next_power_of_2(classes))}
-        # a half-precision result is no worse for products in tf32, whose mantissa is as long as float16's
+        # tf32 loses nothing on a half-precision result: its mantissa is as long as float16's.
         exact = precision(x.dtype) if x.dtype == torch.float32 else "tf32"
         cosine_grad_kernel[batch, triton.cdiv(width, tile["DEPTH"])](
             g.contiguous(), out, x, p, x_norm, p_norm, dx, dp, rows, width, classes, temperature,

@@ -1,11 +1,11 @@
-"""similarity_graph on Triton: the graph's weights from a tile of cosines at a time, and products with them.
+"""similarity_graph on Triton: graph weights computed one tile of cosines at a time, and products with them.
 
     s_ij = <x_i, x_j> / (|x_i| |x_j| + 1e-20),   w_ij = s_ij > threshold ? exp(s_ij) : 1,   A_ij = w_ij / sum_j w_ij
 
-Cosines lie in [-1, 1], so that no running maximum is needed: a program walks a row of tiles, writes w, and divides by
-the sum at the end. A is all that the backward pass needs: an edge weighs more than 1, and s is the logarithm of its
-weight. Traffic: the features once (then from L2), A once written and a few times read; nothing else is T x T but A's
-gradient.
+Cosines lie in [-1, 1], so the softmax needs no running maximum: a program loops over a row of tiles, stores w, and
+divides by the row sum at the end. The backward pass recovers the graph from A and the row sums: an edge is an entry
+with w > 1, and its cosine is log w. Traffic: the features are read once (then from L2), A is written once and read a
+few times. The only other T x T tensors are gradients.
 
     dA -> dw_ij = (dA_ij - sum_j A_ij dA_ij) / sum_j w_ij,   ds_ij = w_ij dw_ij on edges, else 0
     m = ds + dsᵀ,   dx_i = (sum_j m_ij x_j / |x_j|  -  x_i / |x_i| sum_j m_ij s_ij) / |x_i|
@@ -23,7 +23,7 @@ EPS = tl.constexpr(1e-20)
 
 @triton.jit
 def place(rows, ROWS: tl.constexpr):
-    """Of a program: its video, and its block of rows [ROWS]."""
+    """The program's video, and its block of rows [ROWS]."""
     blocks = tl.cdiv(rows, ROWS)
     return (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
 
@@ -59,14 +59,14 @@ def weights_kernel(
             squares_j += tl.sum(x_j.to(tl.float32) * x_j.to(tl.float32), 1)
         size_i = tl.sqrt(squares_i)
         cosines = products / (size_i[:, None] * tl.sqrt(squares_j)[None, :] + EPS)
-        w = tl.exp(tl.where(cosines <= threshold, 0.0, cosines))  # NaN stays
+        w = tl.exp(tl.where(cosines <= threshold, 0.0, cosines))  # propagates NaN
         w = tl.where((i < valid)[:, None] & (j < valid)[None, :], w, 0.0)  # [ROWS, ROWS]
         total += tl.sum(w, 1)
         at = (video * rows + i)[:, None] * rows + j[None, :]
         tl.store(weights + at, w, mask=(i < rows)[:, None] & (j < rows)[None, :])
     tl.store(norms + video * rows + i, size_i, mask=i < rows)
     tl.store(sums + video * rows + i, total, mask=i < rows)
-    tl.debug_barrier()  # what other threads of the program wrote is read below
+    tl.debug_barrier()  # the loop below reads weights stored by other threads of the program
     for first in range(0, rows, ROWS):
         j = first + tl.arange(0, ROWS)
         at = (video * rows + i)[:, None] * rows + j[None, :]
@@ -93,7 +93,7 @@ def softmax_grad_kernel(
         a = tl.load(weights + at, mask=inside, other=0.0)
         along += tl.sum(a * tl.load(g + at, mask=inside, other=0.0), 1)
     total = tl.load(sums + video * rows + i, mask=i < valid, other=1.0)
-    least = 0.5 + 0.5 * tl.exp(threshold)  # between the weight 1 of what is no edge, and that of the faintest edge
+    least = 0.5 + 0.5 * tl.exp(threshold)  # halfway between a non-edge's weight, 1, and that of the weakest edge
     for first in range(0, rows, ROWS):
         j = first + tl.arange(0, ROWS)
         at = (video * rows + i)[:, None] * rows + j[None, :]
@@ -111,7 +111,7 @@ def features_grad_kernel(
     rows, width, stride_b, stride_t, stride_d,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A program has a block of rows and a slice of channels."""
+    """Each program computes a block of rows and a slice of channels."""
     video, i = place(rows, ROWS)
     d = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)
     valid = tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
@@ -125,13 +125,13 @@ def features_grad_kernel(
         there = (video * rows + i)[:, None] * rows + j[None, :]
         back = (video * rows + j)[None, :] * rows + i[:, None]
         m = tl.load(ds + there, mask=inside, other=0.0) + tl.load(ds + back, mask=inside, other=0.0)  # [ROWS, ROWS]
-        # no edge, no slope: the logarithm of a weight 1 counts for nothing
+        # Non-edges have m = 0 and w = 1, so log(w) contributes nothing.
         w = tl.load(weights + there, mask=inside, other=1.0) * total[:, None]
         along += tl.sum(tl.where(m == 0.0, 0.0, m * tl.log(tl.where(inside, w, 1.0))), 1)
         size_j = tl.load(norms + video * rows + j, mask=j < valid, other=0.0)
         at = video * stride_b + j.to(tl.int64)[:, None] * stride_t + d[None, :] * stride_d
         x_j = tl.load(x + at, mask=(j < valid)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
-        x_j = x_j / tl.where(size_j == 0.0, 1.0, size_j)[:, None]  # a row without length has no edge
+        x_j = x_j / tl.where(size_j == 0.0, 1.0, size_j)[:, None]  # a zero row has no edges
         pull = tl.dot(m, x_j, pull, input_precision=PRECISION)
     inverse = 1 / tl.where(size_i == 0.0, 1.0, size_i)
     at = video * stride_b + i.to(tl.int64)[:, None] * stride_t + d[None, :] * stride_d
@@ -152,9 +152,10 @@ def product_kernel(
     INNER_VALID: tl.constexpr, COLUMNS_VALID: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """a · b a video; rows, and as told the sum and the columns, end at the video's length: beyond it out is 0.
+    """out = a · b for each video, zero beyond its length.
 
-    a is rounded to b's dtype, as the reference rounds weights to that of the values.
+    Rows always end at the video's length, the reduction does with INNER_VALID, and columns do with COLUMNS_VALID.
+    a is cast to b's dtype, as the reference casts the weights to the dtype of the values.
     """
     video, m = place(rows, ROWS)
     n = tl.program_id(1) * COLS + tl.arange(0, COLS)
@@ -169,19 +170,19 @@ def product_kernel(
         left = tl.load(a + at_a, mask=(m < valid)[:, None] & (k < depth)[None, :], other=0.0)  # [ROWS, DEPTH]
         right = tl.load(b + at_b, mask=(k < depth)[:, None] & (n < breadth)[None, :], other=0.0)  # [DEPTH, COLS]
         acc = tl.dot(left.to(right.dtype), right, acc, input_precision=PRECISION)
-    acc = tl.where((m < valid)[:, None], acc, 0.0)  # 0 · NaN is NaN
+    acc = tl.where((m < valid)[:, None], acc, 0.0)  # masked loads are not enough: 0 · NaN = NaN
     at = (video * rows + m)[:, None] * columns + n[None, :]
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=(m < rows)[:, None] & (n < columns)[None, :])
 
 
 def forward(x: Tensor, lengths: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The op's first half: (weights (B, T, T), norms (B, T), sums (B, T)), float32."""
+    """The first half of the op: float32 weights (B, T, T), norms (B, T) and row sums (B, T)."""
     batch, rows, width = x.shape
     weights = x.new_empty(batch, rows, rows, dtype=torch.float32)
     norms, sums = (x.new_empty(batch, rows, dtype=torch.float32) for _ in range(2))
     if weights.numel():
         exact = precision(x.dtype)
-        side = 32 if x.dtype == torch.float32 and exact == "ieee" else 64  # "ieee" products are made in registers
+        side = 32 if x.dtype == torch.float32 and exact == "ieee" else 64  # "ieee" dots run on operands in registers
         deepest = 64 if x.dtype != torch.float32 else 32 if exact == "ieee" else 16
         depth = min(deepest, max(16, triton.next_power_of_2(width)))
         weights_kernel[batch * triton.cdiv(rows, side),](
@@ -194,7 +195,7 @@ def forward(x: Tensor, lengths: Tensor, threshold: float) -> tuple[Tensor, Tenso
 def backward(
     g: Tensor, x: Tensor, lengths: Tensor, weights: Tensor, norms: Tensor, sums: Tensor, threshold: float
 ) -> Tensor:
-    """The gradient of the features from that of the weights."""
+    """Gradient of the features, given that of the weights."""
     batch, rows, width = x.shape
     dx = x.new_empty(x.shape)
     if not dx.numel():
@@ -203,7 +204,7 @@ def backward(
     softmax_grad_kernel[batch * triton.cdiv(rows, 32),](
         g.contiguous(), weights, sums, lengths, ds, rows, threshold, ROWS=32, num_warps=4
     )
-    exact = precision(x.dtype) if x.dtype == torch.float32 else "tf32"  # as long a mantissa as float16's
+    exact = precision(x.dtype) if x.dtype == torch.float32 else "tf32"  # same mantissa length as float16
     features_grad_kernel[batch * triton.cdiv(rows, 32), triton.cdiv(width, 64)](
         ds, weights, sums, norms, x, lengths, dx, rows, width, *x.stride(),
         PRECISION=exact, ROWS=32, DEPTH=64, num_warps=8 if x.dtype == torch.float32 else 4, num_stages=2,
@@ -212,12 +213,12 @@ def backward(
 
 
 def mix(weights: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
-    """The op's second half: weights · values, (B, T, E)."""
+    """The second half of the op: weights · values, (B, T, E)."""
     return _product(weights, values, lengths, values.shape[2], values.dtype, inner_valid=True)
 
 
 def mix_backward(g: Tensor, weights: Tensor, values: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weights, float32, and of values."""
+    """Gradients of weights (float32) and values."""
     by_weights = _product(g, values.mT, lengths, values.shape[1], torch.float32, columns_valid=True)
     return by_weights, _product(weights.mT, g, lengths, values.shape[2], values.dtype, inner_valid=True)
 

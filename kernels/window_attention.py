@@ -1,11 +1,12 @@
-"""window_attention on Triton: a program has the whole windows that fit a tile, so that no softmax crosses programs.
+"""window_attention on Triton: a tile holds as many whole windows as fit, so no softmax spans two programs.
 
     P = softmax over j in i's window of <q_i, k_j> / sqrt(H),   out = P v,   H = D / heads
     dP = g vᵀ,   dS = P (dP - <dP, P>),   dq = dS k / sqrt(H),   dk = dSᵀ q / sqrt(H),   dv = Pᵀ g
 
-One head of 512 channels is walked in slices: the scores of a tile are summed over the slices, and then each slice of
-the result is made and stored, so that no program holds a row. Traffic: 3D read and D written a row; backward 4D and 3D
-(the second walk reads from L2). A value that is not finite spreads to the windows of its tile, not to other videos.
+A single head can have 512 channels, so they are processed in slices: a first pass accumulates the tile's scores over
+the slices, a second computes and stores the output slice by slice, and no program ever holds a full row. Traffic per
+row: 3D read and D written; backward, 4D read and 3D written (the second pass reads from L2). A non-finite value spreads
+to the other windows of its tile, but never to other videos.
 """
 
 import torch
@@ -15,19 +16,19 @@ from torch import Tensor
 
 from .linear_act import precision
 
-LONGEST = 128  # rows of the largest tile, and with that of a window
+LONGEST = 128  # rows of the largest tile, hence of the longest window
 
 
 @triton.jit
 def load_slice(x, video, t, valid, channel, d, head_width, stride_b, stride_t, stride_d):
-    """x[video, t, channel + d], [ROWS, DEPTH], zero past the valid rows and the head."""
+    """x[video, t, channel + d] as [ROWS, DEPTH], zero beyond the valid rows and the head width."""
     at = video * stride_b + t.to(tl.int64)[:, None] * stride_t + (channel + d)[None, :] * stride_d
     return tl.load(x + at, mask=(t < valid)[:, None] & (d < head_width)[None, :], other=0.0)
 
 
 @triton.jit
 def softmax(scores, t, valid, window, head_width):
-    """P [ROWS, ROWS] float32 from <q, k>: zero outside the window of a row, and in rows past the valid ones."""
+    """float32 P [ROWS, ROWS] from <q, k>: zero outside each row's window and beyond the valid rows."""
     near = (t // window)[:, None] == (t // window)[None, :]
     near = near & (t < valid)[:, None] & (t < valid)[None, :]
     scores = tl.where(near, scores / tl.sqrt(head_width.to(tl.float32)), -float("inf"))
@@ -39,7 +40,7 @@ def softmax(scores, t, valid, window, head_width):
 
 @triton.jit
 def place(rows, heads, step, ROWS: tl.constexpr):
-    """Of a program: its video, its head, and the rows [ROWS] of its windows; those of the next program are T."""
+    """The program's video, head, and rows [ROWS]; tile rows beyond its whole windows are set to T, which masks them."""
     tiles = tl.cdiv(rows, step)
     tile = tl.program_id(0) % tiles
     head = tl.program_id(0) // tiles % heads
@@ -121,7 +122,7 @@ def window_grad_kernel(
 
 
 def tile(window: int, head_width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows of a tile, and how many of them whole windows fill. With 4 warps, or deeper slices, registers spill."""
+    """Tile sizes, and the rows (step) that whole windows fill. With 4 warps or deeper slices, registers spill."""
     rows = max(32 if dtype == torch.float32 else 64, triton.next_power_of_2(window))
     depth = min(16 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(head_width)))
     return {"step": rows // window * window, "ROWS": rows, "DEPTH": depth}
@@ -142,7 +143,7 @@ def forward(qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> Ten
 
 
 def backward(g: Tensor, qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> Tensor:
-    """The gradient of qkv."""
+    """Gradient of qkv."""
     batch, rows, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     d_qkv = qkv.new_empty(qkv.shape)
     window = min(window, rows)

@@ -1,8 +1,8 @@
-"""Finds the fastest tiles of the GEMM family on this GPU, and writes them into its table, configs/linear_act.json.
+"""Finds the fastest tiles of the GEMM kernels on this GPU and writes them to the table, configs/linear_act.json.
 
-A launch keeps the default where nothing is faster by 2 %: less is noise. A configuration that spills registers is not
-taken. Compiling takes longer than timing: candidates are compiled side by side. A developer runs the tests and
-bench.aot_triton after it: both cover the committed table.
+A launch keeps the default unless a candidate is at least 2 % faster, since smaller gains are noise. Configurations that
+spill registers are rejected. Compiling takes longer than timing, so candidates are compiled in parallel. After tuning,
+run the tests and bench.aot_triton, which cover the committed table.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ B, T, D, C = 96, 256, 512, 7  # the paper's training step
 
 LAUNCHERS = ((linear_act, "gemm"), (linear_act, "weight_grad"), (gated_fusion, "gates"), (gated_fusion, "gemm"))
 KERNELS = ((linear_act, "gemm_kernel"), (linear_act, "weight_grad_kernel"), (gated_fusion, "gates_kernel"))
-GAIN = 1.02  # what repeated timings of one kernel differ by
+GAIN = 1.02  # repeated timings of one kernel differ by this factor
 
 
 TILES = {  # rows, cols, depth, warps
@@ -37,9 +37,9 @@ TILES = {  # rows, cols, depth, warps
 
 
 def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, forward and backward pass) of each call; device "meta" makes tensors without memory.
+    """Yields (name, forward and backward pass) of each call; device "meta" allocates no memory.
 
-    As under autocast: what a norm takes and the stream that an encoder's layers are added to are float32.
+    As under autocast, the input of a norm and the residual stream of an encoder are float32.
     """
 
     def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -90,8 +90,8 @@ def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], N
 
 
 def candidates(kind: str, default: dict) -> Iterator[dict]:
-    """What is worth trying: each tile with two depths of prefetch, and for a GEMM persistent programs."""
-    narrow = 64 // default["depth"]  # float32 has half the channels in a block
+    """Yields the candidates: each tile with two prefetch depths, and for large GEMM tiles also persistent programs."""
+    narrow = 64 // default["depth"]  # float32 blocks have half the channels
     for rows, cols, depth, warps in TILES[kind]:
         tile = {"rows": rows, "cols": cols, "depth": depth // narrow, "warps": warps}
         for stages in (3, 4):
@@ -101,7 +101,7 @@ def candidates(kind: str, default: dict) -> Iterator[dict]:
 
 
 def launches(dtype: torch.dtype, only: str) -> dict[str, tuple[str, dict, Callable[[], object]]]:
-    """bucket -> (kind, default configuration, the first launch that asks for it), by running the calls."""
+    """Runs the calls and returns bucket -> (kind, default configuration, the first launch in this bucket)."""
     found: dict[str, tuple[str, dict, Callable]] = {}
     asked: list[tuple[str, str, dict]] = []
 
@@ -132,7 +132,7 @@ def launches(dtype: torch.dtype, only: str) -> dict[str, tuple[str, dict, Callab
 
 
 class Spills:
-    """Stands before a kernel, and adds up the registers that its launches spill."""
+    """Wraps a kernel and counts the registers that its launches spill."""
 
     def __init__(self, kernel):
         self.kernel, self.count = kernel, 0
@@ -145,7 +145,7 @@ class Spills:
 
 
 class Ahead:
-    """Stands before a kernel, and has it compiled for each launch, which is not made."""
+    """Wraps a kernel and compiles it for each launch in a thread pool, without launching it."""
 
     def __init__(self, kernel, pool: Executor):
         self.kernel, self.pool = kernel, pool
@@ -159,7 +159,7 @@ class Ahead:
 
 @contextlib.contextmanager
 def under(config: dict, stand_in: Callable[[Any], Any]) -> Iterator[list]:
-    """Launches inside the block take this configuration, and meet what stands before each kernel."""
+    """Inside the block, launches use this configuration and every kernel is replaced by `stand_in(kernel)`."""
     with contextlib.ExitStack() as stack:
         for module in (linear_act, gated_fusion):
             stack.enter_context(mock.patch.object(module, "config", lambda *_: config))
@@ -170,8 +170,7 @@ def under(config: dict, stand_in: Callable[[Any], Any]) -> Iterator[list]:
 
 
 def compile_ahead(launch: Callable[[], object], configs: Iterable[dict]) -> None:
-    """Compiles a launch under all configurations side by side. One that fails does so again, and is told, when it is
-    timed."""
+    """Compiles a launch with all configurations in parallel. A configuration that fails raises later, when timed."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for config in configs:
             with under(config, lambda kernel: Ahead(kernel, pool)):
@@ -179,7 +178,7 @@ def compile_ahead(launch: Callable[[], object], configs: Iterable[dict]) -> None
 
 
 def microseconds(launch: Callable[[], object], config: dict) -> float | None:
-    """Median time under a configuration, by graph replay; None where it spills or does not fit the chip."""
+    """Returns the median time with a configuration, by graph replay; None if it spills or does not fit the chip."""
     with under(config, Spills) as watched:
         try:
             launch()
@@ -191,9 +190,10 @@ def microseconds(launch: Callable[[], object], config: dict) -> float | None:
 
 
 def tune(dtype: torch.dtype = torch.bfloat16, only: str = "", say: Callable[[str], None] = print) -> dict[str, dict]:
-    """Times every candidate for every launch, and adds what wins to the table of this chip; returns what it added.
+    """Times every candidate for every launch and adds the winners to this chip's table; returns the added entries.
 
-    only: calls whose name has this in it; the names are in `gemms`. Needs a GPU that Triton serves.
+    only: substring of the names of the calls to tune, see `gemms`. say: prints a line per launch. Requires a GPU that
+    Triton supports.
     """
     chip, _ = linear_act._chip(torch.device("cuda"))
     table = json.loads(linear_act.CONFIGS.read_text())
@@ -206,13 +206,13 @@ def tune(dtype: torch.dtype = torch.bfloat16, only: str = "", say: Callable[[str
         worth_trying = list(candidates(kind, default))
         compile_ahead(launch, worth_trying)
         for config in [*worth_trying, None]:
-            config = config or {**chosen, "tma": False}  # last of all, what is best without descriptors
+            config = config or {**chosen, "tma": False}  # finally, the best one without TMA descriptors
             took = microseconds(launch, config)
             if took is not None and took * GAIN < best:
                 best, chosen = took, config
         say(f"{bucket}: default {base:.1f} us, best {best:.1f} us {chosen}")
         measured[bucket] = {**chosen, "us": round(best, 2)}
-        # after each one: a run that is cut short keeps what it found
+        # saved after each launch, so that an interrupted run keeps its results
         table[chip] = dict(sorted({**table.get(chip, {}), **measured}.items()))
         with atomic_write(linear_act.CONFIGS, "w") as file:
             file.write(json.dumps(table, indent=1) + "\n")
