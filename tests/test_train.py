@@ -167,7 +167,15 @@ def test_sigterm_saves_and_ends(tmp_path, monkeypatch):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
-def test_signals_again():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where a shell has started the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_again(interruptible):
     """A second SIGTERM comes from torchrun, which got the first one too; a second Ctrl-C is meant."""
     with listening() as request:
         for _ in range(3):
