@@ -227,6 +227,21 @@ class OpTests:
             for name, grad in self.run(arguments, backend, upstream)[1].items():
                 torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6)
 
+    def test_vectors_of_any_stride(self, case: Case, backend: str, device: str):
+        """Lengths, biases and other vectors may be columns of a matrix."""
+        arguments = self.make(case, backend, device=device)
+
+        def column(x: Any) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(column, x))
+            return torch.stack([x, -x], dim=1)[:, 0] if isinstance(x, Tensor) and x.ndim == 1 else x
+
+        strided = {name: column(value) for name, value in arguments.items()}
+        (out, grads), (other, other_grads) = self.run(arguments, backend), self.run(strided, backend)
+        torch.testing.assert_close(other, out, rtol=0, atol=0, equal_nan=True)
+        for name, grad in grads.items():
+            torch.testing.assert_close(other_grads[name], grad, rtol=0, atol=0)
+
     @pytest.mark.parametrize("garbage", [1e4, float("inf"), float("nan")])
     def test_padding_has_no_effect(self, case: Case, backend: str, device: str, garbage: float):
         arguments = self.make(case, backend, device=device)

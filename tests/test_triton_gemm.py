@@ -3,6 +3,8 @@
 Runs on a GPU, or without one in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_triton_gemm.py
 """
 
+import contextlib
+
 import pytest
 import torch
 from tolerance import assert_within_rule
@@ -163,3 +165,18 @@ def test_autocast_gives_what_the_reference_gives(name):
     out.sum().backward()
     leaf = fusion[2] if name == "gated_fusion" else weight
     assert leaf.grad.dtype == torch.float32
+
+
+def test_a_kernel_runs_on_the_gpu_of_its_tensors(monkeypatch):
+    """With several GPUs the current one, on which Triton launches, may be another."""
+    chosen = []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        chosen.append(x.shape)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x, weight, dot = draw(B, 5, 8), draw(6, 8, 3), draw(6)
+    ops.linear_act(x, weight, dot=dot, backend="triton").sum().backward()
+    assert chosen == [(B, 5, 8), (B, 5)]  # of the forward pass, and of the gradient
