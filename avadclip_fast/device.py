@@ -1,5 +1,6 @@
 """Device selection by name."""
 
+import contextlib
 import os
 
 import torch
@@ -24,3 +25,8 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error
     return device
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes `device` the current GPU inside the block, as its streams and CUDA graphs require; no effect on a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,5 +1,6 @@
 """Several processes: gradients, runs and scores of one, and what is left when one dies or is asked to end."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_train import CLASSES, SMALL, features, same, teacher, weights
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, data
-from avadclip_fast.device import device_of
+from avadclip_fast.device import current, device_of
 from avadclip_fast.engine import distributed, train
 from avadclip_fast.engine.calibrate import CALIBRATION
 from avadclip_fast.engine.recipe import Recipe
@@ -182,6 +183,24 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
         assert (str(alone), str(device_of(name))) == {
             "auto": ("cuda", "cuda:1"), "cuda": ("cuda", "cuda:1"), "cuda:0": ("cuda:0",) * 2, "cpu": ("cpu",) * 2,
         }[name]  # fmt: skip
+
+
+def test_training_makes_its_gpu_the_current_one(monkeypatch, tmp_path):
+    """Streams and CUDA graphs are of the current GPU: a graph recorded on another one holds nothing."""
+    assert isinstance(current(torch.device("cuda:1")), torch.cuda.device)
+    inside = []
+
+    @contextlib.contextmanager
+    def noted(device):
+        inside.append(str(device))
+        yield
+        inside.append("left")
+
+    monkeypatch.setattr(train, "current", noted)
+    monkeypatch.setattr(train._Loop, "epoch", lambda *_: inside.append("epoch") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.fit(teacher(), features(6), replace(RECIPE, select="last"), tmp_path, progress=False)
+    assert inside == ["cpu", "epoch"]
 
 
 def test_training_through_the_command_line(tmp_path):

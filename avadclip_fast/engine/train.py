@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..data import Batch, FeatureSet, epoch_order
 from ..data.atomic import atomic_write, remove_left
 from ..data.packed import Field, open_packed, write_packed
+from ..device import current
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
 from ..models.encoder import moments
@@ -182,6 +183,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         board = stack.enter_context(contextlib.closing(_Board(folder, first * steps + info["step"]))) if main else None
         stack.enter_context(float32_products(recipe.precision, device))
+        stack.enter_context(current(device))
         part = -(-recipe.batch_size // distributed.world())
         lengths = data.valid().cpu()  # on the host, so that a batch's longest video is known without a sync
         source, told = residency.place(data, device, part)
