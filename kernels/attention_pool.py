@@ -76,8 +76,11 @@ def pool_grad_kernel(
         d = first + tl.arange(0, COLS)
         part = tl.load(pooled + video * width + d, mask=d < width, other=0.0)
         squares += part * part
-    size = tl.sqrt(tl.sum(squares, 0))
-    inverse = tl.where(size > TINY, 1 / tl.maximum(size, TINY), 0.0)  # a clamped norm has no radial term to remove
+    # Rounded exactly: g - u <u, g> may cancel, and is then as wrong as u's length.
+    size = tl.sqrt_rn(tl.sum(squares, 0))
+    inverse = tl.where(
+        size > TINY, tl.div_rn(1.0, tl.maximum(size, TINY)), 0.0
+    )  # a clamped norm has no radial term to remove
     along = tl.zeros((COLS,), tl.float32)
     for first in range(0, width, COLS):
         d = first + tl.arange(0, COLS)

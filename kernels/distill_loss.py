@@ -25,7 +25,7 @@ def distill_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS] out of B·T
-    video, t = (r // rows).to(tl.int64), r % rows
+    video, t = (r // rows).to(tl.int64), (r % rows).to(tl.int64)
     valid = r < count
     if lengths is not None:
         valid &= t < tl.load(lengths + video, mask=valid, other=0)

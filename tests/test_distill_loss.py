@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from op_tests import OpTests
+from op_tests import ON_GPU, OpTests
 
-from avadclip_fast import UncertaintyDistillationLoss
+from avadclip_fast import UncertaintyDistillationLoss, ops
 
 
 class TestDistillLoss(OpTests):
@@ -49,3 +49,12 @@ def test_the_module_detaches_the_teacher():
     teacher, student, theta = (torch.randn(1, 3, 4, requires_grad=True) for _ in range(3))
     UncertaintyDistillationLoss()(teacher, student, theta).backward()
     assert teacher.grad is None and student.grad is not None and theta.grad is not None
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU)])
+def test_rows_may_lie_more_than_31_bits_apart(device):
+    """4 GB of float16, of which three rows are used, 2^30 numbers apart."""
+    near = torch.randn(1, 3, 8, device=device, dtype=torch.float16)
+    far = torch.empty(2**31 + 8, device=device, dtype=torch.float16).as_strided(near.shape, (8, 2**30, 1)).copy_(near)
+    found, expected = (ops.distill_loss(x, x, x, backend="triton") for x in (far, near))
+    assert torch.equal(found, expected)
