@@ -138,6 +138,14 @@ def test_a_held_out_list_takes_the_place_of_a_share(videos, tmp_path, capsys):
     assert "both.csv: " in said and "and not held out" in said
 
 
+def test_a_video_is_known_for_the_same_in_a_file_packed_elsewhere(videos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(videos)
+    assert call("pack", "train.csv", "-o", tmp_path / "p.safetensors", "--length", 16, "-q") == 0
+    monkeypatch.chdir(tmp_path)
+    separate = "--held-out-list", videos / "train.csv"
+    assert "and not held out" in mistake(capsys, "train", "p.safetensors", "-o", "run", *separate, *QUICK)
+
+
 def test_missing_sound(videos, trained, tmp_path, capsys):
     student = tmp_path / "student"
     options = "--classes", CLASSES, "-q"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from deadly import Grey
 from long_video import make_long_video
 from standins import NAMED
@@ -18,6 +19,7 @@ from test_cli import call, mistake
 from videos import BAD, bad_videos, forbid, make_video
 
 from avadclip_fast.data import DataError, load_features, read_list
+from avadclip_fast.data.packed import open_packed
 
 pytest.importorskip("av")
 
@@ -269,8 +271,10 @@ def test_a_video_that_is_given_twice_is_one(folder):
 
 def test_packed(folder, tmp_path):
     packed = tmp_path / "out.safetensors"
-    assert call("extract", folder / "more" / "b.mp4", "-o", packed, "--label", "A", *QUICK) == 0
-    assert call("check", packed, "-q") == 0
+    for flags, dtype in ((), torch.float16), (("--float32",), torch.float32):
+        assert call("extract", folder / "more" / "b.mp4", "-o", packed, "--label", "A", *flags, *QUICK) == 0
+        assert call("check", packed, "-q") == 0
+        assert open_packed(packed)[0]["visual"].dtype == dtype
 
 
 def test_sound_is_not_left_out_of_a_packed_file_unsaid(folder, tmp_path, capsys):

@@ -146,6 +146,7 @@ def extract(
     Resumes an interrupted call; videos extracted with another --label or list get the new label. Videos that fail are
     reported at the end and in extract.json, and the exit code is 1. After Ctrl-C, list.csv has the finished videos.
     """
+    from ..engine import report
     from ..engine.stop import Stopped, listening
     from ..media import cluster
     from ..media import extract as media
@@ -219,7 +220,8 @@ def extract(
             err=True,
         )
     elif packed is not None and rows:
-        pack(packed, rows, 256, seen.width, audio=not silent)
+        progress = None if quiet else report.bar("packing", "block")
+        pack(packed, rows, 256, seen.width, audio=not silent, dtype=settings["dtype"], progress=progress)
         typer.echo(f"wrote {packed}")
     if record["failed"] or mixed:
         raise typer.Exit(1)

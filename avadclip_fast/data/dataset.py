@@ -1,6 +1,7 @@
 """Features of whole lists: training sets in memory or in a packed file, and test videos one at a time."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -209,7 +210,9 @@ def pack(
     fields = {"visual": Field(dtype, (length, (1 + motion) * width))}
     fields |= {"audio": Field(dtype, (length, width))} if audio else {}
     fields["lengths"] = Field("int64", ())
-    info = {"rows": [[str(row.visual), str(row.audio or ""), row.label] for row in rows]}
+    # absolute, so that a video is recognised from any working directory
+    paths = [(os.path.abspath(row.visual), os.path.abspath(row.audio) if row.audio else "") for row in rows]
+    info = {"rows": [[*both, row.label] for both, row in zip(paths, rows, strict=True)]}
     with ThreadPoolExecutor(workers) as threads:
 
         def fill(start: int, stop: int) -> dict[str, np.ndarray]:
