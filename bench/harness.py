@@ -24,6 +24,7 @@ from torch import Tensor
 
 from avadclip_fast.data.atomic import atomic_write
 from avadclip_fast.ops import _dispatch
+from avadclip_fast.ops._linear_act_amx import HAS_AMX
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
@@ -33,7 +34,8 @@ SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
 MODES = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotune-no-cudagraphs"}
 COMPILING = 50  # seconds after which a bench compiles nothing more; bench.gpu stops each bench after 90
 AUTHORS = ("official", "loops")  # alternatives that follow the official code
-AMX = "linear_act"  # the op that uses csrc/amx.h
+# Benches whose products run on tile units (csrc/amx.h) where a processor has them
+AMX = ("bench_linear_act", "bench_folds", "bench_step", "bench_inference", "bench_training")
 MOST_SETS = 256  # maximum number of input sets in one graph
 HEAD = f"{'case':<40} {'alternative':<27} {'median':>9} {'p20':>9} {'p80':>9} {'over ours':>9} {'of floor':>8}"
 Timer = Callable[[], float]  # seconds of one call
@@ -358,7 +360,8 @@ def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dic
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU",
                         choices=["float32", "float16", "bfloat16"])  # fmt: skip
     parser.add_argument("--json", nargs="?", const=RESULTS, type=Path, metavar="FOLDER",
-                        help=f"also write FOLDER/{name}.json; default: bench/results")  # fmt: skip
+                        help=f"also write FOLDER/{name}.json{' (_amx.json: on tile units)' if name in AMX else ''}; "
+                        "default: bench/results")  # fmt: skip
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds: a median with its spread wants 2 at least")
@@ -366,6 +369,9 @@ def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dic
     if options.threads:
         torch.set_num_threads(options.threads)
     whole_float32()
+    # A processor without tile units keeps records of its own.
+    tiles = HAS_AMX and options.device == "cpu" and name in AMX
+    path = options.json and options.json / f"{name}{'_amx' if tiles else ''}.json"
     record = {
         "bench": name,
         "setting": setting(name, options),
@@ -376,15 +382,15 @@ def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dic
     for rows in rows_of(options):
         show(rows)
         record["rows"] += rows
-        if options.json:
-            write(options.json, record | {"cut": True})  # stays set if the bench is interrupted
-    if options.json:
-        write(options.json, record)
+        if path:
+            write(path, record | {"cut": True})  # stays set if the bench is interrupted
+    if path:
+        write(path, record)
 
 
-def write(folder: Path, record: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(folder / f"{record['bench']}.json", "w") as file:
+def write(path: Path, record: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "w") as file:
         file.write(json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
@@ -428,7 +434,7 @@ def source_hash(device: str, bench: str) -> str:
     op = bench.removeprefix("bench_")
     alone = (ROOT / f"avadclip_fast/reference/{op}.py").exists()
     own = f"{op}*" if alone else "*"  # a whole step or model
-    shared = ["avadclip_fast/reference/_*.py", "csrc/stable.h", *(["csrc/amx.h"] if own == "*" or op == AMX else [])]
+    shared = ["avadclip_fast/reference/_*.py", "csrc/stable.h", *(["csrc/amx.h"] if bench in AMX else [])]
     patterns = [f"avadclip_fast/reference/{own}.py", *shared]
     patterns += {
         "cpu": [f"csrc/{own}_cpu.cpp"],

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-OPERATIONS = ("topk_mean", "mil_loss", "distance_graph", "similarity_graph", "uniform_pool", "linear_act")
+OPERATIONS = ("topk_mean", "mil_loss", "distance_graph", "similarity_graph", "uniform_pool", "linear_act_amx")
 
 
 def read(name: str) -> dict:
@@ -33,13 +33,13 @@ def operations() -> str:
         for case in dict.fromkeys(row["case"] for row in rows):
             *others, ours = [row for row in rows if row["case"] == case]
             ratios = ", ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in others)
-            lines.append(f"| `{op}` | {case} | {ours['median_ms']:.2f} | {ratios} |")
+            lines.append(f"| `{op.removesuffix('_amx')}` | {case} | {ours['median_ms']:.2f} | {ratios} |")
     records = [read(f"bench_{op}") for op in OPERATIONS]
     return "\n".join(lines) + _where(*records)
 
 
-def steps() -> str:
-    record = read("bench_step")
+def steps(name: str) -> str:
+    record = read(name)
     lines = [
         "| step | official code, s | this library, s | in bfloat16, s | masked, s | masked, bfloat16, s | ratios |",
         "|---|---|---|---|---|---|---|",
@@ -55,8 +55,8 @@ def steps() -> str:
     return "\n".join(lines) + _where(record)
 
 
-def inference() -> str:
-    record = read("bench_inference")
+def inference(name: str) -> str:
+    record = read(name)
     lines = ["| inference | official code, ms | this library, ms | ratio |", "|---|---|---|---|"]
     for case in dict.fromkeys(row["case"] for row in record["rows"]):
         rows = {row["alternative"]: row for row in record["rows"] if row["case"] == case}
@@ -93,8 +93,10 @@ def _where(*records: dict) -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "operations": operations,
-    "steps": steps,
-    "inference": inference,
+    "steps": lambda: steps("bench_step"),
+    "steps-amx": lambda: steps("bench_step_amx"),
+    "inference": lambda: inference("bench_inference"),
+    "inference-amx": lambda: inference("bench_inference_amx"),
     "demo": demo,
     "fightsurv": lambda: fightsurv.table(read("fightsurv")) + "\n",
     "fightsurv-heads": lambda: fightsurv.heads_table(read("fightsurv")) + "\n",
@@ -121,7 +123,10 @@ def draw(folder: Path) -> None:
 
 def _named(op: str) -> list[dict]:
     """Returns the rows of an op, with its name before each case."""
-    return [{**row, "case": f"{op}: {row['case'].removeprefix('f+b ')}"} for row in read(f"bench_{op}")["rows"]]
+    return [
+        {**row, "case": f"{op.removesuffix('_amx')}: {row['case'].removeprefix('f+b ')}"}
+        for row in read(f"bench_{op}")["rows"]
+    ]
 
 
 def rendered(text: str) -> str:

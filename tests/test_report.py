@@ -92,7 +92,7 @@ def test_results_keep_to_the_schema(path):
     jsonschema = pytest.importorskip("jsonschema")
     record, schema = json.loads(path.read_text()), json.loads((report.ROOT / "bench/schema.json").read_text())
     jsonschema.validate(record, schema)
-    assert record["bench"] == path.stem and any(row["over_ours"] == 1 for row in record["rows"])
+    assert record["bench"] == path.stem.removesuffix("_amx") and any(row["over_ours"] == 1 for row in record["rows"])
     del record["rows"][0]["median_ms"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(record, schema)
