@@ -174,9 +174,11 @@ def test_the_environment_forces_a_backend():
     assert done.returncode == 1 and "BackendError: topk_mean: backend 'cuda' cannot serve" in done.stderr
 
 
-def test_import_is_light():
-    heavy = ["open_clip", "matplotlib", "huggingface_hub", "sklearn", "triton", "typer", "tensorboard"]
-    code = f"import sys, avadclip_fast; print([m for m in {heavy} if m in sys.modules])"
+@pytest.mark.parametrize("module", ["avadclip_fast", "avadclip_fast.cli.media"])
+def test_import_is_light(module):
+    heavy = ["open_clip", "matplotlib", "sklearn", "triton", "tensorboard", "av"]
+    heavy += ["huggingface_hub", "typer"] * (module == "avadclip_fast")
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 IOUS = (0.1, 0.2, 0.3, 0.4, 0.5)
 Spans = Sequence[Sequence[tuple[int, int, int]]]  # per video: (first frame, one past the last, class index)
@@ -25,7 +24,7 @@ def frame_ap(scores: np.ndarray, truth: np.ndarray, frames_per_snippet: int = 1)
     Returns nan if the truth has only one class. Raises ValueError on mismatched lengths, other truth values, or
     non-finite scores.
     """
-    return _frame_metric(average_precision_score, scores, truth, frames_per_snippet)
+    return _frame_metric("ap", scores, truth, frames_per_snippet)
 
 
 def frame_auc(scores: np.ndarray, truth: np.ndarray, frames_per_snippet: int = 1) -> float:
@@ -33,10 +32,10 @@ def frame_auc(scores: np.ndarray, truth: np.ndarray, frames_per_snippet: int = 1
 
     Arguments, nan and errors as in `frame_ap`.
     """
-    return _frame_metric(roc_auc_score, scores, truth, frames_per_snippet)
+    return _frame_metric("auc", scores, truth, frames_per_snippet)
 
 
-def _frame_metric(metric, scores, truth, frames_per_snippet: int) -> float:
+def _frame_metric(metric: str, scores, truth, frames_per_snippet: int) -> float:
     scores = np.asarray(scores)
     if scores.ndim != 1:
         raise ValueError(f"scores must be one a snippet, [n], got shape {list(scores.shape)}")
@@ -46,18 +45,22 @@ def _frame_metric(metric, scores, truth, frames_per_snippet: int) -> float:
     return _weighted_metric(metric, scores, positives, frames_per_snippet)
 
 
-def _weighted_metric(metric, scores: np.ndarray, positives: np.ndarray, frames_per_snippet: int) -> float:
-    """Computes a frame-level `metric` from snippet scores [n] and the number of positive frames per snippet [n].
+def _weighted_metric(metric: str, scores: np.ndarray, positives: np.ndarray, frames_per_snippet: int) -> float:
+    """Computes frame-level "ap" or "auc" from snippet scores [n] and the number of positive frames per snippet [n].
 
     Frames of a snippet are tied, so a snippet is one positive of weight `positives` and one negative with the rest.
     """
+    # imported late: it takes as long as the rest of a command's start
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    function = {"ap": average_precision_score, "auc": roc_auc_score}[metric]
     negatives = frames_per_snippet - positives
     if not positives.any() or not negatives.any():
         return math.nan
     label = np.repeat([True, False], len(scores))
     weight = np.concatenate([positives, negatives]).astype(np.float64)
     kept = weight > 0
-    return float(metric(label[kept], np.tile(scores, 2)[kept], sample_weight=weight[kept]))
+    return float(function(label[kept], np.tile(scores, 2)[kept], sample_weight=weight[kept]))
 
 
 def positive_frames(truth, snippets: int, frames_per_snippet: int) -> np.ndarray:
@@ -267,13 +270,12 @@ def evaluate_scores(
         "positive_frames": int(positives.sum()),
         "frames_per_snippet": frames_per_snippet,
     }
-    metrics = {"ap": average_precision_score, "auc": roc_auc_score}
     for branch, score in branches.items():
         result[branch] = {}
         for prefix, chosen in (("", slice(None)), ("abnormal_", in_abnormal)):
-            for key, metric in metrics.items():
+            for metric in ("ap", "auc"):
                 value = _weighted_metric(metric, score[chosen], positives[chosen], frames_per_snippet)
-                result[branch][prefix + key] = _or_none(value)
+                result[branch][prefix + metric] = _or_none(value)
     if spans is None:
         return result
 
@@ -305,7 +307,7 @@ def _class_ap(scores: np.ndarray, spans: np.ndarray, first: np.ndarray, lengths:
     if not parts:
         return math.nan
     chosen, positives = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return _weighted_metric(average_precision_score, chosen, positives, frames)
+    return _weighted_metric("ap", chosen, positives, frames)
 
 
 def _or_none(value: float) -> float | None:
