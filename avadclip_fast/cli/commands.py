@@ -5,7 +5,7 @@ import math
 import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -49,41 +49,10 @@ def _program(
 ) -> None: ...
 
 
-class Select(StrEnum):
-    val = "val"
-    last = "last"
-    test = "test"
+RecipeName = Literal["official", "robust"]
 
 
-class Padding(StrEnum):
-    masked = "masked"
-    official = "official"
-
-
-class Prompt(StrEnum):
-    official = "official"
-    paper = "paper"
-
-
-class Fusion(StrEnum):
-    gated = "gated"
-    add = "add"
-    concat = "concat"
-    cross_attention = "cross_attention"
-
-
-class Precision(StrEnum):
-    fp32 = "fp32"
-    tf32 = "tf32"
-    bf16 = "bf16"
-
-
-class RecipeName(StrEnum):
-    official = "official"
-    robust = "robust"
-
-
-class Modality(StrEnum):
+class Modality(StrEnum):  # typer takes lists of enums, not of literals
     visual = "visual"
     audio = "audio"
 
@@ -168,8 +137,10 @@ OfficialWindow = Annotated[
     int | None,
     Option("--window", min=1, max=WIDEST, help="Window of an official .pth; default: teacher 4, student 64."),
 ]
-PaddingMode = Annotated[Padding, Option(help="masked: padding has no effect; official: as in the official code.")]
-PromptMode = Annotated[Prompt, Option(help="Form of the audio-visual prompt.")]
+PaddingMode = Annotated[
+    Literal["masked", "official"], Option(help="masked: padding has no effect; official: as in the official code.")
+]
+PromptMode = Annotated[Literal["official", "paper"], Option(help="Form of the audio-visual prompt.")]
 Motion = Annotated[
     bool | None,
     Option(
@@ -189,7 +160,10 @@ TextWeights = Annotated[
     str, Option(help="openai (downloaded), random (tests, demos), or the path of a CLIP checkpoint.")
 ]
 TextLayers = Annotated[int, Option(min=1, help="Depth of the text transformer; CLIP's is 12.")]
-SelectBy = Annotated[Select, Option(help="Epoch to keep: lowest held-out loss, the last, or best on the test list.")]
+SelectBy = Annotated[
+    Literal["val", "last", "test"],
+    Option(help="Epoch to keep: lowest held-out loss, the last, or best on the test list."),
+]
 HeldOut = Annotated[float, Option(min=0.0, max=0.9, help="Share of the training videos held out for --select val.")]
 HeldOutList = Annotated[
     Path | None,
@@ -203,7 +177,8 @@ TestList = Annotated[Path | None, Option(help="For --select test.", show_default
 TestTruth = Annotated[Path | None, Option(help="Frame ground truth of the test list.", show_default=False)]
 Every = Annotated[int, Option(min=1, help="Steps between checkpoints; one is also saved after each epoch.")]
 PrecisionOf = Annotated[
-    Precision, Option(help="Precision of matrix products; tf32 needs a GPU or AMX. Weights and losses stay float32.")
+    Literal["fp32", "tf32", "bf16"],
+    Option(help="Precision of matrix products; tf32 needs a GPU or AMX. Weights and losses stay float32."),
 ]
 Exact = Annotated[bool, Option("--deterministic", help="Use only deterministic operations, for bitwise equal runs.")]
 Resume = Annotated[bool, Option("--resume", help="Resume exactly from the run's saved state.")]
@@ -228,11 +203,13 @@ def train(
     output: Output,
     student: Annotated[bool, Option("--student", help="Train a student without a teacher (the baseline).")] = False,
     modality: Annotated[Modality, Option(help="The student's stream.")] = Modality.visual,
-    fusion: Annotated[Fusion, Option(help="How the teacher joins sound and sight.")] = Fusion.gated,
+    fusion: Annotated[
+        Literal["gated", "add", "concat", "cross_attention"], Option(help="How the teacher joins sound and sight.")
+    ] = "gated",
     preset: PresetName = "xd-violence",
     classes: Classes = None,
     root: Root = None,
-    recipe: RecipeOf = RecipeName.official,
+    recipe: RecipeOf = "official",
     epochs: Epochs = None,
     milestones: Milestones = None,
     batch_size: BatchSize = None,
@@ -242,20 +219,20 @@ def train(
     seed: Seed = 234,
     length: Length = 256,
     window: Window = None,
-    padding: PaddingMode = Padding.masked,
-    prompt: PromptMode = Prompt.official,
+    padding: PaddingMode = "masked",
+    prompt: PromptMode = "official",
     standardize: Standard = None,
     motion: Motion = None,
     text_weights: TextWeights = "openai",
     text_layers: TextLayers = 12,
-    select: SelectBy = Select.val,
+    select: SelectBy = "val",
     held_out: HeldOut = 0.1,
     held_out_list: HeldOutList = None,
     test_list: TestList = None,
     gt: TestTruth = None,
     frames_per_snippet: FramesPer = None,
     checkpoint_every: Every = 100,
-    precision: PrecisionOf = Precision.fp32,
+    precision: PrecisionOf = "fp32",
     deterministic: Exact = False,
     device: Device = "auto",
     profile: Profile = None,
@@ -268,14 +245,14 @@ def train(
     On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli train ..., where --batch-size is the total.
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
-    if student and fusion != Fusion.gated:
+    if student and fusion != "gated":
         raise DataError(f"--fusion {fusion} is of a teacher; a --student takes one stream alone")
     if not student and modality != Modality.visual:
         raise DataError(f"--modality {modality} is of a --student; a teacher takes both streams")
     _seed(seed, deterministic)
     streams = [modality] if student else list(Modality)
     seen = Modality.visual in streams
-    motion = recipe == RecipeName.robust and seen if motion is None else motion
+    motion = recipe == "robust" and seen if motion is None else motion
     scaled = _scaled(standardize, recipe, streams, motion)
     shape: dict[str, Any] = {"length": length, "padding": padding, "prompt": prompt}
     shape |= {"standardize": scaled, "motion": motion}
@@ -319,7 +296,7 @@ def distill(
     preset: PresetName = "xd-violence",
     classes: Classes = None,
     root: Root = None,
-    recipe: RecipeOf = RecipeName.official,
+    recipe: RecipeOf = "official",
     epochs: Epochs = None,
     milestones: Milestones = None,
     batch_size: BatchSize = None,
@@ -328,17 +305,17 @@ def distill(
     noise: Noise = None,
     seed: Seed = 234,
     window: Window = None,
-    padding: PaddingMode = Padding.masked,
-    prompt: PromptMode = Prompt.official,
+    padding: PaddingMode = "masked",
+    prompt: PromptMode = "official",
     standardize: Standard = None,
-    select: SelectBy = Select.val,
+    select: SelectBy = "val",
     held_out: HeldOut = 0.1,
     held_out_list: HeldOutList = None,
     test_list: TestList = None,
     gt: TestTruth = None,
     frames_per_snippet: FramesPer = None,
     checkpoint_every: Every = 100,
-    precision: PrecisionOf = Precision.fp32,
+    precision: PrecisionOf = "fp32",
     deterministic: Exact = False,
     device: Device = "auto",
     profile: Profile = None,
@@ -361,7 +338,7 @@ def distill(
     if window is not None:
         shape["window"] = window
     model = AVadCLIPStudent.beside(known, modality=modality, **shape)
-    if distill_weight is None and recipe == RecipeName.official:
+    if distill_weight is None and recipe == "official":
         distill_weight = weight
     settings = _recipe(
         recipe, modality == Modality.visual, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr,
@@ -618,7 +595,7 @@ def _same_classes(model, codes: dict[str, str], path: Path) -> None:
 
 def _recipe(name: RecipeName, sees: bool, milestones: str | None, **options) -> Recipe:
     """Returns a recipe by name, overridden by the options that the user gave."""
-    defaults = {} if name == RecipeName.official else ROBUST if sees else ROBUST_HEARER
+    defaults = {} if name == "official" else ROBUST if sees else ROBUST_HEARER
     given = {key: value for key, value in options.items() if value is not None}
     if given.get("noise") and not sees:
         raise DataError("--noise is on sight, which a student of the sound does not take")
@@ -632,7 +609,7 @@ def _scaled(
 ) -> list[str]:
     """Returns the streams that a model standardizes. Raises DataError on a stream that it does not take."""
     if standardize is None:
-        standardize = [Modality.audio] if recipe == RecipeName.robust and Modality.audio in streams else []
+        standardize = [Modality.audio] if recipe == "robust" and Modality.audio in streams else []
     if motion and Modality.visual not in streams:
         raise DataError("--motion is of sight, which a student of the sound does not take")
     if foreign := [stream for stream in standardize if stream not in streams]:

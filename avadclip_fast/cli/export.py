@@ -1,8 +1,7 @@
 """Command export, which writes a model for other runtimes."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -12,18 +11,12 @@ from ..engine.evaluate import load_model
 from .commands import Classes, OfficialWindow, PresetName, _preset, app
 
 
-class Format(StrEnum):
-    onnx = "onnx"
-    torch = "torch"
-    aoti = "aoti"
-
-
 @app.command()
 def export(
     model: Annotated[Path, Argument(help="A run, a model folder, or an official .pth.", show_default=False)],
     output: Annotated[Path, Option("--output", "-o", help="NAME.onnx or NAME.pt2.", show_default=False)],
     format_: Annotated[
-        Format | None,
+        Literal["onnx", "torch", "aoti"] | None,
         Option(
             "--format",
             help="onnx; torch, a torch.export archive; aoti, an AOTInductor package, compiled for processors such as "
@@ -48,8 +41,7 @@ def export(
 
     codes, _, _ = _preset(preset, classes, None)
     loaded = load_model(model, list(codes.values()), window)
-    chosen = None if format_ is None else format_.value
-    difference = export_model(loaded, output, chosen, Calibration.load(model), every)
+    difference = export_model(loaded, output, format_, Calibration.load(model), every)
     typer.echo(
         f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB: on random features its scores are the model's to "
         f"{difference:.1e} ({TOLERANCE:g} is allowed)"

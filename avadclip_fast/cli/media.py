@@ -7,9 +7,8 @@ import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from tqdm import tqdm
@@ -27,19 +26,11 @@ if TYPE_CHECKING:  # imported when a command runs, so that other commands start 
     from ..media.encoders import AudioEncoder, Encoders, VisualEncoder
 
 
-class Geometry(StrEnum):
-    crops = "crops"
-    clip = "clip"
-
-
-class Engine(StrEnum):
-    threads = "threads"
-    ray = "ray"
-
-
 Every = Annotated[int, Option("--every", min=1, help="Frames per snippet: 16 for XD-Violence, 4 for CCTV-Fights.")]
 Fps = Annotated[float | None, Option(min=0.01, help="Snippets per second, instead of --every.", show_default=False)]
-GeometryName = Annotated[Geometry, Option(help="crops: parts of 340x256; clip: CLIP's own resize and centre.")]
+GeometryName = Annotated[
+    Literal["crops", "clip"], Option(help="crops: parts of 340x256; clip: CLIP's own resize and centre.")
+]
 Visual = Annotated[str, Option(help="clip, or module:factory.")]
 VisualWeights = Annotated[str, Option(help="openai (downloaded), random (tests), or a path.")]
 Audio = Annotated[str, Option(help="wav2clip, module:factory, or none to leave the sound out.")]
@@ -121,7 +112,7 @@ def extract(
     every: Every = 16,
     fps: Fps = None,
     crops: Annotated[int, Option(help="1 (the centre), 5 positions, or 10 with their mirror images.")] = 1,
-    geometry: GeometryName = Geometry.crops,
+    geometry: GeometryName = "crops",
     visual_encoder: Visual = "clip",
     visual_weights: VisualWeights = "openai",
     audio_encoder: Audio = "wav2clip",
@@ -134,9 +125,9 @@ def extract(
     workers: Annotated[
         int, Option(min=1, help="Videos decoded at once by threads; ray decodes as many as its cluster has room for.")
     ] = 2,
-    engine: Annotated[Engine, Option(help="threads of this machine, or the machines of a ray cluster.")] = (
-        Engine.threads
-    ),
+    engine: Annotated[
+        Literal["threads", "ray"], Option(help="threads of this machine, or the machines of a ray cluster.")
+    ] = "threads",
     full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
     device: Device = "auto",
     quiet: Quiet = False,
@@ -155,9 +146,9 @@ def extract(
     from ..media.features import Sampling
 
     import_av()  # report a missing package once, not for every video
-    if engine == Engine.ray:
+    if engine == "ray":
         cluster.import_ray()
-    if crops not in COUNTS or (geometry == Geometry.clip and crops != 1):
+    if crops not in COUNTS or (geometry == "clip" and crops != 1):
         raise DataError(f"--crops {crops}: 1, 5 or 10; and 1 alone with --geometry clip")
     packed, folder = (output, output.with_suffix("")) if output.suffix == PACKED else (None, output)
     sources, failed = media.find_sources(videos, label, root)
@@ -166,11 +157,11 @@ def extract(
     if not sources and not failed:
         raise DataError(f"{videos[0]}: no videos there (known are {', '.join(media.SUFFIXES)})")
     make_folder(folder)
-    sampling = Sampling(every, fps, crops, geometry.value)
+    sampling = Sampling(every, fps, crops, geometry)
     named = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
     settings = media.settings_of(sampling, not full, named)
     chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
-    by_ray = engine == Engine.ray
+    by_ray = engine == "ray"
     # also loaded here with ray, so that their errors are reported once, not for every video
     seen, heard = (replace(chosen, device="cpu") if by_ray else chosen).load()
     with tqdm(total=len(sources), desc="extracting", unit="video", disable=quiet) as bar, listening() as request:
@@ -239,7 +230,7 @@ def detect(
     threshold: Threshold = None,
     every: Every = 16,
     fps: Fps = None,
-    geometry: GeometryName = Geometry.crops,
+    geometry: GeometryName = "crops",
     visual_encoder: Visual = "clip",
     visual_weights: VisualWeights = "openai",
     audio_encoder: Audio = "wav2clip",
@@ -276,7 +267,7 @@ def detect(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
     )
     note_threshold(scorers, threshold)
-    sampling, detections = Sampling(every, fps, 1, geometry.value), []
+    sampling, detections = Sampling(every, fps, 1, geometry), []
     try:
         for source in tqdm(sources, desc="detecting", unit="video", disable=quiet):
             try:
@@ -336,7 +327,7 @@ def stream(
         float, Option(min=0.1, help="Report an event that is still going on every this many seconds.")
     ] = 10.0,
     retries: Annotated[int, Option(min=0, help="Reconnections in a row before giving up.")] = 8,
-    geometry: GeometryName = Geometry.crops,
+    geometry: GeometryName = "crops",
     visual_encoder: Visual = "clip",
     visual_weights: VisualWeights = "openai",
     audio_encoder: Audio = "wav2clip",
@@ -379,7 +370,7 @@ def stream(
                     began = datetime.now(UTC) - timedelta(seconds=snippet.time)
                     detector = OnlineDetector(
                         scorers, seen, heard, seconds=live.seconds, window=window, delay=delay, longest=longest,
-                        threshold=threshold, geometry=geometry.value, device=device_of(device),
+                        threshold=threshold, geometry=geometry, device=device_of(device),
                     )  # fmt: skip
                 tell(detector.push(snippet.image, snippet.sound, snippet.time, snippet.seconds))
                 if detector.by != by and not quiet:

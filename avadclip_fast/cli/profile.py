@@ -7,7 +7,7 @@ import typer
 from typer import Argument, Option
 
 from ..device import device_of
-from .commands import Device, Precision, PrecisionOf, app
+from .commands import Device, PrecisionOf, app
 
 
 @app.command()
@@ -16,7 +16,7 @@ def profile(
     iterations: Annotated[int, Option(min=1, help="Captured iterations.")] = 10,
     warmup: Annotated[int, Option(min=0, help="Warm-up iterations.")] = 3,
     batch: Annotated[int | None, Option(min=1, help="Videos of 256 snippets: 96 on a GPU, 4 on a CPU.")] = None,
-    precision: PrecisionOf = Precision.fp32,
+    precision: PrecisionOf = "fp32",
     trace: Annotated[
         Path | None, Option(help="Write a Chrome trace here, and show what took longest.", show_default=False)
     ] = None,
@@ -29,6 +29,6 @@ def profile(
     """
     from ..engine.profile import run
 
-    typer.echo(run(case, device_of(device), precision.value, batch, warmup, iterations, trace))
+    typer.echo(run(case, device_of(device), precision, batch, warmup, iterations, trace))
     if trace is not None:
         typer.echo(f"wrote {trace}")
