@@ -1,4 +1,5 @@
-"""Inputs of every op: small ones that reach each branch (CASES), and real sizes for a GPU (LARGE).
+"""Inputs of every op: small ones that reach each branch (CASES), and for a GPU real sizes, and more rows than one block
+of threads or its shared memory holds (LARGE).
 
 A case makes the keyword arguments of the op's public function: `case.make(dtype, device, seed)`. The numbers are the
 same on every device. Tests, benchmarks and ahead-of-time compilation all draw from here.
@@ -103,6 +104,11 @@ def wide(x: Tensor) -> Tensor:
 def time_last(x: Tensor) -> Tensor:
     """The same values stored as (B, D, T)."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same values in one piece that starts an element after 16 aligned bytes."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
 def same(x: Tensor) -> Tensor:
@@ -281,6 +287,8 @@ CASES: dict[str, list[Case]] = {
         time_last={"shape": (3, 7, 32), "layout": time_last, "lengths": [7, 2, 1]},
         short_reach={"shape": (1, 16, 8), "scale": 0.5},
         long_reach={"shape": (2, 33, 8), "scale": 20.0, "lengths": [33, 9]},
+        odd_width={"shape": (2, 9, 5), "lengths": [9, 4]},
+        shifted={"shape": (2, 9, 16), "layout": shifted},
     ),
     "distill_loss": _cases(
         _distill_loss,
@@ -406,6 +414,8 @@ CASES: dict[str, list[Case]] = {
         shorter={"lengths": [5, 1, 16], "width": 32, "rows": 16},
         longer={"lengths": [33, 64, 17], "width": 48, "rows": 16},
         wide={"lengths": [33, 7], "width": 8, "rows": 7, "layout": wide},
+        odd_width={"lengths": [9, 3], "width": 5, "rows": 4},
+        shifted={"lengths": [9, 3], "width": 16, "rows": 4, "layout": shifted},
     ),
     "pack_rows": _cases(
         _pack_rows,
@@ -413,6 +423,8 @@ CASES: dict[str, list[Case]] = {
         ragged={"shape": (3, 33, 48), "lengths": _RAGGED},
         full={"shape": (2, 16, 32), "lengths": [16, 16], "layout": time_last},
         wide={"shape": (2, 7, 8), "lengths": [7, 2], "layout": wide},
+        odd_width={"shape": (2, 9, 5), "lengths": [9, 4]},
+        shifted={"shape": (2, 9, 16), "lengths": [9, 4], "layout": shifted},
     ),
     "unpack_rows": _cases(
         _unpack_rows,
@@ -420,6 +432,8 @@ CASES: dict[str, list[Case]] = {
         ragged={"lengths": _RAGGED, "width": 48, "rows": 33},
         spare_rows={"lengths": [7, 2], "width": 32, "rows": 16},
         wide={"lengths": [7, 2], "width": 8, "rows": 7, "layout": wide},
+        odd_width={"lengths": [9, 4], "width": 5, "rows": 11},
+        shifted={"lengths": [9, 4], "width": 16, "rows": 9, "layout": shifted},
     ),
 }
 
@@ -429,7 +443,10 @@ _BTD = (4, 256, 512)
 LARGE: dict[str, list[Case]] = {
     "attention_pool": _cases(_attention_pool, full={"shape": _BTD}, ragged={"shape": _BTD, "lengths": _CUT}),
     "distance_graph": _cases(
-        _distance_graph, full={"shape": (4, 256, 256)}, ragged={"shape": (4, 256, 256), "lengths": _CUT}
+        _distance_graph,
+        full={"shape": (4, 256, 256)},
+        ragged={"shape": (4, 256, 256), "lengths": _CUT},
+        long={"shape": (2, 700, 64), "lengths": [700, 300]},
     ),
     "distill_loss": _cases(_distill_loss, full={"shape": _BTD}, ragged={"shape": _BTD, "lengths": _CUT}),
     "gated_fusion": _cases(_gated_fusion, full={"shape": _BTD}),
@@ -450,11 +467,17 @@ LARGE: dict[str, list[Case]] = {
         },
         conv5={"shape": _BTD, "outputs": 512, "taps": 5},
     ),
-    "mil_loss": _cases(_mil_loss, full={"rows": 256, "lengths": _FULL}, ragged={"rows": 256, "lengths": _CUT}),
+    "mil_loss": _cases(
+        _mil_loss,
+        full={"rows": 256, "lengths": _FULL},
+        ragged={"rows": 256, "lengths": _CUT},
+        long={"rows": 12000, "lengths": [12000, 700]},
+    ),
     "mil_align_loss": _cases(
         _mil_align_loss,
         full={"rows": 256, "lengths": _FULL, "classes": 7},
         ragged={"rows": 256, "lengths": _CUT, "classes": 7},
+        long={"rows": 3000, "lengths": [3000, 700], "classes": 7},
     ),
     "prompt_similarity": _cases(_prompt_similarity, full={"shape": _BTD, "classes": 7}),
     "similarity_graph": _cases(
@@ -466,6 +489,7 @@ LARGE: dict[str, list[Case]] = {
         _topk_mean,
         full={"shape": (4, 256, 7), "lengths": _FULL},
         ragged={"shape": (4, 256, 7), "lengths": _CUT},
+        long={"shape": (2, 12000, 2), "lengths": [12000, 700]},
     ),
     "window_attention": _cases(
         _window_attention,

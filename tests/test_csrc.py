@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CASES, LARGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,15 @@ ROOT = Path(__file__).parents[1]
 # -O0: four times as fast to compile as -O1, and nothing is optimised away that a sanitizer could see
 SANITIZED = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 compiled = pytest.mark.skipif(_build.CPP_MISSING is not None, reason=str(_build.CPP_MISSING))
+
+
+def constant(name: str, file: str) -> int:
+    """The first factor of a constant in the sources."""
+    return int(re.search(rf"\b{name} = (\d+)", (ROOT / "csrc" / file).read_text())[1])
+
+
+def shared_bytes() -> int:
+    return constant("SHARED_BYTES", "stable_cuda.h") << 10
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -44,6 +54,28 @@ class TestAheadOfTime:
         written = {part.split("(")[0] for part in sources.replace("\n", " ").split() if "_kernel(" in part}
         assert written and written == named
         assert all(set(archs) == {f"sm_{a}" for a in aot_cuda.ARCHS} for archs in self.report["kernels"].values())
+
+    def test_cases_are_on_both_sides_of_what_a_block_holds(self):
+        """Else kernels would be compiled and never run: tiles that are joined, keys that are made anew at each look."""
+        tile = constant("SEGMENT", "distance_graph.cuh") * constant("SEGMENTS", "distance_graph.cuh")
+        keys = shared_bytes() // 4
+        limits = {
+            ("distance_graph", "values"): (tile, lambda x: x.shape[1]),
+            ("topk_mean", "scores"): (keys, lambda x: x.shape[1]),
+            ("mil_loss", "logits"): (keys, lambda x: x.shape[1]),
+            ("mil_align_loss", "logits"): (keys, lambda x: x[0].numel()),
+        }
+        for (op, name), (limit, size) in limits.items():
+            sizes = [size(case.make(torch.float32, "cpu", 0)[name]) for case in CASES[op] + LARGE[op]]
+            assert {held <= limit for held in sizes} == {False, True}, op
+
+    def test_cases_are_moved_in_vectors_and_in_elements(self):
+        """Odd widths, and rows that start between two vectors of 16 bytes."""
+        for op, name in (("distance_graph", "values"), ("uniform_pool", "features"), ("pack_rows", "padded")):
+            given = [case.make(torch.float16, "cpu", 0)[name] for case in CASES[op]]
+            even = [x for x in given if x.shape[-1] % 8 == 0]
+            assert 0 < len(even) < len(given), op
+            assert {x.data_ptr() % 16 == 0 for x in even if x.is_contiguous()} == {False, True}, op
 
     def test_no_stack_and_no_spills(self):
         assert aot_cuda.worse({}, self.report["kernels"]) == []

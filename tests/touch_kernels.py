@@ -1,4 +1,4 @@
-"""Runs every kernel of one backend once a dtype, forward and backward, on the small cases: what a sanitizer watches.
+"""Runs every kernel of one backend once a dtype, forward and backward, on all cases: what a sanitizer watches.
 
 python tests/touch_kernels.py [cuda|triton|cpp]
 """
@@ -6,7 +6,7 @@ python tests/touch_kernels.py [cuda|triton|cpp]
 import sys
 
 import torch
-from cases import CASES, FIXED, convert, leaves
+from cases import CASES, FIXED, LARGE, convert, leaves
 
 from avadclip_fast import BackendError, ops
 from avadclip_fast.ops import _dispatch
@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def touch(op: str, backend: str, dtype: torch.dtype, device: str) -> int:
     """Calls of one op; those that are for another backend do not count."""
     done = 0
-    for case in CASES[op]:
+    for case in CASES[op] + LARGE[op]:
         arguments = convert(
             case.make(dtype, device, 0), lambda name, x: x.detach().requires_grad_(name not in FIXED.get(op, ()))
         )
