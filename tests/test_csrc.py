@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avadclip_fast import _build, ops
+from avadclip_fast.ops import _dispatch
 from bench import aot_cuda
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +205,14 @@ class TestLoading:
         monkeypatch.setattr(_build, "CPP_MISSING", "why")
         with pytest.raises(ops.BackendError, match="why"):
             ops.topk_mean(torch.zeros(1, 2, 3), torch.tensor([1]), backend="cpp")
+
+    def test_more_classes_than_a_block_holds_are_for_another_backend(self):
+        """The automatic choice must know what the operator refuses."""
+        most = (shared_bytes() - 8) // (constant("TABLE", "mil_loss.cu") * 4)
+        for classes, told in ((most, False), (most + 1, True)):
+            logits, labels = torch.zeros(1, 1, classes), torch.zeros(1, classes)
+            reason = _dispatch.why_not("mil_align_loss", "cuda", logits, labels, None, None, 16)
+            assert (f"{most} classes" in reason) == told
 
     @pytest.mark.skipif(_build.CUDA_MISSING is not None, reason=str(_build.CUDA_MISSING))
     @pytest.mark.parametrize("op", ["topk_mean", "mil_loss", "mil_align_loss", "uniform_pool"])

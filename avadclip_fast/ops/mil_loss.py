@@ -8,6 +8,8 @@ from . import _dispatch
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable_once
 
+CLASSES_MAX = 2047  # of mil_align_loss on CUDA: what csrc/mil_loss.cu refuses more of
+
 
 def _compiled(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int) -> Tensor:
     return torch.ops.avadclip_fast.mil_loss(logits, labels.to(_kept(logits)), lengths, divisor)[0]
@@ -23,6 +25,12 @@ def _kept(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def _cuda_align_reason(logits: Tensor) -> str | None:
+    if logits.shape[-1] > CLASSES_MAX:
+        return f"it keeps the scores of {CLASSES_MAX} classes in shared memory, not of {logits.shape[-1]}"
+    return _build.cuda_reason(logits)
+
+
 def _supports(reason):
     def supports(logits: Tensor, labels: Tensor, *_) -> str | None:
         return "it does not compute gradients for labels" if labels.requires_grad else reason(logits)
@@ -30,10 +38,13 @@ def _supports(reason):
     return supports
 
 
-for _op, _function in (("mil_loss", _compiled), ("mil_align_loss", _compiled_align)):
+for _op, _function, _cuda_reason in (
+    ("mil_loss", _compiled, _build.cuda_reason),
+    ("mil_align_loss", _compiled_align, _cuda_align_reason),
+):
     _dispatch.register(_op, "reference", getattr(reference, _op))
     _dispatch.register(_op, "cpp", _function, _supports(_build.cpp_reason))
-    _dispatch.register(_op, "cuda", _function, _supports(_build.cuda_reason))
+    _dispatch.register(_op, "cuda", _function, _supports(_cuda_reason))
 
 # Slopes are d loss / d logits and d loss / d alpha, in the loss's dtype; the backward pass multiplies them by grad.
 torch.library.define(
