@@ -78,9 +78,8 @@ def pool_grad_kernel(
         squares += part * part
     # Rounded exactly: g - u <u, g> may cancel, and is then as wrong as u's length.
     size = tl.sqrt_rn(tl.sum(squares, 0))
-    inverse = tl.where(
-        size > TINY, tl.div_rn(1.0, tl.maximum(size, TINY)), 0.0
-    )  # a clamped norm has no radial term to remove
+    # A clamped norm has no radial term to remove.
+    inverse = tl.where(size > TINY, tl.div_rn(1.0, tl.maximum(size, TINY)), 0.0)
     along = tl.zeros((COLS,), tl.float32)
     for first in range(0, width, COLS):
         d = first + tl.arange(0, COLS)
