@@ -57,7 +57,8 @@ def by_length(options: argparse.Namespace) -> list[dict]:
 
 
 def run(options: argparse.Namespace) -> Iterator[list[dict]]:
-    yield from harness.run(cases, getattr(torch, options.dtype), options.device, options.rounds)
+    dtype = getattr(torch, options.dtype)
+    yield from harness.run(cases, dtype, options.device, options.rounds, options.compile)
     yield by_length(options)
 
 

@@ -10,9 +10,11 @@ import argparse
 import hashlib
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,6 +35,7 @@ SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
 # Alternatives by torch.compile and their modes, without its own CUDA graphs since the harness captures all calls.
 MODES = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotune-no-cudagraphs"}
 COMPILING = 50  # seconds after which a bench compiles nothing more; bench.gpu stops each bench after 90
+COMPILE = ("with", "without", "only")  # torch.compile; only: with it, as long as there is time for that
 AUTHORS = ("official", "loops")  # alternatives that follow the official code
 # Benches whose products run on tile units (csrc/amx.h) where a processor has them
 AMX = ("bench_linear_act", "bench_folds", "bench_step", "bench_inference", "bench_training")
@@ -256,29 +259,44 @@ def prepared(
     cases: Callable[[torch.dtype], Iterable[Bench]], dtype: torch.dtype, device: str
 ) -> Iterator[tuple[Bench, list[tuple]]]:
     """Yields each case with its inputs, after checking all of its alternatives on them."""
+    for bench, sets in drawn(cases, dtype, device):
+        check(bench, sets[0])
+        yield bench, sets
+
+
+def drawn(
+    cases: Callable[[torch.dtype], Iterable[Bench]], dtype: torch.dtype, device: str, compile: str = "with"
+) -> Iterator[tuple[Bench, list[tuple]]]:
+    """Yields each case with its inputs. compile: see COMPILE."""
     began = time.monotonic()
     with torch.device(device):  # only to create inputs, since it slows down every call
         benches = list(cases(dtype))
     for bench in benches:
         if MODES.keys() & bench.alternatives.keys():
             torch.compiler.reset()  # a function is recompiled at most eight times
-            if time.monotonic() - began > COMPILING:
+            late = time.monotonic() - began > COMPILING and compile != "without"
+            if late:
                 print(f"{bench.case}: without torch.compile, {COMPILING} s are up", flush=True)
+            if late and compile == "only":
+                return
+            if late or compile == "without":
                 bench = bench.only(name for name in bench.alternatives if name not in MODES)
         with torch.device(device):
             sets = input_sets(bench) if device == "cuda" else [bench.make()]
-        check(bench, sets[0])
         yield bench, sets
 
 
 def run(
-    cases: Callable[[torch.dtype], Iterable[Bench]], dtype: torch.dtype, device: str, rounds: int
-) -> Iterator[list[dict]]:
+    cases: Callable[[torch.dtype], Iterable[Bench]], dtype: torch.dtype, device: str, rounds: int,
+    compile: str = "with",
+) -> Iterator[list[dict]]:  # fmt: skip
     """Yields the rows of each case: forward and backward together, and on a GPU also the forward pass alone."""
     gpu = device == "cuda"
     with torch.device(device):
         roofs = gpu_roofs() if gpu else None
-    for bench, sets in prepared(cases, dtype, device):
+
+    def timed(bench: Bench, sets: list[tuple]) -> Iterator[list[dict]]:
+        check(bench, sets[0])
         passes = [("f+b ", forward_backward, bench.both)] if bench.both else [("", forward, bench.forward)]
         if gpu and bench.both:
             passes.insert(0, ("f ", forward, bench.forward))
@@ -291,6 +309,21 @@ def run(
             else:
                 rows = on_both_clocks(prefix + bench.case, calls, bench, rounds, **work._asdict())
                 yield with_floor(rows, work, roofs, size_of(sets) < cache_size())
+
+    yield from all_of(partial(timed, *case) for case in drawn(cases, dtype, device, compile))
+
+
+def all_of(parts: Iterable[Callable[[], Iterable[list[dict]]]]) -> Iterator[list[dict]]:
+    """Yields the rows of all parts. If one fails, the others are measured nevertheless, and its error raised last."""
+    failed = []
+    for part in parts:
+        try:
+            yield from part()
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(error.with_traceback(None))  # which would keep its tensors
+    if failed:
+        raise failed[0]
 
 
 def on_both_clocks(case: str, calls: dict[str, list], bench: Bench, rounds: int, **counts: float) -> list[dict]:
@@ -348,7 +381,7 @@ def gpu_roofs() -> dict[str, float]:
 
 def main(name: str, cases: Callable[[torch.dtype], Iterator[Bench]]) -> None:
     """Entry point of `python -m bench.NAME`: runs the cases, prints a table, and with --json writes NAME.json."""
-    command(name, lambda o: run(cases, getattr(torch, o.dtype), o.device, o.rounds))
+    command(name, lambda o: run(cases, getattr(torch, o.dtype), o.device, o.rounds, o.compile))
 
 
 def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dict]]]) -> None:
@@ -359,6 +392,7 @@ def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dic
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU",
                         choices=["float32", "float16", "bfloat16"])  # fmt: skip
+    parser.add_argument("--compile", choices=COMPILE, default="with", help="torch.compile on a GPU; default: with")
     parser.add_argument("--json", nargs="?", const=RESULTS, type=Path, metavar="FOLDER",
                         help=f"also write FOLDER/{name}.json{' (_amx.json: on tile units)' if name in AMX else ''}; "
                         "default: bench/results")  # fmt: skip
@@ -409,10 +443,10 @@ def show(rows: list[dict]) -> None:
 
 def setting(name: str, options: argparse.Namespace) -> dict:
     """Returns the commit, versions, processor, and hash of the measured sources."""
-    commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
-    told = subprocess.run(commit, capture_output=True, text=True)
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     facts = {
-        "commit": told.stdout.strip() or None,
+        "commit": commit or None,
         "source": source_hash(options.device, name),
         "python": platform.python_version(),
         "torch": torch.__version__,

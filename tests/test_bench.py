@@ -1,5 +1,6 @@
 """The benchmarks' own machinery: nothing wrong is timed, ratios are of one round, a stage that fails does not hide."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import tarfile
 import time
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small_models
@@ -203,6 +205,19 @@ def test_no_case_is_compiled_when_the_time_is_up(as_on_gpu, monkeypatch, capsys)
     (rows,) = harness.run(import_module("bench.bench_attention_pool").cases, torch.float32, "cpu", rounds=2)
     assert [row["alternative"] for row in rows] == ["official", "reference"]
     assert "without torch.compile" in capsys.readouterr().out
+    assert not list(harness.drawn(import_module("bench.bench_attention_pool").cases, torch.float32, "cpu", "only"))
+
+
+def test_torch_compile_is_left_out(as_on_gpu):
+    ((case, _),) = harness.drawn(import_module("bench.bench_attention_pool").cases, torch.float32, "cpu", "without")
+    assert not harness.MODES.keys() & case.alternatives.keys()
+
+
+def test_a_case_that_fails_does_not_cost_the_others(capsys):
+    cases, found = [bench(ours=lambda x: x), bench(ours=torch.exp)], []
+    with pytest.raises(AssertionError, match="ours: result"):
+        found.extend(harness.run(lambda dtype: cases, torch.float32, "cpu", 2))
+    assert "Traceback" in capsys.readouterr().err and len(found) == 1
 
 
 def test_stages_end_and_are_told(tmp_path):
@@ -309,6 +324,19 @@ def test_a_gpus_steps_in_bfloat16(monkeypatch, capsys, records):
     assert plain[0]["case"] != beside[0]["case"] and {"kernels", "memory_bytes"} <= beside[0].keys()
     told = "without a graph: operation not permitted\n"
     assert capsys.readouterr().out.endswith(told) != records
+
+
+def test_ranges_are_no_kernels(monkeypatch):
+    kinds = torch.autograd.DeviceType
+    events = [
+        SimpleNamespace(name="kernel", device_type=kinds.CUDA, is_user_annotation=False),
+        SimpleNamespace(name="Optimizer.step#AdamW.step", device_type=kinds.CUDA, is_user_annotation=True),
+        SimpleNamespace(name="cudaDeviceSynchronize", device_type=kinds.CPU, is_user_annotation=False),
+    ]
+    profile = contextlib.nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert bench_step.launches(lambda: None) == {"kernels": 1, "waits": 1}
 
 
 def test_epochs_are_timed_until_the_time_is_up(monkeypatch, capsys):
