@@ -1,12 +1,17 @@
 """Runs everything that needs a GPU: build, tests, sanitizers, benchmarks. `make gpu`, or python -m bench.gpu.
 
-Each stage is a separate process with a time limit. A failing stage does not stop the next ones; the exit status and
-OUT/gpu.json report it at the end. Logs, the test report and the JSON of every benchmark are kept in build/gpu, and are
-packed into OUT/gpu.tar.gz after every stage, so that only two files need to be copied from the machine.
+Each stage is a separate process with a time limit. A failing stage does not stop the next ones, unless it is the build;
+the exit status and OUT/gpu.json report it at the end. Logs, the test report and the JSON of every benchmark are kept in
+build/gpu, and are packed into OUT/gpu.tar.gz after every stage, so that only two files need to be copied from the
+machine.
+
+torch.compile takes longer than everything that it is compared with: every benchmark runs without it first, and those
+that have it run once more, with it, in the time that is left. Their JSON is in the folder compiled/.
 """
 
 import argparse
 import contextlib
+import fnmatch
 import importlib.util
 import json
 import os
@@ -16,24 +21,31 @@ import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build/gpu"
 CONFIGS = ROOT / "kernels/configs"
 TOTAL = 470  # seconds for all stages; eight minutes with startup and packing
-GRACE = 10  # seconds of a limit reserved for a clean exit, in which pytest reports failures so far
+GRACE = 20  # seconds of a limit for a clean exit: pytest waits over ten for busy processes before it reports failures
 # Tests spend most of their time compiling kernels, each in one thread. References need only a few threads.
-PARALLEL = ["-n", "8", "--dist", "load"]
+PARALLEL = ["-n", "12", "--dist", "load"]
 THREADS = ["env", "OMP_NUM_THREADS=2"]
+# Every tensor is then an allocation of its own, so that memcheck sees an access that is just outside of it.
+UNCACHED = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
 FEW_ROUNDS = {"step": "4", "inference": "4"}  # for slow benches, as in `make bench-cpu`
+LIMITS = {"step": 120, "training": 120}  # seconds, of benches that take longer than 100
 # Whole steps come first, so that only small ops are missing if time runs out.
 BENCHES = (
     "step", "training", "inference", "similarity_graph", "linear_act", "gated_fusion", "window_attention",
     "distill_loss", "prompt_similarity", "attention_pool", "distance_graph", "mil_loss", "topk_mean", "uniform_pool",
     "pack_rows", "folds", "spans",
 )  # fmt: skip
+NOT_COMPILED = ("training", "inference", "pack_rows", "folds", "spans")  # have no torch.compile beside them
+COMPILED = "_compiled"  # ends the names of stages with torch.compile
+UNTIMED = "untimed"
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,7 @@ class Stage:
     command: list[str] | None  # None if it cannot run here
     limit: float
     why: str = ""
+    group: str = ""  # stages of one group, in which nothing is timed, run at the same time
 
 
 def stages(work: Path, tune: bool) -> list[Stage]:
@@ -51,20 +64,41 @@ def stages(work: Path, tune: bool) -> list[Stage]:
         tests = [*THREADS, *tests, *PARALLEL]
     found = [
         Stage("build", [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."], 150),
-        Stage("tests", tests, 180),
+        Stage("kernels", [*THREADS, python, "-m", "bench.compile_kernels"], 120, group=UNTIMED),
     ]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    for tool in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", python, "tests/touch_kernels.py"]
-        found.append(Stage(tool, command if sanitizer else None, 60, "" if sanitizer else "no compute-sanitizer here"))
+    for tool, how in (("memcheck", UNCACHED), ("racecheck", [])):
+        command = [*how, sanitizer, "--tool", tool, "--error-exitcode", "9", python, "tests/touch_kernels.py"]
+        why = "" if sanitizer else "no compute-sanitizer here"
+        found.append(Stage(tool, command if sanitizer else None, 150, why, UNTIMED))
+    found.append(Stage("tests", tests, 190, group=UNTIMED))  # the longest of the four, and so the last
     if tune:
         found.append(Stage("tune", [python, "-m", "avadclip_fast.cli", "tune"], 300))
+    with_compile = []
     for name in BENCHES:
-        command = [python, "-m", f"bench.bench_{name}", "--device", "cuda", "--json", str(work)]
+        command = [python, "-m", f"bench.bench_{name}", "--device", "cuda"]
         if name in FEW_ROUNDS:
             command += ["--rounds", FEW_ROUNDS[name]]
-        found.append(Stage(f"bench_{name}", command, 90))
-    return found
+        if name in NOT_COMPILED:
+            found.append(Stage(f"bench_{name}", [*command, "--json", str(work)], LIMITS.get(name, 100)))
+            continue
+        plain = [*command, "--json", str(work), "--compile", "without"]
+        found.append(Stage(f"bench_{name}", plain, LIMITS.get(name, 100)))
+        limit = 200 if name == "step" else 120
+        command += ["--json", str(work / "compiled"), "--compile", "only"]
+        with_compile.append(Stage(f"bench_{name}{COMPILED}", command, limit))
+    return found + with_compile
+
+
+def together(stages: Iterable[Stage]) -> list[list[Stage]]:
+    """Groups the stages that run at the same time."""
+    groups: list[list[Stage]] = []
+    for stage in stages:
+        if stage.group and groups and groups[-1][0].group == stage.group:
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
 
 
 def run(stages: list[Stage], out: Path, total: float = TOTAL, work: Path = WORK) -> dict[str, dict]:
@@ -73,14 +107,22 @@ def run(stages: list[Stage], out: Path, total: float = TOTAL, work: Path = WORK)
     for folder in (work, out):
         folder.mkdir(parents=True, exist_ok=True)
     began, record = time.monotonic(), {}
-    for stage in stages:
+    for group in together(stages):
         left = total - (time.monotonic() - began)
-        record[stage.name] = outcome = one(stage, min(stage.limit, left), work / f"{stage.name}.log")
-        print(f"{stage.name:<24} {outcome['seconds']:>6.1f} s   {outcome['result']}", flush=True)
-        if stage.name == "tune":
-            shutil.copytree(CONFIGS, work / "configs", dirs_exist_ok=True)
-        (work / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
-        bring(work, out)
+        if record.get("build", {"result": "ok"})["result"] != "ok":  # what is installed is not what is here
+            group = [replace(stage, command=None, why="the build failed") for stage in group]
+        with contextlib.ExitStack() as running:
+            outcomes = {
+                stage.name: running.enter_context(started(stage, min(stage.limit, left), work / f"{stage.name}.log"))
+                for stage in group
+            }
+            for name, outcome in outcomes.items():
+                record[name] = found = outcome()
+                print(f"{name:<32} {found['seconds']:>6.1f} s   {found['result']}", flush=True)
+                if name == "tune":
+                    shutil.copytree(CONFIGS, work / "configs", dirs_exist_ok=True)
+                (work / "gpu.json").write_text(json.dumps(record, indent=1) + "\n")
+                bring(work, out)
     return record
 
 
@@ -94,48 +136,70 @@ def bring(work: Path, out: Path) -> None:
         (out / f"{name}.new").replace(out / name)
 
 
-def one(stage: Stage, limit: float, log: Path) -> dict:
+@contextlib.contextmanager
+def started(stage: Stage, limit: float, log: Path) -> Iterator[Callable[[], dict]]:
+    """Starts a stage, and yields a function that waits for its end and returns the outcome.
+
+    limit: seconds from the start; at the end of the block the stage and all that it has started are gone.
+    """
     if stage.command is None:
-        return {"result": f"left out: {stage.why}", "seconds": 0.0}
+        yield lambda: {"result": f"left out: {stage.why}", "seconds": 0.0}
+        return
     if limit <= 0:
-        return {"result": "no time left", "seconds": 0.0}
-    start = time.monotonic()
+        yield lambda: {"result": "no time left", "seconds": 0.0}
+        return
+    start, grace, ending = time.monotonic(), min(GRACE, limit / 2), contextlib.ExitStack()
     with log.open("w") as file:
         process = subprocess.Popen(
             stage.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             env=os.environ | {"PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
+
+    def outcome() -> dict:
         try:
-            code = process.wait(limit - min(GRACE, limit / 2))
+            code = process.wait(max(0, start + limit - grace - time.monotonic()))
             result = "ok" if code == 0 else f"failed ({code}), see {log.name}"
         except subprocess.TimeoutExpired:
             result = f"stopped after {limit:.0f} s, see {log.name}"
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(GRACE, limit / 2))
-        finally:  # kill the whole process group, so that nothing runs beside the next stage
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return {"result": result, "seconds": round(time.monotonic() - start, 1)}
+                process.wait(grace)
+        ending.close()
+        return {"result": result, "seconds": round(time.monotonic() - start, 1)}
+
+    @ending.callback
+    def end() -> None:  # of the whole process group, so that nothing runs beside the next stage
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    try:
+        yield outcome
+    finally:
+        ending.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "bench/results/gpu"))
-    parser.add_argument("--bench", action="store_true", help="benchmarks alone: no build, tests or sanitizers")
+    parser.add_argument("--bench", action="store_true", help="benchmarks alone, and their kernels: no build or tests")
+    parser.add_argument("--stages", nargs="+", metavar="PATTERN", help=f"only these, such as build 'bench_*{COMPILED}'")
+    parser.add_argument("--seconds", type=float, help=f"for all stages; default: {TOTAL}, 300 more with --tune")
     parser.add_argument("--tune", action="store_true", help="first find the fastest tiles, and write kernels/configs/")
     options = parser.parse_args()
     if options.out.resolve().is_relative_to(WORK):
         parser.error(f"--out: {WORK} is emptied, choose another folder")
+    patterns = options.stages or (["kernels", "bench_*"] if options.bench else ["*"])
+    chosen = [s for s in stages(WORK, options.tune) if any(fnmatch.fnmatch(s.name, pattern) for pattern in patterns)]
+    if not chosen:
+        parser.error(f"--stages: none of {', '.join(s.name for s in stages(WORK, options.tune))}")
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("bench.gpu: no CUDA device here; `make test` and `make bench-cpu` need none")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.gpu: stopped"))  # also ends the running stage
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
-    chosen = [s for s in stages(WORK, options.tune) if not options.bench or s.name.startswith("bench_")]
-    record = run(chosen, options.out, TOTAL + 300 * options.tune)
+    record = run(chosen, options.out, options.seconds or TOTAL + 300 * options.tune)
     bad = [name for name, outcome in record.items() if not outcome["result"].startswith(("ok", "left out"))]
     sys.exit(f"not well: {', '.join(bad)}" if bad else 0)
 

@@ -34,7 +34,7 @@ ROUNDS = 15
 SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
 # Alternatives by torch.compile and their modes, without its own CUDA graphs since the harness captures all calls.
 MODES = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotune-no-cudagraphs"}
-COMPILING = 50  # seconds after which a bench compiles nothing more; bench.gpu stops each bench after 90
+COMPILING = 50  # seconds after which a bench compiles nothing more; bench.gpu stops it after 120
 COMPILE = ("with", "without", "only")  # torch.compile; only: with it, as long as there is time for that
 AUTHORS = ("official", "loops")  # alternatives that follow the official code
 # Benches whose products run on tile units (csrc/amx.h) where a processor has them

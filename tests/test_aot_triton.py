@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from avadclip_fast.ops._triton import INTERPRETED
 
@@ -10,7 +11,7 @@ if INTERPRETED:
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
-from bench import aot_triton  # noqa: E402
+from bench import aot_triton, compile_kernels, triton_calls  # noqa: E402
 
 REPORT = json.loads(aot_triton.REPORT.read_text())["triton"]
 
@@ -46,3 +47,11 @@ def test_compiles_no_worse_than_reported(name):
     assert not aot_triton.faults("sm_90", name, found) + aot_triton.worse(
         "sm_90", name, found, REPORT["kernels"][name]["sm_90"]
     )
+
+
+def test_a_call_is_compiled_by_its_name_and_its_error_told(monkeypatch):
+    with aot_triton.recorded("sm_90") as seen:
+        assert compile_kernels.compile_call(torch.bfloat16, "mlp", "meta") is None
+    assert {kernel.__name__ for kernel, *_ in seen} >= {"gemm_kernel", "weight_grad_kernel"}
+    monkeypatch.setattr(triton_calls, "calls", lambda *_: [("broken", lambda: 1 / 0)])
+    assert "ZeroDivisionError" in compile_kernels.compile_call(torch.bfloat16, "broken", "meta")

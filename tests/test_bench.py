@@ -270,8 +270,9 @@ def running(process: int) -> bool:
 @pytest.mark.parametrize("end", ["time.sleep(60)", "sys.exit()"], ids=["stopped", "ended"])
 def test_a_stage_ends_with_all_that_it_has_started(tmp_path, end):
     start = f"import subprocess, sys, time; print(subprocess.Popen([sys.executable, '-c', {FOREVER!r}]).pid); {end}"
-    outcome = gpu.one(gpu.Stage("parent", [sys.executable, "-c", start], 4), 4, tmp_path / "log")
-    assert outcome["result"] == ("ok" if end == "sys.exit()" else "stopped after 4 s, see log")
+    with gpu.started(gpu.Stage("parent", [sys.executable, "-c", start], 4), 4, tmp_path / "log") as outcome:
+        told = outcome()["result"]
+    assert told == ("ok" if end == "sys.exit()" else "stopped after 4 s, see log")
     child = int((tmp_path / "log").read_text().split()[0])
     for _ in range(100):
         if not running(child):
@@ -281,14 +282,37 @@ def test_a_stage_ends_with_all_that_it_has_started(tmp_path, end):
     pytest.fail("what the stage had started runs on")
 
 
+def test_stages_that_are_not_timed_run_side_by_side(tmp_path):
+    """Each ends only once the other is there."""
+
+    def meeting(own: str, other: str) -> list[str]:
+        come = f"import time, pathlib as p; p.Path({own!r}).touch()"
+        wait = f"while not p.Path({other!r}).exists(): time.sleep(0.01)"
+        return [sys.executable, "-c", f"{come}\n{wait}"]
+
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    stages = [gpu.Stage("first", meeting(a, b), 30, group="x"), gpu.Stage("second", meeting(b, a), 30, group="x")]
+    record = gpu.run(stages, tmp_path / "out", work=tmp_path / "work")
+    assert [outcome["result"] for outcome in record.values()] == ["ok", "ok"]
+    alone = [stage for stage in gpu.stages(tmp_path, tune=True) if stage.name in ("build", "tests", "bench_step")]
+    assert [len(group) for group in gpu.together(alone)] == [1, 1, 1]
+
+
+def test_nothing_is_measured_of_what_is_not_built(tmp_path):
+    broken = gpu.Stage("build", [sys.executable, "-c", "raise SystemExit(1)"], 30)
+    later = gpu.Stage("bench_step", [sys.executable, "-c", ""], 30)
+    record = gpu.run([broken, later], tmp_path / "out", work=tmp_path / "work")
+    assert record["bench_step"]["result"] == "left out: the build failed"
+
+
 def test_every_stage_is_there(tmp_path):
     stages = gpu.stages(tmp_path, tune=True)
     for stage in stages:
         if stage.name.startswith("bench_"):
-            assert (gpu.ROOT / f"bench/{stage.name}.py").exists()
+            assert (gpu.ROOT / f"bench/{stage.name.removesuffix(gpu.COMPILED)}.py").exists()
     commands = {stage.name: stage.command for stage in stages}
     for name in ("step", "inference"):  # as the Makefile has it
-        assert commands[f"bench_{name}"][-2:] == ["--rounds", "4"]
+        assert "--rounds 4" in " ".join(commands[f"bench_{name}"])
     names = {stage.name for stage in stages}
     assert {path.stem for path in (gpu.ROOT / "bench").glob("bench_*.py")} <= names
 
