@@ -1,5 +1,6 @@
 """One stem per op, everywhere; and every public name says what it takes."""
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -83,6 +84,32 @@ def test_the_file_names_are_ops():
     for folder in ("ops", "reference"):
         found = {p.stem for p in (ROOT / "avadclip_fast" / folder).glob("[!_]*.py")}
         assert found == stems, folder
+
+
+# What each folder may import of the others; tuning is the one business of the engine with kernels.
+IMPORTS = {
+    "cli": {"engine", "media", "models", "data", "ops", "device"},
+    "engine": {"media", "models", "data", "ops", "device", "profiling", "kernels", "_build"},
+    "media": {"models", "data", "device"},
+    "models": {"modules", "data", "ops"},
+    "modules": {"ops"},
+    "data": {"ops"},
+    "ops": {"reference", "kernels", "_build", "profiling"},
+    "reference": set(),
+}
+
+
+@pytest.mark.parametrize("folder", IMPORTS)
+def test_imports_go_one_way(folder):
+    found = set()
+    for path in (ROOT / "avadclip_fast" / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                found |= {node.module.split(".")[0]} if node.module else {name.name for name in node.names}
+            elif isinstance(node, ast.ImportFrom | ast.Import):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+                assert not any(name.startswith("avadclip_fast") for name in names), f"{path}: relative imports only"
+    assert found - {"__version__"} <= IMPORTS[folder]
 
 
 PUBLIC = [getattr(avadclip_fast, name) for name in avadclip_fast.__all__]

@@ -33,7 +33,7 @@ from avadclip_fast.engine.train import (
     trim,
 )
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
-from avadclip_fast.reference._numerics import zero_padding
+from avadclip_fast.ops._padding import zero_padding
 
 CLASSES = ["normal", "fighting", "explosion"]
 SMALL = {"length": 16, "width": 32, "text_width": 64, "text_layers": 1, "text_weights": "random"}

@@ -24,8 +24,8 @@ from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
 from ..models.encoder import moments
 from ..ops._linear_act_amx import HAS_AMX
+from ..ops._padding import valid_mask, zero_padding
 from ..profiling import span, trace
-from ..reference._numerics import valid_mask, zero_padding
 from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
 from .distributed import WHOLE, Part

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..modules import MLP, TemporalAggregator, WindowAttention
 from ..modules.temporal_aggregator import check_padding
-from ..reference._numerics import zero_padding
+from ..ops._padding import zero_padding
 
 
 class ResidualAttentionBlock(nn.Module):
