@@ -120,6 +120,19 @@ def test_wav2clip_is_standardised_by_the_window(pair):
     torch.testing.assert_close(torch.from_numpy(detector._heard[-1]), encoder(windows)[-1], rtol=1e-3, atol=1e-3)
 
 
+def test_sound_before_the_window_has_no_part_in_its_standard(pair):
+    encoder, scorers = Wav2Clip("random"), detect.load_scorers(pair)
+
+    def last(sounds):
+        detector = OnlineDetector(scorers, Sight("cpu"), encoder, seconds=SECONDS, window=4)
+        for samples in sounds:
+            detector.push(grey(30), samples)
+        return detector._heard[-1]
+
+    quiet = np.random.default_rng(0).normal(0, 0.01, len(LOUD)).astype(np.float32)
+    np.testing.assert_array_equal(last([LOUD, None, None, None, quiet]), last([quiet]))
+
+
 # --- sources ---
 
 

@@ -62,7 +62,7 @@ class OnlineDetector:
     def _forget(self) -> None:
         self._seen: deque = deque(maxlen=self.window)  # visual features (D,) of each snippet
         self._heard: deque = deque(maxlen=self.window)
-        self._loudness: deque = deque(maxlen=self.window)  # mean and mean square of each spectrogram
+        self._loudness: deque = deque(maxlen=self.window)  # mean and mean square of each spectrogram, or NaN
         self._sounding = 0  # snippets since the sound began, including pauses
         self._silent = 0.0  # seconds since the last sound
         self._open: list[np.ndarray] = []  # probabilities (C,) of the snippets of the open event
@@ -124,6 +124,7 @@ class OnlineDetector:
             self._heard.append(self._embedded(self.audio, samples))
         else:
             self._heard.append(np.zeros(self.scorers[0].model.width, np.float32))
+            self._loudness.append((np.nan, np.nan))  # in step with the window
         self._silent = 0.0 if loud else self._silent + self.seconds
         if loud or (self._sounding and self._silent < PAUSE):
             self._sounding += 1
@@ -136,7 +137,7 @@ class OnlineDetector:
             return encoded("audio", encoder, samples, 1)[0]
         mean, std = encoder.statistics(samples)
         self._loudness.append((mean, std**2 + mean**2))
-        mean, square = np.mean(self._loudness, axis=0)  # all spectrograms have the same size
+        mean, square = np.nanmean(self._loudness, axis=0)  # all spectrograms have the same size
         statistics = float(mean), float(max(square - mean**2, 0.0)) ** 0.5
         return encoded("audio", encoder, samples, 1, statistics=statistics)[0]
 
