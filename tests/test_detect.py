@@ -20,6 +20,7 @@ from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.evaluate import stream_scores
 from avadclip_fast.engine.timeline import _apart
 from avadclip_fast.media import decode
+from avadclip_fast.media.annotate import _strip
 from avadclip_fast.media.features import VideoFeatures
 from avadclip_fast.models import AVadCLIPStudent
 
@@ -81,6 +82,13 @@ def test_annotated_copy(pair, tmp_path):
         assert (red[0] - red[2] > 60) == (event["start"] <= time < event["end"] - 1e-6), time
     sounds = [decode.read_sound(path).samples for path in (tmp_path / "a.mkv", out / "a.mkv")]
     np.testing.assert_array_equal(*sounds)
+
+
+def test_the_curve_is_high_where_the_score_is():
+    strip = _strip(100, 40, np.arange(3.0), np.array([1.0, 0.0]), np.array([0.5, 0.5])).astype(int)
+    blue = strip[..., 2] - strip[..., 0] > 60  # [height, width]
+    for half, near, far in ((slice(10, 40), blue[:8], blue[8:]), (slice(60, 90), blue[-8:], blue[:-8])):
+        assert near[:, half].any(0).all() and not far[:, half].any()
 
 
 def test_threshold_and_classes(pair, tmp_path, capsys):
@@ -225,6 +233,12 @@ def test_parts_of_sound(heard, expected):
     assert list(detect.sound_parts(mask, False, 1.0)) == [(0, len(mask), False, "no sound track")]
 
 
+def test_a_pause_is_told_by_its_seconds():
+    heard = np.arange(8) < 2  # then six snippets of silence
+    assert list(detect.sound_parts(heard, True, 0.5)) == [(0, 8, True, "sound")]
+    assert [part[:3] for part in detect.sound_parts(heard, True, 1.0)] == [(0, 2, True), (2, 8, False)]
+
+
 def test_sound_that_ends_is_taken_over_by_the_student(pair):
     """Each part is scored by its own model, and with its own threshold; the silence changes no score before it."""
     rng = np.random.default_rng(0)
@@ -248,19 +262,23 @@ def test_sound_that_ends_is_taken_over_by_the_student(pair):
     np.testing.assert_array_equal(deaf.scores[12:], 1 - detect.score(teacher, x[0], None, "cpu").probabilities[12:, 0])
 
 
-def test_hours_are_scored_in_parts(pair):
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_hours_are_scored_in_parts(pair, kind):
     """What is padded and computed at once is bounded, however long a video is; the scores are those of the whole."""
-    (scorer,) = detect.load_scorers(pair / "student")
+    (scorer,) = detect.load_scorers(pair / kind)
     most = []
     scorer.model.register_forward_pre_hook(lambda _, given: most.append(len(given[0])))
     x = seen(np.random.default_rng(0).uniform(15, 220, 32 * 100 + 5)).numpy()
+    sound = None if kind == "student" else seen(np.random.default_rng(1).uniform(15, 220, len(x))).numpy()
     tracemalloc.start()
-    found = detect.score(scorer, x, None, "cpu")
+    found = detect.score(scorer, x, sound, "cpu")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert most == [16] * 6 + [5] and peak < x.nbytes  # not a padded copy of the whole
+    given = x.nbytes + (0 if sound is None else sound.nbytes)
+    assert most == [16] * 6 + [5] and peak < given  # not a padded copy of the whole
     chunks, lengths = data.chunk(x, 32)
-    video = data.TestVideo("", chunks, None, lengths, len(x))
+    heard = None if sound is None else data.chunk(sound, 32)[0]
+    video = data.TestVideo("", chunks, heard, lengths, len(x))
     (whole,) = stream_scores(scorer.model, [video], calibration=scorer.calibration)
     np.testing.assert_allclose(found.probabilities, whole.probabilities, atol=1e-6)
     np.testing.assert_allclose(found.anomaly, whole.anomaly, atol=1e-6)
@@ -319,6 +337,53 @@ def test_plot_names_each_kind_of_part_once_and_keeps_names_inside(monkeypatch):
         low, high = ax.get_xlim()
         ticks = [t.get_text() for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high]
         assert ticks[-1] == last and 4 <= len(ticks) <= 11, ticks
+
+
+def by_hand() -> detect.Detection:
+    """Five snippets of half a second; two events, of two and of one snippet."""
+    p = np.array([[0.9, 0.1, 0.0], [0.4, 0.5, 0.1], [0.2, 0.4, 0.4], [0.8, 0.1, 0.1], [0.1, 0.2, 0.7]])
+    classes, parts = ["normal", "fighting", "explosion"], [detect.Part(0, 5, "student", "no sound track")]
+    return detect.Detection("x", classes, np.arange(5) / 2, 0.5, np.arange(5) / 5, p, np.full(5, 0.5), parts)
+
+
+def test_events_are_those_of_the_probabilities():
+    first, second = by_hand().events()
+    # the highest score, and the mean of the class
+    assert first[:3] == (0.5, 1.5, "fighting") and first[3:] == pytest.approx((0.8, 0.45))
+    assert second[:3] == (2.0, 2.5, "explosion") and second[3:] == pytest.approx((0.9, 0.7))
+
+
+def test_what_is_written_is_what_was_found(tmp_path):
+    found = by_hand()
+    detect.write_events(tmp_path / "e.csv", [found])
+    assert (tmp_path / "e.csv").read_text().splitlines()[1:] == [
+        "x,00:00:00.500,00:00:01.500,0.500,1.500,fighting,0.8000",
+        "x,00:00:02.000,00:00:02.500,2.000,2.500,explosion,0.9000",
+    ]
+    detect.write_frame_scores(tmp_path / "f.csv", found, 22, 4)  # two frames more than there are whole snippets
+    header, *lines = csv.reader((tmp_path / "f.csv").read_text().splitlines())
+    scores = np.append(found.scores.repeat(4), [0.9, 0.9])
+    np.testing.assert_allclose([float(line[1]) for line in lines], scores, atol=1e-6)
+    assert [line[0] for line in lines] == [str(i) for i in range(22)] and lines[5][2:] == ["0.4000", "0.5000", "0.1000"]
+    written = detect.as_record(found, "x.mkv")["snippets"]
+    np.testing.assert_allclose(written["score"], found.scores, atol=1e-6)
+    np.testing.assert_allclose(written["anomaly"], found.anomaly, atol=1e-6)
+
+
+def test_the_snippets_that_are_shown():
+    found = by_hand()
+    assert detect.best_snippets(found) == [2, 4] and detect.best_snippets(found, 1) == [4]
+    found.thresholds[:] = 1.0
+    assert detect.best_snippets(found) == [4]  # of no event, the highest
+
+
+def test_models_of_other_classes_do_not_go_together(pair, tmp_path):
+    shutil.copytree(pair / "student" / "model", tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    config["classes"][1] = "riot"
+    (tmp_path / "student" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(data.DataError, match="know other classes"):
+        detect.load_scorers(pair / "teacher", tmp_path / "student")
 
 
 def test_time_codes():

@@ -18,6 +18,7 @@ from videos import BAD, bad_videos, joined, make_video
 
 from avadclip_fast.data import DataError
 from avadclip_fast.engine import detect
+from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.online import OnlineDetector
 from avadclip_fast.media import MediaError, decode
 from avadclip_fast.media.decode import Clock
@@ -87,6 +88,53 @@ def test_the_teacher_scores_what_sounds_as_detect_does(pair):
     heard = np.stack([Hearing("cpu")(LOUD[None])[0].numpy()] * 15)
     scores = detect.score(detector.scorers[0], seen, heard, "cpu").probabilities
     assert detector.score == pytest.approx(1 - scores[-1, 0], abs=1e-5)
+
+
+def test_a_teacher_sees_what_sounds_alone(pair):
+    """As in `detect`, whose parts of a video are scored each on its own: what came before the sound has no say."""
+    detector = online(pair)
+    levels = np.random.default_rng(0).integers(20, 220, 12)
+    for i, level in enumerate(levels):
+        detector.push(grey(level), LOUD if i >= 8 else np.zeros_like(LOUD))
+    images = torch.stack([torch.full((3, 32, 32), int(x), dtype=torch.uint8) for x in levels[8:]])
+    heard = np.stack([Hearing("cpu")(LOUD[None])[0].numpy()] * 4)
+    scores = detect.score(detector.scorers[0], Sight("cpu")(images).numpy(), heard, "cpu").probabilities
+    assert detector.by == "teacher" and detector.score == pytest.approx(1 - scores[-1, 0], abs=1e-5)
+
+
+def test_what_waits_is_scored_in_sight_of_all_that_came(pair):
+    """With a delay as long as a video, a stream gives the events that `detect` does."""
+    detector = online(pair, teacher=False, delay=20, threshold=0.0)
+    levels = np.random.default_rng(0).integers(20, 220, 15)
+    assert pushed(detector, levels) == []
+    (event,) = detector.flush()
+    images = torch.stack([torch.full((3, 32, 32), int(x), dtype=torch.uint8) for x in levels])
+    scored = detect.score(detector.scorers[0], Sight("cpu")(images).numpy(), None, "cpu").probabilities
+    expected = detect.event_of(0.0, 15 * SECONDS, detector.scorers[0].model.classes, scored)
+    assert event.name == expected.name
+    assert (event.start, event.end, *event[3:]) == pytest.approx((0.0, 15 * SECONDS, *expected[3:]), abs=1e-5)
+
+
+@pytest.mark.parametrize("delay", [0, 10])
+def test_whoever_scores_has_its_own_threshold(pair, delay):
+    """A teacher that never alarms, and a student that always does: it has all that waits when it takes over."""
+    heads = Head(threshold=1.1), Head(threshold=0.0)
+    both = zip(detect.load_scorers(pair), heads, strict=True)
+    scorers = [scorer._replace(calibration=Calibration(align=head)) for scorer, head in both]
+    detector = OnlineDetector(scorers, Sight("cpu"), Hearing("cpu"), seconds=SECONDS, delay=delay, longest=60)
+    for i in range(32):
+        assert detector.push(grey(30), LOUD if i < 5 else np.zeros_like(LOUD)) == []
+    (event,) = detector.flush()
+    first = 5 + round(detect.PAUSE / SECONDS) - 1  # the student's
+    assert event.start == pytest.approx((first - delay) * SECONDS) and event.end == pytest.approx(32 * SECONDS)
+
+
+def test_a_pause_is_no_gap(pair):
+    detector = online(pair)
+    detector.push(grey(220), LOUD, 0.0)
+    assert detector.push(grey(220), LOUD, detect.PAUSE) == [] and len(detector._seen) == 2
+    detector.push(grey(220), LOUD, 2 * detect.PAUSE + SECONDS + 0.1)
+    assert len(detector._seen) == 1
 
 
 def test_a_gap_begins_afresh_and_memory_is_bounded(pair):
