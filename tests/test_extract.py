@@ -68,7 +68,8 @@ def test_folder_to_features(folder, tmp_path, capsys):
     ]
     assert {row.audio for row in rows[:10]} == {out / "audio" / "a_label_B1-0-0.npy"} and rows[10].audio is None
     assert [rows[0].label, rows[10].label] == ["B1-0-0", "A"]  # --label is of those that nothing else tells of
-    seen, heard = load_features(rows[0].visual, 512), load_features(rows[0].audio, 512)
+    seen, heard = np.load(rows[0].visual), np.load(rows[0].audio)
+    assert seen.dtype == heard.dtype == np.float32
     # frames 0 and 16 are greys of 0 and 64; 8 frames are no snippet; 6: what compression takes
     assert seen.shape == heard.shape == (2, 512)
     np.testing.assert_allclose(seen[:, 0], [0, 64], atol=6)
@@ -81,8 +82,15 @@ def test_folder_to_features(folder, tmp_path, capsys):
 def test_names_tell_labels(folder, tmp_path):
     assert call("extract", folder / "a_label_B1-0-0.mkv", "-o", tmp_path / "out", *QUICK) == 0
     assert [row.label for row in read_list(tmp_path / "out" / "list.csv")] == ["B1-0-0"]
-    features = load_features(tmp_path / "out" / "visual" / "a_label_B1-0-0__0.npy")
-    assert features.dtype == np.float32 and len(features) == 2
+    stored = np.load(tmp_path / "out" / "visual" / "a_label_B1-0-0__0.npy")
+    assert stored.dtype == np.float16 and len(stored) == 2  # --float32 keeps float32
+
+
+def test_a_silent_sound_track_is_listed(tmp_path):
+    make_video(tmp_path / "a.mkv", frames=20, audio=1)
+    assert call("extract", tmp_path / "a.mkv", "-o", tmp_path / "out", "--label", "A", *QUICK) == 0
+    (row,) = read_list(tmp_path / "out" / "list.csv")
+    assert not load_features(row.audio, 512).any()
 
 
 def test_it_goes_on_where_it_was(folder, tmp_path, capsys):
@@ -94,9 +102,12 @@ def test_it_goes_on_where_it_was(folder, tmp_path, capsys):
 
     assert told() == "2 extracted, 0 were there, 0 failed"
     assert told() == "0 extracted, 2 were there, 0 failed"
-    (out / "visual" / "more" / "b__0.npy").unlink()
-    assert told() == "1 extracted, 1 were there, 0 failed"
+    for gone in ("visual/more/b__0.npy", "audio/a_label_B1-0-0.npy"):
+        (out / gone).unlink()
+        assert told() == "1 extracted, 1 were there, 0 failed"
     make_video(folder / "more" / "b.mp4", frames=20)
+    assert told() == "1 extracted, 1 were there, 0 failed"
+    os.utime(folder / "more" / "b.mp4", (0, 0))  # another file of as many bytes
     assert told() == "1 extracted, 1 were there, 0 failed"
     assert told("--every", "4") == "2 extracted, 0 were there, 0 failed"
 

@@ -7,10 +7,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from standins import Hearing
 from videos import joined, make_video
 
 from avadclip_fast.media import MediaError, crops, decode, encoders, fetch
-from avadclip_fast.media.features import Sampling, video_features
+from avadclip_fast.media.features import Sampling, snippet_seconds, video_features
 from avadclip_fast.media.wav2clip import Wav2Clip
 
 av = pytest.importorskip("av")
@@ -54,6 +55,37 @@ def test_sound_stands_where_it_was(tmp_path, channels, rate):
     assert loud[0] == pytest.approx(1.0, abs=0.04) and loud[-1] == pytest.approx(1.5, abs=0.04)
     windows = sound.windows(np.arange(6) * 0.5, 0.5)
     assert windows[:].shape == (6, 8000) and windows.heard().tolist() == [False, False, True, False, False, False]
+
+
+@pytest.mark.parametrize("form", ["u8", "s16", "s32", "flt", "dbl", "u8p", "s16p", "fltp"])
+def test_samples_of_any_form_are_the_mean_of_their_channels(form):
+    wave = np.array([[0.5, -0.5, 0.0, 0.25], [0.0, -0.5, 0.5, -0.75]])  # [channels, n]
+    kinds = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}
+    kind = np.dtype(kinds[form.removesuffix("p")])
+    scale = 1.0 if kind.kind == "f" else 2.0 ** (8 * kind.itemsize - 1)
+    stored = (wave * scale + scale * (kind.kind == "u")).astype(kind)
+    stored = stored if form.endswith("p") else stored.T.reshape(1, -1)
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(stored), format=form, layout="stereo")
+    np.testing.assert_allclose(decode.to_mono(frame), wave.mean(0), atol=1e-7)
+
+
+def test_sound_that_begins_a_little_later_is_not_early(tmp_path):
+    """By less than what counts as a gap within it."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        video, sound = out.add_stream("mpeg4", rate=25), out.add_stream("pcm_s16le", rate=16_000, layout="mono")
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        out.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        out.mux(video.encode(None))
+        frame = av.AudioFrame.from_ndarray(np.full((1, 16_000), 9000, np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = 16_000, 960, Fraction(1, 16_000)
+        out.mux(sound.encode(frame))
+        out.mux(sound.encode(None))
+    samples = decode.read_sound(tmp_path / "a.mkv").samples
+    assert len(samples) == pytest.approx(16_960, abs=100) and np.flatnonzero(samples)[0] == pytest.approx(960, abs=20)
+
+
+def test_a_snippet_is_as_long_as_most_are():
+    assert snippet_seconds(np.array([0, 0.64, 1.28, 1.92, 9.0]), Sampling(), 25.0) == pytest.approx(0.64)
 
 
 def test_windows_past_the_end_are_silent(tmp_path):
@@ -127,6 +159,8 @@ def test_sound_stays_with_sight_where_time_stamps_begin_anew(tmp_path):
     heard = decode.read_sound(path, clock).windows(np.arange(60) * 0.2, 0.2).heard()
     for k in (0, 20, 40):  # 4 and 8: a frame of AAC fades in and out
         assert heard[k + 5 : k + 8].all() and set(np.flatnonzero(heard[k : k + 20])) <= {4, 5, 6, 7, 8}
+    found = video_features(path, Sampling(every=5), Mean(), Hearing("cpu"))
+    np.testing.assert_array_equal(found.heard, heard)
 
 
 class At:
@@ -304,6 +338,9 @@ def test_fetched_weights_are_pinned(tmp_path, monkeypatch):
     for _ in range(2):
         assert fetch.fetch(f"{url}#sha256={right}").read_bytes() == b"data"
     assert asked == [url]  # once
+    (kept,) = (tmp_path / "avadclip_fast").iterdir()
+    kept.write_bytes(b"dat")  # damaged since
+    assert fetch.fetch(f"{url}#sha256={right}").read_bytes() == b"data" and len(asked) == 2
     with pytest.raises(MediaError, match="nothing was kept"):
         fetch.fetch(f"{url}#sha256={'0' * 64}")
     assert len(list((tmp_path / "avadclip_fast").iterdir())) == 1
@@ -351,10 +388,15 @@ def test_the_folder_at_hand_is_looked_in_last_and_for_named_encoders_alone(tmp_p
 
 
 def test_clip_with_random_weights(tmp_path):
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
     tower = encoders.visual_encoder("clip", "random", "cpu")
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
     rows = tower(images)
     assert rows.shape == (2, 512) and rows.dtype == torch.float32 and rows.isfinite().all()
+    theirs = tower.tower((images / 255 - torch.tensor(OPENAI_DATASET_MEAN)[:, None, None])
+                         / torch.tensor(OPENAI_DATASET_STD)[:, None, None])  # fmt: skip
+    torch.testing.assert_close(rows, theirs, atol=1e-4, rtol=1e-4)
     # alone or in a batch: float32, in another order of sums
     torch.testing.assert_close(tower(images[1:]), rows[1:], atol=1e-4, rtol=1e-4)
     torch.save({"visual.proj": Evil()}, tmp_path / "evil.pt")
