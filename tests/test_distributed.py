@@ -80,9 +80,9 @@ def runs(folder: Path) -> None:
     torch.manual_seed(distributed.rank())  # rank 0's weights are everyone's
     guide = AVadCLIP(CLASSES, **SMALL, dropout=0.0)
     fit(guide, source, RECIPE, folder / "teacher", held_out=held_out, progress=False)
-    for name, limit in (("memory", 1 << 30), ("disk", 0)):
+    for name, limit, block in (("memory", 1 << 30, 64), ("disk", 0, 4)):
         torch.manual_seed(1)
-        train.CACHE_LIMIT = limit
+        train.CACHE_LIMIT, train.CACHE_BLOCK = limit, block
         student = AVadCLIPStudent.beside(guide)
         fit(student, source, RECIPE, folder / name, held_out=held_out, teacher=guide, progress=False)
 
@@ -91,11 +91,12 @@ def interrupted(folder: Path) -> None:
     """A run that is not broken, and one of which the last process gets SIGTERM, and which then goes on; dropout on."""
     recipe = replace(RECIPE, checkpoint_every=100, select="last")
     fit(teacher(), features(COUNT), recipe, folder / "unbroken", progress=False)
-    plain, calls = train.objective, 0
+    plain, calls, seeds = train.objective, 0, []
 
     def asked(*arguments):
         nonlocal calls
         calls += 1
+        seeds.append(torch.initial_seed())
         if calls == 4 and distributed.rank() == distributed.world() - 1:  # of three steps an epoch
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(*arguments)
@@ -105,6 +106,7 @@ def interrupted(folder: Path) -> None:
         fit(teacher(), features(COUNT), recipe, folder / "broken", progress=False)
     train.objective = plain
     assert calls == 5
+    (folder / f"seeds{distributed.rank()}.json").write_text(json.dumps(seeds))
     fit(teacher(seed=9), features(COUNT), recipe, folder / "broken", resume=True, progress=False)
 
 
@@ -128,6 +130,7 @@ def both(tmp_path_factory):
     process = torchrun(__file__, two, "gradients", "runs", "interrupted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "CACHE_LIMIT", 0)  # put back what `runs` sets
+        patch.setattr(train, "CACHE_BLOCK", 4)
         gradients(one)
         runs(one)
     finished(process)
@@ -171,6 +174,11 @@ def test_two_processes_leave_what_one_does(both, run):
 
 def test_one_process_is_asked_to_end_and_all_save_and_go_on(both):
     assert same(weights(both[1] / "unbroken"), weights(both[1] / "broken"))
+
+
+def test_each_process_drops_out_on_its_own(both):
+    first, second = (json.loads((both[1] / f"seeds{rank}.json").read_text()) for rank in (0, 1))
+    assert len(first) == len(second) == 5 and not set(first) & set(second)
 
 
 def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):

@@ -107,7 +107,9 @@ def test_sixty_steps_follow_the_plain_float32_model(curves, kind, backend, preci
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_bfloat16_stays_in_its_band(curves, kind):
-    for plain, half in zip(curves(kind, "reference"), curves(kind, None, "bf16"), strict=True):
+    expected, found = curves(kind, "reference"), curves(kind, None, "bf16")
+    assert found[-1]["total"] < 0.97 * found[0]["total"]  # it learns
+    for plain, half in zip(expected, found, strict=True):
         assert half["total"] == pytest.approx(plain["total"], rel=BAND)
 
 

@@ -31,8 +31,9 @@ from avadclip_fast.engine.train import (
     float32_products,
     teacher_features,
     trim,
+    validation_loss,
 )
-from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
+from avadclip_fast.models import AVadCLIP, AVadCLIPStudent, objective
 from avadclip_fast.ops._padding import zero_padding
 
 CLASSES = ["normal", "fighting", "explosion"]
@@ -75,6 +76,12 @@ def test_training_lowers_the_loss_and_leaves_a_loadable_model(tmp_path):
     assert any((tmp_path / "tensorboard").iterdir())
 
 
+def test_the_recipe_is_the_papers_by_default():
+    recipe = Recipe()
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.milestones) == (10, 96, 1e-5, (3, 6))
+    assert (recipe.text_weight, recipe.distill_weight, recipe.weight_decay) == (1e-4, 1e-8, 0.01)
+
+
 def test_lr_follows_the_milestones():
     recipe = Recipe(lr=1.0, milestones=(3, 6))
     assert [recipe.lr_at(e) for e in range(8)] == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
@@ -92,7 +99,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 3, 4, 7])
+@pytest.mark.parametrize("after", [1, 3, 4, 7, 11])  # four an epoch: two of its steps, the best, the state
 @pytest.mark.parametrize("settings", [{}, {"noise": 0.5, "temporal_lr": 0.1}], ids=["official", "robust"])
 def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path, monkeypatch, after, settings):
     recipe = dataclasses.replace(RECIPE, **settings)
@@ -329,7 +336,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
 
 
 def test_selection(tmp_path):
-    values = iter([0.2, 0.9, 0.5])
+    values = iter([0.2, 0.9, 0.9])  # of equals the first
     recipe = Recipe(**{**vars(RECIPE), "select": "test"})
     model = teacher()
     fit(model, features(), recipe, tmp_path / "test", test_ap=lambda model: next(values), progress=False)
@@ -343,6 +350,93 @@ def test_selection(tmp_path):
     assert chosen == min(history, key=lambda e: e["val"])["epoch"]
     with pytest.raises(ValueError, match="held_out"):
         fit(teacher(), features(), recipe, tmp_path / "none", progress=False)
+
+
+def test_the_best_epoch_so_far_is_known_after_a_resume(tmp_path, monkeypatch):
+    from avadclip_fast.engine import train
+
+    plain = train.save_state
+
+    def interrupted(*args):
+        plain(*args)
+        if args[3].get("epoch") == 1 and args[2] is not None:  # the state after the first epoch
+            raise Killed
+
+    recipe = Recipe(**{**vars(RECIPE), "select": "test", "checkpoint_every": 100})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_state", interrupted)
+        fit(teacher(), features(), recipe, tmp_path, test_ap=lambda model: 0.9, progress=False)
+    first = {k.removeprefix("model."): v for k, v in load_file(tmp_path / STATE).items() if k.startswith("model.")}
+    fit(teacher(9), features(), recipe, tmp_path, test_ap=lambda model: 0.5, resume=True, progress=False)
+    assert json.loads((tmp_path / HISTORY).read_text())["selected_epoch"] == 1
+    found = weights(tmp_path)
+    assert all(torch.equal(found[name], x) for name, x in first.items())
+
+
+def test_steps_have_their_epochs_rate_and_order_and_train(tmp_path, monkeypatch):
+    """Also after a held-out loss, for which the model leaves training."""
+    from avadclip_fast.engine import train
+
+    plain, rates, orders = train.train_step, [], []
+
+    def noted(model, optimizer, batch, *rest):
+        assert model.training and {group["weight_decay"] for group in optimizer.param_groups} == {0.3}
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        orders.append(batch.visual[:, 0, 0].tolist())
+        return plain(model, optimizer, batch, *rest)
+
+    monkeypatch.setattr(train, "train_step", noted)
+    recipe = dataclasses.replace(RECIPE, epochs=2, milestones=(1,), temporal_lr=0.5, weight_decay=0.3)
+    fit(teacher(), features(), recipe, tmp_path, held_out=features(4, seed=1), progress=False)
+    assert np.array(rates) == pytest.approx(np.array([[1e-3, 5e-4]] * 3 + [[1e-4, 5e-5]] * 3))
+    first, second = (sum(orders[epoch : epoch + 3], []) for epoch in (0, 3))
+    assert first != second and sorted(first) == sorted(second) == sorted(features().visual[:, 0, 0].tolist())
+
+
+def test_losses_that_are_told_are_means_over_videos(tmp_path):
+    """Of weights that stay as they are; the last batch is smaller than the others, and nothing is dropped out."""
+    torch.manual_seed(0)
+    model, held_out = AVadCLIP(CLASSES, **SMALL, dropout=0.0), features(7, seed=1)
+    recipe = dataclasses.replace(RECIPE, epochs=1, lr=0.0, text_weight=0.5)
+    (record,) = fit(model, features(), recipe, tmp_path, held_out=held_out, progress=False)
+
+    def mean(data: FeatureSet, name: str) -> float:
+        alone = [data.batch(torch.tensor([i])) for i in range(len(data))]
+        return float(np.mean([objective(model, model(*b[:3]), b.labels, b.lengths)[name].item() for b in alone]))
+
+    for name in ("mil", "align"):
+        assert record[name] == pytest.approx(mean(features(), name), rel=1e-4)
+    assert record["val"] == pytest.approx(mean(held_out, "mil") + mean(held_out, "align"), rel=1e-4)
+    assert record["total"] == pytest.approx(record["mil"] + record["align"] + 0.5 * record["text"], rel=1e-5)
+
+
+def test_a_held_out_loss_drops_nothing_out():
+    model = AVadCLIP(CLASSES, **SMALL, dropout=0.5)
+    first, again = (validation_loss(model.train(), features(4), 5, "cpu") for _ in range(2))
+    assert first == again
+
+
+def test_teacher_features_are_made_block_by_block_and_without_noise(tmp_path, monkeypatch):
+    """By a teacher that comes as training left it."""
+    from avadclip_fast.engine import train
+
+    recipe = dataclasses.replace(RECIPE, noise=0.5)
+
+    def run(folder):
+        guide = teacher()
+        student = AVadCLIPStudent.beside(guide)
+        history = fit(student, features(), recipe, folder, teacher=guide.train(), progress=False)
+        assert not guide.training and not any(p.requires_grad for p in guide.parameters())
+        return [epoch["distill"] for epoch in history]
+
+    whole = run(tmp_path / "whole")
+    monkeypatch.setattr(train, "CACHE_BLOCK", 5)
+    assert run(tmp_path / "blocks") == pytest.approx(whole, rel=1e-4)
+    monkeypatch.setattr(train, "CACHE_LIMIT", 0)
+    assert run(tmp_path / "disk") == pytest.approx(whole, rel=1e-4)
+    kept = load_file(tmp_path / "disk" / train.TEACHER_FEATURES)["features"]
+    expected = teacher_features(teacher().eval(), features().batch(torch.arange(12)))
+    torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", ["masked", "official"])
@@ -414,6 +508,16 @@ def test_what_a_masked_teacher_says_of_padding_is_nothing():
     for index in (torch.arange(12), torch.tensor([3]), torch.tensor([7, 3])):
         found = teacher_features(guide, data.batch(index))
         assert padding[index].any() and (found[padding[index]] == 0).all()
+
+
+def test_an_official_teacher_has_its_padding():
+    """It has a part in what the teacher says: nothing of it is cut or emptied, whatever the student's is."""
+    torch.manual_seed(0)
+    guide, data = AVadCLIP(CLASSES, **SMALL, padding="official").eval(), features()
+    batch = data.batch(torch.tensor([i for i in range(12) if data.lengths[i] < 12]))
+    assert len(batch.lengths) > 1
+    assert trim(batch, teacher(), guide).visual.shape == trim(batch, guide).visual.shape == batch.visual.shape
+    assert torch.equal(teacher_features(guide, batch), guide.fuse(batch.visual, batch.audio, batch.lengths))
 
 
 def test_trimming_changes_nothing_in_masked_mode():
