@@ -17,6 +17,7 @@ from avadclip_fast.engine.calibrate import (
     calibrate,
     fit_calibration,
     held_out_logits,
+    log_loss,
     reliability,
     snippet_scores,
     video_scores,
@@ -48,6 +49,10 @@ def test_a_known_temperature_is_found(temperature, monkeypatch):
     before = reliability(video_scores([snippet_scores("binary", x) for x in logits["binary"]]), abnormal)["ece"]
     scores = video_scores([snippet_scores("binary", x, found.binary.temperature) for x in logits["binary"]])
     assert reliability(scores, abnormal)["ece"] < max(0.03, 0.5 * before)
+
+
+def test_a_score_of_nought_for_an_abnormal_video_is_a_finite_loss():
+    assert log_loss(np.array([0.0, 1.0]), np.array([True, True])) == pytest.approx(-np.log(1e-12) / 2)
 
 
 def test_calibration_needs_both_kinds():
@@ -95,7 +100,7 @@ def test_saved_beside_a_model_and_loaded(tmp_path):
 def test_of_a_model_and_a_held_out_set():
     visual, audio, labels, lengths = batch([24, 5, 17, 1], 24)
     held = FeatureSet(visual, audio, lengths, labels)
-    model = teacher()
+    model = teacher(dropout=0.5).train()
     logits = held_out_logits(model, held, 3, "cpu")
     assert [len(x) for x in logits["binary"]] == lengths.tolist() and logits["align"][1].shape == (5, 3)
     with torch.no_grad():
@@ -110,6 +115,11 @@ def test_what_a_threshold_finds():
     found = at_threshold(scores, np.array([1, 1, 0, 1]), 2, Calibration(Head(1, 0.05), Head(2, 0.5)))
     assert found["binary"]["precision"] == 1 and found["binary"]["recall"] == pytest.approx(2 / 3)
     assert found["align"]["precision"] == 0.75 and found["align"]["recall"] == 1
+    assert found["binary"]["f1"] == pytest.approx(0.8) and found["align"]["f1"] == pytest.approx(6 / 7)
+    exact = at_threshold(scores, np.array([1, 1, 0, 1]), 2, Calibration(binary=Head(1, 0.9)))["binary"]
+    assert exact["precision"] == 1  # a score on the threshold is an alarm
+    none = at_threshold(scores, np.zeros(4), 2, Calibration(binary=Head(1, 0.95)))["binary"]
+    assert none["precision"] is None and none["recall"] is None and none["f1"] is None
     assert found["binary"]["ece"] == pytest.approx(0.5 * 0.1 + 0.5 * 0.3)
     with pytest.raises(DataError, match="frames"):
         at_threshold(scores, np.array([1, 1, 0]), 2, Calibration())

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import avadclip_fast
-from avadclip_fast import cli, use_backend
+from avadclip_fast import cli, data, use_backend
 from avadclip_fast.data import make_synthetic
 from avadclip_fast.engine import demo
-from avadclip_fast.engine.calibrate import Calibration
+from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER
 from avadclip_fast.engine.train import HISTORY
 from avadclip_fast.models import AVadCLIP
@@ -69,6 +69,7 @@ def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
         == 0
     )  # fmt: skip
     assert json.loads((run / "model" / "config.json").read_text())["window"] == 8
+    assert json.loads((run / HISTORY).read_text())["run"]["recipe"]["distill_weight"] == 1e-8
     out = {}
     for name, model, *flags in (("teacher", trained), ("silent", trained, "--silent"), ("student", run)):
         truth = ["--gt", videos / "gt.npy", "--segments", videos / "gt_segments.json"]
@@ -80,6 +81,46 @@ def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
     assert {"ap", "auc", "abnormal_ap"} <= out["teacher"]["align"].keys()
     assert out["teacher"]["align"] != out["silent"]["align"]
     assert "AP" in capsys.readouterr().out
+
+
+def test_a_preset_settles_frames_and_the_weight_of_distillation(videos, trained, tmp_path, capsys):
+    preset = "--preset", "cctv-fights", "--classes", CLASSES, "-q"
+    check = "check", videos / "test.csv", "--gt", videos / "gt.npy", *preset
+    assert call(*check) == 1 and "snippets x 4 = " in capsys.readouterr().out
+    assert call(*check, "--frames-per-snippet", 16) == 0
+    guided = "distill", videos / "train.csv", "--teacher", trained, "-o", tmp_path / "run", "--epochs", 1
+    assert call(*guided, *preset, "--padding", "official") == 0
+    recipe = json.loads((tmp_path / "run" / HISTORY).read_text())["run"]["recipe"]
+    assert recipe["distill_weight"] == 1e-7
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["padding"] == "official"
+
+
+def test_options_reach_the_recipe_and_the_model(videos, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    given = "--precision", "bf16", "--prompt", "paper", "--padding", "official", "--standardize", "audio", "--window", 2
+    given = *given, "--deterministic", "--held-out", 0.3, "--epochs", 1, *QUICK
+    assert call("train", videos / "train.csv", "-o", tmp_path / "run", *given) == 0
+    assert asked == [True]
+    assert json.loads((tmp_path / "run" / HISTORY).read_text())["run"]["recipe"]["precision"] == "bf16"
+    model = AVadCLIP.from_pretrained(tmp_path / "run" / "model")
+    assert (model.prompt.prompt, model.padding, model.settings()["window"]) == ("paper", "official", 2)
+    codes = dict(pair.split("=") for pair in CLASSES.split(","))
+    # statistics are of the videos that are trained on, not of those held out
+    kept, _ = data.split(data.read_list(videos / "train.csv"), 0.3, 234, codes)
+    batch = data.FeatureSet.load(kept, codes, 16).batch(torch.arange(len(kept)))
+    mean = batch.audio.double().sum((0, 1)) / batch.lengths.sum()
+    torch.testing.assert_close(model.standardize["audio"].mean.double(), mean, rtol=1e-4, atol=1e-6)
+
+
+def test_an_epoch_is_selected_by_what_eval_reports(videos, tmp_path):
+    gt = "--gt", videos / "gt.npy"
+    chosen = "--select", "test", "--test-list", videos / "test.csv", *gt, "--epochs", 1
+    assert call("train", videos / "train.csv", "-o", tmp_path / "run", *chosen, *QUICK) == 0
+    ask = "eval", videos / "test.csv", "--model", tmp_path / "run", *gt, "--json", tmp_path / "out.json"
+    assert call(*ask, "--classes", CLASSES, "-q") == 0
+    (record,) = json.loads((tmp_path / "run" / HISTORY).read_text())["epochs"]
+    assert record["test_ap"] == pytest.approx(json.loads((tmp_path / "out.json").read_text())["align"]["ap"])
 
 
 def test_the_robust_recipe_sets_defaults_and_yields_to_options(videos, tmp_path):
@@ -159,6 +200,12 @@ def test_missing_sound(videos, trained, tmp_path, capsys):
     heard, half, none = result["missing_sound"]
     assert heard["teacher"]["align"] == heard["automatic"]["align"] == result["align"]["ap"]
     assert none["automatic"] == none["student"] and half["missing"] == 50
+    Calibration(Head(0.25, 0.5), Head(0.25, 0.5), 4).save(student / "model")
+    assert call(*ask, "--student", student, "--missing-sound", "100", *options) == 0
+    (none,) = json.loads((tmp_path / "out.json").read_text())["missing_sound"]
+    for name, alone in (("teacher", (*ask, "--silent")), ("student", (*ask[:3], student, *ask[4:]))):
+        assert call(*alone, *options) == 0
+        assert none[name]["align"] == json.loads((tmp_path / "out.json").read_text())["align"]["ap"]
     assert "--student" in mistake(capsys, *ask, "--missing-sound", "50", *options)
     assert "hears" in mistake(capsys, *ask, "--student", trained, "--missing-sound", "50", *options)
     assert "--student is for --missing-sound" in mistake(capsys, *ask, "--student", student, *options)
@@ -216,6 +263,8 @@ def test_convert_there_and_back(trained, tmp_path, capsys):
     before, after = AVadCLIP.from_pretrained(trained / "model"), AVadCLIP.from_pretrained(tmp_path / "own")
     assert all(torch.equal(t, after.state_dict()[n]) for n, t in before.state_dict().items())
     assert after.padding == "official"
+    wide = "convert", tmp_path / "official.pth", tmp_path / "wide", "--window", 8, "--classes", CLASSES
+    assert call(*wide) == 0 and AVadCLIP.from_pretrained(tmp_path / "wide").settings()["window"] == 8
 
 
 def test_a_conversion_back_is_a_file(trained, tmp_path, capsys):

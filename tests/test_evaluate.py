@@ -9,7 +9,7 @@ from small_models import batch, student, teacher
 
 from avadclip_fast.data import DataError, TestVideo
 from avadclip_fast.data.features import chunk
-from avadclip_fast.engine.evaluate import load_model, score_videos, stream_scores
+from avadclip_fast.engine.evaluate import VideoScores, evaluate, load_model, score_videos, stream_scores
 from avadclip_fast.models import CheckpointError
 from avadclip_fast.models.checkpoints import CONFIG
 
@@ -45,6 +45,13 @@ def test_packing_changes_nothing(make, silent, padding, chunks):
             parts.append((out.anomaly_logits[0, :n].sigmoid(), out.class_logits[0, :n].softmax(-1)))
         for own, plain in zip(of[1:], zip(*parts, strict=True), strict=True):
             np.testing.assert_allclose(own, torch.cat(plain).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_scoring_puts_a_model_into_eval_mode():
+    """As it comes from training: else dropout is in the scores."""
+    model = teacher(dropout=0.5).train()
+    (first,), (again,) = (score_videos(model.train(), [video(0, 24)], progress=False) for _ in range(2))
+    np.testing.assert_array_equal(first.anomaly, again.anomaly)
 
 
 def test_videos_are_read_as_they_are_needed():
@@ -84,6 +91,14 @@ def test_a_video_without_sound_is_named():
 
 def test_no_videos_no_scores():
     assert score_videos(student(), [], progress=False) == []
+
+
+def test_segments_that_the_model_does_not_know_are_named():
+    scores = [VideoScores("a", np.array([0.5]), np.array([[0.5, 0.5]]))]
+    codes = {"A": "normal", "B1": "fighting", "G": "explosion"}
+    for code in ("G", "X"):  # of no class of the model, and no code at all
+        with pytest.raises(DataError, match=f"the segments name {code}, which"):
+            evaluate(scores, np.array([0, 1]), ["normal", "fighting"], 2, [[(0, 1, code)]], codes)
 
 
 def test_a_description_of_no_model_is_told_in_a_line(tmp_path):

@@ -130,6 +130,7 @@ def test_a_perfect_detection_is_100_and_another_class_is_not():
     result = detection_map([scores], [[(80, 160, 1)]])
     np.testing.assert_array_equal(result.per_class, [[0, 100]] * 5)
     assert result.average == 50, "the class without truth counts"
+    assert detection_map([scores], [[(80, 160, 1)]], ious=[1.0]).average == 50
     assert detection_map([scores], [[(80, 160, 1)]], exclude_normal=True).average == 100
     np.testing.assert_array_equal(result.truths, [0, 1])
 
@@ -177,6 +178,8 @@ def test_inputs_are_left_alone():
         ([np.full((3, 2), np.nan)], [[]], {}, "finite"),
         ([np.zeros((3, 2))], [[(0, 4, 2)]], {}, "class < 2"),
         ([np.zeros((3, 2))], [[(4, 4, 0)]], {}, "start < end"),
+        ([np.zeros((3, 2))], [[(-1, 4, 0)]], {}, "0 <= start"),
+        ([np.zeros((3, 2))], [[(0, 4, -1)]], {}, "class < 2"),
         ([np.zeros((3, 2))], [[(0, 4)]], {}, "class"),
         ([np.zeros((3, 2))], [[]], {"ious": [0.0]}, "ious"),
         ([np.zeros((3, 2))], [[]], {"ious": []}, "ious"),
@@ -270,6 +273,11 @@ def test_evaluate_scores_gathers_every_number(frames_per_snippet):
     assert result["detection"]["average"] == detection.average
     assert result["detection"]["per_class"]["c"] == detection.per_class[:, 2].tolist()
     assert result["detection"]["truths"] == dict(zip(names, detection.truths.tolist(), strict=True))
+    without = evaluate_scores(anomaly, scores, full, spans, names, frames_per_snippet, exclude_normal=True)
+    assert without["detection"]["average"] == pytest.approx(detection.per_class[:, 1:].mean())
+    assert "mean, no normal" in format_table(without)
+    cells = next(line for line in format_table(result).splitlines() if line.startswith("c ")).split()
+    assert cells[-3] == f"{detection.per_class[:, 2].mean():.2f}"  # its average over the IoUs
     table = format_table(result)
     assert f"{100 * result['align']['ap']:.2f}" in table and f"{detection.average:.2f}" in table
     assert max(map(len, table.splitlines())) <= 120

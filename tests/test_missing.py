@@ -13,8 +13,10 @@ def test_who_loses_its_sound():
     assert half.sum() == 40 and more.sum() == 60 and (half <= more).all(), "a larger share holds a smaller one"
     assert np.array_equal(half, mute(80, 50, 7)) and not np.array_equal(half, mute(80, 50, 8))
     assert not mute(80, 0, 0).any() and mute(80, 100, 0).all()
-    with pytest.raises(DataError, match="0 to 100"):
-        mute(80, 101, 0)
+    assert mute(3, 60, 0).sum() == 2  # the nearest number
+    for wrong in (-1, 101, float("nan")):
+        with pytest.raises(DataError, match="0 to 100"):
+            mute(80, wrong, 0)
 
 
 def scores(values: np.ndarray) -> list[VideoScores]:
