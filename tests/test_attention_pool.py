@@ -21,6 +21,14 @@ class TestAttentionPool(OpTests):
             out[b] /= max(sum(x * x for x in out[b]) ** 0.5, 1e-12)
         return out
 
+    def test_what_is_shorter_than_any_direction_is_only_scaled(self, case, backend, device):
+        """Below 1e-12 the result is the sum over 1e-12, and its gradient has nothing taken out."""
+        features = torch.full((1, 1, 4), 2e-13, device=device)
+        out, grads = self.run({"features": features, "logits": torch.ones(1, 1, device=device)}, backend,
+                              torch.ones(1, 4))  # fmt: skip
+        torch.testing.assert_close(out.cpu(), torch.full((1, 4), 0.2))
+        torch.testing.assert_close(grads["features"].cpu(), torch.full((1, 1, 4), 1e12))
+
     def test_zero_features_are_finite(self, case, backend, device):
         features, logits = torch.zeros(2, 5, 8, device=device), torch.ones(2, 5, device=device)
         out, grads = self.run({"features": features, "logits": logits}, backend)

@@ -266,6 +266,12 @@ def test_our_folder_loads_without_open_clip(tmp_path):
     assert done.stdout.strip() == f"{CLASSES} {model.text.tokens}"
 
 
+def test_a_saved_model_neither_fetches_nor_draws_text_weights(tmp_path, monkeypatch):
+    teacher(text_weights="random").save_pretrained(tmp_path)
+    monkeypatch.setattr(text.TextEncoder, "load", None)
+    AVadCLIP.from_pretrained(tmp_path)
+
+
 def test_a_loaded_model_saves_again(official, settings, tmp_path):
     """official -> ours -> official, without a bit lost."""
     model, path = official

@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_tests import OpTests
 
-from avadclip_fast import MILAlignLoss, ops
+from avadclip_fast import BackendError, MILAlignLoss, ops
 
 
 def top_mean(scores, divisor):
@@ -36,6 +36,15 @@ class TestMILLoss(OpTests):
         wrong = (logit > 0) == (normal == 1)
         torch.testing.assert_close(out.cpu(), torch.tensor(100.0 if wrong else 0.0))  # log is clamped at -100
         assert grads["logits"].isfinite().all()
+
+    def test_logarithms_are_clamped_in_float64_too(self, case, backend, device):
+        """Where 1e-87 is a number, and its logarithm below -100."""
+        given = {"dtype": torch.float64, "device": device}
+        arguments = {"logits": torch.full((1, 4), -200.0, **given), "labels": torch.tensor([[0.0, 1.0]], **given)}
+        try:
+            assert self.call({**arguments, "lengths": torch.tensor([4], device=device)}, backend).item() == 100
+        except BackendError as error:
+            pytest.skip(str(error))
 
     def test_ties_go_to_the_lowest_row(self, case, backend, device):
         logits, lengths = torch.zeros(1, 5, device=device), torch.tensor([5], device=device)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import itertools
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective, use_backend
+from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.models import avadclip, groups
 from avadclip_fast.models.checkpoints import official_state
 from avadclip_fast.models.text import TextEncoder, tokenize
@@ -267,6 +269,8 @@ def test_videos_in_groups_of_like_length_give_the_same(make, monkeypatch):
             torch.testing.assert_close(got.masked_fill(mask, 0), expected.masked_fill(mask, 0), rtol=1e-5, atol=1e-5)
         elif got is not None:
             torch.testing.assert_close(got, expected)
+    for x in (apart.features, apart.log_variance):  # which batch-mates it had, no video is to tell
+        assert x is None or (x[past[..., 0]] == 0).all()
     monkeypatch.setattr(model, "padding", "official")  # there padding has a part in the result
     monkeypatch.setattr(avadclip, "by_length", None)
     run(make, model, visual, audio, labels, lengths)
@@ -329,6 +333,17 @@ def test_the_text_loss_of_two_classes_is_one_cosine():
     out = model(visual, audio, lengths)
     expected = torch.cosine_similarity(*out.text_features, dim=0).abs()
     torch.testing.assert_close(objective(model, out, labels, lengths)["text"], expected)
+
+
+def test_the_text_loss_is_the_mean_of_absolute_cosines():
+    """Of cosines of both signs, which must not make up for each other."""
+    text = torch.tensor([[1.0, 0], [3, 0], [-1, 1]])
+    torch.testing.assert_close(avadclip.text_loss(text), torch.tensor((1 + 0.5**0.5) / 2))
+
+
+def test_the_objective_weighs_as_the_recipe_does():
+    defaults = {name: p.default for name, p in inspect.signature(objective).parameters.items()}
+    assert (defaults["distill_weight"], defaults["text_weight"]) == (Recipe().distill_weight, Recipe().text_weight)
 
 
 def test_text_features_at_hand_are_used():
@@ -403,8 +418,11 @@ def test_a_dimension_that_never_varies_stays_finite():
     model = teacher(standardize=["audio"]).eval()
     visual, audio, _, lengths = batch([8, 8], 8)
     audio[..., 3] = 1.5
+    audio[..., 4] *= 1e-4  # little, but it varies
     model.fit_inputs([SimpleNamespace(lengths=lengths, visual=visual, audio=audio)])
     assert model(visual, audio, lengths).features.isfinite().all()
+    scaled = model.standardize["audio"](audio, lengths)
+    torch.testing.assert_close(scaled[..., 4].std(correction=0), torch.tensor(1.0), rtol=1e-3, atol=0)
 
 
 def test_what_does_not_fit_is_named():

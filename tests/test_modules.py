@@ -154,6 +154,12 @@ def test_use_backend_leaves_alone_what_has_no_such_backend():
         TopKMean()(rows(1, 4, 2), torch.tensor([4]))
 
 
+def test_a_backend_asked_for_a_call_is_not_passed_over():
+    """Though the one that is asked for all ops would be."""
+    with use_backend("triton"), pytest.raises(BackendError, match="topk_mean: backend 'cuda' cannot serve"):
+        ops.topk_mean(rows(1, 4, 2), torch.tensor([4]), backend="cuda")
+
+
 def test_use_backend_refuses_an_unknown_name():
     with (
         pytest.raises(ValueError, match="unknown backend 'fpga'; one of cuda, triton, amx, cpp, reference"),
@@ -294,6 +300,19 @@ def test_dropout_works_in_training_alone():
     assert not torch.equal(net(X), net(X))
     net.eval()
     assert torch.equal(net(X), net(X))
+
+
+def test_dropout_follows_both_convolutions_of_a_level():
+    net, given = draw(TemporalConvNet(D, levels=1, dropout=1.0)), []
+    net.network[0].conv2.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    assert torch.equal(net(X), X.relu()) and not given[0].any()
+
+
+def test_the_models_are_those_of_the_paper_by_default():
+    one = avadclip_fast.AVadCLIP(["a", "b"], class_tokens=[[1, 2], [1, 3]], text_layers=1, text_weights=None).settings()
+    two = avadclip_fast.AVadCLIPStudent(["a", "b"], class_tokens=[[1, 2], [1, 3]], text_layers=1, text_weights=None)
+    assert (one["window"], one["layers"], one["length"], one["heads"], one["dropout"]) == (4, 2, 256, 1, 0.1)
+    assert [two.settings()[name] for name in ("window", "layers", "length", "heads")] == [64, 1, 256, 1]
 
 
 def test_refuses_a_fusion_on_two_devices():

@@ -217,10 +217,13 @@ def test_columns_are_those_of_the_classes_asked_for(made, tmp_path):
     """Whatever their order, and that of the call that packed the file."""
     rows = data.read_list(made / "train.csv")
     data.pack(tmp_path / "a.safetensors", rows, 16)
+    prints = set()
     for order in ("A", "G", "B2", "B1"), ("A", "B1", "B2", "G", "B4"):
         codes = {code: data.XD_VIOLENCE[code] for code in order}
         packed, _ = FeatureSet.open(tmp_path / "a.safetensors", codes, 16)
         assert torch.equal(packed.labels, FeatureSet.load(rows, codes, 16).labels)
+        prints.add(packed.fingerprint())
+    assert len(prints) == 2  # a run is not gone on with under other classes
 
 
 def test_what_float16_cannot_hold(made, tmp_path):

@@ -70,6 +70,12 @@ class TestSimilarityGraph(OpTests):
         torch.testing.assert_close(out[1, 2, :width], arguments["values"][1, :n].mean(0), rtol=1e-5, atol=1e-6)
         assert all(grad.isfinite().all() for grad in grads.values())
 
+    def test_an_edge_at_the_threshold_is_none(self, case, backend, device):
+        """Only what exceeds it counts: of rows that are the same, whose cosine is 1, nothing does."""
+        features = torch.eye(2, device=device)[[0, 0, 1]][None]
+        out, _ = ops.similarity_graph(features, torch.eye(3, device=device)[None], threshold=1.0, backend=backend)
+        torch.testing.assert_close(out.cpu(), torch.full((1, 3, 3), 1 / 3))
+
     def test_an_edge_below_the_threshold_has_weight_one(self, case, backend, device):
         """Two directions at right angles: like rows weigh e, unlike ones 1."""
         features = torch.eye(2, device=device).repeat_interleave(2, 0)[None]  # [1, 4, 2]
