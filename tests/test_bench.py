@@ -254,6 +254,18 @@ def test_what_was_tuned_is_brought_as_well(tmp_path):
         assert "configs/linear_act.json" in tar.getnames()
 
 
+def test_what_did_not_end_well_is_told_by_the_exit_status(tmp_path, monkeypatch):
+    results = {"a": "ok", "b": "left out: none", "c": "stopped after 3 s, see c.log", "d": "no time left"}
+    monkeypatch.setattr(gpu, "run", lambda *_: {name: {"result": result} for name, result in results.items()})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="^not well: c, d$"):
+        gpu.main()
+
+
 def test_nothing_starts_when_the_time_is_up(tmp_path):
     late = gpu.Stage("late", [sys.executable, "-c", ""], 30)
     record = gpu.run([late], tmp_path / "out", total=0, work=tmp_path / "work")
@@ -381,6 +393,25 @@ def test_slower_is_what_exceeds_the_limit_and_the_spread():
     assert not compare.verdict("faster", [1.1 * x for x in steady], steady)["slower"]
     noisy = [0.6, 1.5, 1.1, 0.9, 1.4]
     assert not compare.verdict("noise", noisy, [1.1 * x for x in noisy])["slower"]
+
+
+def test_the_versions_take_turns_at_going_first(monkeypatch):
+    asked = []
+
+    class Worker(contextlib.nullcontext):
+        cases = ["x"]
+
+        def __init__(self, op, folder, device):
+            super().__init__(self)
+            self.folder = folder
+
+        def measure(self, case: int) -> float:
+            asked.append(self.folder)
+            return 1.0
+
+    monkeypatch.setattr(compare, "Worker", Worker)
+    compare.compare("x", "base", "head", "cpu", 4)
+    assert asked == ["head", "base", "base", "head"] * 2
 
 
 def test_two_versions_take_turns(monkeypatch, capsys, tmp_path):

@@ -31,13 +31,14 @@ def test_a_figure_without_json_fails():
 
 
 def test_a_figure_older_than_the_kernels_says_so(monkeypatch):
-    def record(op: str, cpu: str) -> dict:
-        setting = {"gpu": None, "cpu": cpu, "threads": 2, "torch": "2"}
-        return {"bench": op, "setting": setting | {"source": harness.source_hash("cpu", op)}}
+    def record(op: str, cpu: str, gpu: str | None = None) -> dict:
+        setting = {"gpu": gpu, "cpu": cpu, "threads": 2, "torch": "2"}
+        return {"bench": op, "setting": setting | {"source": harness.source_hash("cuda" if gpu else "cpu", op)}}
 
     one, two = record("topk_mean", "A"), record("mil_loss", "A")
     assert report._where(one, two) == "\n\nA, 2 threads, torch 2.\n"
     told = report._where(one, two, record("linear_act", "B")).split("\n\n")
+    assert report._where(record("topk_mean", "A", "H100")) == "\n\nH100, torch 2.\n"
     assert told[1:] == ["`topk_mean`, `mil_loss`: A, 2 threads, torch 2.", "`linear_act`: B, 2 threads, torch 2.\n"]
     monkeypatch.setattr(harness, "source_hash", lambda device, bench: "another")
     assert "Stale" in report._where(one)

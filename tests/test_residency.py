@@ -6,7 +6,8 @@ import pytest
 import torch
 from test_train import features
 
-from avadclip_fast.engine.residency import choose, decide, fetched, free_memory, place, told
+from avadclip_fast.engine import residency
+from avadclip_fast.engine.residency import STEP_TENSORS, choose, decide, fetched, free_memory, place, told
 
 GB = 10**9
 
@@ -28,6 +29,15 @@ def test_the_choice(size, mapped, gpu_free, host_free, chosen):
     gpu = None if gpu_free is None else gpu_free * GB
     place = choose(size * GB, mapped, gpu, host_free * GB, step=11 * GB)
     assert place.where == chosen and place.why
+
+
+def test_a_step_takes_float32_and_processes_share_the_host(monkeypatch):
+    device, size, step = torch.device("cuda"), 10**6, STEP_TENSORS * 96 * 16 * 32 * 4
+    monkeypatch.setattr(residency, "free_memory", lambda: 2 * size)  # of which half may be taken
+    for free, processes, where in ((size + step, 1, "gpu"), (size + step - 1, 1, "memory"), (step, 2, "file")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert decide(size, True, (16, 32), device, 96).where == where
 
 
 def test_on_a_processor_nothing_moves_and_that_is_told():
