@@ -519,8 +519,9 @@ def _taps(weight: Tensor) -> Tensor:
     """The weight as [taps, N, I], channels contiguous: a convolution weight with several taps is copied."""
     if weight.ndim == 2:
         return weight[None]
-    w = weight.permute(2, 0, 1)
-    return w if w.shape[0] == 1 else w.contiguous()
+    if weight.shape[2] == 1:
+        return weight[None, :, :, 0]  # permuted, its first stride would be 1, which TMA does not take
+    return weight.permute(2, 0, 1).contiguous()
 
 
 def _offsets(weight: Tensor, dilation: int, causal: bool) -> tuple[int, int]:

@@ -180,3 +180,10 @@ def test_a_kernel_runs_on_the_gpu_of_its_tensors(monkeypatch):
     x, weight, dot = draw(B, 5, 8), draw(6, 8, 3), draw(6)
     ops.linear_act(x, weight, dot=dot, backend="triton").sum().backward()
     assert chosen == [(B, 5, 8), (B, 5)]  # of the forward pass, and of the gradient
+
+
+@pytest.mark.parametrize("taps", [None, 1, 3])
+def test_tma_reads_the_weight_of_any_number_of_taps(taps):
+    from avadclip_fast.kernels import linear_act
+
+    assert linear_act.describable(linear_act._taps(draw(N, D, *([taps] if taps else []))))
