@@ -72,7 +72,7 @@ def demo() -> str:
     lines = ["| | AP | AUC | detection mAP |", "|---|---|---|---|"]
     for name, row in record["results"].items():
         lines.append(f"| {name} | {100 * row['ap']:.1f} | {100 * row['auc']:.1f} | {row['detection']:.1f} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f"\n\n{record['seconds']} s on {record['threads']} threads, torch {record['torch']}.\n"
 
 
 def _where(*records: dict) -> str:

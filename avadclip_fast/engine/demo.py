@@ -87,14 +87,13 @@ def run(folder: Path, device: torch.device) -> str:
     lines += [
         f"| {k} | {100 * r['ap']:.1f} | {100 * r['auc']:.1f} | {r['detection']:.1f} |" for k, r in results.items()
     ]
-    text = "\n".join(lines)
+    text, seconds = "\n".join(lines), round(time.monotonic() - started)
+    setting = {"torch": torch.__version__, "device": device.type, "threads": torch.get_num_threads()}
     with atomic_write(folder / "results.json") as file:
-        file.write(json.dumps({"torch": torch.__version__, "results": results}, indent=1).encode())
+        file.write(json.dumps({**setting, "seconds": seconds, "results": results}, indent=1).encode())
     with atomic_write(folder / "report.md") as file:
         file.write(f"{INTRODUCTION}{text}\n\n![score curves](curves.png)\n".encode())
-    return (
-        f"{text}\n\n{time.monotonic() - started:.0f} s; report: {folder / 'report.md'}, plots: {folder / 'curves.png'}"
-    )
+    return f"{text}\n\n{seconds} s; report: {folder / 'report.md'}, plots: {folder / 'curves.png'}"
 
 
 def _plot(path: Path, curves: dict, spans: list, count: int = 6) -> None:
