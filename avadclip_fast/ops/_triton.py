@@ -31,10 +31,10 @@ def implement(operator: str, kernel: str, function: str) -> None:
 
     def run(*args):
         # Kernels read vectors, such as lengths and biases, without their strides.
-        args = [x.contiguous() if isinstance(x, Tensor) and x.ndim == 1 else x for x in args]
+        dense = [x.contiguous() if isinstance(x, Tensor) and x.ndim == 1 else x for x in args]
         # Triton launches on the current GPU, which is not always that of the tensors.
         with torch.cuda.device_of(args[0]):
-            return getattr(import_module(f"avadclip_fast.kernels.{kernel}"), function)(*args)
+            return getattr(import_module(f"avadclip_fast.kernels.{kernel}"), function)(*dense)
 
     devices = ("CPU", "CUDA")  # CPU: Triton's interpreter
     torch.library.impl(f"avadclip_fast::{operator}", devices, run)
