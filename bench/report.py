@@ -75,6 +75,39 @@ def demo() -> str:
     return "\n".join(lines) + f"\n\n{record['seconds']} s on {record['threads']} threads, torch {record['torch']}.\n"
 
 
+def gpu() -> str:
+    """Returns a table of a run of bench.gpu, one of its whole steps and the roofline, or says that there was no run."""
+    records, compiled = gpu_records("gpu"), gpu_records("gpu/compiled")
+    if not records:
+        return "No GPU has timed them yet.\n"
+    lines = ["| | case | ms | of floor | times as long in the same run |", "|---|---|---|---|---|"]
+    for bench in dict.fromkeys([*records, *compiled]):
+        alone, beside = (found.get(bench, {"rows": []})["rows"] for found in (records, compiled))
+        for case in dict.fromkeys(row["case"] for row in (*alone, *beside)):
+            rows = [row for row in alone if row["case"] == case]
+            rows += [row for row in beside if row["case"] == case and (not rows or row["alternative"] in harness.MODES)]
+            ours = next(row for row in rows if row["over_ours"] == 1)
+            ratios = ", ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in rows if row is not ours)
+            floor = "in cache" if ours.get("in_cache") else f"{ours['of_floor']:.0%}" if "of_floor" in ours else ""
+            name = bench.removeprefix("bench_")
+            lines.append(f"| `{name}` | {case} | {ours['median_ms']:.3f} | {floor} | {ratios} |")
+    steps = [row for found in (records, compiled) if "bench_step" in found for row in found["bench_step"]["rows"]]
+    if steps:
+        lines += ["", "| step | | ms | kernels | waits for the GPU | memory, GB |", "|---|---|---|---|---|---|"]
+    for row in steps:
+        counts = f"{row['kernels']} | {row['waits']} | {row['memory_bytes'] / 1e9:.1f}"
+        lines.append(f"| {row['case']} | {row['alternative']} | {row['median_ms']:.2f} | {counts} |")
+    where = _where(*records.values(), *compiled.values())
+    return "\n".join(lines) + where + "\n![roofline](performance-roofline.png)\n"
+
+
+def gpu_records(folder: str) -> dict[str, dict]:
+    """Returns the records in a folder of the results by bench, whole steps and models first."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("bench_*.json"))}
+    whole = ("bench_step", "bench_training", "bench_inference")
+    return {name: found[name] for name in sorted(found, key=lambda name: name not in whole)}
+
+
 def _where(*records: dict) -> str:
     """Returns the machine of the records, whether kernels have changed since, and whether cases are missing."""
     found: dict[str, list[str]] = {}
@@ -98,6 +131,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "inference": lambda: inference("bench_inference"),
     "inference-amx": lambda: inference("bench_inference_amx"),
     "demo": demo,
+    "gpu": gpu,
     "fightsurv": lambda: fightsurv.table(read("fightsurv")) + "\n",
     "fightsurv-heads": lambda: fightsurv.heads_table(read("fightsurv")) + "\n",
     "fightsurv-missing": lambda: fightsurv.missing_table(read("fightsurv")) + "\n",
@@ -116,9 +150,8 @@ def draw(folder: Path) -> None:
     """Draws the plots of docs/performance.md. Without results on a GPU, there is no roofline."""
     plots.ratios(folder / "performance-operations.png", [row for op in OPERATIONS for row in _named(op)])
     plots.speedups(folder / "performance-steps.png", [*read("bench_step")["rows"], *read("bench_inference")["rows"]])
-    timed = [json.loads(path.read_text()) for path in sorted((RESULTS / "gpu").glob("bench_*.json"))]
-    if timed:
-        plots.roofline(folder / "performance-roofline.png", timed)
+    if timed := gpu_records("gpu"):
+        plots.roofline(folder / "performance-roofline.png", list(timed.values()))
 
 
 def _named(op: str) -> list[dict]:

@@ -51,6 +51,29 @@ def test_what_was_cut_short_says_so(monkeypatch):
         assert "**Cut short**" in report.FIGURES[name]()
 
 
+def test_a_gpus_tables(tmp_path, monkeypatch):
+    """torch.compile, measured in a run of its own, stands beside the alternatives of the same case."""
+
+    def save(folder: str, bench: str, *rows: tuple) -> None:
+        names = "case", "alternative", "median_ms", "over_ours", "of_floor", "kernels", "waits", "memory_bytes"
+        setting = {"gpu": "H100", "torch": "2", "source": harness.source_hash("cuda", bench)}
+        (tmp_path / "gpu" / folder).mkdir(parents=True, exist_ok=True)
+        record = {"bench": bench, "setting": setting, "rows": [dict(zip(names, row, strict=False)) for row in rows]}
+        (tmp_path / "gpu" / folder / f"{bench}.json").write_text(json.dumps(record))
+
+    assert ("no GPU has timed them yet" in report.PAGES[0].read_text()) == (not report.gpu_records("gpu"))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert report.gpu() == "No GPU has timed them yet.\n"
+    save(".", "bench_topk_mean", ("f", "reference", 0.2, 4.0), ("f", "cuda", 0.05, 1.0, 0.75))
+    save("compiled", "bench_topk_mean", ("f", "torch.compile", 0.1, 2.0), ("f", "reference", 0.3, 6.0),
+         ("f", "cuda", 0.05, 1.0, 0.7))  # fmt: skip
+    save(".", "bench_step", ("teacher", "ours", 9.0, 1.0, 0.5, 120, 0, 2.5e9))
+    told = report.gpu()
+    assert "| `topk_mean` | f | 0.050 | 75% | reference 4.0, torch.compile 2.0 |" in told
+    assert "| teacher | ours | 9.00 | 120 | 0 | 2.5 |" in told and "H100, torch 2.\n" in told
+    assert told.index("`step`") < told.index("`topk_mean`")
+
+
 def test_a_kernels_source_is_in_its_hash(tmp_path, monkeypatch):
     """In that of its own bench on its own device, and of a whole step's."""
     sources = "csrc/x_cpu.cpp", "csrc/x.cu", "kernels/x.py", "kernels/configs/x.json"
