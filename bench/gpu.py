@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import fnmatch
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -92,13 +93,8 @@ def stages(work: Path, tune: bool) -> list[Stage]:
 
 def together(stages: Iterable[Stage]) -> list[list[Stage]]:
     """Groups the stages that run at the same time."""
-    groups: list[list[Stage]] = []
-    for stage in stages:
-        if stage.group and groups and groups[-1][0].group == stage.group:
-            groups[-1].append(stage)
-        else:
-            groups.append([stage])
-    return groups
+    groups = itertools.groupby(stages, key=lambda stage: stage.group or stage.name)
+    return [list(group) for _, group in groups]
 
 
 def run(stages: list[Stage], out: Path, total: float = TOTAL, work: Path = WORK) -> dict[str, dict]:

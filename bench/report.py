@@ -28,13 +28,13 @@ def read(name: str) -> dict:
 def operations() -> str:
     """Returns a table of our time per case, and the relative time of each alternative in the same run."""
     lines = ["| op | case | C++, ms | times as long in the same run |", "|---|---|---|---|"]
-    for op in OPERATIONS:
-        rows = read(f"bench_{op}")["rows"]
+    records = [read(f"bench_{op}") for op in OPERATIONS]
+    for record in records:
+        op, rows = record["bench"].removeprefix("bench_"), record["rows"]
         for case in dict.fromkeys(row["case"] for row in rows):
             *others, ours = [row for row in rows if row["case"] == case]
             ratios = ", ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in others)
-            lines.append(f"| `{op.removesuffix('_amx')}` | {case} | {ours['median_ms']:.2f} | {ratios} |")
-    records = [read(f"bench_{op}") for op in OPERATIONS]
+            lines.append(f"| `{op}` | {case} | {ours['median_ms']:.2f} | {ratios} |")
     return "\n".join(lines) + _where(*records)
 
 
@@ -148,18 +148,18 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 def draw(folder: Path) -> None:
     """Draws the plots of docs/performance.md. Without results on a GPU, there is no roofline."""
-    plots.ratios(folder / "performance-operations.png", [row for op in OPERATIONS for row in _named(op)])
+    plots.ratios(
+        folder / "performance-operations.png", [row for op in OPERATIONS for row in _named(read(f"bench_{op}"))]
+    )
     plots.speedups(folder / "performance-steps.png", [*read("bench_step")["rows"], *read("bench_inference")["rows"]])
     if timed := gpu_records("gpu"):
         plots.roofline(folder / "performance-roofline.png", list(timed.values()))
 
 
-def _named(op: str) -> list[dict]:
+def _named(record: dict) -> list[dict]:
     """Returns the rows of an op, with its name before each case."""
-    return [
-        {**row, "case": f"{op.removesuffix('_amx')}: {row['case'].removeprefix('f+b ')}"}
-        for row in read(f"bench_{op}")["rows"]
-    ]
+    op = record["bench"].removeprefix("bench_")
+    return [{**row, "case": f"{op}: {row['case'].removeprefix('f+b ')}"} for row in record["rows"]]
 
 
 def rendered(text: str) -> str:
