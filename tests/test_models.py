@@ -272,8 +272,46 @@ def test_videos_in_groups_of_like_length_give_the_same(make, monkeypatch):
     for x in (apart.features, apart.log_variance):  # which batch-mates it had, no video is to tell
         assert x is None or (x[past[..., 0]] == 0).all()
     monkeypatch.setattr(model, "padding", "official")  # there padding has a part in the result
-    monkeypatch.setattr(avadclip, "by_length", None)
+    monkeypatch.setattr(groups, "by_length", None)
     run(make, model, visual, audio, labels, lengths)
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+@pytest.mark.parametrize("lengths", [[3, 16, 5, 8], [16, 16], [2], [9, 9, 1]])
+def test_windows_of_padding_are_computed_once(make, lengths, monkeypatch):
+    """In official padding they are alike in every video; results and gradients are those of computing each."""
+    visual, audio, labels, lengths = batch(lengths, 16)
+    visual[0, 0] = 0  # a window of which a part is zeros is not padding
+    model = make(padding="official")
+    rows = []
+    model.temporal.resblocks[0].register_forward_pre_hook(lambda block, args: rows.append(args[0].shape[:2].numel()))
+    once, found = run(make, model, visual, audio, labels, lengths)
+    monkeypatch.setattr(groups, "pays", lambda x: False)
+    each, gradients = run(make, model, visual, audio, labels, lengths)
+    for got, expected in zip(once, each, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(got, expected)
+    assert_same(found, gradients)
+    w = model.temporal.window
+    seen = [-(-n // w) * w for n in lengths.tolist()]
+    assert rows == [sum(seen) + 16 - min(seen), 16 * len(lengths)]
+
+
+def test_windows_of_padding_are_computed_each_if_they_are_not_zeros_or_need_gradients():
+    """The authors' code reads whatever lies past the lengths; so does a gradient of the input."""
+    visual, audio, labels, lengths = batch([3, 8], 16)
+    model = teacher(padding="official")
+    expected = model(visual, audio, lengths).features
+    visual.requires_grad_()
+    out = model(visual, audio, lengths).features
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert (visual.grad != 0).any(2).all()
+    visual = visual.detach()
+    visual[0, 15] = 5.0
+    found = model(visual, audio, lengths).features
+    assert (found[0, 12:] - expected[0, 12:]).abs().max() > 0.1
+    torch.testing.assert_close(found[0, 12:], model(visual[:1], audio[:1], lengths[:1]).features[0, 12:])
 
 
 @pytest.mark.parametrize("lengths", [[5], [7, 7, 7], [1, 100], [100, 1], [1, 2, 3, 4, 256, 256], [30, 90, 31, 95, 250]])
@@ -517,7 +555,7 @@ def test_the_guard_against_waiting_works():
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("make", [teacher, student])
 def test_a_training_step_never_waits(make, backend, monkeypatch):
-    monkeypatch.setattr(avadclip, "pays", lambda x: False)  # as on a GPU: lengths are a processor's to look at
+    monkeypatch.setattr(groups, "pays", lambda x: False)  # as on a GPU: lengths are a processor's to look at
     model = make(dropout=0.1) if make is teacher else make()
     visual, audio, labels, lengths = batch([9, 16, 5], 16)
     with NoSync(), use_backend(backend):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
 from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.engine.train import PROFILED, add_noise, feature_std, fit, teacher_features, train_step, trim
-from avadclip_fast.models import avadclip
+from avadclip_fast.models import groups
 from avadclip_fast.ops._dispatch import use_backend
 
 READS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2")
@@ -41,7 +41,7 @@ class NoReads(TorchDispatchMode):
 @pytest.mark.parametrize("kind", ["teacher", "student", "distilled"])
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_the_host_reads_nothing_in_a_step(kind, padding, backend, monkeypatch):
-    monkeypatch.setattr(avadclip, "pays", lambda x: False)  # as it is on a GPU: lengths are a processor's to look at
+    monkeypatch.setattr(groups, "pays", lambda x: False)  # as it is on a GPU: lengths are a processor's to look at
     data, guide = features(8), teacher().eval().requires_grad_(False)
     scale, index = feature_std(data), torch.arange(8)
     lengths = data.valid()

@@ -18,9 +18,9 @@ from ..modules import (
     UncertaintyHead,
 )
 from ..modules.linear_act import binary_head
+from . import groups
 from .checkpoints import Checkpointed
 from .encoder import Standardize, TemporalEncoder, moments
-from .groups import by_length, pays
 from .streams import aside
 from .text import TextEncoder, tokenize
 
@@ -133,8 +133,8 @@ class Detector(Checkpointed):
         self, function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor | None
     ) -> tuple[Tensor, ...]:
         """function(*streams, lengths), which treats videos independently; groups them by length if that saves time."""
-        if self.padding == "masked" and lengths is not None and pays(lengths):
-            return by_length(function, streams, lengths)
+        if self.padding == "masked" and lengths is not None and groups.pays(lengths):
+            return groups.by_length(function, streams, lengths)
         return function(*streams, lengths)
 
     def _heads(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..modules import MLP, TemporalAggregator, WindowAttention
 from ..modules.temporal_aggregator import check_padding
 from ..ops._padding import zero_padding
+from . import groups
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -81,7 +82,7 @@ class TemporalEncoder(nn.Module):
     def __init__(self, dim: int, length: int, window: int, layers: int, heads: int = 1, padding: str = "masked"):
         super().__init__()
         check_padding("TemporalEncoder", padding)
-        self.padding = padding
+        self.padding, self.window = padding, window
         self.positions = nn.Embedding(length, dim)
         nn.init.normal_(self.positions.weight, std=0.01)
         self.resblocks = nn.ModuleList(ResidualAttentionBlock(dim, window, heads) for _ in range(layers))
@@ -96,7 +97,29 @@ class TemporalEncoder(nn.Module):
             raise ValueError(
                 f"TemporalEncoder: T={rows} is more than the {length} positions; cut the video into chunks"
             )
-        x = x + self.positions.weight[:rows]
-        for block in self.resblocks:
-            x = block(x, lengths if self.padding == "masked" else None)
+        official = self.padding == "official"
+        if official and rows % self.window == 0 and groups.pays(x) and not x.requires_grad:
+            x = self._distinct(x)
+        else:
+            x = self._blocks(x + self.positions.weight[:rows], None if official else lengths)
         return self.aggregator(x, lengths)
+
+    def _blocks(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, lengths)
+        return x
+
+    def _distinct(self, x: Tensor) -> Tensor:
+        """The blocks over x + positions, without computing what is known to be the same twice.
+
+        The blocks treat windows independently. Those of padding hold zeros and position embeddings, so each is the
+        same in every video, and is computed once for all that have it.
+        """
+        windows, empty = (y.unflatten(-2, (-1, self.window)) for y in (x, self.positions.weight[: x.shape[1]]))
+        seen = windows.any(3).any(2)  # [B, n] of windows [B, n, w, D] and empty [n, w, D]
+        padding = ~seen.all(0)
+        distinct = self._blocks(torch.cat([(windows + empty)[seen], empty[padding]]))
+        count = int(seen.sum())
+        index = (count - 1 + padding.cumsum(0)).repeat(len(x), 1)
+        index[seen] = torch.arange(count)
+        return distinct[index].flatten(1, 2)
