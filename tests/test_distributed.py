@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_graph import let_a_processor_record
 from test_train import CLASSES, SMALL, features, same, teacher, weights
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, data
@@ -110,6 +111,23 @@ def interrupted(folder: Path) -> None:
     fit(teacher(seed=9), features(COUNT), recipe, folder / "broken", resume=True, progress=False)
 
 
+def recorded(folder: Path) -> None:
+    """Runs whose steps are two graphs and an all-reduce, and plain ones; dropout on, features on the GPU and sent."""
+    source, guide = features(COUNT), teacher()
+    recipe = replace(RECIPE, checkpoint_every=1, select="last", lr=1e-3, milestones=(1,))
+    for resident in (True, False):
+        for kind, model in (("teacher", teacher), ("distilled", lambda: AVadCLIPStudent.beside(guide))):
+            with pytest.MonkeyPatch.context() as patch:
+                recordings = let_a_processor_record(patch)
+                patch.setattr(train._Loop, "__post_init__", lambda x: vars(x).update(resident=resident, longest=16))  # noqa: B023
+                for graph in (False, True):
+                    torch.manual_seed(1)
+                    to = folder / f"{kind} {resident} {graph}"
+                    known = guide if kind == "distilled" else None
+                    fit(model(), source, recipe, to, teacher=known, graph=graph, progress=False)
+                    assert recordings == [None, (0, 1), None] * graph  # two sizes of a batch, and the update
+
+
 def long_run(folder: Path) -> None:
     """One that is meant to be killed."""
     (folder / f"pid{distributed.rank()}").write_text(str(os.getpid()))
@@ -127,7 +145,7 @@ if __name__ == "__main__":
 def both(tmp_path_factory):
     """What one process and what two have left."""
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    process = torchrun(__file__, two, "gradients", "runs", "interrupted")
+    process = torchrun(__file__, two, "gradients", "runs", "interrupted", "recorded")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "CACHE_LIMIT", 0)  # put back what `runs` sets
         patch.setattr(train, "CACHE_BLOCK", 4)
@@ -174,6 +192,14 @@ def test_two_processes_leave_what_one_does(both, run):
 
 def test_one_process_is_asked_to_end_and_all_save_and_go_on(both):
     assert same(weights(both[1] / "unbroken"), weights(both[1] / "broken"))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("kind", ["teacher", "distilled"])
+def test_recorded_steps_of_two_processes_give_the_same_numbers(both, kind, resident):
+    plain, recorded = (both[1] / f"{kind} {resident} {graph}" for graph in (False, True))
+    assert same(weights(plain), weights(recorded))
+    assert (plain / HISTORY).read_text() == (recorded / HISTORY).read_text()
 
 
 def test_each_process_drops_out_on_its_own(both):

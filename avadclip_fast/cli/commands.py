@@ -191,7 +191,7 @@ Graph = Annotated[
     bool | None,
     Option(
         "--graph/--no-graph",
-        help="Run each step as one CUDA graph, with identical results; default: on a single GPU.",
+        help="Run each step as one CUDA graph (several GPUs: two), with identical results; default: on a GPU.",
         show_default=False,
     ),
 ]

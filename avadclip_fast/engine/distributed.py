@@ -96,28 +96,35 @@ def part(lengths: Tensor) -> Part:
     return Part(slice(start, stop), (stop - start) / n, int(lengths[start:stop].sum()) / int(lengths.sum()))
 
 
-def add_up(parameters: Iterable[nn.Parameter], losses: dict[str, Tensor], ask: bool) -> Tensor:
-    """Sums gradients and losses over the ranks, in place.
+def flattened(parameters: Iterable[nn.Parameter], losses: Iterable[Tensor]) -> Tensor:
+    """Returns the gradients that exist, the losses, and a stop flag that is not set, as one vector for `add_up`."""
+    grads = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
+    return torch.cat([*grads, torch.stack([loss.detach().float() for loss in losses]), grads[0].new_zeros(1)])
 
-    ask: this rank asks to stop. Returns how many ranks ask, as a scalar tensor on the device.
+
+def add_up(flat: Tensor, ask: bool) -> None:
+    """Sums a vector of `flattened` over the ranks, in place. ask: this rank asks to stop; the sum is how many do.
 
     This is one all-reduce of one flat buffer instead of DistributedDataParallel. The losses already carry the weights
     of uneven parts, so gradients are summed, not averaged. A student that is not distilled has parameters without
-    gradients, which DDP would have to find in every graph. The losses and the stop flag share the buffer. One launch
-    of fixed size can be captured in a CUDA graph. DDP would gain little by overlapping communication with the backward
-    pass: a step sends only 17 million numbers.
+    gradients, which DDP would have to find in every graph. The losses and the stop flag share the buffer. It stands
+    between the two CUDA graphs of a step, which then hold no communication. DDP would gain little by overlapping it
+    with the backward pass: a step sends only 17 million numbers.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    scalars = [loss.detach().float() for loss in losses.values()]
-    flat = torch.cat([*(g.reshape(-1) for g in grads), torch.stack(scalars), grads[0].new_full((1,), float(ask))])
+    if ask:
+        flat[-1] = 1.0
     with _answered():
         dist.all_reduce(flat)
-    *summed, asked = flat.split([g.numel() for g in grads] + [1] * (len(scalars) + 1))
-    own, means = summed[: len(grads)], summed[len(grads) :]
-    torch._foreach_copy_(grads, [x.view_as(g) for x, g in zip(own, grads, strict=True)])
-    for name, value in zip(losses, means, strict=True):
-        losses[name] = value.view(())
-    return asked.view(())
+
+
+def spread(flat: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Makes the gradients in `flat` those of the parameters. Returns what follows them: losses and stop flag."""
+    at = 0
+    for p in parameters:
+        if p.grad is not None:
+            p.grad = flat[at : at + p.numel()].view_as(p)
+            at += p.numel()
+    return flat[at:]
 
 
 def total(x: Tensor) -> Tensor:

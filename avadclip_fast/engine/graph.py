@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from . import distributed
-
 REHEARSALS = 2  # warm-up calls: the first compiles kernels and creates moments, the second allocates like later steps
 
 
@@ -19,8 +17,6 @@ def refusal(device: torch.device) -> str | None:
     """Returns why steps on `device` cannot be recorded, or None if they can."""
     if device.type != "cuda":
         return f"this needs a GPU, and the device is {device.type}"
-    if distributed.world() > 1:
-        return "each process of a distributed run weights its part of every batch differently"
     return None
 
 

@@ -48,17 +48,14 @@ def feature_std(data: FeatureSet) -> Tensor:
     return moments(data.batches(), ["visual"])["visual"][1].float()
 
 
-def add_noise(batch: Batch, scale: Tensor, count: int | None = None, where: slice = slice(None)) -> Batch:
+def add_noise(batch: Batch, scale: Tensor, drawn: Tensor | None = None) -> Batch:
     """Adds Gaussian noise of standard deviation `scale` (D,) to every valid visual row; padded rows are unchanged.
 
-    count, where: the batch is the slice `where` of a full batch of `count` samples, and gets the same noise as it
-    would in the full batch.
+    drawn: (B, T, D) standard normal, or None to draw it here.
     """
-    _, rows, width = batch.visual.shape
-    noise = torch.randn(count or len(batch.visual), rows, width, device=batch.visual.device)[where]
-    return batch._replace(
-        visual=torch.where(valid_mask(batch.lengths, rows)[..., None], batch.visual + scale * noise, batch.visual)
-    )
+    drawn = torch.randn(batch.visual.shape, device=batch.visual.device) if drawn is None else drawn
+    valid = valid_mask(batch.lengths, batch.visual.shape[1])[..., None]
+    return batch._replace(visual=torch.where(valid, batch.visual + scale * drawn, batch.visual))
 
 
 def trim(batch: Batch, *models: Detector, longest: int | None = None) -> Batch:
@@ -129,7 +126,8 @@ def fit(
     resume: continue from `folder`/state.safetensors if it exists. The result is bitwise equal to that of an
     uninterrupted run on the same device with the same thread count.
     profile: folder for trace.json, a trace of a few steps.
-    graph: run each step as one CUDA graph, with identical results; default: on a GPU with a world size of 1.
+    graph: run each step as one CUDA graph, or in a distributed run as two with an all-reduce between, with identical
+    results; default: on a GPU.
 
     In a distributed run (`distributed.joined`), every rank calls this with the same arguments and processes its part
     of every batch; only rank 0 writes, and it broadcasts its weights. All ranks must see `folder`.
@@ -194,7 +192,8 @@ def fit(
             cache, told = _teacher_features(teacher, data, source, made_by, folder, device, part, progress)
             lines.append(told)
         if graph:
-            lines.append("steps: one CUDA graph")
+            several = distributed.world() > 1
+            lines.append(f"steps: {'two CUDA graphs, with one all-reduce between' if several else 'one CUDA graph'}")
         if progress:
             tqdm.write("\n".join(lines))
         request = stack.enter_context(listening())  # the work before this is redone, or resumes from its own file
@@ -290,26 +289,50 @@ def train_step(
     Returns the losses of the full batch, and how many ranks ask to stop (None if the world size is 1).
     """
     several = distributed.world() > 1
-    # The total is weighted by this rank's share of samples; distillation, a mean over valid rows, needs a correction.
-    rows = part.rows / part.samples if several and part.samples and model.padding == "masked" else 1.0
-    weights = recipe.distill_weight * rows, recipe.text_weight
+    losses = _backward(model, optimizer, batch, known, recipe, _weights(part, model, recipe) if several else None)
+    asked = None
+    if several:
+        with span("all-reduce"):
+            flat = distributed.flattened(_optimized(optimizer), losses.values())
+            distributed.add_up(flat, ask)
+            *means, asked = distributed.spread(flat, _optimized(optimizer))
+            losses = dict(zip(losses, means, strict=True))
+    with span("optimizer"):
+        optimizer.step()
+    return losses, asked
+
+
+def _weights(part: Part, model: Detector, recipe: Recipe) -> tuple[float, float, float]:
+    """Returns the weights of a rank's losses in those of the full batch: of distillation, of the others, and of
+    distillation relative to the others in the total.
+
+    Distillation is a mean over rows, of which a rank's share differs from its share of the samples.
+    """
+    rows = part.rows if model.padding == "masked" else part.samples
+    return rows, part.samples, recipe.distill_weight * (rows / part.samples if part.samples else 1.0)
+
+
+def _backward(
+    model: AVadCLIP | AVadCLIPStudent, optimizer: torch.optim.Optimizer, batch: Batch, known: Tensor | None,
+    recipe: Recipe, weights: Sequence[float | Tensor] | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Computes gradients. Returns the losses. weights: those of `_weights`, or None for a whole batch."""
+    distill, share, relative = weights or (1.0, 1.0, recipe.distill_weight)
     with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         with span("forward"):
             out = model(*model.inputs(batch), batch.lengths)
         with span("losses"):
-            losses = objective(model, out, batch.labels, batch.lengths, known, *weights)
+            losses = objective(model, out, batch.labels, batch.lengths, known, relative, recipe.text_weight)
     with span("backward"):
         optimizer.zero_grad(set_to_none=True)
-        (part.samples * losses["total"] if several else losses["total"]).backward()
-    asked = None
-    if several:
-        with span("all-reduce"):
-            shares = {"distill": part.samples * rows}
-            losses = {name: shares.get(name, part.samples) * loss.detach() for name, loss in losses.items()}
-            asked = distributed.add_up((p for group in optimizer.param_groups for p in group["params"]), losses, ask)
-    with span("optimizer"):
-        optimizer.step()
-    return losses, asked
+        (losses["total"] if weights is None else share * losses["total"]).backward()
+    if weights is None:
+        return losses
+    return {name: (distill if name == "distill" else share) * loss.detach() for name, loss in losses.items()}
+
+
+def _optimized(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 @dataclass
@@ -331,7 +354,9 @@ class _Loop:
     request: Request
     step_done: Callable[[], None] | None  # advances the profiler
     names: tuple[str, ...] = ()  # names of the losses, in the order of a step's result
-    graph: StepGraph | None = None
+    graph: StepGraph | None = None  # of a step; in a distributed run, up to the all-reduce
+    update: StepGraph | None = None  # in a distributed run, what follows it
+    sample: Sequence[int] = ()  # (T, D) of a sample in a recorded step
 
     def __post_init__(self):
         # On a GPU every step has the same shapes: batches are trimmed to the set's longest video, not to their own.
@@ -341,10 +366,19 @@ class _Loop:
     def record(self) -> None:
         """Records CUDA graphs of a step: one for full batches, and one for an epoch's last batch if it is smaller."""
         self.model.train()
-        self.graph = StepGraph(self._recorded, lambda: changed_by(self.optimizer))
+        several = distributed.world() > 1
+        self.graph = StepGraph(self._recorded_part if several else self._recorded, lambda: changed_by(self.optimizer))
         count, size = len(self.lengths), self.recipe.batch_size
-        for n in {min(size, count), count % size or size}:
-            self.graph.record(*next(self._inputs([torch.arange(n)])))
+        for n in sorted({min(size, count), count % size or size}):
+            index = torch.arange(n)
+            given = next(self._inputs([index]))
+            if several:
+                self.sample = self._batch(given)[0].visual.shape[1:]
+                given = tuple(x.to(self.device) for x in self._part_inputs(given, index))
+            self.graph.record(*given)
+        if several:
+            self.update = StepGraph(self._recorded_update, lambda: changed_by(self.optimizer))
+            self.update.record(torch.zeros_like(self.graph(*given)))
 
     def epoch(self, info: dict) -> None:
         """Runs an epoch from step info["step"] to its end and stores its mean losses in info["last"]."""
@@ -400,8 +434,9 @@ class _Loop:
     def _inputs(self, chunks: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
         """Yields the input of `_batch` for each chunk: sample indices that a graph gathers itself, or a batch."""
         if self.graph is not None and self.resident:
-            order = torch.cat(list(chunks)).to(self.device)
-            yield from ((index,) for index in order.split([len(index) for index in chunks]))
+            parts = [index[distributed.part(self.lengths[index]).where] for index in chunks]
+            order = torch.cat(parts).to(self.device)
+            yield from ((index,) for index in order.split([len(index) for index in parts]))
         else:
             for batch, known in residency.fetched(chunks, self._fetch, self.device):
                 yield tuple(x for x in (*batch, known) if x is not None)
@@ -430,18 +465,32 @@ class _Loop:
     def _step(self, given: tuple[Tensor, ...], index: Tensor, seed: int) -> tuple[Tensor, Tensor | None]:
         """Runs a step. Dropout and noise depend only on `seed` and the step, so that a resumed run draws the same."""
         torch.manual_seed(seed)
+        ask = self.request.number is not None
+        if self.update is not None:
+            return self._replayed(given, index, seed, ask)
         if self.graph is not None:
             with span("graph"):
                 return self.graph(*given), None
         batch, known = self._batch(given)
         part = distributed.part(self.lengths[index])
-        if self.noise is not None:
-            batch = add_noise(batch, self.noise, len(index), part.where)  # teacher features stay clean
-        if distributed.rank():
-            torch.manual_seed(seed + 7_000_003 * distributed.rank())  # different dropout on each rank
-        ask = self.request.number is not None
+        if self.noise is not None:  # teacher features stay clean
+            batch = add_noise(batch, self.noise, self._drawn(len(index), batch.visual.shape[1:])[part.where])
+        self._reseed(seed)
         losses, asked = train_step(self.model, self.optimizer, batch, known, self.recipe, part, ask)
         return self._stacked(losses), asked
+
+    def _drawn(self, count: int, sample: Sequence[int]) -> Tensor:
+        """Draws noise for a full batch, so that the part of a rank gets what it would get in a single process."""
+        return torch.randn(count, *sample, device=self.device)
+
+    def _reseed(self, seed: int) -> None:
+        """Lets each rank have a dropout of its own."""
+        if distributed.rank():
+            torch.manual_seed(seed + 7_000_003 * distributed.rank())
+
+    def _stacked(self, losses: dict[str, Tensor]) -> Tensor:
+        self.names = tuple(losses)
+        return torch.stack([loss.detach().float() for loss in losses.values()])
 
     def _recorded(self, *given: Tensor) -> Tensor:
         """The part of `_step` that a graph captures: all the work on the device."""
@@ -450,9 +499,40 @@ class _Loop:
             batch = add_noise(batch, self.noise)
         return self._stacked(train_step(self.model, self.optimizer, batch, known, self.recipe)[0])
 
-    def _stacked(self, losses: dict[str, Tensor]) -> Tensor:
+    # In a distributed run a step is two graphs, before and after its all-reduce. Noise, of which each rank gets a part,
+    # and the weights of the parts are inputs of the first.
+
+    def _replayed(self, given: tuple[Tensor, ...], index: Tensor, seed: int, ask: bool) -> tuple[Tensor, Tensor]:
+        assert self.graph is not None and self.update is not None
+        given = self._part_inputs(given, index)
+        self._reseed(seed)
+        with span("graph"):
+            flat = self.graph(*given)
+        with span("all-reduce"):
+            distributed.add_up(flat, ask)
+        with span("optimizer"):
+            losses, asked = self.update(flat).split([len(self.names), 1])
+        return losses, asked
+
+    def _part_inputs(self, given: tuple[Tensor, ...], index: Tensor) -> tuple[Tensor, ...]:
+        part = distributed.part(self.lengths[index])
+        noise = () if self.noise is None else (self._drawn(len(index), self.sample)[part.where],)
+        return *given, *noise, torch.tensor(_weights(part, self.model, self.recipe))
+
+    def _recorded_part(self, *inputs: Tensor) -> Tensor:
+        *given, weights = inputs
+        drawn = None if self.noise is None else given.pop()
+        batch, known = self._batch(tuple(given))
+        if self.noise is not None:
+            batch = add_noise(batch, self.noise, drawn)
+        losses = _backward(self.model, self.optimizer, batch, known, self.recipe, weights.unbind())
         self.names = tuple(losses)
-        return torch.stack([loss.detach().float() for loss in losses.values()])
+        return distributed.flattened(_optimized(self.optimizer), losses.values())
+
+    def _recorded_update(self, flat: Tensor) -> Tensor:
+        rest = distributed.spread(flat, _optimized(self.optimizer))
+        self.optimizer.step()
+        return rest
 
     def _stops(self, asked: Tensor | None, due: bool) -> bool:
         """Whether any rank asks to stop. On a GPU the flag is read only at checkpoints, which synchronize anyway."""

@@ -332,7 +332,7 @@ def objective(
     labels: Tensor,
     lengths: Tensor,
     teacher_features: Tensor | None = None,
-    distill_weight: float = 1e-8,
+    distill_weight: float | Tensor = 1e-8,
     text_weight: float = 1e-4,
 ) -> dict[str, Tensor]:
     """The training loss of arXiv 2504.04495, with the weights of the official code.
