@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_tests import ON_GPU
 from safetensors.torch import load_file, save_file
 from test_graph import let_a_processor_record
 from test_train import CLASSES, SMALL, features, same, teacher, weights
@@ -128,6 +129,17 @@ def recorded(folder: Path) -> None:
                     assert recordings == [None, (0, 1), None] * graph  # two sizes of a batch, and the update
 
 
+def recorded_on_gpu(folder: Path) -> None:
+    """The same on one GPU, which both processes share (by gloo: NCCL wants a GPU for each)."""
+    source, guide = features(COUNT), teacher()
+    for kind, model in (("teacher", teacher), ("distilled", lambda: AVadCLIPStudent.beside(guide))):
+        for graph in (False, True):
+            torch.manual_seed(1)
+            how = {"teacher": guide if kind == "distilled" else None, "graph": graph, "device": "cuda:0"}
+            recipe = replace(RECIPE, select="last", lr=1e-3, milestones=(1,))
+            fit(model(), source, recipe, folder / f"{kind} {graph}", progress=False, **how)
+
+
 def long_run(folder: Path) -> None:
     """One that is meant to be killed."""
     (folder / f"pid{distributed.rank()}").write_text(str(os.getpid()))
@@ -200,6 +212,16 @@ def test_recorded_steps_of_two_processes_give_the_same_numbers(both, kind, resid
     plain, recorded = (both[1] / f"{kind} {resident} {graph}" for graph in (False, True))
     assert same(weights(plain), weights(recorded))
     assert (plain / HISTORY).read_text() == (recorded / HISTORY).read_text()
+
+
+@ON_GPU[0]
+@ON_GPU[1]
+def test_recorded_steps_of_two_processes_give_the_same_numbers_on_a_gpu(tmp_path):
+    finished(torchrun(__file__, tmp_path, "recorded_on_gpu"))
+    for kind in ("teacher", "distilled"):
+        plain, recorded = (tmp_path / f"{kind} {graph}" for graph in (False, True))
+        assert same(weights(plain), weights(recorded))
+        assert (plain / HISTORY).read_text() == (recorded / HISTORY).read_text()
 
 
 def test_each_process_drops_out_on_its_own(both):
