@@ -112,32 +112,33 @@ def interrupted(folder: Path) -> None:
     fit(teacher(seed=9), features(COUNT), recipe, folder / "broken", resume=True, progress=False)
 
 
-def recorded(folder: Path) -> None:
-    """Runs whose steps are two graphs and an all-reduce, and plain ones; dropout on, features on the GPU and sent."""
+def plain_and_recorded(folder: Path, device: str = "cpu") -> None:
+    """Runs whose steps are plain, and ones whose steps are two graphs and an all-reduce; dropout on."""
     source, guide = features(COUNT), teacher()
     recipe = replace(RECIPE, checkpoint_every=1, select="last", lr=1e-3, milestones=(1,))
-    for resident in (True, False):
-        for kind, model in (("teacher", teacher), ("distilled", lambda: AVadCLIPStudent.beside(guide))):
-            with pytest.MonkeyPatch.context() as patch:
-                recordings = let_a_processor_record(patch)
-                patch.setattr(train._Loop, "__post_init__", lambda x: vars(x).update(resident=resident, longest=16))  # noqa: B023
-                for graph in (False, True):
-                    torch.manual_seed(1)
-                    to = folder / f"{kind} {resident} {graph}"
-                    known = guide if kind == "distilled" else None
-                    fit(model(), source, recipe, to, teacher=known, graph=graph, progress=False)
-                    assert recordings == [None, (0, 1), None] * graph  # two sizes of a batch, and the update
-
-
-def recorded_on_gpu(folder: Path) -> None:
-    """The same on one GPU, which both processes share (by gloo: NCCL wants a GPU for each)."""
-    source, guide = features(COUNT), teacher()
     for kind, model in (("teacher", teacher), ("distilled", lambda: AVadCLIPStudent.beside(guide))):
         for graph in (False, True):
             torch.manual_seed(1)
-            how = {"teacher": guide if kind == "distilled" else None, "graph": graph, "device": "cuda:0"}
-            recipe = replace(RECIPE, select="last", lr=1e-3, milestones=(1,))
-            fit(model(), source, recipe, folder / f"{kind} {graph}", progress=False, **how)
+            known = guide if kind == "distilled" else None
+            fit(
+                model(), source, recipe, folder / f"{kind} {graph}", teacher=known, device=device, graph=graph,
+                progress=False,
+            )  # fmt: skip
+
+
+def recorded(folder: Path) -> None:
+    """On a processor, with a stand-in for a graph; as if features were on the GPU, and as if they were sent."""
+    for resident in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            recordings = let_a_processor_record(patch)
+            patch.setattr(train._Loop, "__post_init__", lambda x: vars(x).update(resident=resident, longest=16))  # noqa: B023
+            plain_and_recorded(folder / f"resident {resident}")
+            assert recordings == 2 * [None, (0, 1), None]  # of each kind two sizes of a batch, and the update
+
+
+def recorded_on_gpu(folder: Path) -> None:
+    """On one GPU, which both processes share (by gloo: NCCL wants a GPU for each)."""
+    plain_and_recorded(folder, "cuda:0")
 
 
 def long_run(folder: Path) -> None:
@@ -206,12 +207,16 @@ def test_one_process_is_asked_to_end_and_all_save_and_go_on(both):
     assert same(weights(both[1] / "unbroken"), weights(both[1] / "broken"))
 
 
+def assert_recorded_as_plain(folder: Path, kind: str) -> None:
+    plain, recorded = (folder / f"{kind} {graph}" for graph in (False, True))
+    assert same(weights(plain), weights(recorded))
+    assert (plain / HISTORY).read_text() == (recorded / HISTORY).read_text()
+
+
 @pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("kind", ["teacher", "distilled"])
 def test_recorded_steps_of_two_processes_give_the_same_numbers(both, kind, resident):
-    plain, recorded = (both[1] / f"{kind} {resident} {graph}" for graph in (False, True))
-    assert same(weights(plain), weights(recorded))
-    assert (plain / HISTORY).read_text() == (recorded / HISTORY).read_text()
+    assert_recorded_as_plain(both[1] / f"resident {resident}", kind)
 
 
 @ON_GPU[0]
@@ -219,9 +224,7 @@ def test_recorded_steps_of_two_processes_give_the_same_numbers(both, kind, resid
 def test_recorded_steps_of_two_processes_give_the_same_numbers_on_a_gpu(tmp_path):
     finished(torchrun(__file__, tmp_path, "recorded_on_gpu"))
     for kind in ("teacher", "distilled"):
-        plain, recorded = (tmp_path / f"{kind} {graph}" for graph in (False, True))
-        assert same(weights(plain), weights(recorded))
-        assert (plain / HISTORY).read_text() == (recorded / HISTORY).read_text()
+        assert_recorded_as_plain(tmp_path, kind)
 
 
 def test_each_process_drops_out_on_its_own(both):

@@ -293,9 +293,9 @@ def train_step(
     asked = None
     if several:
         with span("all-reduce"):
-            flat = distributed.flattened(_optimized(optimizer), losses.values())
+            flat = distributed.flattened(model.parameters(), losses.values())
             distributed.add_up(flat, ask)
-            *means, asked = distributed.spread(flat, _optimized(optimizer))
+            *means, asked = distributed.spread(flat, model.parameters())
             losses = dict(zip(losses, means, strict=True))
     with span("optimizer"):
         optimizer.step()
@@ -329,10 +329,6 @@ def _backward(
     if weights is None:
         return losses
     return {name: (distill if name == "distill" else share) * loss.detach() for name, loss in losses.items()}
-
-
-def _optimized(optimizer: torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
-    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 @dataclass
@@ -527,10 +523,10 @@ class _Loop:
             batch = add_noise(batch, self.noise, drawn)
         losses = _backward(self.model, self.optimizer, batch, known, self.recipe, weights.unbind())
         self.names = tuple(losses)
-        return distributed.flattened(_optimized(self.optimizer), losses.values())
+        return distributed.flattened(self.model.parameters(), losses.values())
 
     def _recorded_update(self, flat: Tensor) -> Tensor:
-        rest = distributed.spread(flat, _optimized(self.optimizer))
+        rest = distributed.spread(flat, self.model.parameters())
         self.optimizer.step()
         return rest
 
