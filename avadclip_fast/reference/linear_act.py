@@ -43,9 +43,13 @@ def linear_act(
         y = F.linear(h, weight, bias)
     else:
         reach = (weight.shape[2] - 1) * dilation
-        before = reach if causal else weight.shape[2] // 2 * dilation
-        h = F.pad(zero_padding(h, lengths), (0, 0, before, reach - before))  # [B, T + reach, D]
-        y = F.conv1d(h.transpose(1, 2), weight, bias, dilation=dilation).transpose(1, 2)
+        h, before = zero_padding(h, lengths), reach if causal else weight.shape[2] // 2 * dilation
+        if before != reach - before:
+            h, before = F.pad(h, (0, 0, before, reach - before)), 0  # [B, T + reach, D]
+        # conv1d would transpose h; images of height 1 with channels last are h as it lies in memory.
+        image = h.transpose(1, 2).unsqueeze(2)  # [B, D, 1, T]
+        y = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, before), dilation=(1, dilation))
+        y = y.squeeze(2).transpose(1, 2)
     y = ACTIVATIONS[activation](y)
     if dot is not None:
         return y @ dot
