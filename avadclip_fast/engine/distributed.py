@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-# Its functions take the group of all processes as a default. If an optimizer imported it after `joined`, they would hold
-# the group and its threads until the interpreter ends, which can abort the process.
+# Its functions take the group of all processes as a default. If an optimizer imported it after `joined`, they would
+# hold the group and its threads until the interpreter ends, which can abort the process.
 import torch.distributed.nn  # noqa: F401
 from torch import Tensor, nn
 from torch import distributed as dist
