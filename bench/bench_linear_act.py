@@ -1,4 +1,4 @@
-"""linear_act, the GEMM kernels, against the reference: cuBLAS (oneDNN on a CPU) with separate pointwise steps."""
+"""linear_act, the GEMM kernels, against the reference: cuBLAS (MKL, oneDNN on a CPU) with separate pointwise steps."""
 
 from collections.abc import Iterator
 
@@ -17,8 +17,7 @@ ROWS, DIM = 256, 512
 def cases(dtype: torch.dtype) -> Iterator[Bench]:
     batch = 96 if harness.on_gpu() else 16
     norm, quick, relu = {"norm": True}, {"activation": "quick_gelu"}, {"activation": "relu"}
-    # Tune one case with a full prologue and epilogue, and one that only adds. max-autotune has no tiles for 1D
-    # convolutions.
+    # Tune one case with a full prologue and epilogue, and one that only adds.
     yield case("mlp", dtype, batch, DIM, 4 * DIM, **norm, **quick, tuned=True)
     yield case("mlp, back", dtype, batch, 4 * DIM, DIM, residual=True, tuned=True)
     yield case("projection", dtype, batch, DIM, DIM, residual=True)

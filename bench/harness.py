@@ -26,7 +26,7 @@ from torch import Tensor
 
 from avadclip_fast.data.atomic import atomic_write
 from avadclip_fast.ops import _dispatch
-from avadclip_fast.ops._linear_act_amx import HAS_AMX
+from avadclip_fast.ops._linear_act_cpu import HAS_AMX
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
@@ -37,8 +37,8 @@ MODES = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotun
 COMPILING = 50  # seconds after which a bench compiles nothing more; bench.gpu stops it after 120
 COMPILE = ("with", "without", "only")  # torch.compile; only: with it, as long as there is time for that
 AUTHORS = ("official", "loops")  # alternatives that follow the official code
-# Benches whose products run on tile units (csrc/amx.h) where a processor has them
-AMX = ("bench_linear_act", "bench_folds", "bench_step", "bench_inference", "bench_training")
+# Benches whose products run on tile units (csrc/amx.h) or in AVX-512 (csrc/avx512.h) where a processor has them
+PRODUCTS = ("bench_linear_act", "bench_folds", "bench_step", "bench_inference", "bench_training")
 MOST_SETS = 256  # maximum number of input sets in one graph
 HEAD = f"{'case':<40} {'alternative':<27} {'median':>9} {'p20':>9} {'p80':>9} {'over ours':>9} {'of floor':>8}"
 Timer = Callable[[], float]  # seconds of one call
@@ -394,7 +394,7 @@ def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dic
                         choices=["float32", "float16", "bfloat16"])  # fmt: skip
     parser.add_argument("--compile", choices=COMPILE, default="with", help="torch.compile on a GPU; default: with")
     parser.add_argument("--json", nargs="?", const=RESULTS, type=Path, metavar="FOLDER",
-                        help=f"also write FOLDER/{name}.json{' (_amx.json: on tile units)' if name in AMX else ''}; "
+                        help=f"also write FOLDER/{name}.json{' (_amx.json: with AMX)' if name in PRODUCTS else ''}; "
                         "default: bench/results")  # fmt: skip
     options = parser.parse_args()
     if options.rounds < 2:
@@ -404,7 +404,7 @@ def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dic
         torch.set_num_threads(options.threads)
     whole_float32()
     # A processor without tile units keeps records of its own.
-    tiles = HAS_AMX and options.device == "cpu" and name in AMX
+    tiles = HAS_AMX and options.device == "cpu" and name in PRODUCTS
     path = options.json and options.json / f"{name}{'_amx' if tiles else ''}.json"
     record = {
         "bench": name,
@@ -468,7 +468,8 @@ def source_hash(device: str, bench: str) -> str:
     op = bench.removeprefix("bench_")
     alone = (ROOT / f"avadclip_fast/reference/{op}.py").exists()
     own = f"{op}*" if alone else "*"  # a whole step or model
-    shared = ["avadclip_fast/reference/_*.py", "csrc/stable.h", *(["csrc/amx.h"] if bench in AMX else [])]
+    shared = ["avadclip_fast/reference/_*.py", "csrc/stable.h"]
+    shared += ["csrc/amx.h", "csrc/avx512.h"] if bench in PRODUCTS else []
     patterns = [f"avadclip_fast/reference/{own}.py", *shared]
     patterns += {
         "cpu": [f"csrc/{own}_cpu.cpp"],

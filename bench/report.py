@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-OPERATIONS = ("topk_mean", "mil_loss", "distance_graph", "similarity_graph", "uniform_pool", "linear_act_amx")
+OPERATIONS = ("topk_mean", "mil_loss", "distance_graph", "similarity_graph", "uniform_pool")
+OPERATIONS += ("linear_act", "linear_act_amx")
 
 
 def read(name: str) -> dict:
@@ -29,12 +30,12 @@ def operations() -> str:
     """Returns a table of our time per case, and the relative time of each alternative in the same run."""
     lines = ["| op | case | C++, ms | times as long in the same run |", "|---|---|---|---|"]
     records = [read(f"bench_{op}") for op in OPERATIONS]
-    for record in records:
-        op, rows = record["bench"].removeprefix("bench_"), record["rows"]
+    for op, record in zip(OPERATIONS, records, strict=True):
+        name, rows = f"`{op}`".replace("_amx`", "`, AMX"), record["rows"]
         for case in dict.fromkeys(row["case"] for row in rows):
             *others, ours = [row for row in rows if row["case"] == case]
             ratios = ", ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in others)
-            lines.append(f"| `{op}` | {case} | {ours['median_ms']:.2f} | {ratios} |")
+            lines.append(f"| {name} | {case} | {ours['median_ms']:.2f} | {ratios} |")
     return "\n".join(lines) + _where(*records)
 
 
@@ -149,17 +150,17 @@ FIGURES: dict[str, Callable[[], str]] = {
 def draw(folder: Path) -> None:
     """Draws the plots of docs/performance.md. Without results on a GPU, there is no roofline."""
     plots.ratios(
-        folder / "performance-operations.png", [row for op in OPERATIONS for row in _named(read(f"bench_{op}"))]
+        folder / "performance-operations.png", [row for op in OPERATIONS for row in _named(op, read(f"bench_{op}"))]
     )
     plots.speedups(folder / "performance-steps.png", [*read("bench_step")["rows"], *read("bench_inference")["rows"]])
     if timed := gpu_records("gpu"):
         plots.roofline(folder / "performance-roofline.png", list(timed.values()))
 
 
-def _named(record: dict) -> list[dict]:
+def _named(op: str, record: dict) -> list[dict]:
     """Returns the rows of an op, with its name before each case."""
-    op = record["bench"].removeprefix("bench_")
-    return [{**row, "case": f"{op}: {row['case'].removeprefix('f+b ')}"} for row in record["rows"]]
+    name = op.replace("_amx", ", AMX")
+    return [{**row, "case": f"{name}: {row['case'].removeprefix('f+b ')}"} for row in record["rows"]]
 
 
 def rendered(text: str) -> str:

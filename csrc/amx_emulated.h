@@ -9,7 +9,7 @@
 #undef _tile_stored
 #undef _tile_dpbf16ps
 
-namespace avadclip::amx {
+namespace avadclip {
 
 struct alignas(64) EmulatedTile {
   uint32_t row[16][16];
@@ -48,4 +48,4 @@ TILES UNCHECKED inline void _tile_dpbf16ps(int sum, int a, int b) {
   }
 }
 
-}  // namespace avadclip::amx
+}  // namespace avadclip

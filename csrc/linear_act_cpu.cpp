@@ -1,6 +1,6 @@
-// linear_act on a processor with tile units (amx.h), in float32: linear layers and convolutions over time with what
-// surrounds them, forward and backward. Three products make it up, each of them cut into tasks of 256 rows by 512
-// columns whose sums stay in a core's cache; the factors are packed 128 numbers deep, one slab after the other.
+// linear_act on a processor with tile units (amx.h) or AVX-512 (avx512.h), in float32: linear layers and convolutions
+// over time with what surrounds them, forward and backward. Three products make it up, each of them cut into tasks of
+// 256 rows by 512 columns whose sums stay in a core's cache; the factors are packed slab by slab, 128 or 256 deep.
 //   y_t = sum_k W_k x_(t + shift_k) + b;   dx_t = sum_k W_k' g_(t - shift_k);   dW_k = sum_t g_t x_(t + shift_k)'
 #include <torch/csrc/stable/accelerator.h>
 
@@ -13,15 +13,10 @@
 namespace avadclip {
 namespace {
 
-#ifdef AVADCLIP_AMX
+#ifdef AVADCLIP_AVX512
 
-using namespace amx;
-
-constexpr int64_t ROWS = 256, COLUMNS = 512;            // of a task at most
-constexpr int64_t STEPS = 4;                            // tiles deep is a slab: 32 rows, 24 KB, stay in the first cache
-constexpr int64_t SLAB = STEPS * DEPTH;                 // numbers deep
-constexpr int64_t COLUMN_TILES = STEPS * PARTS * TILE;  // bytes of a slab's 16 columns
-constexpr int64_t PIECE = 256;                          // of a row, that stays in the first cache
+constexpr int64_t ROWS = 256, COLUMNS = 512;  // of a task at most
+constexpr int64_t PIECE = 256;                // of a row, that stays in the first cache
 
 constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 constexpr int64_t round_up(int64_t n, int64_t to) { return divide_up(n, to) * to; }
@@ -120,23 +115,26 @@ struct Taps {
 };
 
 // The taps as second factors: [slab][tap][16 columns][step][part] tiles. transposed: from outputs to inputs.
+template <class Unit>
 std::unique_ptr<char[], Free> pack(const Taps& taps, bool transposed, const float* zeros) {
+  constexpr int64_t PARTS = Unit::PARTS, TILE = Unit::TILE, STEPS = Unit::STEPS, SLAB = STEPS * DEPTH;
+  constexpr int64_t GROUP = STEPS * PARTS * TILE;  // bytes of a slab's 16 columns
   const int64_t depth = transposed ? taps.outputs : taps.inputs, width = transposed ? taps.inputs : taps.outputs;
   const int64_t groups = round_up(width, BLOCK) / LANES, slabs = divide_up(depth, SLAB);
-  auto packed = aligned<char>(slabs * taps.count * groups * COLUMN_TILES);
+  auto packed = aligned<char>(slabs * taps.count * groups * GROUP);
   torch::stable::parallel_for(0, slabs * taps.count * groups, 8, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t column = at % groups * LANES, tap = at / groups % taps.count, slab = at / groups / taps.count;
       for (int64_t s = 0; s < STEPS; ++s) {
         const int64_t k = slab * SLAB + s * DEPTH;
-        char* to = packed.get() + at * COLUMN_TILES + s * PARTS * TILE;
+        char* to = packed.get() + at * GROUP + s * PARTS * TILE;
         const float* row[DEPTH];
         if (transposed) {
           for (int64_t i = 0; i < DEPTH; ++i) row[i] = k + i < depth ? taps.row(tap, k + i) : zeros;
-          pack_across(row, column, width - column, false, to, TILE);
+          Unit::pack_across(row, column, width - column, false, to, TILE);
         } else {
           for (int64_t i = 0; i < LANES; ++i) row[i] = column + i < width ? taps.row(tap, column + i) : zeros;
-          pack_along(row, k, depth - k, true, to, TILE);
+          Unit::pack_along(row, k, depth - k, true, to, TILE);
         }
       }
     }
@@ -151,18 +149,21 @@ int64_t rows_a_task(const Videos& x) {
 }
 
 // out_t = epilogue(sum_k x_(t + shift_k) taps_k), rows t >= ends[b] being 0.
+template <class Unit>
 void rows_product(const Videos& x, const Taps& taps, bool transposed, const std::vector<int64_t>& shift, bool high,
                   const int64_t* ends, const Epilogue& to) {
+  constexpr int64_t PARTS = Unit::PARTS, TILE = Unit::TILE, STEPS = Unit::STEPS, SLAB = STEPS * DEPTH;
+  constexpr int64_t GROUP = STEPS * PARTS * TILE;  // bytes of a slab's 16 columns
   const int64_t width = transposed ? taps.inputs : taps.outputs, depth = x.width;
-  const auto weight = pack(taps, transposed, x.zeros);
+  const auto weight = pack<Unit>(taps, transposed, x.zeros);
   const auto [low, top] = std::minmax_element(shift.begin(), shift.end());
   const int64_t before = *low, reach = *top - *low;
   const int64_t groups = round_up(width, BLOCK) / LANES;
   const int64_t rows = rows_a_task(x), row_tasks = divide_up(x.rows, rows), column_tasks = divide_up(width, COLUMNS);
-  const int64_t packed_rows = round_up(rows + reach, LANES), stride = packed_rows * DEPTH * 2;
+  const int64_t packed_rows = round_up(rows + reach, LANES), stride = packed_rows * Unit::LANE;
 
   torch::stable::parallel_for(0, x.count * row_tasks * column_tasks, 1, [&](int64_t begin, int64_t end) {
-    const Units units;
+    const typename Unit::Units units;
     const auto slab = aligned<char>(STEPS * PARTS * stride);
     const auto block = aligned<Block>(rows * COLUMNS / (BLOCK * BLOCK));
     for (int64_t task = begin; task < end; ++task) {
@@ -177,16 +178,16 @@ void rows_product(const Videos& x, const Taps& taps, bool transposed, const std:
           for (int64_t i = 0; i < LANES; ++i) row[i] = x.row(b, first + before + r + i);
           for (int64_t s = 0; s < STEPS; ++s) {
             const int64_t at = k + s * DEPTH;
-            pack_along(row, at, depth - at, false, slab.get() + s * PARTS * stride + r * DEPTH * 2, stride);
+            Unit::pack_along(row, at, depth - at, false, slab.get() + s * PARTS * stride + r * Unit::LANE, stride);
           }
         }
         for (int64_t tap = 0; tap < taps.count; ++tap) {
-          const char* second = weight.get() + (k / SLAB * taps.count + tap) * groups * COLUMN_TILES;
+          const char* second = weight.get() + (k / SLAB * taps.count + tap) * groups * GROUP;
           for (int64_t r = 0; r < count; r += BLOCK)
             for (int64_t c = 0; c < columns; c += BLOCK)
-              multiply_add({slab.get() + (shift[tap] - before + r) * DEPTH * 2, PARTS * stride, stride, TILE},
-                           {second + (column + c) / LANES * COLUMN_TILES, PARTS * TILE, TILE, COLUMN_TILES}, STEPS,
-                           high, k == 0 && tap == 0, sums.block[r / BLOCK * sums.blocks + c / BLOCK]);
+              Unit::multiply_add({slab.get() + (shift[tap] - before + r) * Unit::LANE, PARTS * stride, stride, TILE},
+                                 {second + (column + c) / LANES * GROUP, PARTS * TILE, TILE, GROUP}, STEPS, high,
+                                 k == 0 && tap == 0, sums.block[r / BLOCK * sums.blocks + c / BLOCK]);
         }
       }
       for (int64_t r = 0; r < count; ++r) {
@@ -204,7 +205,10 @@ void rows_product(const Videos& x, const Taps& taps, bool transposed, const std:
 }
 
 // out (O, I, K) = sum over videos and t of g_t x_(t + shift_k)'
+template <class Unit>
 void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>& shift, bool high, float* out) {
+  constexpr int64_t PARTS = Unit::PARTS, TILE = Unit::TILE, STEPS = Unit::STEPS, SLAB = STEPS * DEPTH;
+  constexpr int64_t GROUP = STEPS * PARTS * TILE;  // bytes of a slab's 16 columns
   const int64_t taps = shift.size(), depth = g.count * g.rows, outputs = g.width, inputs = x.width;
   // Columns are whole blocks of one tap each.
   const int64_t tap_columns = round_up(inputs, BLOCK), width = taps * tap_columns;
@@ -214,11 +218,11 @@ void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>
   while (divide_up(outputs, rows) * divide_up(width, columns) < threads && std::max(rows, columns) > 2 * BLOCK)
     (rows >= columns ? rows : columns) = round_up(std::max(rows, columns) / 2, BLOCK);
   const int64_t row_tasks = divide_up(outputs, rows), column_tasks = divide_up(width, columns);
-  const int64_t stride = rows * DEPTH * 2;
+  const int64_t stride = rows * Unit::LANE;
 
   torch::stable::parallel_for(0, row_tasks * column_tasks, 1, [&](int64_t begin, int64_t end) {
-    const Units units;
-    const auto first = aligned<char>(STEPS * PARTS * stride), second = aligned<char>(columns / LANES * COLUMN_TILES);
+    const typename Unit::Units units;
+    const auto first = aligned<char>(STEPS * PARTS * stride), second = aligned<char>(columns / LANES * GROUP);
     const auto block = aligned<Block>(rows * columns / (BLOCK * BLOCK));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t o = task / column_tasks * rows, from = task % column_tasks * columns;
@@ -233,7 +237,8 @@ void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>
             row[i] = at < depth ? g.row(at / g.rows, at % g.rows) : g.zeros;
           }
           for (int64_t r = 0; r < count; r += LANES)
-            pack_across(row, o + r, outputs - o - r, true, first.get() + s * PARTS * stride + r * DEPTH * 2, stride);
+            Unit::pack_across(row, o + r, outputs - o - r, true,
+                              first.get() + s * PARTS * stride + r * Unit::LANE, stride);
           for (int64_t c = 0, tap = -1; c < some; c += LANES) {
             if ((from + c) / tap_columns != tap) {
               tap = (from + c) / tap_columns;
@@ -243,15 +248,15 @@ void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>
               }
             }
             const int64_t input = (from + c) % tap_columns;
-            pack_across(row, input, inputs - input, false,
-                        second.get() + c / LANES * COLUMN_TILES + s * PARTS * TILE, TILE);
+            Unit::pack_across(row, input, inputs - input, false,
+                              second.get() + c / LANES * GROUP + s * PARTS * TILE, TILE);
           }
         }
         for (int64_t r = 0; r < count; r += BLOCK)
           for (int64_t c = 0; c < some; c += BLOCK)
-            multiply_add({first.get() + r * DEPTH * 2, PARTS * stride, stride, TILE},
-                         {second.get() + c / LANES * COLUMN_TILES, PARTS * TILE, TILE, COLUMN_TILES}, STEPS, high,
-                         k == 0, sums.block[r / BLOCK * sums.blocks + c / BLOCK]);
+            Unit::multiply_add({first.get() + r * Unit::LANE, PARTS * stride, stride, TILE},
+                               {second.get() + c / LANES * GROUP, PARTS * TILE, TILE, GROUP}, STEPS, high, k == 0,
+                               sums.block[r / BLOCK * sums.blocks + c / BLOCK]);
       }
       for (int64_t c = 0; c < some; c += BLOCK) {
         const int64_t tap = (from + c) / tap_columns, input = (from + c) % tap_columns;
@@ -313,6 +318,11 @@ void slopes(const float* grad, const float* kept, const float* dot, int64_t rows
   add_up(dots, d_dot);
 }
 
+void check_available(bool amx) {
+  STD_TORCH_CHECK(amx ? Amx::available() : Avx512::available(), "this processor has no ",
+                  amx ? "tile units (AMX)" : "AVX-512");
+}
+
 struct Layer {
   int64_t B, T, I, O, K;
   std::vector<int64_t> shift;
@@ -345,8 +355,8 @@ std::optional<Tensor> dense_if_any(const std::optional<Tensor>& x) {
 std::tuple<Tensor, Tensor> linear_act_tiles(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                             const std::string& activation, const std::optional<Tensor>& residual,
                                             int64_t dilation, bool causal, const std::optional<Tensor>& lengths,
-                                            const std::optional<Tensor>& dot, bool save_y, bool high) {
-  STD_TORCH_CHECK(amx::available(), "this processor has no tile units (AMX)");
+                                            const std::optional<Tensor>& dot, bool save_y, bool amx, bool high) {
+  check_available(amx);
   Layer l = layer_of(x, weight, dilation, causal);
   if (bias) check("bias", *bias, {l.O}, ScalarType::Float, x);
   if (residual) check("residual", *residual, {l.B, l.T, l.O}, ScalarType::Float, x);
@@ -362,9 +372,10 @@ std::tuple<Tensor, Tensor> linear_act_tiles(const Tensor& x, const Tensor& weigh
   const std::vector<float> zeros(std::max(l.I, l.O));
   Videos videos{data<float>(from), l.B, l.T, l.I, lengths ? valid.data() : nullptr, zeros.data()};
   if (l.K == 1 && !lengths) videos.rows *= std::exchange(videos.count, 1);  // rows then know nothing of videos
-  rows_product(videos, Taps(w), false, l.shift, high, nullptr,
-               {optional_data(b), optional_data(r), optional_data(d), activation_of(activation),
-                save_y ? mutable_data<float>(y) : nullptr, dot ? parts.get() : mutable_data<float>(out)});
+  const auto product = amx ? rows_product<Amx> : rows_product<Avx512>;
+  product(videos, Taps(w), false, l.shift, high, nullptr,
+          {optional_data(b), optional_data(r), optional_data(d), activation_of(activation),
+           save_y ? mutable_data<float>(y) : nullptr, dot ? parts.get() : mutable_data<float>(out)});
   for (int64_t row = 0; dot && row < rows; ++row) {
     float sum = 0;
     for (int64_t task = 0; task < column_tasks; ++task) sum += parts[task * rows + row];
@@ -377,8 +388,8 @@ std::tuple<Tensor, Tensor> linear_act_tiles(const Tensor& x, const Tensor& weigh
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_tiles_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const std::string& activation, int64_t dilation,
     bool causal, const std::optional<Tensor>& lengths, const std::optional<Tensor>& dot, const Tensor& kept,
-    std::vector<bool> needs, bool high) {
-  STD_TORCH_CHECK(amx::available(), "this processor has no tile units (AMX)");
+    std::vector<bool> needs, bool amx, bool high) {
+  check_available(amx);
   Layer l = layer_of(x, weight, dilation, causal);
   if (dot) {
     check("grad", grad, {l.B, l.T}, ScalarType::Float, x);
@@ -414,34 +425,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_tiles_backward(
     for (Videos* v : {&seen, &slopes}) v->rows *= std::exchange(v->count, 1);
   if (needs[1]) {
     dw = torch::stable::empty_like(w);
-    weight_product(slopes, seen, l.shift, high, mutable_data<float>(dw));
+    (amx ? weight_product<Amx> : weight_product<Avx512>)(slopes, seen, l.shift, high, mutable_data<float>(dw));
   }
   if (needs[0]) {
     dx = empty(x, {l.B, l.T, l.I}, ScalarType::Float);
     std::vector<int64_t> back;
     for (int64_t s : l.shift) back.push_back(-s);
-    rows_product(slopes, Taps(w), true, back, high, seen.valid,
-                 {nullptr, nullptr, nullptr, Activation::NONE, nullptr, mutable_data<float>(dx)});
+    const auto product = amx ? rows_product<Amx> : rows_product<Avx512>;
+    product(slopes, Taps(w), true, back, high, seen.valid,
+            {nullptr, nullptr, nullptr, Activation::NONE, nullptr, mutable_data<float>(dx)});
   }
   return {dx, dw, db, d_dot};
 }
 
-bool has_amx() { return amx::available(); }
+bool has_amx() { return Amx::available(); }
+bool has_avx512() { return Avx512::available(); }
 
 #else
 
 bool has_amx() { return false; }
+bool has_avx512() { return false; }
 
 #endif
 
 }  // namespace
 
-#ifdef AVADCLIP_AMX
+#ifdef AVADCLIP_AVX512
 STABLE_TORCH_LIBRARY_IMPL(avadclip_fast, CPU, m) {
   m.impl("linear_act_tiles", TORCH_BOX(&linear_act_tiles));
   m.impl("linear_act_tiles_backward", TORCH_BOX(&linear_act_tiles_backward));
 }
 #endif
-STABLE_TORCH_LIBRARY_IMPL(avadclip_fast, CompositeExplicitAutograd, m) { m.impl("has_amx", TORCH_BOX(&has_amx)); }
+STABLE_TORCH_LIBRARY_IMPL(avadclip_fast, CompositeExplicitAutograd, m) {
+  m.impl("has_amx", TORCH_BOX(&has_amx));
+  m.impl("has_avx512", TORCH_BOX(&has_avx512));
+}
 
 }  // namespace avadclip

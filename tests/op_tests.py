@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from avadclip_fast import BackendError, ops
 from avadclip_fast.ops import _dispatch
-from avadclip_fast.ops._linear_act_amx import HAS_AMX
+from avadclip_fast.ops._linear_act_cpu import HAS_AMX, HAS_AVX512
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,6 +32,7 @@ DEVICES = {
 VANISHES = 1e-14  # a gradient this small in float64, of summands of about 1, is zero
 ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 ON_TILES = pytest.mark.skipif(not HAS_AMX, reason="needs a processor with tile units (AMX)")
+ON_AVX512 = pytest.mark.skipif(not HAS_AVX512, reason="needs a processor with AVX-512")
 
 
 def _name(value: Any) -> str:

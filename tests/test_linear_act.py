@@ -8,7 +8,7 @@ import torch
 from cases import LARGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_tests import ON_TILES, OpTests
+from op_tests import ON_AVX512, ON_TILES, OpTests
 
 from avadclip_fast import ops
 from avadclip_fast.ops import _dispatch
@@ -87,27 +87,33 @@ _TENSORS = ("x", "weight", "bias")
 _LAYER = (None, "none", None, None, 1, False, None)  # a linear layer's arguments after x and weight
 
 
-@ON_TILES
-class TestTiles:
-    """What tiles of 16 by 32 and tasks of 256 by 512 could go wrong with, and the two precisions."""
+on_both_units = pytest.mark.parametrize(
+    "backend", [pytest.param("amx", marks=ON_TILES), pytest.param("cpp", marks=ON_AVX512)]
+)
 
+
+class TestTiles:
+    """What tiles of 16 by 32 and tasks of 256 by 512 could go wrong with, and the two precisions of tile units."""
+
+    @on_both_units
     @pytest.mark.parametrize("large", LARGE["linear_act"], ids=lambda case: case.name)
-    def test_at_real_sizes(self, large):
-        TestLinearAct().agree(large.make(torch.float32, "cpu", 0), "amx")
+    def test_at_real_sizes(self, large, backend):
+        TestLinearAct().agree(large.make(torch.float32, "cpu", 0), backend)
 
     # Around the edges of a tile, of a block, of a slab, of a task.
+    @on_both_units
     @settings(deadline=None, max_examples=60)
     @given(
         batch=st.integers(1, 3),
         rows=st.sampled_from([1, 2, 15, 16, 17, 31, 33, 130, 300]),
-        inputs=st.sampled_from([1, 15, 16, 31, 33, 64, 127, 130]),
+        inputs=st.sampled_from([1, 15, 16, 31, 33, 64, 127, 130, 257]),
         outputs=st.sampled_from([1, 16, 17, 33, 100, 513]),
         taps=st.sampled_from([None, 1, 2, 3, 5]),
         dilation=st.sampled_from([1, 4, 20]),
         causal=st.booleans(),
         ragged=st.booleans(),
     )
-    def test_any_shape(self, batch, rows, inputs, outputs, taps, dilation, causal, ragged):
+    def test_any_shape(self, backend, batch, rows, inputs, outputs, taps, dilation, causal, ragged):
         draw = torch.Generator().manual_seed(rows)
         kernel = () if taps is None else (taps,)
         arguments = {
@@ -122,7 +128,7 @@ class TestTiles:
         upstream = torch.randn(batch, rows, outputs, generator=draw)
         exact = {key: value.double() if key in _TENSORS else value for key, value in arguments.items()}
         oracles = self.results(exact, upstream.double(), "reference")
-        for got, oracle in zip(self.results(arguments, upstream, "amx"), oracles, strict=True):
+        for got, oracle in zip(self.results(arguments, upstream, backend), oracles, strict=True):
             torch.testing.assert_close(got.double(), oracle, rtol=1e-5, atol=2e-6 * oracle.abs().max().item())
 
     def results(self, arguments, upstream, backend):
@@ -131,19 +137,21 @@ class TestTiles:
         out = ops.linear_act(**(arguments | leaves), backend=backend)
         return [out.detach(), *torch.autograd.grad(out, list(leaves.values()), upstream)]
 
-    def test_long_sums_stay_exact(self):
+    @on_both_units
+    def test_long_sums_stay_exact(self, backend):
         """The weight's gradient over 24,576 rows, all of one sign, where roundings do not cancel."""
         torch.manual_seed(0)
         x, g = torch.rand(24576, 64), torch.rand(24576, 48)
         grads = {}
-        for backend, kind in (("amx", torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        for name, kind in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
             weight = torch.zeros(48, 64, dtype=kind, requires_grad=True)
-            ops.linear_act(x.to(kind), weight, backend=backend).backward(g.to(kind))
-            grads[backend, kind] = weight.grad
+            ops.linear_act(x.to(kind), weight, backend=name).backward(g.to(kind))
+            grads[name, kind] = weight.grad
         oracle = grads["reference", torch.float64]
-        got, plain = ((grads[name, torch.float32] - oracle).abs().max() for name in ("amx", "reference"))
+        got, plain = ((grads[name, torch.float32] - oracle).abs().max() for name in (backend, "reference"))
         assert got <= 3 * plain + 2 * torch.finfo(torch.float32).eps * oracle.max()
 
+    @ON_TILES
     def test_high_precision_keeps_16_bits(self):
         torch.manual_seed(0)
         x, weight = torch.randn(300, 512), torch.randn(512, 512) * 512**-0.5
@@ -157,18 +165,20 @@ class TestTiles:
         # What is left out of a product is at most 3 * 2^-18 of it, and 512 of those add up at random.
         assert errors["highest"] < 2e-6 < 1e-5 < errors["high"] < 3 * 2**-18 * 4
 
-    def test_is_chosen_where_it_is_faster(self):
+    @on_both_units
+    def test_is_chosen_where_it_is_faster(self, backend):
         for rows, width, chosen in ((512, 256, True), (511, 256, False), (512, 255, False)):
             layer = (torch.zeros(rows, 256), torch.zeros(width, 256), *_LAYER)
-            assert _dispatch.why_not("linear_act", "amx", *layer) is None  # it serves whoever asks for it
-            assert (_dispatch.why_not_chosen("linear_act", "amx", *layer) is None) == chosen
+            assert _dispatch.why_not("linear_act", backend, *layer) is None  # it serves whoever asks for it
+            assert (_dispatch.why_not_chosen("linear_act", backend, *layer) is None) == chosen
 
-    def test_serves_float32_alone(self):
+    @on_both_units
+    def test_serves_float32_alone(self, backend):
         layer = (torch.zeros(1024, 256), torch.zeros(256, 256), *_LAYER)
         double = (layer[0].double(), layer[1].double(), *_LAYER)
-        assert "float32" in _dispatch.why_not("linear_act", "amx", *double)
+        assert "float32" in _dispatch.why_not("linear_act", backend, *double)
         with torch.autocast("cpu", torch.bfloat16):
-            assert "float32" in _dispatch.why_not("linear_act", "amx", *layer)
+            assert "float32" in _dispatch.why_not("linear_act", backend, *layer)
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import torch
 from cases import convert, leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_tests import ON_TILES
+from op_tests import ON_AVX512, ON_TILES
 from torch import Tensor
 
 from avadclip_fast import _build, ops
-from avadclip_fast.ops._linear_act_amx import HAS_AMX
+from avadclip_fast.ops._linear_act_cpu import HAS_AMX, HAS_AVX512
 
 pytestmark = pytest.mark.skipif(_build.CPP_MISSING is not None, reason=str(_build.CPP_MISSING))
 
@@ -34,12 +34,12 @@ def calls() -> dict[str, tuple]:
     x, weight, bias = torch.randn(B, T, D), torch.randn(C, D, 5), torch.randn(C)
     y = torch.randn(B, T, C)
     tiles = {
-        "linear_act_tiles": (x, weight, bias, "quick_gelu", y, 1, False, lengths, None, True, False),
+        "linear_act_tiles": (x, weight, bias, "quick_gelu", y, 1, False, lengths, None, True, HAS_AMX, False),
         "linear_act_tiles_backward": (
-            *(y[..., 0], x, weight, "quick_gelu", 1, False, lengths, bias, y, [True] * 4, False),
+            *(y[..., 0], x, weight, "quick_gelu", 1, False, lengths, bias, y, [True] * 4, HAS_AMX, False),
         ),
     }
-    return (tiles if HAS_AMX else {}) | {
+    return (tiles if HAS_AVX512 else {}) | {
         "topk_mean": (torch.randn(B, T, C), lengths, 2),
         "topk_mean_backward": (torch.randn(B, C), index, T),
         "mil_loss": (torch.randn(B, T), labels, lengths, 2),
@@ -111,8 +111,8 @@ def refuses(name: str, arguments: dict, words: str = "must") -> None:
 @pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not here")
 def test_every_operator_is_here():
     sources = "".join(path.read_text() for path in CSRC.glob("*_cpu.cpp"))
-    tiles = set() if HAS_AMX else {name for name in re.findall(r'm\.impl\("(\w+)"', sources) if "_tiles" in name}
-    assert {*NAMES, "has_amx"} == set(re.findall(r'm\.impl\("(\w+)"', sources)) - tiles
+    tiles = set() if HAS_AVX512 else {name for name in re.findall(r'm\.impl\("(\w+)"', sources) if "_tiles" in name}
+    assert {*NAMES, "has_amx", "has_avx512"} == set(re.findall(r'm\.impl\("(\w+)"', sources)) - tiles
     assert all(out.isfinite().all() for name in NAMES for out in call(name, arguments_of(name)))
 
 
@@ -177,9 +177,10 @@ class TestRefusals:
                 "dilation": (0, -1),
                 "activation": ("", "gelu"),
                 "needs": ([], [True] * 3, [True] * 5),
+                "amx": () if HAS_AMX else (True,),
             }
             for value in bad[key]:
-                refuses(name, {**arguments, key: value})
+                refuses(name, {**arguments, key: value}, "no tile units" if key == "amx" else "must")
 
 
 def test_indices_outside():
@@ -348,15 +349,15 @@ def test_gradients_of_what_is_linear_have_their_own():
         assert torch.autograd.gradcheck(function, grad) and torch.autograd.gradgradcheck(function, grad)
 
 
-@ON_TILES
+@pytest.mark.parametrize("backend", [pytest.param("amx", marks=ON_TILES), pytest.param("cpp", marks=ON_AVX512)])
 @pytest.mark.parametrize("inputs, outputs, rows", [(0, 5, 3), (4, 0, 3), (4, 5, 0)])
-def test_a_layer_without_inputs_outputs_or_rows(inputs, outputs, rows):
+def test_a_layer_without_inputs_outputs_or_rows(inputs, outputs, rows, backend):
     x, weight = torch.randn(2, rows, inputs), torch.randn(outputs, inputs)
     for bias, residual in ((None, None), (torch.randn(outputs), torch.randn(2, rows, outputs))):
         layer = {"x": x, "weight": weight, "bias": bias, "residual": residual}
         results = []
-        for backend in ("reference", "amx"):
+        for name in ("reference", backend):
             leaf = convert(layer, lambda _, x: x.clone().requires_grad_())
-            out = ops.linear_act(**leaf, backend=backend)
+            out = ops.linear_act(**leaf, backend=name)
             results.append([out, *torch.autograd.grad(out.square().sum(), [x for _, x in leaves(leaf)])])
         torch.testing.assert_close(*results)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from op_tests import ON_TILES
+from op_tests import ON_AVX512, ON_TILES
 from test_train import CLASSES, SMALL, features, teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -98,10 +98,14 @@ def curves(tmp_path_factory):
     return curve
 
 
-# The last two: all products on the processor's tile units, of 24 bits and of 16.
+# Besides the default: all products in AVX-512, or on the processor's tile units, of 24 bits and of 16.
 @pytest.mark.parametrize(
     ("backend", "precision"),
-    [(None, "fp32"), *(pytest.param("amx", precision, marks=ON_TILES) for precision in ("fp32", "tf32"))],
+    [
+        (None, "fp32"),
+        pytest.param("cpp", "fp32", marks=ON_AVX512),
+        *(pytest.param("amx", precision, marks=ON_TILES) for precision in ("fp32", "tf32")),
+    ],
 )
 @pytest.mark.parametrize("kind", ["teacher", "student"])
 def test_sixty_steps_follow_the_plain_float32_model(curves, kind, backend, precision):

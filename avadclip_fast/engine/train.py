@@ -23,7 +23,7 @@ from ..device import current
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
 from ..models.encoder import moments
-from ..ops._linear_act_amx import HAS_AMX
+from ..ops._linear_act_cpu import HAS_AMX
 from ..ops._padding import valid_mask, zero_padding
 from ..profiling import span, trace
 from . import distributed, residency

@@ -1,10 +1,12 @@
 """linear_act: a linear layer or k-tap temporal convolution with fused norm, activation and residual."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .. import reference
-from . import _dispatch, _linear_act_amx
+from . import _dispatch, _linear_act_cpu
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable_once
 from ._triton import implement, triton_reason
@@ -18,7 +20,7 @@ def _triton(x, weight, bias, activation, residual, norm, dilation, causal, lengt
         weight, bias, dot = (None if t is None else t.to(dtype) for t in (weight, bias, dot))
         x = x if norm is not None else x.to(dtype)
     scale, shift = norm or (None, None)
-    save_y = _linear_act_amx.saves_y(activation, residual, dot, x, weight, bias, residual, scale, shift)
+    save_y = _linear_act_cpu.saves_y(activation, residual, dot, x, weight, bias, residual, scale, shift)
     return torch.ops.avadclip_fast.linear_act(
         x, weight, bias, activation, residual, scale, shift, dilation, causal, lengths, dot, save_y
     )[0]
@@ -30,7 +32,14 @@ def _supports(x, weight, bias, activation, residual, norm, dilation, causal, len
 
 
 _dispatch.register("linear_act", "triton", _triton, _supports)
-_dispatch.register("linear_act", "amx", _linear_act_amx.linear_act, _linear_act_amx.supports, _linear_act_amx.declines)
+for _backend, _amx in (("amx", True), ("cpp", False)):
+    _dispatch.register(
+        "linear_act",
+        _backend,
+        partial(_linear_act_cpu.linear_act, amx=_amx),
+        partial(_linear_act_cpu.supports, amx=_amx),
+        _linear_act_cpu.declines,
+    )
 
 # y: the pre-activation if save_y, else empty (the backward pass then needs nothing, or relu's sign from out).
 # stats: mean and 1/std of LayerNorm, float32 (2, B, T), empty without norm.

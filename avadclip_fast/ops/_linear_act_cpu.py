@@ -1,4 +1,4 @@
-"""linear_act on AMX tile units, in C++: for float32 inputs with enough rows to amortise packing the weights."""
+"""linear_act in C++, on AMX tile units or in AVX-512, for float32 inputs with enough rows to amortise packing."""
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,9 @@ def saves_y(activation: str, residual: Tensor | None, dot: Tensor | None, *learn
     return asked and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*learned, dot))
 
 
-def linear_act(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> Tensor:
+def linear_act(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None, *, amx) -> Tensor:
     if activation == "gelu":  # torch's erf
-        y = F.gelu(linear_act(x, weight, bias, "none", None, norm, dilation, causal, lengths))
+        y = F.gelu(linear_act(x, weight, bias, "none", None, norm, dilation, causal, lengths, amx=amx))
         return y @ dot if dot is not None else y if residual is None else y + residual
     leading = x.shape[:-1]
     if weight.ndim == 2:
@@ -33,18 +33,20 @@ def linear_act(x, weight, bias, activation, residual, norm, dilation, causal, le
         x = zero_padding(x, lengths)  # before the norm too, because padding may hold NaN
         x = F.layer_norm(x, x.shape[-1:], norm[0], norm[1], LAYER_NORM_EPS)
     save_y = saves_y(activation, residual, dot, x, weight, bias)
-    out, _ = torch.ops.avadclip_fast.linear_act_amx(
-        x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y
+    out, _ = torch.ops.avadclip_fast.linear_act_cpu(
+        x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y, amx
     )
     return out.reshape(leading if dot is not None else (*leading, weight.shape[0]))
 
 
-def supports(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> str | None:
+def supports(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None, *, amx) -> str | None:
     tensors = [t for t in (x, weight, bias, residual, *(norm or ()), dot) if t is not None]
     if reason := _build.cpp_reason(*tensors):
         return reason
-    if not HAS_AMX:
+    if amx and not HAS_AMX:
         return "it runs on a processor's tile units (AMX), and this one has none"
+    if not amx and not HAS_AVX512:
+        return "it runs on a processor with AVX-512, which this one lacks"
     if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return "it computes in float32"
     if torch.compiler.is_exporting():
@@ -58,19 +60,21 @@ def declines(x, weight, *_, **__) -> str | None:
 
 
 torch.library.define("avadclip_fast::has_amx", "() -> bool")
+torch.library.define("avadclip_fast::has_avx512", "() -> bool")
 HAS_AMX: bool = not _build.CPP_MISSING and torch.ops.avadclip_fast.has_amx()
+HAS_AVX512: bool = not _build.CPP_MISSING and torch.ops.avadclip_fast.has_avx512()
 # y: the pre-activation if save_y, else empty (the backward pass then needs nothing, or relu's sign from out)
 _FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, int dilation, bool causal,"
-    " Tensor? lengths, Tensor? dot, bool save_y{}) -> (Tensor out, Tensor y)"
+    " Tensor? lengths, Tensor? dot, bool save_y, bool amx{}) -> (Tensor out, Tensor y)"
 )
 _BACKWARD = (
     "(Tensor grad, Tensor x, Tensor weight, str activation, int dilation, bool causal, Tensor? lengths, Tensor? dot,"
-    " Tensor kept, bool[] needs{}) -> (Tensor, Tensor, Tensor, Tensor)"
+    " Tensor kept, bool[] needs, bool amx{}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
-torch.library.define("avadclip_fast::linear_act_amx", _FORWARD.format(""))
-torch.library.define("avadclip_fast::linear_act_amx_backward", _BACKWARD.format(""))
-# In C++. high: uses only the first 16 of 24 significand bits.
+torch.library.define("avadclip_fast::linear_act_cpu", _FORWARD.format(""))
+torch.library.define("avadclip_fast::linear_act_cpu_backward", _BACKWARD.format(""))
+# In C++. high: tile units use only the first 16 of 24 significand bits.
 torch.library.define("avadclip_fast::linear_act_tiles", _FORWARD.format(", bool high"))
 torch.library.define("avadclip_fast::linear_act_tiles_backward", _BACKWARD.format(", bool high"))
 
@@ -80,30 +84,30 @@ def _high() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-@torch.library.impl("avadclip_fast::linear_act_amx", "CPU")
+@torch.library.impl("avadclip_fast::linear_act_cpu", "CPU")
 def _(*args):
     return torch.ops.avadclip_fast.linear_act_tiles(*args, _high())
 
 
-@torch.library.impl("avadclip_fast::linear_act_amx_backward", "CPU")
+@torch.library.impl("avadclip_fast::linear_act_cpu_backward", "CPU")
 def _(*args):
     return torch.ops.avadclip_fast.linear_act_tiles_backward(*args, _high())
 
 
-@torch.library.register_fake("avadclip_fast::linear_act_amx")
-def _(x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y):
+@torch.library.register_fake("avadclip_fast::linear_act_cpu")
+def _(x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y, amx):
     shape = (*x.shape[:2], weight.shape[0])
     return x.new_empty(shape if dot is None else shape[:2]), x.new_empty(shape if save_y else 0)
 
 
-@torch.library.register_fake("avadclip_fast::linear_act_amx_backward")
-def _(grad, x, weight, activation, dilation, causal, lengths, dot, kept, needs):
+@torch.library.register_fake("avadclip_fast::linear_act_cpu_backward")
+def _(grad, x, weight, activation, dilation, causal, lengths, dot, kept, needs, amx):
     shapes = x.shape, weight.shape, weight.shape[:1], weight.shape[:1]
     return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, ctx.activation, _, ctx.dilation, ctx.causal, lengths, dot, save_y = inputs
+    x, weight, _, ctx.activation, _, ctx.dilation, ctx.causal, lengths, dot, save_y, ctx.amx = inputs
     out, y = output
     ctx.mark_non_differentiable(y)
     ctx.set_materialize_grads(False)
@@ -112,16 +116,16 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     x, weight, lengths, dot, kept = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
-    grads = torch.ops.avadclip_fast.linear_act_amx_backward(
-        grad, x, weight, ctx.activation, ctx.dilation, ctx.causal, lengths, dot, kept, needs
+    grads = torch.ops.avadclip_fast.linear_act_cpu_backward(
+        grad, x, weight, ctx.activation, ctx.dilation, ctx.causal, lengths, dot, kept, needs, ctx.amx
     )
     dx, dw, db, d_dot = (g if need else None for g, need in zip(grads, needs, strict=True))
     residual = grad if ctx.needs_input_grad[4] else None
-    return dx, dw, db, None, residual, None, None, None, d_dot, None
+    return dx, dw, db, None, residual, None, None, None, d_dot, None, None
 
 
-torch.library.register_autograd("avadclip_fast::linear_act_amx", _backward, setup_context=_save)
-differentiable_once("linear_act", "linear_act_amx_backward")
+torch.library.register_autograd("avadclip_fast::linear_act_cpu", _backward, setup_context=_save)
+differentiable_once("linear_act", "linear_act_cpu_backward")
