@@ -149,18 +149,18 @@ FIGURES: dict[str, Callable[[], str]] = {
 
 def draw(folder: Path) -> None:
     """Draws the plots of docs/performance.md. Without results on a GPU, there is no roofline."""
-    plots.ratios(
-        folder / "performance-operations.png", [row for op in OPERATIONS for row in _named(op, read(f"bench_{op}"))]
-    )
+    # Of one processor: the table has those with AMX, too.
+    drawn = [row for op in OPERATIONS if "amx" not in op for row in _named(read(f"bench_{op}"))]
+    plots.ratios(folder / "performance-operations.png", drawn)
     plots.speedups(folder / "performance-steps.png", [*read("bench_step")["rows"], *read("bench_inference")["rows"]])
     if timed := gpu_records("gpu"):
         plots.roofline(folder / "performance-roofline.png", list(timed.values()))
 
 
-def _named(op: str, record: dict) -> list[dict]:
+def _named(record: dict) -> list[dict]:
     """Returns the rows of an op, with its name before each case."""
-    name = op.replace("_amx", ", AMX")
-    return [{**row, "case": f"{name}: {row['case'].removeprefix('f+b ')}"} for row in record["rows"]]
+    op = record["bench"].removeprefix("bench_")
+    return [{**row, "case": f"{op}: {row['case'].removeprefix('f+b ')}"} for row in record["rows"]]
 
 
 def rendered(text: str) -> str:
