@@ -86,11 +86,12 @@ types: $(VENV)/installed
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Paired ratios against loops and plain PyTorch, into bench/results/*.json.
+# Paired ratios against loops and plain PyTorch, into bench/results/*.json, within 10 minutes on two cores.
 bench-cpu: $(VENV)/installed
-	for op in topk_mean mil_loss distance_graph similarity_graph uniform_pool linear_act folds; do \
+	for op in topk_mean mil_loss distance_graph similarity_graph uniform_pool; do \
 		$(BIN)/python -m bench.bench_$$op --json || exit 1; done
-	for whole in step inference; do $(BIN)/python -m bench.bench_$$whole --rounds 4 --json || exit 1; done
+	for op in linear_act folds; do $(BIN)/python -m bench.bench_$$op --rounds 7 --json || exit 1; done
+	for whole in step inference; do $(BIN)/python -m bench.bench_$$whole --rounds 3 --json || exit 1; done
 
 # On a machine with a GPU: build, tests, sanitizers, every benchmark, within 8 minutes; gpu.json and gpu.tar.gz in OUT.
 gpu: $(VENV)/installed
