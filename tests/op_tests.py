@@ -33,6 +33,9 @@ VANISHES = 1e-14  # a gradient this small in float64, of summands of about 1, is
 ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 ON_TILES = pytest.mark.skipif(not HAS_AMX, reason="needs a processor with tile units (AMX)")
 ON_AVX512 = pytest.mark.skipif(not HAS_AVX512, reason="needs a processor with AVX-512")
+on_both_units = pytest.mark.parametrize(  # what computes the products of linear_act on a processor
+    "backend", [pytest.param("amx", marks=ON_TILES), pytest.param("cpp", marks=ON_AVX512)]
+)
 
 
 def _name(value: Any) -> str:

@@ -152,7 +152,7 @@ if __name__ == "__main__":
     with distributed.joined(torch.device("cpu")):
         for name in sys.argv[2:]:
             globals()[name](Path(sys.argv[1]))
-    # A thread that were still there could meet the interpreter's end, and abort.
+    # A thread that is still there may meet the interpreter's end, and abort.
     threads = [(task / "comm").read_text() for task in Path("/proc/self/task").glob("*")]
     assert not [name for name in threads if "gloo" in name]
 

@@ -8,7 +8,7 @@ import torch
 from cases import LARGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_tests import ON_AVX512, ON_TILES, OpTests
+from op_tests import ON_TILES, OpTests, on_both_units
 
 from avadclip_fast import ops
 from avadclip_fast.ops import _dispatch
@@ -85,11 +85,6 @@ class TestLinearAct(OpTests):
 
 _TENSORS = ("x", "weight", "bias")
 _LAYER = (None, "none", None, None, 1, False, None)  # a linear layer's arguments after x and weight
-
-
-on_both_units = pytest.mark.parametrize(
-    "backend", [pytest.param("amx", marks=ON_TILES), pytest.param("cpp", marks=ON_AVX512)]
-)
 
 
 class TestTiles:

@@ -10,7 +10,7 @@ import torch
 from cases import convert, leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_tests import ON_AVX512, ON_TILES
+from op_tests import on_both_units
 from torch import Tensor
 
 from avadclip_fast import _build, ops
@@ -349,7 +349,7 @@ def test_gradients_of_what_is_linear_have_their_own():
         assert torch.autograd.gradcheck(function, grad) and torch.autograd.gradgradcheck(function, grad)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("amx", marks=ON_TILES), pytest.param("cpp", marks=ON_AVX512)])
+@on_both_units
 @pytest.mark.parametrize("inputs, outputs, rows", [(0, 5, 3), (4, 0, 3), (4, 5, 0)])
 def test_a_layer_without_inputs_outputs_or_rows(inputs, outputs, rows, backend):
     x, weight = torch.randn(2, rows, inputs), torch.randn(outputs, inputs)
