@@ -69,6 +69,7 @@ SAMPLE = (
 INSTRUCTIONS = (*TENSOR_CORE.values(), "UTMALDG", "LDGSTS")
 POINTERS = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
+    torch.uint8: "u8",
 }  # fmt: skip
 
 

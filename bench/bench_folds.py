@@ -1,10 +1,12 @@
 """Folding around linear_act: products of weights instead of products with the features, forward and backward.
 
 FLOPs of the forward pass with M = B·T rows of width D: binary head 8MD² instead of 16MD² (+ 8D²); k3-k1 6MD² + 6D³
-instead of 8MD²; gc1 with gc3 the same number, but their input is read once. The backward pass has twice as many.
+instead of 8MD²; attention 4MD² + 4D³ instead of 8MD², besides the attention itself; gc1 with gc3 the same number, but
+their input is read once. The backward pass has twice as many.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -13,11 +15,18 @@ from torch import Tensor
 from avadclip_fast import ops
 from avadclip_fast.modules.linear_act import binary_head
 from avadclip_fast.modules.uncertainty_head import fold
+from avadclip_fast.modules.window_attention import fold as fold_attention
 
 from . import harness
 from .harness import Bench, Work
 
-T, D = 256, 512
+T, D, WINDOW = 256, 512, 4
+
+attend = partial(ops.window_attention, window=WINDOW)
+
+
+def folded_attention(x: Tensor, query: tuple[Tensor, Tensor], value: tuple[Tensor, Tensor]) -> Tensor:
+    return attend(ops.linear_act(x, *query), x, ops.linear_act(x, *value))
 
 
 def cases(dtype: torch.dtype) -> Iterator[Bench]:
@@ -56,6 +65,13 @@ def cases(dtype: torch.dtype) -> Iterator[Bench]:
         lambda x, w3, b3, w1, b1: conv(x, *fold(layer(w3, b3), layer(w1, b1))),
         6 * rows * D**2 + 6 * D**3,
         (D, D, 3), (D,), (D, D, 1), (D,),
+    )  # fmt: skip
+    yield bench(
+        "window attention",
+        lambda x, w, b, wo, bo: conv(attend(*conv(x, w, b).chunk(3, dim=-1)), wo, bo),
+        lambda x, w, b, wo, bo: folded_attention(x, *fold_attention(w, b, layer(wo, bo))),
+        4 * rows * D**2 + 4 * D**3 + 4 * rows * WINDOW * D,
+        (3 * D, D), (3 * D,), (D, D), (D,),
     )  # fmt: skip
     yield bench(
         "gc1 and gc3, convolution",

@@ -18,13 +18,13 @@ BATCH, ROWS, DIM = 96, 256, 512
 
 def cases(dtype: torch.dtype) -> Iterator[Bench]:
     def make() -> tuple:
-        return (torch.randn(BATCH, ROWS, 3 * DIM, dtype=dtype, requires_grad=True),)
+        return tuple(torch.randn(BATCH, ROWS, DIM, dtype=dtype, requires_grad=True) for _ in range(3))
 
     for window in (4, 64):
 
-        def sdpa(qkv: Tensor, window=window) -> Tensor:
-            q, k, v = (x.reshape(BATCH * ROWS // window, 1, window, DIM) for x in qkv.chunk(3, dim=-1))
-            return F.scaled_dot_product_attention(q, k, v).reshape(BATCH, ROWS, DIM)
+        def sdpa(*qkv: Tensor, window=window) -> Tensor:
+            windows = (x.reshape(BATCH * ROWS // window, 1, window, DIM) for x in qkv)
+            return F.scaled_dot_product_attention(*windows).reshape(BATCH, ROWS, DIM)
 
         every = BATCH * ROWS * DIM * dtype.itemsize
         products = 4 * BATCH * ROWS * window * DIM
@@ -46,8 +46,7 @@ def masked(window: int):
     of = torch.arange(ROWS) // window
     mask = torch.zeros(ROWS, ROWS).masked_fill(of[:, None] != of, -math.inf)
 
-    def official(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.chunk(3, dim=-1)
+    def official(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.softmax(q @ k.transpose(1, 2) * DIM**-0.5 + mask.to(q.dtype), dim=-1) @ v
 
     return official
@@ -62,8 +61,8 @@ def flex(window: int) -> dict:
     mask = create_block_mask(lambda b, h, i, j: i // window == j // window, None, None, ROWS, ROWS)
     attend = torch.compile(flex_attention)
 
-    def call(qkv: Tensor) -> Tensor:
-        return attend(*(x[:, None] for x in qkv.chunk(3, dim=-1)), block_mask=mask)[:, 0]
+    def call(*qkv: Tensor) -> Tensor:
+        return attend(*(x[:, None] for x in qkv), block_mask=mask)[:, 0]
 
     return {"FlexAttention": call}
 

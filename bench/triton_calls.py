@@ -22,8 +22,9 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
     lengths = torch.full((B,), T, device=device)
 
     def windows(window: int, ragged: Tensor | None) -> None:
-        qkv = draw(B, T, 3 * D)
-        window_attention.backward(window_attention.forward(qkv, window, 1, ragged), qkv, window, 1, ragged)
+        q, k, v, residual = (draw(B, T, D) for _ in range(4))
+        out = window_attention.forward(q, k, v, window, 1, ragged, residual.float())  # as under autocast
+        window_attention.backward(out, q, k, v, window, 1, ragged)
 
     def graph() -> None:
         x, values = draw(B, T, D), draw(B, T, D // 2)

@@ -42,15 +42,40 @@ Activation activation_of(const std::string& name) {
   return Activation::QUICK_GELU;
 }
 
-// Videos of `rows` rows, of which those before valid[b] count; the rest are read as zeros.
+// Which rows of a batch count. All: those of `count` videos of `rows` rows. Else: those of one long video, in which the
+// rows before ends[b] follow each other.
+struct Layout {
+  int64_t count, rows;
+  std::vector<int64_t> source;  // of every row of the long video, its row in the batch, or -1
+  bool ragged = false;
+
+  Layout(int64_t videos, int64_t length) : count(videos), rows(length) {}
+  // Every video has room for room[b] rows, and for a gap: of zeros, as many as a tap may reach.
+  Layout(const std::vector<int64_t>& ends, const std::vector<int64_t>& room, int64_t length, int64_t gap)
+      : count(1), ragged(true) {
+    for (size_t b = 0; b < ends.size(); ++b)
+      for (int64_t t = 0; t < room[b] + gap; ++t)
+        source.push_back(t < ends[b] ? static_cast<int64_t>(b) * length + t : -1);
+    rows = source.size();
+  }
+  // Where row t of video b lies in the batch; -1: it is none.
+  int64_t row(int64_t b, int64_t t) const {
+    if (t < 0 || t >= rows) return -1;
+    return ragged ? source[t] : b * rows + t;
+  }
+};
+
+// The rows of one tensor.
 struct Videos {
+  const Layout& layout;
   const float* data;
-  int64_t count, rows, width;
-  const int64_t* valid;  // null: all rows of all videos
+  int64_t width;
   const float* zeros;
-  int64_t end(int64_t b) const { return valid ? valid[b] : rows; }
+  int64_t count() const { return layout.count; }
+  int64_t rows() const { return layout.rows; }
   const float* row(int64_t b, int64_t t) const {
-    return 0 <= t && t < end(b) ? data + (b * rows + t) * width : zeros;
+    const int64_t at = layout.row(b, t);
+    return at < 0 ? zeros : data + at * width;
   }
 };
 
@@ -63,11 +88,19 @@ struct Sums {
   }
 };
 
+// Dropout: what is not kept is 0, and the rest `gain` times as large.
+struct Dropout {
+  const bool* kept = nullptr;  // null: all, as they are
+  float gain = 1;
+  Dropout from(int64_t at) const { return {kept ? kept + at : nullptr, gain}; }
+};
+
 // What is done with the sums of a row, and where they go. dot: act(y) is not written, but its product with dot: a number
 // for every row and task of columns, (task, row) in `out`.
 struct Epilogue {
   const float *bias, *residual, *dot;
   Activation activation;
+  Dropout dropout;
   float *y, *out;
 };
 
@@ -78,12 +111,17 @@ CLONES void activate(float* value, int64_t count, Activation activation) {
     for (int64_t i = 0; i < count; ++i) value[i] *= sigmoid(1.702f * value[i]);
 }
 
+CLONES void drop(float* value, int64_t count, Dropout dropout) {
+  for (int64_t i = 0; dropout.kept && i < count; ++i) value[i] *= dropout.kept[i] ? dropout.gain : 0.f;  // NaN stays
+}
+
 // The numbers `at`.. of (rows, columns) from `column` on. Returns their part of the product with dot.
 CLONES float finish(const float* sum, int64_t count, const Epilogue& to, int64_t at, int64_t column) {
   float value[BLOCK];
   for (int64_t i = 0; i < count; ++i) value[i] = to.bias ? sum[i] + to.bias[column + i] : sum[i];
   if (to.y) std::copy(value, value + count, to.y + at);
   activate(value, count, to.activation);
+  drop(value, count, to.dropout.from(at));
   if (!to.dot) {
     for (int64_t i = 0; i < count; ++i) to.out[at + i] = to.residual ? value[i] + to.residual[at + i] : value[i];
     return 0;
@@ -144,14 +182,14 @@ std::unique_ptr<char[], Free> pack(const Taps& taps, bool transposed, const floa
 
 // How many rows of a video a task has, so that every thread has one.
 int64_t rows_a_task(const Videos& x) {
-  const int64_t share = divide_up(x.count * x.rows, torch::stable::get_num_threads());
-  return std::clamp(round_up(std::min(x.rows, share), BLOCK), BLOCK, ROWS);
+  const int64_t share = divide_up(x.count() * x.rows(), torch::stable::get_num_threads());
+  return std::clamp(round_up(std::min(x.rows(), share), BLOCK), BLOCK, ROWS);
 }
 
-// out_t = epilogue(sum_k x_(t + shift_k) taps_k), rows t >= ends[b] being 0.
+// out_t = epilogue(sum_k x_(t + shift_k) taps_k) for the rows of `out`; `total` are in the batch.
 template <class Unit>
 void rows_product(const Videos& x, const Taps& taps, bool transposed, const std::vector<int64_t>& shift, bool high,
-                  const int64_t* ends, const Epilogue& to) {
+                  const Layout& out, int64_t total, const Epilogue& to) {
   constexpr int64_t PARTS = Unit::PARTS, TILE = Unit::TILE, STEPS = Unit::STEPS, SLAB = STEPS * DEPTH;
   constexpr int64_t GROUP = STEPS * PARTS * TILE;  // bytes of a slab's 16 columns
   const int64_t width = transposed ? taps.inputs : taps.outputs, depth = x.width;
@@ -159,16 +197,16 @@ void rows_product(const Videos& x, const Taps& taps, bool transposed, const std:
   const auto [low, top] = std::minmax_element(shift.begin(), shift.end());
   const int64_t before = *low, reach = *top - *low;
   const int64_t groups = round_up(width, BLOCK) / LANES;
-  const int64_t rows = rows_a_task(x), row_tasks = divide_up(x.rows, rows), column_tasks = divide_up(width, COLUMNS);
+  const int64_t rows = rows_a_task(x), row_tasks = divide_up(x.rows(), rows), column_tasks = divide_up(width, COLUMNS);
   const int64_t packed_rows = round_up(rows + reach, LANES), stride = packed_rows * Unit::LANE;
 
-  torch::stable::parallel_for(0, x.count * row_tasks * column_tasks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, x.count() * row_tasks * column_tasks, 1, [&](int64_t begin, int64_t end) {
     const typename Unit::Units units;
     const auto slab = aligned<char>(STEPS * PARTS * stride);
     const auto block = aligned<Block>(rows * COLUMNS / (BLOCK * BLOCK));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / column_tasks / row_tasks, column = task % column_tasks * COLUMNS;
-      const int64_t first = task / column_tasks % row_tasks * rows, count = std::min(rows, x.rows - first);
+      const int64_t first = task / column_tasks % row_tasks * rows, count = std::min(rows, x.rows() - first);
       const int64_t columns = std::min(COLUMNS, width - column);
       const Sums sums{block.get(), divide_up(columns, BLOCK)};
       if (depth == 0) std::fill_n(&block[0][0][0], rows * COLUMNS, 0.f);
@@ -191,14 +229,12 @@ void rows_product(const Videos& x, const Taps& taps, bool transposed, const std:
         }
       }
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t row = b * x.rows + first + r, at = row * width + column;
+        const int64_t row = out.row(b, first + r), at = row * width + column;
+        if (row < 0) continue;
         float product = 0;
-        if (ends && first + r >= ends[b])
-          std::fill_n(to.out + at, columns, 0.f);
-        else
-          for (int64_t c = 0; c < columns; c += BLOCK)
-            product += finish(sums.row(r, c), std::min(BLOCK, columns - c), to, at + c, column + c);
-        if (to.dot) to.out[column / COLUMNS * x.count * x.rows + row] = product;
+        for (int64_t c = 0; c < columns; c += BLOCK)
+          product += finish(sums.row(r, c), std::min(BLOCK, columns - c), to, at + c, column + c);
+        if (to.dot) to.out[column / COLUMNS * total + row] = product;
       }
     }
   });
@@ -209,7 +245,7 @@ template <class Unit>
 void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>& shift, bool high, float* out) {
   constexpr int64_t PARTS = Unit::PARTS, TILE = Unit::TILE, STEPS = Unit::STEPS, SLAB = STEPS * DEPTH;
   constexpr int64_t GROUP = STEPS * PARTS * TILE;  // bytes of a slab's 16 columns
-  const int64_t taps = shift.size(), depth = g.count * g.rows, outputs = g.width, inputs = x.width;
+  const int64_t taps = shift.size(), depth = g.count() * g.rows(), outputs = g.width, inputs = x.width;
   // Columns are whole blocks of one tap each.
   const int64_t tap_columns = round_up(inputs, BLOCK), width = taps * tap_columns;
   int64_t rows = std::min(ROWS, round_up(outputs, BLOCK)), columns = std::min(COLUMNS, width);
@@ -234,7 +270,7 @@ void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>
           const float* row[DEPTH];
           for (int64_t i = 0; i < DEPTH; ++i) {
             const int64_t at = k + s * DEPTH + i;
-            row[i] = at < depth ? g.row(at / g.rows, at % g.rows) : g.zeros;
+            row[i] = at < depth ? g.row(at / g.rows(), at % g.rows()) : g.zeros;
           }
           for (int64_t r = 0; r < count; r += LANES)
             Unit::pack_across(row, o + r, outputs - o - r, true,
@@ -244,7 +280,7 @@ void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>
               tap = (from + c) / tap_columns;
               for (int64_t i = 0; i < DEPTH; ++i) {
                 const int64_t at = k + s * DEPTH + i;
-                row[i] = at < depth ? x.row(at / g.rows, at % g.rows + shift[tap]) : x.zeros;
+                row[i] = at < depth ? x.row(at / g.rows(), at % g.rows() + shift[tap]) : x.zeros;
               }
             }
             const int64_t input = (from + c) % tap_columns;
@@ -271,12 +307,13 @@ void weight_product(const Videos& g, const Videos& x, const std::vector<int64_t>
 
 // What the backward pass makes of a row of gradients before it multiplies: g = dL/dy of out = act(y), and its share of
 // the gradients of bias and dot; each may be null. kept: y, or for relu out itself. With dot, *grad is <act(y), dot>'s.
-CLONES void row_slopes(const float* grad, const float* kept, const float* dot, int64_t width, Activation activation,
-                       float* g, double* d_bias, double* d_dot) {
+CLONES void row_slopes(const float* grad, const float* kept, const float* dot, Dropout dropout, int64_t width,
+                       Activation activation, float* g, double* d_bias, double* d_dot) {
   float slope[PIECE], value[PIECE];
   for (int64_t at = 0; at < width; at += PIECE) {
     const int64_t count = std::min(PIECE, width - at);
     for (int64_t i = 0; i < count; ++i) slope[i] = dot ? *grad * dot[at + i] : grad[at + i];
+    drop(slope, count, dropout.from(at));
     if (activation == Activation::RELU)
       for (int64_t i = 0; i < count; ++i) slope[i] = kept[at + i] <= 0 ? 0.f : slope[i];
     else if (activation == Activation::QUICK_GELU)
@@ -295,16 +332,17 @@ CLONES void row_slopes(const float* grad, const float* kept, const float* dot, i
   }
 }
 
-// The same of all rows, in blocks whose sums are added up in their order.
-void slopes(const float* grad, const float* kept, const float* dot, int64_t rows, int64_t width, Activation activation,
-            float* g, float* d_bias, float* d_dot) {
-  const int64_t blocks = divide_up(rows, ROWS);
+// The same of all rows that count, in blocks whose sums are added up in their order.
+void slopes(const float* grad, const float* kept, const float* dot, Dropout dropout, const Layout& layout,
+            int64_t width, Activation activation, float* g, float* d_bias, float* d_dot) {
+  const int64_t rows = layout.count * layout.rows, blocks = divide_up(rows, ROWS);
   std::vector<double> bias(d_bias ? blocks * width : 0), dots(d_dot ? blocks * width : 0);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin * ROWS; r < std::min(rows, end * ROWS); ++r) {
-      const int64_t at = r * width, sums = r / ROWS * width;
-      row_slopes(grad + (dot ? r : at), kept ? kept + at : nullptr, dot, width, activation, g ? g + at : nullptr,
-                 d_bias ? &bias[sums] : nullptr, d_dot ? &dots[sums] : nullptr);
+      const int64_t row = layout.row(r / layout.rows, r % layout.rows), at = row * width, sums = r / ROWS * width;
+      if (row < 0) continue;
+      row_slopes(grad + (dot ? row : at), kept ? kept + at : nullptr, dot, dropout.from(at), width, activation,
+                 g ? g + at : nullptr, d_bias ? &bias[sums] : nullptr, d_dot ? &dots[sums] : nullptr);
     }
   });
   const auto add_up = [&](const std::vector<double>& parts, float* out) {
@@ -328,6 +366,37 @@ struct Layer {
   std::vector<int64_t> shift;
 };
 
+// Which rows are read of x and written of out. lengths: where x ends; needed: where out may end.
+struct Ends {
+  std::vector<int64_t> x, out, room;
+  int64_t gap = 0;
+  bool all = true;
+
+  Ends(const Layer& l, const std::optional<Tensor>& lengths, const std::optional<Tensor>& needed)
+      : x(l.B, l.T), out(l.B, l.T), all(!lengths && !needed) {
+    const auto [low, top] = std::minmax_element(l.shift.begin(), l.shift.end());
+    gap = std::max(-*low, *top);
+    if (lengths) x = read_lengths(*lengths, l.B, l.T);
+    if (needed) out = read_lengths(*needed, l.B, l.T);
+    for (int64_t b = 0; b < l.B; ++b) {
+      x[b] = std::min(x[b], out[b] + *top);
+      room.push_back(std::max(x[b], out[b]));
+    }
+  }
+  Layout layout(const Layer& l, const std::vector<int64_t>& ends) const {
+    if (!all) return Layout(ends, room, l.T, gap);
+    return l.K == 1 ? Layout(1, l.B * l.T) : Layout(l.B, l.T);  // without taps, rows know nothing of videos
+  }
+};
+
+// Zeros in the rows (B, T, width) from ends[b] on.
+void clear_from(const std::vector<int64_t>& ends, const Layer& l, int64_t width, float* out) {
+  torch::stable::parallel_for(0, l.B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      std::fill(out + (b * l.T + ends[b]) * width, out + (b + 1) * l.T * width, 0.f);
+  });
+}
+
 // x (B, T, I), weight (O, I) or (O, I, K)
 Layer layer_of(const Tensor& x, const Tensor& weight, int64_t dilation, bool causal) {
   check_dims("x", x, "[B, T, I]", 3);
@@ -350,45 +419,58 @@ std::optional<Tensor> dense_if_any(const std::optional<Tensor>& x) {
   return x ? std::optional(dense(*x)) : std::nullopt;
 }
 
+// mask: what is kept of the layer's results
+Dropout dropout_of(const std::optional<Tensor>& mask, double gain) {
+  return {mask ? data<bool>(*mask) : nullptr, static_cast<float>(gain)};
+}
+
 // out (B, T, O), with dot (B, T); y: what the activation was applied to, or empty without save_y. lengths: rows of x
-// that count.
+// that count. needed: rows of the results that do; the rest are 0.
 std::tuple<Tensor, Tensor> linear_act_tiles(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                             const std::string& activation, const std::optional<Tensor>& residual,
                                             int64_t dilation, bool causal, const std::optional<Tensor>& lengths,
-                                            const std::optional<Tensor>& dot, bool save_y, bool amx, bool high) {
+                                            const std::optional<Tensor>& needed, const std::optional<Tensor>& dot,
+                                            bool save_y,
+                                            const std::optional<Tensor>& mask, double gain, bool amx, bool high) {
   check_available(amx);
   Layer l = layer_of(x, weight, dilation, causal);
   if (bias) check("bias", *bias, {l.O}, ScalarType::Float, x);
   if (residual) check("residual", *residual, {l.B, l.T, l.O}, ScalarType::Float, x);
   if (dot) check("dot", *dot, {l.O}, ScalarType::Float, x);
-  STD_TORCH_CHECK(!dot || !residual, "residual must be none where dot is given");
+  if (mask) check("mask", *mask, {l.B, l.T, l.O}, ScalarType::Bool, x);
+  STD_TORCH_CHECK(!dot || !(residual || mask), "residual and mask must be none where dot is given");
   const Tensor from = dense(x), w = dense(weight);
-  const std::optional<Tensor> b = dense_if_any(bias), r = dense_if_any(residual), d = dense_if_any(dot);
+  const std::optional<Tensor> b = dense_if_any(bias), r = dense_if_any(residual), d = dense_if_any(dot),
+                              m = dense_if_any(mask);
   const int64_t rows = l.B * l.T, column_tasks = divide_up(l.O, COLUMNS);
   Tensor out = dot ? empty(x, {l.B, l.T}, ScalarType::Float) : empty(x, {l.B, l.T, l.O}, ScalarType::Float);
   const auto parts = aligned<float>(dot ? column_tasks * rows : 0);
+  if (dot) std::fill_n(parts.get(), column_tasks * rows, 0.f);
   Tensor y = save_y ? empty(x, {l.B, l.T, l.O}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
-  const auto valid = lengths ? read_lengths(*lengths, l.B, l.T) : std::vector<int64_t>();
   const std::vector<float> zeros(std::max(l.I, l.O));
-  Videos videos{data<float>(from), l.B, l.T, l.I, lengths ? valid.data() : nullptr, zeros.data()};
-  if (l.K == 1 && !lengths) videos.rows *= std::exchange(videos.count, 1);  // rows then know nothing of videos
+  const Ends ends(l, lengths, needed);
+  const Layout read = ends.layout(l, ends.x), written = ends.layout(l, ends.out);
+  const Videos videos{read, data<float>(from), l.I, zeros.data()};
   const auto product = amx ? rows_product<Amx> : rows_product<Avx512>;
-  product(videos, Taps(w), false, l.shift, high, nullptr,
-          {optional_data(b), optional_data(r), optional_data(d), activation_of(activation),
+  product(videos, Taps(w), false, l.shift, high, written, rows,
+          {optional_data(b), optional_data(r), optional_data(d), activation_of(activation), dropout_of(m, gain),
            save_y ? mutable_data<float>(y) : nullptr, dot ? parts.get() : mutable_data<float>(out)});
   for (int64_t row = 0; dot && row < rows; ++row) {
     float sum = 0;
     for (int64_t task = 0; task < column_tasks; ++task) sum += parts[task * rows + row];
     mutable_data<float>(out)[row] = sum;
   }
+  if (!dot) clear_from(ends.out, l, l.O, mutable_data<float>(out));
+  if (save_y) clear_from(ends.out, l, l.O, mutable_data<float>(y));
   return {out, y};
 }
 
 // grad (B, T, O), with dot (B, T) -> dL/dx, dL/dweight, dL/dbias, dL/ddot, each empty where it is not needed
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_tiles_backward(
     const Tensor& grad, const Tensor& x, const Tensor& weight, const std::string& activation, int64_t dilation,
-    bool causal, const std::optional<Tensor>& lengths, const std::optional<Tensor>& dot, const Tensor& kept,
-    std::vector<bool> needs, bool amx, bool high) {
+    bool causal, const std::optional<Tensor>& lengths, const std::optional<Tensor>& needed,
+    const std::optional<Tensor>& dot, const Tensor& kept, std::vector<bool> needs, const std::optional<Tensor>& mask,
+    double gain, bool amx, bool high) {
   check_available(amx);
   Layer l = layer_of(x, weight, dilation, causal);
   if (dot) {
@@ -399,30 +481,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_tiles_backward(
   }
   STD_TORCH_CHECK(needs.size() == 4, "needs must be four flags, of x, weight, bias and dot");
   STD_TORCH_CHECK(dot || !needs[3], "needs must not have dot's flag where there is none");
+  if (mask) check("mask", *mask, {l.B, l.T, l.O}, ScalarType::Bool, x);
   const Activation act = activation_of(activation);
   if (act != Activation::NONE || dot) check("kept", kept, {l.B, l.T, l.O}, ScalarType::Float, x);
   const Tensor from = dense(x), w = dense(weight), given = dense(grad), y = dense(kept);
   Tensor dx = empty(x, {0}, ScalarType::Float), dw = empty(x, {0}, ScalarType::Float);
   Tensor db = empty(x, {0}, ScalarType::Float), d_dot = empty(x, {0}, ScalarType::Float);
-  const std::optional<Tensor> d = dense_if_any(dot);
-  const auto valid = lengths ? read_lengths(*lengths, l.B, l.T) : std::vector<int64_t>();
+  const std::optional<Tensor> d = dense_if_any(dot), m = dense_if_any(mask);
   const std::vector<float> zeros(std::max(l.I, l.O));
+  const Ends ends(l, lengths, needed);
+  const Layout read = ends.layout(l, ends.x), written = ends.layout(l, ends.out);
 
   const int64_t rows = l.B * l.T;
   const float* g = data<float>(given);
   std::unique_ptr<float[], Free> room;
   if (needs[2]) db = empty(x, {l.O}, ScalarType::Float);
   if (needs[3]) d_dot = empty(x, {l.O}, ScalarType::Float);
-  const bool changes = act != Activation::NONE || dot;
+  const bool curved = act != Activation::NONE || dot, changes = curved || mask;
   if (changes) room = aligned<float>(rows * l.O);
   if (changes || needs[2])
-    slopes(g, changes ? data<float>(y) : nullptr, optional_data(d), rows, l.O, act, room.get(),
+    slopes(g, curved ? data<float>(y) : nullptr, optional_data(d), dropout_of(m, gain), written, l.O, act, room.get(),
            needs[2] ? mutable_data<float>(db) : nullptr, needs[3] ? mutable_data<float>(d_dot) : nullptr);
   if (changes) g = room.get();
-  Videos seen{data<float>(from), l.B, l.T, l.I, lengths ? valid.data() : nullptr, zeros.data()};
-  Videos slopes{g, l.B, l.T, l.O, nullptr, zeros.data()};
-  if (l.K == 1 && !lengths)
-    for (Videos* v : {&seen, &slopes}) v->rows *= std::exchange(v->count, 1);
+  const Videos seen{read, data<float>(from), l.I, zeros.data()};
+  const Videos slopes{written, g, l.O, zeros.data()};
   if (needs[1]) {
     dw = torch::stable::empty_like(w);
     (amx ? weight_product<Amx> : weight_product<Avx512>)(slopes, seen, l.shift, high, mutable_data<float>(dw));
@@ -432,8 +514,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_tiles_backward(
     std::vector<int64_t> back;
     for (int64_t s : l.shift) back.push_back(-s);
     const auto product = amx ? rows_product<Amx> : rows_product<Avx512>;
-    product(slopes, Taps(w), true, back, high, seen.valid,
-            {nullptr, nullptr, nullptr, Activation::NONE, nullptr, mutable_data<float>(dx)});
+    product(slopes, Taps(w), true, back, high, read, rows,
+            {nullptr, nullptr, nullptr, Activation::NONE, {}, nullptr, mutable_data<float>(dx)});
+    clear_from(ends.x, l, l.I, mutable_data<float>(dx));
   }
   return {dx, dw, db, d_dot};
 }

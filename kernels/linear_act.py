@@ -3,9 +3,9 @@
     out[b, t, n] = E( sum_tap sum_k P(x)[b, t + first + tap·step, k] · w[tap, n, k] )
 
 The prologue P is LayerNorm or the identity, and zero outside the video. The epilogue E applies bias, activation, gate
-and residual, each optional, or takes a dot product with a vector. The forward pass, the gradient of x (taps in reverse
-order) and gated_fusion all use this kernel. The weight gradient is its transpose, a sum over rows in a fixed order.
-There are no atomics.
+or dropout, and residual, each optional, or takes a dot product with a vector. The forward pass, the gradient of x (taps
+in reverse order) and gated_fusion all use this kernel. The weight gradient is its transpose, a sum over rows in a fixed
+order. There are no atomics.
 """
 
 import functools
@@ -101,7 +101,7 @@ def load_weight(
 @triton.jit
 def _tile(
     tile, x, w, out, bias, y, gate, residual, dot, mean, rstd, scale, shift, lengths,
-    videos, rows, width, outputs, taps, first, step,
+    videos, rows, width, outputs, taps, first, step, gain,
     stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
     ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
@@ -143,7 +143,7 @@ def _tile(
     else:
         acc = activate(acc, ACTIVATION)
     if gate is not None:
-        acc *= tl.load(gate + corner + at, mask=inside, other=0.0).to(tl.float32)
+        acc *= tl.load(gate + corner + at, mask=inside, other=0).to(tl.float32) * gain
     if dot is not None:  # one value per row and column tile; the caller sums over the column tiles
         part = tl.sum(acc * tl.load(dot + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :], 1)
         tl.store(
@@ -165,13 +165,13 @@ def gemm_kernel(
     out,  # [B·T, N] with row stride stride_o, or with dot float32 [N tiles, B, T]
     bias,  # [N]
     y,  # [B, T, N] pre-activation: written (Y="write"), or read to apply the activation's gradient (Y="grad")
-    gate,  # [B, T, N]
+    gate,  # [B, T, N], of which `gain` times is a factor of the activation
     residual,  # [B, T, N], last dimension contiguous
     dot,  # [N]
     mean, rstd,  # [B, T] float32, LayerNorm statistics of x
     scale, shift,  # [I], LayerNorm weight and bias
     lengths,  # [B]; MASK selects whether rows of the "input" or the "output" are zero beyond the length
-    videos, rows, width, outputs, taps, first, step,
+    videos, rows, width, outputs, taps, first, step, gain,
     stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
     ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
@@ -183,14 +183,14 @@ def gemm_kernel(
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _tile(
                 tile, x, w, out, bias, y, gate, residual, dot, mean, rstd, scale, shift, lengths,
-                videos, rows, width, outputs, taps, first, step,
+                videos, rows, width, outputs, taps, first, step, gain,
                 stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
                 ACTIVATION, Y, MASK, NORM, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), x, w, out, bias, y, gate, residual, dot, mean, rstd, scale, shift, lengths,
-            videos, rows, width, outputs, taps, first, step,
+            videos, rows, width, outputs, taps, first, step, gain,
             stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
             ACTIVATION, Y, MASK, NORM, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
         )  # fmt: skip
@@ -235,14 +235,15 @@ def weight_grad_kernel(
 @triton.jit
 def activation_grad_kernel(
     g,  # [M, N] gradient of the output, contiguous; [M] with dot
-    y,  # [M, N] pre-activation
+    y,  # [M, N] pre-activation; not needed without an activation and dot
     dot,  # [N]
+    gate,  # [M, N], of which `gain` times is a factor of the activation
     dy,  # [M, N]
     bias_sums, dot_sums,  # [M groups, N] float32
-    count, outputs,
+    count, outputs, gain,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dy = act'(y) · g (· dot), its column sums, and the column sums of act(y) · g for the gradient of dot.
+    """dy = act'(y) · g (· dot, or gate), its column sums, and the column sums of act(y) · g for the gradient of dot.
 
     Each program processes GROUP rows, ROWS at a time.
     """
@@ -252,14 +253,17 @@ def activation_grad_kernel(
         m = tl.program_id(0) * GROUP + start + tl.arange(0, ROWS)
         inside = (m < count)[:, None] & (n < outputs)[None, :]
         at = m.to(tl.int64)[:, None] * outputs + n[None, :]  # [ROWS, COLS]
-        value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        if y is not None:
+            value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         if dot is not None:
             grad = tl.load(g + m, mask=m < count, other=0.0).to(tl.float32)[:, None]
             dot_sum += tl.sum(activate(value, ACTIVATION) * grad, 0)
             grad = grad * tl.load(dot + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
         else:
             grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
-        result = grad * activate_grad(value, ACTIVATION)
+        if gate is not None:
+            grad *= tl.load(gate + at, mask=inside, other=0).to(tl.float32) * gain
+        result = grad if y is None else grad * activate_grad(value, ACTIVATION)
         tl.store(dy + at, result.to(dy.dtype.element_ty), mask=inside)
         bias_sum += tl.sum(result, 0)
     sums = tl.program_id(0).to(tl.int64) * outputs + n
@@ -388,6 +392,7 @@ def gemm(
     y: Tensor | None = None,
     y_use: str = "none",
     gate: Tensor | None = None,
+    gain: float = 1.0,
     residual: Tensor | None = None,
     dot: Tensor | None = None,
     norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
@@ -426,7 +431,7 @@ def gemm(
         describe(x, c["rows"], c["depth"]) if tma else x,
         describe(by_k, *block) if tma else w,
         out, bias, y, gate, residual, dot, *(norm or (None,) * 4), lengths,
-        videos, rows, width, outputs, taps, first, step,
+        videos, rows, width, outputs, taps, first, step, gain,
         *x.stride(), *w.stride(), *((0, 0) if residual is None else residual.stride()[:2]), out.stride(-2),
         ACTIVATION=activation, Y=y_use, MASK=mask, NORM=norm is not None, PRECISION=precision(w.dtype),
         ROWS=c["rows"], COLS=c["cols"], DEPTH=c["depth"], TMA=tma, K_LAST=k_last, PERSISTENT=c["persistent"],
@@ -465,17 +470,23 @@ def weight_grad(
     return out.sum(0)
 
 
-def activation_grad(g: Tensor, y: Tensor, activation: str, dot: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launches activation_grad_kernel: g, y [M, N] -> dy [M, N]; float32 [N] column sums and dot gradient."""
-    count, outputs = y.shape
+def activation_grad(
+    g: Tensor, y: Tensor | None, activation: str, dot: Tensor | None, gate: Tensor | None, gain: float, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launches activation_grad_kernel: g, y [M, N] -> dy [M, N]; float32 [N] column sums and dot gradient.
+
+    like: (N, ·) in the dtype of dy
+    """
+    count, outputs = g.shape[0], like.shape[0]
     rows, cols, group = 16, 128, 64
     groups = triton.cdiv(count, group)
-    dy = torch.empty_like(y)
-    bias_sums = y.new_empty(groups, outputs, dtype=torch.float32)
+    dy = like.new_empty(count, outputs)
+    bias_sums = like.new_empty(groups, outputs, dtype=torch.float32)
     dot_sums = None if dot is None else torch.empty_like(bias_sums)
     activation_grad_kernel[groups, triton.cdiv(outputs, cols)](
-        g, y, dot, dy, bias_sums, dot_sums, count, outputs, ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group
-    )
+        g, y, dot, gate, dy, bias_sums, dot_sums, count, outputs, gain,
+        ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group,
+    )  # fmt: skip
     return dy, bias_sums.sum(0), None if dot is None else dot_sums.sum(0)
 
 
@@ -515,6 +526,11 @@ def _videos(x: Tensor, weight: Tensor) -> Tensor:
     return x if weight.ndim == 3 else x.reshape(1, -1, x.shape[-1])
 
 
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    """A bool mask as dense bytes."""
+    return None if mask is None else mask.contiguous().view(torch.uint8)
+
+
 def _taps(weight: Tensor) -> Tensor:
     """The weight as [taps, N, I], channels contiguous: a convolution weight with several taps is copied."""
     if weight.ndim == 2:
@@ -543,6 +559,8 @@ def forward(
     lengths: Tensor | None,
     dot: Tensor | None,
     save_y: bool,
+    mask: Tensor | None,
+    gain: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op: (out, y, stats), with y the pre-activation, empty unless save_y, and stats those of LayerNorm."""
     h, w = _videos(x, weight), _taps(weight)
@@ -566,6 +584,7 @@ def forward(
     out = gemm(
         h, w, bias, activation,
         y=y if y.numel() else None, y_use="write" if y.numel() else "none",
+        gate=_bytes(mask), gain=gain,
         residual=None if residual is None else _videos(residual, weight), dot=dot, norm=norm,
         lengths=lengths if masked else None, mask="input" if masked else "none", first=first, step=step,
     )  # fmt: skip
@@ -586,6 +605,8 @@ def backward(
     y: Tensor,
     stats: Tensor,
     needs: list[bool],
+    mask: Tensor | None,
+    gain: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, norm weight, norm bias and dot; empty where `needs` is False.
 
@@ -600,8 +621,9 @@ def backward(
         like = (x, weight, w[0, :, 0], norm_weight, norm_bias, dot)
         return tuple(torch.zeros_like(t) if need else w.new_empty(0) for t, need in zip(like, needs, strict=True))
     g = g.reshape(count, *(() if dot is not None else (outputs,))).contiguous()
-    if activation != "none" or dot is not None:
-        dy, db, d_dot = activation_grad(g, y.view(count, outputs), activation, dot)
+    if activation != "none" or dot is not None or mask is not None:
+        before = y.view(count, outputs) if y.numel() else None
+        dy, db, d_dot = activation_grad(g, before, activation, dot, _bytes(mask), gain, w[0])
     else:
         dy = g.to(w.dtype)
         db = g.sum(0) if need_bias else None  # accumulates in float32

@@ -1,13 +1,15 @@
 """window_attention on Triton: a tile holds as many whole windows as fit, so no softmax spans two programs.
 
-    P = softmax over j in i's window of <q_i, k_j> / sqrt(H),   out = P v,   H = D / heads
+    P = softmax over j in i's window of <q_i, k_j> / sqrt(H),   out = P v + residual,   H = D / heads
     dP = g vᵀ,   dS = P (dP - <dP, P>),   dq = dS k / sqrt(H),   dk = dSᵀ q / sqrt(H),   dv = Pᵀ g
 
 A single head can have 512 channels, so they are processed in slices: a first pass accumulates the tile's scores over
 the slices, a second computes and stores the output slice by slice, and no program ever holds a full row. Traffic per
-row: 3D read and D written; backward, 4D read and 3D written (the second pass reads from L2). A non-finite value spreads
-to the other windows of its tile, but never to other videos.
+row: 3D read (4D with a residual) and D written; backward, 4D read and 3D written (the second pass reads from L2). A
+non-finite value spreads to the other windows of its tile, but never to other videos.
 """
+
+from itertools import chain
 
 import torch
 import triton
@@ -51,10 +53,13 @@ def place(rows, heads, step, ROWS: tl.constexpr):
 
 @triton.jit
 def window_kernel(
-    qkv,  # [B, T, 3D]
+    q, k, v,  # [B, T, D]
+    residual,  # [B, T, D], or None
     out,  # [B, T, D]
     lengths,  # [B], or None
-    rows, width, heads, window, step, stride_b, stride_t, stride_d,
+    rows, width, heads, window, step,
+    stride_qb, stride_qt, stride_qd, stride_kb, stride_kt, stride_kd, stride_vb, stride_vt, stride_vd,
+    stride_rb, stride_rt, stride_rd,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     video, head, t = place(rows, heads, step, ROWS)
@@ -66,14 +71,16 @@ def window_kernel(
     scores = tl.zeros((ROWS, ROWS), tl.float32)
     for channel in range(0, head_width, DEPTH):
         d = channel + tl.arange(0, DEPTH)
-        q = load_slice(qkv, video, t, valid, first, d, head_width, stride_b, stride_t, stride_d)  # [ROWS, DEPTH]
-        k = load_slice(qkv, video, t, valid, width + first, d, head_width, stride_b, stride_t, stride_d)
-        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
-    p = softmax(scores, t, valid, window, head_width).to(qkv.dtype.element_ty)
+        queries = load_slice(q, video, t, valid, first, d, head_width, stride_qb, stride_qt, stride_qd)  # [ROWS, DEPTH]
+        keys = load_slice(k, video, t, valid, first, d, head_width, stride_kb, stride_kt, stride_kd)
+        scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+    p = softmax(scores, t, valid, window, head_width).to(v.dtype.element_ty)
     for channel in range(0, head_width, DEPTH):
         d = channel + tl.arange(0, DEPTH)
-        v = load_slice(qkv, video, t, valid, 2 * width + first, d, head_width, stride_b, stride_t, stride_d)
-        mixed = tl.dot(p, v, input_precision=PRECISION)  # [ROWS, DEPTH]
+        values = load_slice(v, video, t, valid, first, d, head_width, stride_vb, stride_vt, stride_vd)
+        mixed = tl.dot(p, values, input_precision=PRECISION)  # [ROWS, DEPTH]
+        if residual is not None:
+            mixed += load_slice(residual, video, t, rows, first, d, head_width, stride_rb, stride_rt, stride_rd)
         at = (video * rows + t)[:, None] * width + (first + d)[None, :]
         tl.store(out + at, mixed.to(out.dtype.element_ty), mask=(t < rows)[:, None] & (d < head_width)[None, :])
 
@@ -81,10 +88,11 @@ def window_kernel(
 @triton.jit
 def window_grad_kernel(
     g,  # [B, T, D]
-    qkv,  # [B, T, 3D]
-    d_qkv,  # [B, T, 3D]
+    q, k, v,  # [B, T, D]
+    dq, dk, dv,  # [B, T, D]
     lengths,
-    rows, width, heads, window, step, stride_gb, stride_gt, stride_gd, stride_b, stride_t, stride_d,
+    rows, width, heads, window, step, stride_gb, stride_gt, stride_gd,
+    stride_qb, stride_qt, stride_qd, stride_kb, stride_kt, stride_kd, stride_vb, stride_vt, stride_vd,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     video, head, t = place(rows, heads, step, ROWS)
@@ -97,28 +105,28 @@ def window_grad_kernel(
     dp = tl.zeros((ROWS, ROWS), tl.float32)
     for channel in range(0, head_width, DEPTH):
         d = channel + tl.arange(0, DEPTH)
-        q = load_slice(qkv, video, t, valid, first, d, head_width, stride_b, stride_t, stride_d)  # [ROWS, DEPTH]
-        k = load_slice(qkv, video, t, valid, width + first, d, head_width, stride_b, stride_t, stride_d)
-        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
-        v = load_slice(qkv, video, t, valid, 2 * width + first, d, head_width, stride_b, stride_t, stride_d)
+        queries = load_slice(q, video, t, valid, first, d, head_width, stride_qb, stride_qt, stride_qd)  # [ROWS, DEPTH]
+        keys = load_slice(k, video, t, valid, first, d, head_width, stride_kb, stride_kt, stride_kd)
+        scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        values = load_slice(v, video, t, valid, first, d, head_width, stride_vb, stride_vt, stride_vd)
         grad = load_slice(g, video, t, valid, first, d, head_width, stride_gb, stride_gt, stride_gd)
-        dp = tl.dot(grad.to(v.dtype), tl.trans(v), dp, input_precision=PRECISION)
+        dp = tl.dot(grad.to(values.dtype), tl.trans(values), dp, input_precision=PRECISION)
     p = softmax(scores, t, valid, window, head_width)
     ds = p * (dp - tl.sum(dp * p, 1)[:, None]) / tl.sqrt(head_width.to(tl.float32))
-    p, ds = p.to(qkv.dtype.element_ty), ds.to(qkv.dtype.element_ty)
+    p, ds = p.to(v.dtype.element_ty), ds.to(v.dtype.element_ty)
     for channel in range(0, head_width, DEPTH):
         d = channel + tl.arange(0, DEPTH)
-        at = (video * rows + t)[:, None] * (3 * width) + (first + d)[None, :]
+        at = (video * rows + t)[:, None] * width + (first + d)[None, :]
         inside = (t < rows)[:, None] & (d < head_width)[None, :]
-        k = load_slice(qkv, video, t, valid, width + first, d, head_width, stride_b, stride_t, stride_d)
-        dq = tl.dot(ds, k, input_precision=PRECISION)
-        tl.store(d_qkv + at, dq.to(d_qkv.dtype.element_ty), mask=inside)
-        q = load_slice(qkv, video, t, valid, first, d, head_width, stride_b, stride_t, stride_d)
-        dk = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
-        tl.store(d_qkv + at + width, dk.to(d_qkv.dtype.element_ty), mask=inside)
+        keys = load_slice(k, video, t, valid, first, d, head_width, stride_kb, stride_kt, stride_kd)
+        change = tl.dot(ds, keys, input_precision=PRECISION)  # [ROWS, DEPTH]
+        tl.store(dq + at, change.to(dq.dtype.element_ty), mask=inside)
+        queries = load_slice(q, video, t, valid, first, d, head_width, stride_qb, stride_qt, stride_qd)
+        change = tl.dot(tl.trans(ds), queries, input_precision=PRECISION)
+        tl.store(dk + at, change.to(dk.dtype.element_ty), mask=inside)
         grad = load_slice(g, video, t, valid, first, d, head_width, stride_gb, stride_gt, stride_gd)
-        dv = tl.dot(tl.trans(p), grad.to(p.dtype), input_precision=PRECISION)
-        tl.store(d_qkv + at + 2 * width, dv.to(d_qkv.dtype.element_ty), mask=inside)
+        change = tl.dot(tl.trans(p), grad.to(p.dtype), input_precision=PRECISION)
+        tl.store(dv + at, change.to(dv.dtype.element_ty), mask=inside)
 
 
 def tile(window: int, head_width: int, dtype: torch.dtype) -> dict[str, int]:
@@ -128,29 +136,35 @@ def tile(window: int, head_width: int, dtype: torch.dtype) -> dict[str, int]:
     return {"step": rows // window * window, "ROWS": rows, "DEPTH": depth}
 
 
-def forward(qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> Tensor:
-    """The op: (B, T, 3D) -> (B, T, D)."""
-    batch, rows, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    out = qkv.new_empty(batch, rows, width)
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, window: int, heads: int, lengths: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """The op: q, k, v and residual (B, T, D) of any strides -> (B, T, D)."""
+    batch, rows, width = q.shape
+    out = q.new_empty(q.shape, dtype=q.dtype if residual is None else torch.promote_types(q.dtype, residual.dtype))
     window = min(window, rows)
     if out.numel():
-        sizes = tile(window, width // heads, qkv.dtype)
+        sizes = tile(window, width // heads, q.dtype)
+        strides = (x.stride() for x in (q, k, v, q if residual is None else residual))
         window_kernel[batch * heads * triton.cdiv(rows, sizes["step"]),](
-            qkv, out, lengths, rows, width, heads, window, sizes.pop("step"), *qkv.stride(),
-            PRECISION=precision(qkv.dtype), **sizes, num_warps=8, num_stages=3,
+            q, k, v, residual, out, lengths, rows, width, heads, window, sizes.pop("step"), *chain(*strides),
+            PRECISION=precision(q.dtype), **sizes, num_warps=8, num_stages=3,
         )  # fmt: skip
     return out
 
 
-def backward(g: Tensor, qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> Tensor:
-    """Gradient of qkv."""
-    batch, rows, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    d_qkv = qkv.new_empty(qkv.shape)
+def backward(
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, heads: int, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    batch, rows, width = q.shape
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     window = min(window, rows)
-    if d_qkv.numel():
-        sizes = tile(window, width // heads, qkv.dtype)
+    if q.numel():
+        sizes = tile(window, width // heads, q.dtype)
+        strides = (x.stride() for x in (g, q, k, v))
         window_grad_kernel[batch * heads * triton.cdiv(rows, sizes["step"]),](
-            g, qkv, d_qkv, lengths, rows, width, heads, window, sizes.pop("step"), *g.stride(), *qkv.stride(),
-            PRECISION=precision(qkv.dtype), **sizes, num_warps=8, num_stages=2,
+            g, q, k, v, *grads, lengths, rows, width, heads, window, sizes.pop("step"), *chain(*strides),
+            PRECISION=precision(q.dtype), **sizes, num_warps=8, num_stages=2,
         )  # fmt: skip
-    return d_qkv
+    return grads

@@ -38,7 +38,7 @@ ROWS = {
     "topk_mean": ("scores",),
     "uniform_pool": ("features",),
     "unpack_rows": ("packed",),
-    "window_attention": ("qkv",),
+    "window_attention": ("q", "k", "v", "residual"),
 }
 # The arguments that need no gradient in any use: a backend may decline to make one.
 FIXED = {"distill_loss": ("teacher",), "mil_align_loss": ("labels",), "mil_loss": ("labels",)}
@@ -103,7 +103,7 @@ def wide(x: Tensor) -> Tensor:
 
 def time_last(x: Tensor) -> Tensor:
     """The same values stored as (B, D, T)."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x.mT.contiguous().mT
 
 
 def shifted(x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _distill_loss(dtype, device, seed, *, shape, lengths=None, layout=same, spre
     }
 
 
-def _gated_fusion(dtype, device, seed, *, shape, layout=same):
+def _gated_fusion(dtype, device, seed, *, shape, needed=None, layout=same):
     draw, width = Draw(dtype, device, seed), shape[2]
     return {
         "visual": layout(draw(*shape)),
@@ -150,6 +150,7 @@ def _gated_fusion(dtype, device, seed, *, shape, layout=same):
         "hidden_bias": draw(width, scale=0.1),
         "residual_weight": draw(width, width, scale=width**-0.5),
         "residual_bias": draw(width, scale=0.1),
+        "needed": draw.ints(needed),
     }
 
 
@@ -169,10 +170,15 @@ def _linear_act(
     causal=False,
     lengths=None,
     dot=False,
+    dropout=None,
+    needed=None,
     layout=same,
     transposed=False,
 ):
-    """residual: "own", or "shared" for one row expanded over all; taps None: a matrix; transposed: its storage."""
+    """residual: "own", or "shared" for one row expanded over all; taps None: a matrix; transposed: its storage.
+
+    dropout: its share, with a mask of any strides
+    """
     draw, inputs = Draw(dtype, device, seed), shape[-1]
     kernel = () if taps is None else (taps,)
     weight = draw(outputs, inputs, *kernel, scale=(inputs * (taps or 1)) ** -0.5)
@@ -192,6 +198,8 @@ def _linear_act(
         "causal": causal,
         "lengths": draw.ints(lengths),
         "dot": draw(outputs) if dot else None,
+        "dropout": None if dropout is None else (time_last(draw(*shape[:-1], outputs)) > 0, dropout),
+        "needed": draw.ints(needed),
     }
 
 
@@ -240,10 +248,11 @@ def _topk_mean(dtype, device, seed, *, shape, lengths, divisor=16, tied=False, l
     return {"scores": layout(scores), "lengths": draw.ints(lengths), "divisor": divisor}
 
 
-def _window_attention(dtype, device, seed, *, shape, window, heads=1, lengths=None, layout=same):
+def _window_attention(dtype, device, seed, *, shape, window, heads=1, lengths=None, residual=True, layout=same):
     draw = Draw(dtype, device, seed)
-    qkv = layout(draw(*shape[:2], 3 * shape[2]))
-    return {"qkv": qkv, "window": window, "heads": heads, "lengths": draw.ints(lengths)}
+    q, k, v, added = (layout(draw(*shape)) for _ in range(4))
+    added = added if residual else None
+    return {"q": q, "k": k, "v": v, "window": window, "heads": heads, "lengths": draw.ints(lengths), "residual": added}
 
 
 def _uniform_pool(dtype, device, seed, *, lengths, width, rows, layout=same):
@@ -306,6 +315,7 @@ CASES: dict[str, list[Case]] = {
         wide={"shape": (2, 33, 32), "layout": wide},
         time_last={"shape": (2, 16, 32), "layout": time_last},
         whole_blocks={"shape": (2, 64, 64)},
+        needed={"shape": (3, 33, 32), "needed": _RAGGED},
     ),
     "linear_act": _cases(
         _linear_act,
@@ -322,6 +332,46 @@ CASES: dict[str, list[Case]] = {
         conv1={"shape": (2, 7, 32), "outputs": 8, "taps": 1, "activation": "relu", "residual": "own"},
         conv2_causal={"shape": (2, 16, 32), "outputs": 32, "taps": 2, "causal": True, "activation": "relu"},
         conv2_causal_4={"shape": (2, 33, 48), "outputs": 48, "taps": 2, "causal": True, "dilation": 4},
+        dropout={"shape": (2, 16, 32), "outputs": 48, "dropout": 0.1, "residual": "own", "bias": False},
+        dropout_of_rows={"shape": (7, 32), "outputs": 48, "dropout": 0.5, "activation": "gelu", "residual": "own"},
+        dropout_norm={"shape": (3, 7, 64), "outputs": 8, "activation": "quick_gelu", "norm": True, "dropout": 0.3},
+        dropout_causal={
+            "shape": (2, 33, 32),
+            "outputs": 48,
+            "taps": 2,
+            "causal": True,
+            "activation": "relu",
+            "dropout": 0.1,
+        },
+        dropout_ragged={
+            "shape": (3, 33, 32),
+            "outputs": 48,
+            "taps": 3,
+            "activation": "relu",
+            "residual": "own",
+            "lengths": _RAGGED,
+            "dropout": 0.25,
+        },
+        all_dropped={"shape": (2, 7, 32), "outputs": 8, "dropout": 1.0},
+        needed={"shape": (3, 33, 32), "outputs": 48, "residual": "own", "activation": "relu", "needed": _RAGGED},
+        needed_norm={
+            "shape": (3, 33, 32),
+            "outputs": 48,
+            "norm": True,
+            "activation": "quick_gelu",
+            "needed": _RAGGED,
+            "dropout": 0.3,
+        },
+        needed_dot={"shape": (2, 7, 32), "outputs": 8, "activation": "quick_gelu", "dot": True, "needed": [7, 2]},
+        needed_conv={"shape": (3, 33, 32), "outputs": 48, "taps": 5, "needed": [1, 17, 30]},
+        needed_conv_ragged={
+            "shape": (3, 33, 32),
+            "outputs": 48,
+            "taps": 3,
+            "dilation": 2,
+            "lengths": _RAGGED,
+            "needed": [5, 9, 30],
+        },
         conv3_ragged={
             "shape": (3, 33, 32),
             "outputs": 48,
@@ -397,10 +447,10 @@ CASES: dict[str, list[Case]] = {
     ),
     "window_attention": _cases(
         _window_attention,
-        one_row={"shape": (1, 1, 8), "window": 4},
+        one_row={"shape": (1, 1, 8), "window": 4, "residual": False},
         fours={"shape": (2, 64, 32), "window": 4},
         cut={"shape": (2, 33, 48), "window": 16},
-        longer={"shape": (2, 7, 64), "window": 64},
+        longer={"shape": (2, 7, 64), "window": 64, "residual": False},
         window_of_one={"shape": (2, 2, 8), "window": 1},
         two_heads={"shape": (2, 33, 48), "window": 5, "heads": 2},
         four_heads_ragged={"shape": (3, 33, 64), "window": 7, "heads": 4, "lengths": _RAGGED},
@@ -456,7 +506,15 @@ LARGE: dict[str, list[Case]] = {
         mlp_in={"shape": _BTD, "outputs": 2048, "activation": "quick_gelu", "norm": True},
         mlp_out={"shape": (4, 256, 2048), "outputs": 512, "residual": "own"},
         head={"shape": _BTD, "outputs": 2048, "activation": "quick_gelu", "dot": True},
-        tcn={"shape": _BTD, "outputs": 512, "taps": 2, "dilation": 4, "causal": True, "activation": "relu"},
+        tcn={
+            "shape": _BTD,
+            "outputs": 512,
+            "taps": 2,
+            "dilation": 4,
+            "causal": True,
+            "activation": "relu",
+            "dropout": 0.1,
+        },
         conv3={
             "shape": _BTD,
             "outputs": 512,
@@ -494,7 +552,7 @@ LARGE: dict[str, list[Case]] = {
     "window_attention": _cases(
         _window_attention,
         teacher={"shape": _BTD, "window": 4},
-        student={"shape": _BTD, "window": 64},
+        student={"shape": _BTD, "window": 64, "residual": False},
         ragged={"shape": _BTD, "window": 64, "lengths": _CUT},
     ),
     "uniform_pool": _cases(_uniform_pool, long={"lengths": [256, 4000, 700, 30], "width": 512, "rows": 256}),

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from avadclip_fast import ops
+from avadclip_fast import WindowAttention, ops
 from avadclip_fast.modules import MLP, TemporalAggregator, UncertaintyHead
 from avadclip_fast.modules.linear_act import binary_head
 from avadclip_fast.modules.uncertainty_head import fold
+from avadclip_fast.ops._padding import zero_padding
 
 B, T, D = 2, 11, 8
 LENGTHS = torch.tensor([4, 11])
@@ -80,6 +81,27 @@ def test_uncertainty_head_is_the_same_folded_or_not(rows, valid):
     assert_same(lambda: head(v, valid)[1], plain, v, [head.theta])
 
 
+@pytest.mark.parametrize("rows", [D // B, T], ids=["few rows: apart", "many rows: folded"])
+@pytest.mark.parametrize("valid", [None, LENGTHS], ids=["all", "lengths"])
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "norm and residual"])
+def test_window_attention_is_the_same_folded_or_not(x, rows, valid, normed):
+    attend, norm = float64(WindowAttention(D, 3)), float64(nn.LayerNorm(D))
+    x = x[:, :rows].detach().requires_grad_()
+    valid = None if valid is None else valid.clamp(max=rows)
+    added = {"norm": norm, "residual": x} if normed else {}
+
+    def plain():
+        weight, bias = attend.in_proj_weight, attend.in_proj_bias
+        q, k, v = nn.functional.linear(norm(x) if normed else x, weight, bias).chunk(3, dim=-1)
+        out = attend.out_proj(ops.window_attention(q, k, v, 3, 1, valid))
+        return zero_padding(out + x if normed else out, valid)
+
+    assert (B * rows > D) == (rows == T)  # the two cases lie on the two sides of the rule
+    assert_same(
+        lambda: zero_padding(attend(x, valid, **added), valid), plain, x, [attend, norm] if normed else [attend]
+    )
+
+
 @pytest.mark.parametrize("padding", ["official", "masked"])
 def test_aggregator_is_the_same_with_shared_products(x, padding):
     aggregate = float64(TemporalAggregator(D, padding))
@@ -95,3 +117,17 @@ def test_aggregator_is_the_same_with_shared_products(x, padding):
         return a.linear(torch.cat([x1, x2], dim=-1))
 
     assert_same(lambda: aggregate(x, LENGTHS), plain, x, [aggregate])
+
+
+def test_aggregator_is_the_same_where_videos_share_rows():
+    """From the row on that `alike` tells, the products and convolutions of one video serve all."""
+    torch.manual_seed(0)
+    alike, lengths = torch.tensor([4, 11, 6]), torch.tensor([3, 11, 6])
+    every = torch.randn(4, T, D, dtype=torch.float64, requires_grad=True)
+    aggregate = float64(TemporalAggregator(D, "official"))
+    own = (torch.arange(T) < alike[:, None])[..., None]
+
+    def call(*alike: torch.Tensor) -> torch.Tensor:
+        return aggregate(torch.where(own, every[:3], every[3]), lengths, *alike)
+
+    assert_same(lambda: call(alike), call, every, [aggregate])

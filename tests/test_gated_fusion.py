@@ -11,7 +11,9 @@ class TestGatedFusion(OpTests):
     ragged = "seven"
     lowered = True
 
-    def oracle(self, visual, audio, gate_weight, gate_bias, hidden_weight, hidden_bias, residual_weight, residual_bias):
+    def oracle(
+        self, visual, audio, gate_weight, gate_bias, hidden_weight, hidden_bias, residual_weight, residual_bias, needed
+    ):
         out = np.zeros_like(visual)
         width = visual.shape[2]
         for b in range(len(visual)):

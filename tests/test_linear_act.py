@@ -1,5 +1,6 @@
 """linear_act: every backend against the reference, the reference against loops, every combination it offers."""
 
+import functools
 import math
 
 import numpy as np
@@ -24,13 +25,18 @@ ACTIVATIONS = {
 class TestLinearAct(OpTests):
     op = "linear_act"
     ragged = "everything"
+    single = {"onednn": "quick-gelu-norm"}  # noqa: RUF012  it has no convolutions
     per_row = True
     lowered = True
     free = {("weight", 2)}
 
-    def oracle(self, x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot):
+    def oracle(self, x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot, dropout, needed=None):
         if x.ndim == 2:
-            return self.oracle(x[None], weight, bias, activation, residual, norm, dilation, causal, lengths, dot)[0]
+            residual = residual if residual is None else residual[None]
+            dropout = dropout and (dropout[0][None], dropout[1])
+            rest = (weight, bias, activation, residual, norm, dilation, causal, lengths, dot, dropout)
+            return self.oracle(x[None], *rest)[0]
+        kept, p = dropout or (None, 0.0)
         outputs, taps = weight.shape[0], weight.shape[2] if weight.ndim == 3 else 1
         weight = weight.reshape(outputs, -1, taps)
         batch, rows, _ = x.shape
@@ -51,6 +57,8 @@ class TestLinearAct(OpTests):
                         out[b, t, o] += np.dot(weight[o, :, k], h)
                 for o in range(outputs):
                     y = ACTIVATIONS[activation](out[b, t, o] + (0 if bias is None else bias[o]))
+                    if dropout is not None:
+                        y *= kept[b, t, o] / (1 - p) if p < 1 else 0
                     out[b, t, o] = y + (0 if residual is None else residual[b, t, o])
         return out if dot is None else out @ dot
 
@@ -64,6 +72,8 @@ class TestLinearAct(OpTests):
 
     def test_a_causal_convolution_sees_no_future(self, case, backend, device):
         arguments = self.make(case, backend, device=device)
+        if arguments["weight"].ndim == 2:
+            pytest.skip("no convolution")
         arguments |= {"norm": None, "lengths": None, "residual": None}
         out = self.call(arguments, backend)
         arguments["x"] = arguments["x"].clone()
@@ -73,6 +83,8 @@ class TestLinearAct(OpTests):
     @pytest.mark.parametrize("taps", [1, 2, 3, 5])
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_every_activation_with_all_taps(self, case, backend, device, activation, taps):
+        if self.make(case, backend, device=device)["weight"].ndim == 2:
+            pytest.skip("no convolution")
         draw = torch.Generator().manual_seed(taps)
         x = torch.randn(2, 7, 8, generator=draw).to(device)
         weight = (torch.randn(8, 8, taps, generator=draw) * (8 * taps) ** -0.5).to(device)
@@ -107,8 +119,9 @@ class TestTiles:
         dilation=st.sampled_from([1, 4, 20]),
         causal=st.booleans(),
         ragged=st.booleans(),
+        sparing=st.booleans(),
     )
-    def test_any_shape(self, backend, batch, rows, inputs, outputs, taps, dilation, causal, ragged):
+    def test_any_shape(self, backend, batch, rows, inputs, outputs, taps, dilation, causal, ragged, sparing):
         draw = torch.Generator().manual_seed(rows)
         kernel = () if taps is None else (taps,)
         arguments = {
@@ -121,9 +134,15 @@ class TestTiles:
         if ragged and taps:
             arguments["lengths"] = torch.randint(1, rows + 1, (batch,), generator=draw)
         upstream = torch.randn(batch, rows, outputs, generator=draw)
+        if sparing:
+            arguments["needed"] = torch.randint(1, rows + 1, (batch,), generator=draw)
+            upstream[torch.arange(rows) >= arguments["needed"][:, None]] = 0
         exact = {key: value.double() if key in _TENSORS else value for key, value in arguments.items()}
-        oracles = self.results(exact, upstream.double(), "reference")
-        for got, oracle in zip(self.results(arguments, upstream, backend), oracles, strict=True):
+        results = [self.results(arguments, upstream, backend), self.results(exact, upstream.double(), "reference")]
+        if sparing:
+            for out, *_ in results:
+                out[torch.arange(rows) >= arguments["needed"][:, None]] = 0
+        for got, oracle in zip(*results, strict=True):
             torch.testing.assert_close(got.double(), oracle, rtol=1e-5, atol=2e-6 * oracle.abs().max().item())
 
     def results(self, arguments, upstream, backend):
@@ -192,5 +211,21 @@ def test_refuses_a_convolution_of_rows(x):
 
 
 def test_refuses_a_residual_beside_dot(x):
-    with pytest.raises(ValueError, match="residual must be None where dot is given"):
+    with pytest.raises(ValueError, match="residual and dropout must be None where dot is given"):
         ops.linear_act(x, torch.zeros(8, 8), residual=x, dot=torch.zeros(8))
+
+
+def test_refuses_a_dropout_that_does_not_fit(x):
+    kept, call = torch.ones(1, 4, 8, dtype=torch.bool), functools.partial(ops.linear_act, x, torch.zeros(8, 8))
+    with pytest.raises(ValueError, match="residual and dropout must be None where dot is given"):
+        call(dot=torch.zeros(8), dropout=(kept, 0.1))
+    with pytest.raises(ValueError, match=r"dropout must be \(kept, p\), or None, got 0.1"):
+        call(dropout=0.1)
+    with pytest.raises(ValueError, match="kept of dropout must be a bool tensor, got torch.float32"):
+        call(dropout=(kept.float(), 0.1))
+    with pytest.raises(ValueError, match=r"kept of dropout must have shape \[1, 4, 8\], got \[1, 4, 7\]"):
+        call(dropout=(kept[..., 1:], 0.1))
+    with pytest.raises(ValueError, match="kept of dropout is on meta, but x is on cpu"):
+        call(dropout=(kept.to("meta"), 0.1))
+    with pytest.raises(ValueError, match=r"p of dropout must lie in 0..1, got 1.5"):
+        call(dropout=(kept, 1.5))

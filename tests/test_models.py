@@ -19,6 +19,7 @@ from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.models import avadclip, groups
 from avadclip_fast.models.checkpoints import official_state
 from avadclip_fast.models.text import TextEncoder, tokenize
+from avadclip_fast.ops._linear_act_cpu import HAS_AVX512, spares
 
 
 def relative(got: Tensor, expected) -> float:
@@ -274,6 +275,30 @@ def test_videos_in_groups_of_like_length_give_the_same(make, monkeypatch):
     monkeypatch.setattr(model, "padding", "official")  # there padding has a part in the result
     monkeypatch.setattr(groups, "by_length", None)
     run(make, model, visual, audio, labels, lengths)
+
+
+@pytest.mark.skipif(not HAS_AVX512, reason="needs a processor with AVX-512")
+@pytest.mark.parametrize("make", [teacher, student])
+@pytest.mark.parametrize("padding", ["official", "masked"])
+def test_products_that_leave_rows_out_give_the_same(make, padding):
+    """In videos of a length and width from which on they do; whatever lies past the lengths, where it is masked."""
+    visual, audio, labels, lengths = batch([200, 31, 256, 97], 256, width=256)
+    if padding == "masked":
+        past = (torch.arange(256) >= lengths[:, None])[..., None]
+        visual, audio = (torch.where(past, 7.0, x) for x in (visual, audio))
+    model = make(padding=padding, width=256, length=256)
+    assert spares(visual)
+    some, found = run(make, model, visual, audio, labels, lengths)
+    with use_backend("reference"):
+        every, gradients = run(make, model, visual, audio, labels, lengths)
+    valid = torch.arange(256) < lengths[:, None]
+    for got, expected in zip(some, every, strict=True):
+        if expected is not None and padding == "masked" and expected.shape[:2] == (4, 256):
+            got, expected = got[valid], expected[valid]
+        if expected is not None:
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    for name, x in gradients.items():
+        assert (found[name] - x).norm() <= 1e-3 * max(x.norm().item(), 1e-3), name
 
 
 @pytest.mark.parametrize("make", [teacher, student])

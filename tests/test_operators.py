@@ -34,9 +34,12 @@ def calls() -> dict[str, tuple]:
     x, weight, bias = torch.randn(B, T, D), torch.randn(C, D, 5), torch.randn(C)
     y = torch.randn(B, T, C)
     tiles = {
-        "linear_act_tiles": (x, weight, bias, "quick_gelu", y, 1, False, lengths, None, True, HAS_AMX, False),
+        "linear_act_tiles": (
+            *(x, weight, bias, "quick_gelu", y, 1, False, lengths, lengths, None, True, y > 0, 2.0, HAS_AMX, False),
+        ),
         "linear_act_tiles_backward": (
-            *(y[..., 0], x, weight, "quick_gelu", 1, False, lengths, bias, y, [True] * 4, HAS_AMX, False),
+            *(y[..., 0], x, weight, "quick_gelu", 1, False, lengths, lengths, bias, y, [True] * 4, y > 0, 2.0),
+            *(HAS_AMX, False),
         ),
     }
     return (tiles if HAS_AVX512 else {}) | {
@@ -141,7 +144,7 @@ class TestRefusals:
             wrong = (
                 (torch.int16, torch.complex64, torch.float64)
                 if x.is_floating_point()
-                else (torch.float32, torch.int16, torch.bool)
+                else {torch.float32, torch.int16, torch.bool} - {x.dtype}
             )
             alone = sum(isinstance(v, Tensor) and v.is_floating_point() for v in arguments.values()) == 1
             for dtype in wrong:
@@ -167,7 +170,7 @@ class TestRefusals:
 
     def test_numbers(self, name):
         for key, _, arguments in changes(name, False):
-            if key in ("threshold", "causal", "dot", "save_y", "high"):
+            if key in ("threshold", "causal", "dot", "save_y", "gain", "high"):
                 continue  # any will do
             bad = {
                 "scale": (0.0, -1.0, math.nan),

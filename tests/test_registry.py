@@ -17,8 +17,8 @@ from avadclip_fast.ops import _dispatch
 ROOT = Path(__file__).resolve().parents[1]
 # Two ops in one file, each the other's companion.
 STEMS = {"mil_align_loss": "mil_loss", "unpack_rows": "pack_rows"}
-# One file of kernels for all that moves rows between packed and padded.
-NATIVE = STEMS | {"pack_rows": "uniform_pool", "unpack_rows": "uniform_pool"}
+# One file of kernels for all that moves rows between packed and padded, and one for all that is matrix products.
+NATIVE = STEMS | {"pack_rows": "uniform_pool", "unpack_rows": "uniform_pool", "gated_fusion": "linear_act"}
 # Steps of data handling: no module is made of them.
 NO_MODULE = {"uniform_pool", "pack_rows"}
 

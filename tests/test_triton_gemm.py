@@ -115,11 +115,11 @@ def test_registration_passes_opcheck():
     scale, shift, dot, lengths = draw(8), draw(8), draw(6), torch.tensor([3, 5], device=DEVICE)
     op = torch.ops.avadclip_fast.linear_act.default
     for args in (
-        (x, conv, bias, "quick_gelu", residual, None, None, 1, False, lengths, None, True),
-        (x, matrix, bias, "gelu", residual, scale, shift, 1, False, None, None, True),
-        (x, matrix, None, "quick_gelu", None, None, None, 1, False, None, dot, True),
-        (x, conv, bias, "relu", None, None, None, 2, True, None, None, False),
-        (x.detach(), matrix.detach(), bias, "none", residual, None, None, 1, False, None, None, False),
+        (x, conv, bias, "quick_gelu", residual, None, None, 1, False, lengths, None, True, None, 1.0),
+        (x, matrix, bias, "gelu", residual, scale, shift, 1, False, None, None, True, residual > 0, 2.0),
+        (x, matrix, None, "quick_gelu", None, None, None, 1, False, None, dot, True, None, 1.0),
+        (x, conv, bias, "relu", None, None, None, 2, True, None, None, False, residual > 0, 2.0),
+        (x.detach(), matrix.detach(), bias, "none", residual, None, None, 1, False, None, None, False, None, 1.0),
     ):
         torch.library.opcheck(op, args)
     torch.library.opcheck(torch.ops.avadclip_fast.gated_fusion.default, (*fusion_arguments(), True))

@@ -74,7 +74,7 @@ def functions(x: Tensor, lengths: Tensor, labels: Tensor) -> None:
     assert_type(ops.uniform_pool(x, lengths, rows=256), Tensor)
     assert_type(ops.unpack_rows(x, lengths, rows=256), Tensor)
     with use_backend("reference"):
-        assert_type(ops.window_attention(x, window=4, heads=2), Tensor)
+        assert_type(ops.window_attention(x, x, x, window=4, heads=2, residual=x), Tensor)
 
     ops.linear_act(x, x, activation=1)  # type: ignore[arg-type]
     ops.uniform_pool(x, lengths)  # type: ignore[call-arg]

@@ -200,7 +200,9 @@ def _arguments(name: str, setting: Setting) -> dict:
             "x": x(), "weight": draw(4 * D, D), "bias": draw(4 * D), "activation": "quick_gelu",
             "norm": (draw(D), draw(D)),
         },
-        "window_attention": lambda: {"qkv": draw(batch, T, 3 * D), "window": 64, "heads": 1, "lengths": lengths},
+        "window_attention": lambda: {
+            "q": x(), "k": x(), "v": x(), "window": 64, "heads": 1, "lengths": lengths, "residual": x(),
+        },
         "similarity_graph": lambda: {"features": x(), "values": x(), "lengths": lengths},
         "distance_graph": lambda: {"values": x(), "lengths": lengths},
         "attention_pool": lambda: {"features": x(), "logits": draw(batch, T), "lengths": lengths},

@@ -47,7 +47,7 @@ def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], N
 
     def linear(
         outputs: int, width: int = D, taps: int = 0, activation="none", norm=False, residual=False, dot=False,
-        dilation=1, causal=False, lengths=False, transposed=False, shape=(B, T),
+        dilation=1, causal=False, lengths=False, transposed=False, dropout=False, shape=(B, T),
     ) -> Callable[[], None]:  # fmt: skip
         def run() -> None:
             x = draw(*shape, width, dtype=torch.float32 if norm else dtype)
@@ -56,15 +56,17 @@ def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], N
             r = draw(*shape, outputs, dtype=dtype if taps else torch.float32) if residual else None
             scale, shift = draw(2, width, dtype=torch.float32) if norm else (None, None)
             n = torch.full((B,), T, device=device) if lengths else None
+            mask = torch.ones(*shape, outputs, device=device, dtype=torch.bool) if dropout else None
             keep = dot or activation == "quick_gelu" or (activation == "relu" and residual)
             out, y, stats = linear_act.forward(
-                x, weight, draw(outputs), activation, r, scale, shift, dilation, causal, n, u, keep
+                x, weight, draw(outputs), activation, r, scale, shift, dilation, causal, n, u, keep, mask, 1.1
             )
             needs = [True, True, True, norm, norm, dot]
             y = y if keep else out
             linear_act.backward(
-                torch.ones_like(out), x, weight, activation, scale, shift, dilation, causal, n, u, y, stats, needs
-            )
+                torch.ones_like(out), x, weight, activation, scale, shift, dilation, causal, n, u, y, stats, needs,
+                mask, 1.1,
+            )  # fmt: skip
 
         return run
 
@@ -75,6 +77,7 @@ def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], N
         gated_fusion.backward(torch.ones_like(out), visual, audio, *weights[::2], *saved)
 
     yield "qkv", linear(3 * D, norm=True)
+    yield "queries", linear(D)
     yield "projection", linear(D, residual=True)
     yield "mlp", linear(4 * D, activation="quick_gelu", norm=True)
     yield "mlp projection", linear(D, 4 * D, residual=True)
@@ -85,7 +88,7 @@ def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], N
     yield "graph convolution, lengths", linear(D, taps=5, lengths=True)
     yield "uncertainty", linear(D, taps=3, activation="relu", residual=True)
     yield "uncertainty, lengths", linear(D, taps=3, activation="relu", residual=True, lengths=True)
-    yield "audio", linear(D, taps=2, activation="relu", dilation=4, causal=True)
+    yield "audio", linear(D, taps=2, activation="relu", dilation=4, causal=True, dropout=True)
     yield "fusion", fusion
 
 

@@ -18,6 +18,8 @@ from ..modules import (
     UncertaintyHead,
 )
 from ..modules.linear_act import binary_head
+from ..ops._check import check_lengths
+from ..ops._linear_act_cpu import spares
 from . import groups
 from .checkpoints import Checkpointed
 from .encoder import Standardize, TemporalEncoder, moments
@@ -133,7 +135,10 @@ class Detector(Checkpointed):
         self, function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor | None
     ) -> tuple[Tensor, ...]:
         """function(*streams, lengths), which treats videos independently; groups them by length if that saves time."""
-        if self.padding == "masked" and lengths is not None and groups.pays(lengths):
+        x = next(stream for stream in streams if stream is not None)
+        if lengths is not None and isinstance(x, Tensor) and x.ndim == 3:
+            check_lengths(type(self).__name__, lengths, x.shape[0], x.shape[1], x.device)
+        if self.padding == "masked" and lengths is not None and groups.pays(x) and not spares(x):
             return groups.by_length(function, streams, lengths)
         return function(*streams, lengths)
 
@@ -143,8 +148,8 @@ class Detector(Checkpointed):
         expected = [len(self.classes), features.shape[-1]]
         if list(text.shape) != expected:
             raise ValueError(f"text_features must have shape {expected}, as encode_text gives; got {list(text.shape)}")
-        anomaly_logits = binary_head(features, self.mlp2, self.classifier)  # [B, T]
         valid = lengths if self.padding == "masked" else None
+        anomaly_logits = binary_head(features, self.mlp2, self.classifier, valid)  # [B, T]
         class_logits = self.prompt(features, text, anomaly_logits, valid)
         return Output(features, text, anomaly_logits, class_logits, log_variance)
 
@@ -205,7 +210,8 @@ class AVadCLIP(Detector):
         def fused(visual: Tensor, audio: Tensor | None, lengths: Tensor | None) -> tuple[Tensor]:
             seen = self.temporal(self._input("visual", visual, lengths), lengths)
             heard = torch.zeros_like(seen) if audio is None else self._input("audio", audio, lengths)
-            return (self.fusion(seen, self.audio(heard), lengths),)
+            valid = lengths if self.padding == "masked" else None
+            return (self.fusion(seen, self.audio(heard, valid), valid),)
 
         return self._each(fused, (visual, audio), lengths)[0]
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..modules import MLP, TemporalAggregator, WindowAttention
 from ..modules.temporal_aggregator import check_padding
+from ..ops._linear_act_cpu import spares
 from ..ops._padding import zero_padding
 from . import groups
 
@@ -23,7 +24,7 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         x = self.attn(x, residual=x, norm=self.ln_1, lengths=lengths)
-        return self.mlp(x, residual=x, norm=self.ln_2)
+        return self.mlp(x, residual=x, norm=self.ln_2, lengths=lengths)
 
 
 class Standardize(nn.Module):
@@ -99,9 +100,9 @@ class TemporalEncoder(nn.Module):
             )
         official = self.padding == "official"
         if official and rows % self.window == 0 and groups.pays(x) and not x.requires_grad:
-            x = self._distinct(x)
-        else:
-            x = self._blocks(x + self.positions.weight[:rows], None if official else lengths)
+            x, alike = self._distinct(x)
+            return self.aggregator(x, lengths, alike if spares(x) else None)
+        x = self._blocks(x + self.positions.weight[:rows], None if official else lengths)
         return self.aggregator(x, lengths)
 
     def _blocks(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -109,8 +110,10 @@ class TemporalEncoder(nn.Module):
             x = block(x, lengths)
         return x
 
-    def _distinct(self, x: Tensor) -> Tensor:
+    def _distinct(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The blocks over x + positions, without computing what is known to be the same twice.
+
+        Also returns (B,) the row of each video from which on it holds nothing else.
 
         The blocks treat windows independently. Those of padding hold zeros and position embeddings, so each is the
         same in every video, and is computed once for all that have it.
@@ -122,4 +125,5 @@ class TemporalEncoder(nn.Module):
         count = int(seen.sum())
         index = (count - 1 + padding.cumsum(0)).repeat(len(x), 1)
         index[seen] = torch.arange(count)
-        return distinct[index].flatten(1, 2)
+        last = torch.arange(1, 1 + seen.shape[1]).mul(seen).amax(1)  # [B] window that is not padding, from 1
+        return distinct[index].flatten(1, 2), last * self.window

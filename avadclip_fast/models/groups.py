@@ -1,4 +1,4 @@
-"""Groups videos of similar length, because on a CPU padded rows cost as much as valid ones."""
+"""Groups videos of similar length, for CPUs whose products of padded rows cost as much as those of valid ones."""
 
 from collections.abc import Callable, Sequence
 

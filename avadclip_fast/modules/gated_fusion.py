@@ -45,7 +45,7 @@ class AVFusion(nn.Module):
             self.attention = nn.MultiheadAttention(dim, num_heads=HEADS, batch_first=True)
 
     def forward(self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """visual, audio (B, T, D) -> (B, T, D). `lengths` (B,) masks padded audio in cross attention only."""
+        """visual, audio (B, T, D) -> (B, T, D). With `lengths` (B,), rows t >= lengths[b] mean nothing."""
         if self.mode == "gated":
             layers = self.gate_proj[0], self.residual_proj[0], self.residual_proj[2]
             gate, hidden, residual = (cast(nn.Linear, layer) for layer in layers)
@@ -58,6 +58,7 @@ class AVFusion(nn.Module):
                 hidden.bias,
                 residual.weight,
                 residual.bias,
+                needed=lengths,
                 backend=self.backend,
             )
         sizes = check_tensors("AVFusion", ("visual", visual, "B T D"), ("audio", audio, "B T D"))

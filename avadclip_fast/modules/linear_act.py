@@ -1,5 +1,7 @@
 """Layers built on linear_act: MLP, binary head, temporal convolution and the audio TCN."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,7 +12,8 @@ from .. import ops
 class MLP(nn.Module):
     """CLIP's two-layer perceptron: c_proj(QuickGELU(c_fc(norm(x)))) + residual, hidden width 4D.
 
-    forward: x (B, T, D), residual (B, T, D) or None, norm a LayerNorm or None -> (B, T, D).
+    forward: x (B, T, D), residual (B, T, D) or None, norm a LayerNorm or None, lengths (B,) or None -> (B, T, D).
+    Rows t >= lengths[b] of the result mean nothing.
     """
 
     def __init__(self, dim: int, hidden: int | None = None, backend: str | None = None):
@@ -20,22 +23,30 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(dim, hidden)
         self.c_proj = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         affine = None if norm is None else (norm.weight, norm.bias)
-        h = ops.linear_act(x, self.c_fc.weight, self.c_fc.bias, "quick_gelu", norm=affine, backend=self.backend)
-        return ops.linear_act(h, self.c_proj.weight, self.c_proj.bias, residual=residual, backend=self.backend)
+        layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
+        h = layer(x, self.c_fc.weight, self.c_fc.bias, "quick_gelu", norm=affine)
+        return layer(h, self.c_proj.weight, self.c_proj.bias, residual=residual)
 
 
-def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear) -> Tensor:
+def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear, lengths: Tensor | None = None) -> Tensor:
     """classifier(mlp(x) + x) for a single-output classifier, without the MLP's second matrix product.
 
         w·(P h + p + x) + b  =  (Pᵀw)·h + w·x + (w·p + b),      h = QuickGELU(c_fc x), c_proj = (P, p)
 
-    x: (B, T, D) -> (B, T).
+    x: (B, T, D), lengths: (B,) or None -> (B, T). Rows t >= lengths[b] mean nothing.
     """
     w = classifier.weight[0]  # [D]
     folded = w @ mlp.c_proj.weight  # [4D]
-    hidden = ops.linear_act(x, mlp.c_fc.weight, mlp.c_fc.bias, "quick_gelu", dot=folded, backend=mlp.backend)
+    c_fc = mlp.c_fc
+    hidden = ops.linear_act(x, c_fc.weight, c_fc.bias, "quick_gelu", dot=folded, needed=lengths, backend=mlp.backend)
     return hidden + x @ w + (w @ mlp.c_proj.bias + classifier.bias)
 
 
@@ -52,7 +63,14 @@ class TemporalConv(nn.Conv1d):
         self, x: Tensor, activation: str = "none", residual: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         return ops.linear_act(
-            x, self.weight, self.bias, activation, residual=residual, lengths=lengths, backend=self.backend
+            x,
+            self.weight,
+            self.bias,
+            activation,
+            residual=residual,
+            lengths=lengths if self.kernel_size[0] > 1 else None,
+            needed=lengths,
+            backend=self.backend,
         )
 
 
@@ -60,7 +78,7 @@ class CausalConv(nn.Module):
     """Causal, dilated, weight-normed convolution: w = g · v / |v|, with one norm per output channel.
 
     Parameters have the names of torch.nn.utils.weight_norm (`weight_g`, `weight_v`), as in official checkpoints.
-    forward: (B, T, D), activation -> (B, T, D).
+    forward: (B, T, D), activation, dropout (kept, p) or None, lengths (B,) or None -> (B, T, D).
     """
 
     def __init__(self, dim: int, taps: int, dilation: int, backend: str | None = None):
@@ -73,21 +91,35 @@ class CausalConv(nn.Module):
         with torch.no_grad():
             self.weight_g.copy_(self.weight_v.norm(dim=(1, 2), keepdim=True))
 
-    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        activation: str = "none",
+        dropout: tuple[Tensor, float] | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         weight = self.weight_g * self.weight_v / self.weight_v.norm(dim=(1, 2), keepdim=True)
         return ops.linear_act(
-            x, weight, self.bias, activation, dilation=self.dilation, causal=True, backend=self.backend
+            x,
+            weight,
+            self.bias,
+            activation,
+            dilation=self.dilation,
+            causal=True,
+            dropout=dropout,
+            needed=lengths,
+            backend=self.backend,
         )
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout, which on a CPU draws its numbers one by one; here each draw of 64 bits serves two elements."""
-    if not (training and 0 < p < 1) or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p, training)
+def keep(x: Tensor, p: float) -> Tensor:
+    """A random mask of x's shape and device, False for a share p of the elements."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < p < 1:
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
+    # Torch draws one number after the other on a CPU; here each draw of 64 bits serves two elements.
     draws = torch.empty(-(-x.numel() // 2), dtype=torch.int64).random_(-(2**63), None)
     uniform = draws.view(torch.int32)[: x.numel()].view(x.shape)  # over all of int32
-    kept = uniform >= round(p * 2**32) - 2**31
-    return x * torch.where(kept, x.new_tensor(1 / (1 - p)), x.new_zeros(()))
+    return uniform >= round(p * 2**32) - 2**31
 
 
 class TemporalBlock(nn.Module):
@@ -99,16 +131,19 @@ class TemporalBlock(nn.Module):
         self.conv1 = CausalConv(dim, taps, dilation, backend)
         self.conv2 = CausalConv(dim, taps, dilation, backend)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = dropout(self.conv1(x, "relu"), self.dropout, self.training)
-        h = dropout(self.conv2(h, "relu"), self.dropout, self.training)
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        h = x
+        for conv in (self.conv1, self.conv2):
+            dropout = (keep(x, self.dropout), self.dropout) if self.training and self.dropout else None
+            h = conv(h, "relu", dropout, lengths)
         return F.relu(h + x)
 
 
 class TemporalConvNet(nn.Module):
     """Audio encoder: residual levels of causal convolutions with dilation 1, 2, 4, ... (official `temporalconvnet`).
 
-    forward: (B, T, D) -> (B, T, D). It is causal, so trailing padding never reaches a valid row.
+    forward: (B, T, D), lengths (B,) or None -> (B, T, D). It is causal, so trailing padding never reaches a valid row.
+    Rows t >= lengths[b] mean nothing.
     """
 
     def __init__(
@@ -117,5 +152,7 @@ class TemporalConvNet(nn.Module):
         super().__init__()
         self.network = nn.Sequential(*(TemporalBlock(dim, taps, 2**i, dropout, backend) for i in range(levels)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        for level in self.network:
+            x = level(x, lengths)
+        return x

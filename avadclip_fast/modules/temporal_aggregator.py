@@ -1,6 +1,7 @@
 """TemporalAggregator: graph convolutions over the similarity and distance graphs."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ class GraphConv(nn.Module):
         nn.init.xavier_uniform_(self.weight)
         self.residual = TemporalConv(inputs, outputs, 5) if inputs != outputs else None
 
-    def project(self, x: Tensor) -> Tensor:
-        """x W."""
-        return ops.linear_act(x, self.weight.T)
+    def project(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        """x W; rows t >= lengths[b] mean nothing."""
+        return ops.linear_act(x, self.weight.T, needed=lengths)
 
 
 class TemporalAggregator(nn.Module):
@@ -65,28 +66,49 @@ class TemporalAggregator(nn.Module):
         self.disAdj = DistanceGraph()
         self.linear = nn.Linear(2 * half, dim)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None = None, alike: Tensor | None = None) -> Tensor:
+        """x, lengths -> (B, T, D). alike: (B,) int or None; all videos have the same rows t >= alike[b]."""
         valid = lengths if self.padding == "masked" else None
+        needed, share = (valid, _as_it_is) if alike is None else _shared(alike, x.shape[1])
         first, third = self.gc1, self.gc3  # both read x, so their weights are concatenated
-        projected = ops.linear_act(x, torch.cat([first.weight, third.weight], dim=1).T)
+        projected = share(ops.linear_act(x, torch.cat([first.weight, third.weight], dim=1).T, needed=needed))
         assert first.residual is not None and third.residual is not None  # their widths differ
-        skipped = ops.linear_act(
-            x,
-            torch.cat([first.residual.weight, third.residual.weight]),
-            torch.cat([first.residual.bias, third.residual.bias]),
-            lengths=valid,
+        skipped = share(
+            ops.linear_act(
+                x,
+                torch.cat([first.residual.weight, third.residual.weight]),
+                torch.cat([first.residual.bias, third.residual.bias]),
+                lengths=valid,
+                needed=needed,
+            )
         )
         (xw1, xw3), (skip1, skip3) = projected.chunk(2, dim=-1), skipped.chunk(2, dim=-1)
         mixed, weights = self.simAdj(x, xw1, lengths)
         h = _quick_gelu(mixed + skip1)
-        mixed, _ = self.simAdj(x, self.gc2.project(h), lengths, weights)
+        mixed, _ = self.simAdj(x, self.gc2.project(h, valid), lengths, weights)
         x1 = _quick_gelu(mixed + h)
         h = _quick_gelu(self.disAdj(xw3, valid) + skip3)
-        x2 = _quick_gelu(self.disAdj(self.gc4.project(h), valid) + h)
-        return ops.linear_act(torch.cat([x1, x2], dim=-1), self.linear.weight, self.linear.bias)
+        x2 = _quick_gelu(self.disAdj(self.gc4.project(h, valid), valid) + h)
+        return ops.linear_act(torch.cat([x1, x2], dim=-1), self.linear.weight, self.linear.bias, needed=valid)
 
     def extra_repr(self) -> str:
         return f"padding={self.padding!r}"
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _shared(alike: Tensor, rows: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Which rows of a product or convolution of features are needed, and what fills in the rest.
+
+    A tap reaches two rows back: from alike[b] + 2 on, a result is that of the video that has been alike for longest.
+    """
+    longest = int(alike.argmin())
+    needed = (alike + 2).clamp(1, rows)
+    needed[longest] = rows
+    own = (torch.arange(rows) < needed[:, None])[..., None]  # [B, T, 1]
+    return needed, lambda x: torch.where(own, x, x[longest])
 
 
 def check_padding(owner: str, padding: str) -> None:

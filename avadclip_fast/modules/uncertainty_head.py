@@ -48,12 +48,14 @@ class UncertaintyHead(nn.Module):
 
     def _log_variance(self, v: Tensor, lengths: Tensor | None) -> Tensor:
         first, _, middle, last = cast(Iterable[TemporalConv], self.theta.theta)
-        h = first(v, "relu")
+        h = first(v, "relu", lengths=lengths)
         # Folding costs 3·D³ and saves rows·D². An exported graph must not depend on the number of rows.
         if torch.compiler.is_exporting() or v.shape[0] * v.shape[1] <= 3 * v.shape[2]:
-            return -last(middle(h, lengths=lengths), "relu", residual=v)
+            return -last(middle(h, lengths=lengths), "relu", residual=v, lengths=lengths)
         weight, bias = fold(middle, last)
-        return -ops.linear_act(h, weight, bias, "relu", residual=v, lengths=lengths, backend=self.backend)
+        return -ops.linear_act(
+            h, weight, bias, "relu", residual=v, lengths=lengths, needed=lengths, backend=self.backend
+        )
 
 
 def fold(conv: TemporalConv, after: TemporalConv) -> tuple[Tensor, Tensor]:

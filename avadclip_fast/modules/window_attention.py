@@ -1,22 +1,26 @@
 """WindowAttention: block-diagonal self-attention with projections."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._check import check_tensors
 
 
 class WindowAttention(nn.Module):
     """Self-attention within windows of `window` consecutive snippets (official code of arXiv 2504.04495).
 
-        qkv = in_proj(norm(x)),   out_i = out_proj(sum_j softmax_j(<q_i, k_j> / sqrt(D/heads)) v_j) + residual
+        q, k, v = in_proj(norm(x)),   out_i = out_proj(sum_j softmax_j(<q_i, k_j> / sqrt(D/heads)) v_j) + residual
 
-    If `window` does not divide T, the last window is shorter.
+    If `window` does not divide T, the last window is shorter. With one head and enough rows, two products with the
+    rows do the work of four: keys are norm(x) itself, and out_proj acts on the values (see `fold`).
 
     x: (B, T, D) floating point
     lengths: (B,) int, to exclude padded keys, or None
     residual: (B, T, D) or None; norm: LayerNorm or None
-    Returns (B, T, D) in x's dtype.
+    Returns (B, T, D) in x's dtype. Rows t >= lengths[b] mean nothing.
     Raises ValueError on invalid settings, shapes, dtypes, devices or lengths.
     Parameters have the names of nn.MultiheadAttention.
     """
@@ -41,9 +45,38 @@ class WindowAttention(nn.Module):
         norm: nn.LayerNorm | None = None,
     ) -> Tensor:
         affine = None if norm is None else (norm.weight, norm.bias)
-        qkv = ops.linear_act(x, self.in_proj_weight, self.in_proj_bias, norm=affine, backend=self.backend)
-        mixed = ops.window_attention(qkv, self.window, self.heads, lengths, backend=self.backend)
-        return ops.linear_act(mixed, self.out_proj.weight, self.out_proj.bias, residual=residual, backend=self.backend)
+        width = self.out_proj.in_features
+        check_tensors(
+            "WindowAttention",
+            ("x", x, f"B T {width}"),
+            ("norm", None if norm is None else norm.weight, f"{width}"),
+            optional=("norm",),
+        )
+        layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
+        # Folding costs 2·D³ and saves 2·rows·D². An exported graph must not depend on the number of rows.
+        if self.heads > 1 or x.shape[0] * x.shape[1] <= width or torch.compiler.is_exporting():
+            q, k, v = layer(x, self.in_proj_weight, self.in_proj_bias, norm=affine).chunk(3, dim=-1)
+            mixed = ops.window_attention(q, k, v, self.window, self.heads, lengths, backend=self.backend)
+            return layer(mixed, self.out_proj.weight, self.out_proj.bias, residual=residual)
+        keys = x if norm is None else norm(x)
+        if torch.is_autocast_enabled(x.device.type):
+            keys = keys.to(torch.get_autocast_dtype(x.device.type))
+        query, value = fold(self.in_proj_weight, self.in_proj_bias, self.out_proj)
+        q, v = layer(keys, *query), layer(keys, *value)
+        return ops.window_attention(q, keys, v, self.window, 1, lengths, residual, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, heads={self.heads}"
+
+
+def fold(weight: Tensor, bias: Tensor, after: nn.Linear) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Weights and biases that make of rows x the queries and values of one-headed attention whose keys are x.
+
+        <Wq x_i + bq, Wk x_j + bk> = <Wk'Wq x_i + Wk'bq, x_j> + what is the same for all j, and so cancels
+        Wo (sum_j p_ij (Wv x_j + bv)) + bo = sum_j p_ij (WoWv x_j + Wo bv + bo)      since sum_j p_ij = 1
+
+    weight, bias: (3D, D) and (3D,) of the queries, keys and values; after: what follows the attention.
+    """
+    query, key, value = weight.chunk(3)
+    query_bias, _, value_bias = bias.chunk(3)
+    return (key.T @ query, query_bias @ key), (after.weight @ value, after.weight @ value_bias + after.bias)

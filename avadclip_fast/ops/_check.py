@@ -59,7 +59,13 @@ def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tup
 
 
 def check_lengths(
-    op: str, lengths: Tensor | None, batch: int, rows: int, device: torch.device, required: bool = False
+    op: str,
+    lengths: Tensor | None,
+    batch: int,
+    rows: int,
+    device: torch.device,
+    required: bool = False,
+    name: str = "lengths",
 ) -> None:
     """Checks that `lengths` is an integer tensor [B] with 1 <= lengths <= T, or None if not required.
 
@@ -70,16 +76,16 @@ def check_lengths(
         return
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
         kind = lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__
-        raise ValueError(f"{op}: lengths must be an int32 or int64 tensor, got {kind}")
+        raise ValueError(f"{op}: {name} must be an int32 or int64 tensor, got {kind}")
     if lengths.shape != (batch,):
-        raise ValueError(f"{op}: lengths must have shape [{batch}], got {list(lengths.shape)}")
+        raise ValueError(f"{op}: {name} must have shape [{batch}], got {list(lengths.shape)}")
     if lengths.device != device:
-        raise ValueError(f"{op}: lengths is on {lengths.device}, but the features are on {device}")
+        raise ValueError(f"{op}: {name} is on {lengths.device}, but the features are on {device}")
     # Traced and fake tensors have no values. Reading through numpy adds no operators to a trace.
     if type(lengths) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling() and batch:
         values = lengths.numpy()
         if values.min() < 1 or values.max() > rows:
-            raise ValueError(f"{op}: lengths must lie in 1..{rows}, got {values.min()}..{values.max()}")
+            raise ValueError(f"{op}: {name} must lie in 1..{rows}, got {values.min()}..{values.max()}")
 
 
 def check_positive(op: str, **values: float) -> None:

@@ -15,6 +15,7 @@ ORDER = (
     "triton",
     "amx",
     "cpp",
+    "onednn",
     "reference",
 )  # automatic choice: the first that supports the call and does not decline
 TABLE: dict[str, dict[str, "Backend"]] = {}

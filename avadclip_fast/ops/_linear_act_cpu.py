@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .. import _build
 from ..reference._numerics import zero_padding
-from ..reference.linear_act import LAYER_NORM_EPS
+from ..reference.linear_act import LAYER_NORM_EPS, epilogue, gain
+from . import _dispatch
 from ._derivatives import differentiable_once
 
 ROWS, WIDTH = 512, 256  # below these torch is as fast, because every call packs the weights
@@ -21,33 +22,50 @@ def saves_y(activation: str, residual: Tensor | None, dot: Tensor | None, *learn
     return asked and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*learned, dot))
 
 
-def linear_act(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None, *, amx) -> Tensor:
+def mask_and_gain(dropout: tuple[Tensor, float] | None) -> tuple[Tensor | None, float]:
+    """What dropout multiplies by: a mask, and a number."""
+    return (None, 1.0) if dropout is None else (dropout[0], gain(dropout[1]))
+
+
+def linear_act(
+    x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None, dropout=None, needed=None, *, amx
+) -> Tensor:
     if activation == "gelu":  # torch's erf
-        y = F.gelu(linear_act(x, weight, bias, "none", None, norm, dilation, causal, lengths, amx=amx))
-        return y @ dot if dot is not None else y if residual is None else y + residual
+        y = linear_act(x, weight, bias, "none", None, norm, dilation, causal, lengths, needed=needed, amx=amx)
+        return epilogue(y, activation, dropout, residual, dot)
+    mask, scale = mask_and_gain(dropout)
     leading = x.shape[:-1]
     if weight.ndim == 2:
         lengths = None
-        x, residual = (None if t is None else t.reshape(1, leading.numel(), t.shape[-1]) for t in (x, residual))
+        if needed is None:
+            x, residual, mask = (
+                None if t is None else t.reshape(1, leading.numel(), t.shape[-1]) for t in (x, residual, mask)
+            )
     if norm is not None:
         x = zero_padding(x, lengths)  # before the norm too, because padding may hold NaN
         x = F.layer_norm(x, x.shape[-1:], norm[0], norm[1], LAYER_NORM_EPS)
     save_y = saves_y(activation, residual, dot, x, weight, bias)
     out, _ = torch.ops.avadclip_fast.linear_act_cpu(
-        x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y, amx
+        x, weight, bias, activation, residual, dilation, causal, lengths, needed, dot, save_y, mask, scale, amx
     )
     return out.reshape(leading if dot is not None else (*leading, weight.shape[0]))
 
 
-def supports(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None, *, amx) -> str | None:
-    tensors = [t for t in (x, weight, bias, residual, *(norm or ()), dot) if t is not None]
-    if reason := _build.cpp_reason(*tensors):
-        return reason
+def supports(
+    x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None, dropout=None, needed=None, *, amx
+) -> str | None:
+    return reason(*(t for t in (x, weight, bias, residual, *(norm or ()), dot) if t is not None), amx=amx)
+
+
+def reason(*tensors: Tensor, amx: bool) -> str | None:
+    """Returns why the products cannot take these tensors, or None."""
+    if missing := _build.cpp_reason(*tensors):
+        return missing
     if amx and not HAS_AMX:
         return "it runs on a processor's tile units (AMX), and this one has none"
     if not amx and not HAS_AVX512:
         return "it runs on a processor with AVX-512, which this one lacks"
-    if x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    if tensors[0].dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
         return "it computes in float32"
     if torch.compiler.is_exporting():
         return "an exported graph must run on any processor"
@@ -59,6 +77,13 @@ def declines(x, weight, *_, **__) -> str | None:
     return f"with fewer than {ROWS} rows, or less than {WIDTH} wide, torch is as fast" if few else None
 
 
+def spares(x: Tensor) -> bool:
+    """Whether linear_act, told which rows of features like x are needed, is spared the rest."""
+    if _dispatch.forced() not in (None, "amx", "cpp") or x.shape[-1] < WIDTH or x.shape[:-1].numel() < ROWS:
+        return False
+    return any(reason(x, amx=amx) is None for amx in (True, False))
+
+
 torch.library.define("avadclip_fast::has_amx", "() -> bool")
 torch.library.define("avadclip_fast::has_avx512", "() -> bool")
 HAS_AMX: bool = not _build.CPP_MISSING and torch.ops.avadclip_fast.has_amx()
@@ -66,11 +91,12 @@ HAS_AVX512: bool = not _build.CPP_MISSING and torch.ops.avadclip_fast.has_avx512
 # y: the pre-activation if save_y, else empty (the backward pass then needs nothing, or relu's sign from out)
 _FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, int dilation, bool causal,"
-    " Tensor? lengths, Tensor? dot, bool save_y, bool amx{}) -> (Tensor out, Tensor y)"
+    " Tensor? lengths, Tensor? needed, Tensor? dot, bool save_y, Tensor? mask, float gain, bool amx{})"
+    " -> (Tensor out, Tensor y)"
 )
 _BACKWARD = (
-    "(Tensor grad, Tensor x, Tensor weight, str activation, int dilation, bool causal, Tensor? lengths, Tensor? dot,"
-    " Tensor kept, bool[] needs, bool amx{}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor x, Tensor weight, str activation, int dilation, bool causal, Tensor? lengths, Tensor? needed,"
+    " Tensor? dot, Tensor kept, bool[] needs, Tensor? mask, float gain, bool amx{}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 torch.library.define("avadclip_fast::linear_act_cpu", _FORWARD.format(""))
 torch.library.define("avadclip_fast::linear_act_cpu_backward", _BACKWARD.format(""))
@@ -95,36 +121,39 @@ def _(*args):
 
 
 @torch.library.register_fake("avadclip_fast::linear_act_cpu")
-def _(x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y, amx):
+def _(x, weight, bias, activation, residual, dilation, causal, lengths, needed, dot, save_y, mask, gain, amx):
     shape = (*x.shape[:2], weight.shape[0])
     return x.new_empty(shape if dot is None else shape[:2]), x.new_empty(shape if save_y else 0)
 
 
 @torch.library.register_fake("avadclip_fast::linear_act_cpu_backward")
-def _(grad, x, weight, activation, dilation, causal, lengths, dot, kept, needs, amx):
+def _(grad, x, weight, activation, dilation, causal, lengths, needed, dot, kept, needs, mask, gain, amx):
     shapes = x.shape, weight.shape, weight.shape[:1], weight.shape[:1]
     return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, ctx.activation, _, ctx.dilation, ctx.causal, lengths, dot, save_y, ctx.amx = inputs
+    x, weight, _, ctx.activation, _, ctx.dilation, ctx.causal, lengths, needed, dot, save_y, *rest = inputs
+    mask, ctx.gain, ctx.amx = rest
     out, y = output
     ctx.mark_non_differentiable(y)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, lengths, dot, y if save_y or ctx.activation == "none" else out)
+    kept = y if save_y or ctx.activation == "none" else out
+    ctx.save_for_backward(x, weight, lengths, needed, dot, kept, mask)
 
 
 def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 11
-    x, weight, lengths, dot, kept = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
+        return (None,) * 14
+    x, weight, lengths, needed, dot, kept, mask = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 9)]
     grads = torch.ops.avadclip_fast.linear_act_cpu_backward(
-        grad, x, weight, ctx.activation, ctx.dilation, ctx.causal, lengths, dot, kept, needs, ctx.amx
-    )
+        grad, x, weight, ctx.activation, ctx.dilation, ctx.causal, lengths, needed, dot, kept, needs, mask,
+        ctx.gain, ctx.amx,
+    )  # fmt: skip
     dx, dw, db, d_dot = (g if need else None for g, need in zip(grads, needs, strict=True))
     residual = grad if ctx.needs_input_grad[4] else None
-    return dx, dw, db, None, residual, None, None, None, d_dot, None, None
+    return dx, dw, db, None, residual, None, None, None, None, d_dot, None, None, None, None
 
 
 torch.library.register_autograd("avadclip_fast::linear_act_cpu", _backward, setup_context=_save)

@@ -1,25 +1,70 @@
 """gated_fusion: gated audio-visual fusion."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .. import reference
-from . import _dispatch
-from ._check import check_tensors
+from . import _dispatch, _linear_act_cpu
+from ._check import check_lengths, check_tensors
 from ._derivatives import differentiable_once
 from ._triton import implement, triton_reason
 
-_dispatch.register("gated_fusion", "reference", reference.gated_fusion)
+# Rows are independent: only the products on a processor make use of `needed`.
 
 
-def _triton(visual: Tensor, audio: Tensor, *weights: Tensor) -> Tensor:
+def _reference(*tensors: Tensor, needed: Tensor | None = None) -> Tensor:
+    return reference.gated_fusion(*tensors)
+
+
+def _triton(visual: Tensor, audio: Tensor, *weights: Tensor, needed: Tensor | None = None) -> Tensor:
     if torch.is_autocast_enabled(visual.device.type):
         weights = tuple(w.to(torch.get_autocast_dtype(visual.device.type)) for w in weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (visual, audio, *weights))
     return torch.ops.avadclip_fast.gated_fusion(visual, audio, *weights, save)[0]
 
 
-_dispatch.register("gated_fusion", "triton", _triton, triton_reason)
+def _triton_supports(*tensors: Tensor, needed: Tensor | None = None) -> str | None:
+    return triton_reason(*tensors)
+
+
+def _cpu(
+    visual: Tensor,
+    audio: Tensor,
+    gate_weight: Tensor,
+    gate_bias: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    residual_weight: Tensor,
+    residual_bias: Tensor,
+    needed: Tensor | None = None,
+    *,
+    amx: bool,
+) -> Tensor:
+    def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+        rest = (None, None, 1, False, None, None, None, needed)
+        return _linear_act_cpu.linear_act(x, weight, bias, activation, *rest, amx=amx)
+
+    z = torch.cat([visual, audio], dim=-1)
+    hidden = linear(z, hidden_weight, hidden_bias, "gelu")
+    return visual + linear(z, gate_weight, gate_bias).sigmoid() * linear(hidden, residual_weight, residual_bias)
+
+
+def _cpu_supports(*tensors: Tensor, needed: Tensor | None = None, amx: bool) -> str | None:
+    return _linear_act_cpu.reason(*tensors, amx=amx)
+
+
+def _cpu_declines(visual: Tensor, audio: Tensor, gate_weight: Tensor, *_: Tensor, **__: Tensor | None) -> str | None:
+    return _linear_act_cpu.declines(visual, gate_weight)
+
+
+_dispatch.register("gated_fusion", "reference", _reference)
+_dispatch.register("gated_fusion", "triton", _triton, _triton_supports)
+for _backend, _amx in (("amx", True), ("cpp", False)):
+    _dispatch.register(
+        "gated_fusion", _backend, partial(_cpu, amx=_amx), partial(_cpu_supports, amx=_amx), _cpu_declines
+    )
 
 # With `save`, each is (B·T, D): gate, hidden after GELU, y (hidden before GELU) and r (the residual that is gated).
 torch.library.define(
@@ -82,6 +127,7 @@ def gated_fusion(
     hidden_bias: Tensor,
     residual_weight: Tensor,
     residual_bias: Tensor,
+    needed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Adds a gated audio-visual residual to each visual feature (arXiv 2504.04495, eq. 1-3).
@@ -91,12 +137,12 @@ def gated_fusion(
     visual, audio: (B, T, D) floating point
     gate_weight, hidden_weight: (D, 2D), the visual half first; gate_bias, hidden_bias: (D,)
     residual_weight: (D, D); residual_bias: (D,)
-    Rows are independent, so padding needs no mask.
+    needed: (B,) int or None; rows t >= needed[b] of the result mean nothing, and a backend may leave them out
     Returns (B, T, D) in the inputs' dtype.
     Raises ValueError on invalid shapes, dtypes or devices.
     Precision: products in the inputs' dtype, or in that of autocast. Deterministic. Backends: see `avadclip-fast env`.
     """
-    check_tensors(
+    sizes = check_tensors(
         "gated_fusion",
         ("visual", visual, "B T D"),
         ("audio", audio, "B T D"),
@@ -107,6 +153,7 @@ def gated_fusion(
         ("residual_weight", residual_weight, "D D"),
         ("residual_bias", residual_bias, "D"),
     )
+    check_lengths("gated_fusion", needed, sizes["B"], sizes["T"], visual.device, name="needed lengths")
     return _dispatch.run(
         "gated_fusion",
         backend,
@@ -118,4 +165,5 @@ def gated_fusion(
         hidden_bias,
         residual_weight,
         residual_bias,
+        needed=needed,
     )

@@ -6,15 +6,21 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import _dispatch, _linear_act_cpu
+from . import _dispatch, _linear_act_cpu, _linear_act_onednn
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable_once
 from ._triton import implement, triton_reason
 
-_dispatch.register("linear_act", "reference", reference.linear_act)
+
+def _reference(
+    x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None, dropout=None, needed=None
+) -> Tensor:
+    return reference.linear_act(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot, dropout)
 
 
-def _triton(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> Tensor:
+def _triton(
+    x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None, dropout=None, needed=None
+) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):  # like torch's own layers; norm and residual keep their dtype
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias, dot = (None if t is None else t.to(dtype) for t in (weight, bias, dot))
@@ -22,15 +28,19 @@ def _triton(x, weight, bias, activation, residual, norm, dilation, causal, lengt
     scale, shift = norm or (None, None)
     save_y = _linear_act_cpu.saves_y(activation, residual, dot, x, weight, bias, residual, scale, shift)
     return torch.ops.avadclip_fast.linear_act(
-        x, weight, bias, activation, residual, scale, shift, dilation, causal, lengths, dot, save_y
-    )[0]
+        x, weight, bias, activation, residual, scale, shift, dilation, causal, lengths, dot, save_y,
+        *_linear_act_cpu.mask_and_gain(dropout),
+    )[0]  # fmt: skip
 
 
-def _supports(x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None) -> str | None:
+def _supports(
+    x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None, dropout=None, needed=None
+) -> str | None:
     tensors = (x, weight, bias, residual, *(norm or ()), dot)
     return triton_reason(*(t for t in tensors if t is not None))
 
 
+_dispatch.register("linear_act", "reference", _reference)
 _dispatch.register("linear_act", "triton", _triton, _supports)
 for _backend, _amx in (("amx", True), ("cpp", False)):
     _dispatch.register(
@@ -40,18 +50,26 @@ for _backend, _amx in (("amx", True), ("cpp", False)):
         partial(_linear_act_cpu.supports, amx=_amx),
         _linear_act_cpu.declines,
     )
+_dispatch.register(
+    "linear_act",
+    "onednn",
+    _linear_act_onednn.linear_act,
+    _linear_act_onednn.supports,
+    _linear_act_onednn.declines,
+)
 
 # y: the pre-activation if save_y, else empty (the backward pass then needs nothing, or relu's sign from out).
 # stats: mean and 1/std of LayerNorm, float32 (2, B, T), empty without norm.
 torch.library.define(
     "avadclip_fast::linear_act",
     "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias,"
-    " int dilation, bool causal, Tensor? lengths, Tensor? dot, bool save_y) -> (Tensor out, Tensor y, Tensor stats)",
+    " int dilation, bool causal, Tensor? lengths, Tensor? dot, bool save_y, Tensor? mask, float gain)"
+    " -> (Tensor out, Tensor y, Tensor stats)",
 )
 torch.library.define(
     "avadclip_fast::linear_act_backward",
     "(Tensor grad, Tensor x, Tensor weight, str activation, Tensor? norm_weight, Tensor? norm_bias, int dilation,"
-    " bool causal, Tensor? lengths, Tensor? dot, Tensor y, Tensor stats, bool[] needs)"
+    " bool causal, Tensor? lengths, Tensor? dot, Tensor y, Tensor stats, bool[] needs, Tensor? mask, float gain)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -60,7 +78,9 @@ implement("linear_act_backward", "linear_act", "backward")
 
 
 @torch.library.register_fake("avadclip_fast::linear_act")
-def _(x, weight, bias, activation, residual, norm_weight, norm_bias, dilation, causal, lengths, dot, save_y):
+def _(
+    x, weight, bias, activation, residual, norm_weight, norm_bias, dilation, causal, lengths, dot, save_y, mask, gain
+):
     outputs = weight.shape[0]
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
     shape = x.shape[:-1] if dot is not None else (*x.shape[:-1], outputs)
@@ -71,32 +91,34 @@ def _(x, weight, bias, activation, residual, norm_weight, norm_bias, dilation, c
 
 
 @torch.library.register_fake("avadclip_fast::linear_act_backward")
-def _(grad, x, weight, activation, norm_weight, norm_bias, dilation, causal, lengths, dot, y, stats, needs):
+def _(grad, x, weight, activation, norm_weight, norm_bias, dilation, causal, lengths, dot, y, stats, needs, mask, gain):
     bias = weight.new_empty(weight.shape[0])
     like = (x, weight, bias, norm_weight, norm_bias, dot)
     return tuple(t.new_empty(t.shape) if need else weight.new_empty(0) for t, need in zip(like, needs, strict=True))
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, ctx.activation, _, scale, shift, ctx.dilation, ctx.causal, lengths, dot, save_y = inputs
+    x, weight, _, ctx.activation, _, scale, shift, ctx.dilation, ctx.causal, lengths, dot, save_y, mask, gain = inputs
+    ctx.gain = gain
     out, y, stats = output
     ctx.mark_non_differentiable(y, stats)
     ctx.set_materialize_grads(False)
     kept = y if save_y or ctx.activation == "none" else out
-    ctx.save_for_backward(x, weight, scale, shift, lengths, dot, kept, stats)
+    ctx.save_for_backward(x, weight, scale, shift, lengths, dot, kept, stats, mask)
 
 
 def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 12
-    x, weight, scale, shift, lengths, dot, y, stats = ctx.saved_tensors
+        return (None,) * 14
+    x, weight, scale, shift, lengths, dot, y, stats, mask = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6, 10)]
     grads = torch.ops.avadclip_fast.linear_act_backward(
-        grad, x, weight, ctx.activation, scale, shift, ctx.dilation, ctx.causal, lengths, dot, y, stats, needs
-    )
+        grad, x, weight, ctx.activation, scale, shift, ctx.dilation, ctx.causal, lengths, dot, y, stats, needs,
+        mask, ctx.gain,
+    )  # fmt: skip
     dx, dw, db, d_scale, d_shift, d_dot = (g if need else None for g, need in zip(grads, needs, strict=True))
     residual = grad if ctx.needs_input_grad[4] else None
-    return dx, dw, db, None, residual, d_scale, d_shift, None, None, None, d_dot, None
+    return dx, dw, db, None, residual, d_scale, d_shift, None, None, None, d_dot, None, None, None
 
 
 torch.library.register_autograd("avadclip_fast::linear_act", _backward, setup_context=_save)
@@ -114,13 +136,15 @@ def linear_act(
     causal: bool = False,
     lengths: Tensor | None = None,
     dot: Tensor | None = None,
+    dropout: tuple[Tensor, float] | None = None,
+    needed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Linear layer or temporal convolution in [B, T, D] layout with fused LayerNorm, activation and residual.
+    """Linear layer or temporal convolution in [B, T, D] layout with fused LayerNorm, activation, dropout and residual.
 
         h_t = LayerNorm(x_t) if norm else x_t
         y_t = sum_k W[:, :, k] h_(t + (k - K//2)·dilation) + b         (causal: k - K + 1 in place of k - K//2)
-        out = act(y) + residual;   with dot: out = <act(y), dot>
+        out = act(y) ⊙ kept / (1 - p) + residual;   with dot: out = <act(y), dot>
 
     x: (B, T, I) floating point; any leading shape if the weight is a matrix
     weight: (O, I) for a linear layer, or (O, I, K) for a convolution of K taps, zero-padded outside the video
@@ -130,7 +154,9 @@ def linear_act(
     norm: LayerNorm weight and bias, each (I,), eps 1e-5, or None
     dilation, causal: of the convolution; causal pads on the left only
     lengths: (B,) int or None; a convolution sees zeros at t >= lengths[b]; a linear layer ignores it
-    dot: (O,) or None; reduces each row of act(y) to one number and excludes `residual`
+    dot: (O,) or None; reduces each row of act(y) to one number and excludes `residual` and `dropout`
+    dropout: (kept, p) or None; kept (B, T, O) bool is False for what is dropped, 0 <= p <= 1 its share
+    needed: (B,) int or None; rows t >= needed[b] of the result mean nothing, and a backend may leave them out
     Returns (B, T, O), or (B, T) with dot, in x's dtype.
     Raises ValueError on invalid shapes, dtypes, devices, lengths or activation names.
     Precision: LayerNorm in float32 (float64); products in x's dtype, or in that of autocast.
@@ -154,12 +180,34 @@ def linear_act(
     if activation not in reference.ACTIVATIONS:
         known = ", ".join(reference.ACTIVATIONS)
         raise ValueError(f"linear_act: activation must be one of {known}; got {activation!r}")
-    if dot is not None and residual is not None:
-        raise ValueError("linear_act: residual must be None where dot is given")
+    if dot is not None and (residual is not None or dropout is not None):
+        raise ValueError("linear_act: residual and dropout must be None where dot is given")
+    if dropout is not None:
+        _check_dropout(dropout, (*x.shape[:-1], weight.shape[0]), x.device)
     if weight.ndim == 3:
         if x.ndim != 3:
             raise ValueError(f"linear_act: a convolution takes x of shape [B, T, I], got {list(x.shape)}")
         check_lengths("linear_act", lengths, sizes["B"], sizes["T"], x.device)
+    if needed is not None:
+        if x.ndim != 3:
+            raise ValueError(f"linear_act: needed goes with x of shape [B, T, I], got {list(x.shape)}")
+        check_lengths("linear_act", needed, sizes["B"], sizes["T"], x.device, name="needed lengths")
     return _dispatch.run(
-        "linear_act", backend, x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot
-    )
+        "linear_act", backend, x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot, dropout,
+        needed,
+    )  # fmt: skip
+
+
+def _check_dropout(dropout: tuple[Tensor, float], shape: tuple[int, ...], device: torch.device) -> None:
+    if not (isinstance(dropout, tuple) and len(dropout) == 2):
+        raise ValueError(f"linear_act: dropout must be (kept, p), or None, got {dropout!r}")
+    kept, p = dropout
+    if not isinstance(kept, Tensor) or kept.dtype != torch.bool:
+        kind = kept.dtype if isinstance(kept, Tensor) else type(kept).__name__
+        raise ValueError(f"linear_act: kept of dropout must be a bool tensor, got {kind}")
+    if kept.shape != shape:
+        raise ValueError(f"linear_act: kept of dropout must have shape {list(shape)}, got {list(kept.shape)}")
+    if kept.device != device:
+        raise ValueError(f"linear_act: kept of dropout is on {kept.device}, but x is on {device}")
+    if not isinstance(p, float | int) or not 0 <= p <= 1:
+        raise ValueError(f"linear_act: p of dropout must lie in 0..1, got {p!r}")

@@ -13,25 +13,29 @@ from ._triton import implement, triton_reason
 LONGEST = 128  # a Triton program holds the scores of whole windows
 
 
-def _triton(qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> Tensor:
-    return torch.ops.avadclip_fast.window_attention(qkv, window, heads, lengths)
+def _triton(q, k, v, window: int, heads: int, lengths: Tensor | None, residual: Tensor | None) -> Tensor:
+    return torch.ops.avadclip_fast.window_attention(q, k, v, window, heads, lengths, residual)
 
 
-def _triton_supports(qkv: Tensor, window: int, heads: int, lengths: Tensor | None) -> str | None:
-    if min(window, qkv.shape[1]) > LONGEST:
-        return f"it takes windows of up to {LONGEST} snippets, not {min(window, qkv.shape[1])}"
-    return triton_reason(qkv)
+def _triton_supports(q, k, v, window: int, heads: int, lengths: Tensor | None, residual: Tensor | None) -> str | None:
+    if min(window, q.shape[1]) > LONGEST:
+        return f"it takes windows of up to {LONGEST} snippets, not {min(window, q.shape[1])}"
+    if not q.dtype == k.dtype == v.dtype:
+        return "q, k and v differ in dtype"
+    return triton_reason(q, *(() if residual is None else (residual,)))
 
 
 _dispatch.register("window_attention", "reference", without_autocast(reference.window_attention))
 _dispatch.register("window_attention", "triton", _triton, _triton_supports)
 
 torch.library.define(
-    "avadclip_fast::window_attention", "(Tensor qkv, SymInt window, int heads, Tensor? lengths) -> Tensor"
+    "avadclip_fast::window_attention",
+    "(Tensor q, Tensor k, Tensor v, SymInt window, int heads, Tensor? lengths, Tensor? residual) -> Tensor",
 )
 torch.library.define(
     "avadclip_fast::window_attention_backward",
-    "(Tensor grad, Tensor qkv, SymInt window, int heads, Tensor? lengths) -> Tensor",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, SymInt window, int heads, Tensor? lengths)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 
 implement("window_attention", "window_attention", "forward")
@@ -39,24 +43,24 @@ implement("window_attention_backward", "window_attention", "backward")
 
 
 @torch.library.register_fake("avadclip_fast::window_attention")
-def _(qkv, window, heads, lengths):
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+def _(q, k, v, window, heads, lengths, residual):
+    return q.new_empty(q.shape, dtype=q.dtype if residual is None else torch.promote_types(q.dtype, residual.dtype))
 
 
 @torch.library.register_fake("avadclip_fast::window_attention_backward")
-def _(grad, qkv, window, heads, lengths):
-    return qkv.new_empty(qkv.shape)
+def _(grad, q, k, v, window, heads, lengths):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _save(ctx, inputs, output):
-    qkv, ctx.window, ctx.heads, lengths = inputs
-    ctx.save_for_backward(qkv, lengths)
+    q, k, v, ctx.window, ctx.heads, lengths, _ = inputs
+    ctx.save_for_backward(q, k, v, lengths)
 
 
 def _backward(ctx, grad):
-    qkv, lengths = ctx.saved_tensors
-    grad = torch.ops.avadclip_fast.window_attention_backward(grad, qkv, ctx.window, ctx.heads, lengths)
-    return grad, None, None, None
+    q, k, v, lengths = ctx.saved_tensors
+    dq, dk, dv = torch.ops.avadclip_fast.window_attention_backward(grad, q, k, v, ctx.window, ctx.heads, lengths)
+    return dq, dk, dv, None, None, None, grad if ctx.needs_input_grad[6] else None
 
 
 torch.library.register_autograd("avadclip_fast::window_attention", _backward, setup_context=_save)
@@ -64,23 +68,38 @@ differentiable_once("window_attention", "window_attention_backward")
 
 
 def window_attention(
-    qkv: Tensor, window: int, heads: int = 1, lengths: Tensor | None = None, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    heads: int = 1,
+    lengths: Tensor | None = None,
+    residual: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Self-attention within windows of consecutive snippets (official code of arXiv 2504.04495).
 
-        out_i = sum_j softmax_j(<q_i, k_j> / sqrt(D / heads)) v_j      over j with i // window == j // window
+        out_i = sum_j softmax_j(<q_i, k_j> / sqrt(D / heads)) v_j + residual_i   over j with i // window == j // window
 
-    qkv: (B, T, 3D) floating point; queries, keys and values concatenated
+    q, k, v: (B, T, D) floating point; queries, keys and values
     window: snippets per window, >= 1; if it does not divide T, the last window is shorter
     heads: must divide D
-    lengths: (B,) int, to exclude keys t >= lengths[b] and zero those rows of out, or None
-    Returns (B, T, D) in qkv's dtype.
+    lengths: (B,) int, to exclude keys t >= lengths[b] and zero those rows of the sum, or None
+    residual: (B, T, D) or None
+    Returns (B, T, D) in the inputs' dtype; under autocast, where they may differ, in the widest.
     Raises ValueError on invalid shapes, dtypes, devices, lengths, `window` or `heads`.
     Precision: scores and softmax in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
-    sizes = check_tensors("window_attention", ("qkv", qkv, "B T 3D"))
+    sizes = check_tensors(
+        "window_attention",
+        ("q", q, "B T D"),
+        ("k", k, "B T D"),
+        ("v", v, "B T D"),
+        ("residual", residual, "B T D"),
+        optional=("residual",),
+    )
     check_counts("window_attention", window=window, heads=heads)
     if sizes["D"] % heads:
         raise ValueError(f"window_attention: heads={heads} must divide the width {sizes['D']}")
-    check_lengths("window_attention", lengths, sizes["B"], sizes["T"], qkv.device)
-    return _dispatch.run("window_attention", backend, qkv, window, heads, lengths)
+    check_lengths("window_attention", lengths, sizes["B"], sizes["T"], q.device)
+    return _dispatch.run("window_attention", backend, q, k, v, window, heads, lengths, residual)

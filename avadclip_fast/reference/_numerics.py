@@ -11,10 +11,15 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def norm(x: Tensor) -> Tensor:
+    """max(|x|, 1e-12) along the last dimension, which stays."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(TINY_NORM)
+
+
 def normalize(x: Tensor) -> Tensor:
     """x / max(|x|, 1e-12) along the last dimension, in at least float32."""
     x = at_least_float32(x)
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(TINY_NORM)
+    return x / norm(x)
 
 
 def valid_mask(lengths: Tensor, rows: int) -> Tensor:

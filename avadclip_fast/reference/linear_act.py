@@ -15,6 +15,11 @@ ACTIVATIONS = {
 LAYER_NORM_EPS = 1e-5
 
 
+def gain(p: float) -> float:
+    """What keeps the mean of numbers of which a share p is dropped."""
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
 def linear_act(
     x: Tensor,
     weight: Tensor,
@@ -26,11 +31,12 @@ def linear_act(
     causal: bool = False,
     lengths: Tensor | None = None,
     dot: Tensor | None = None,
+    dropout: tuple[Tensor, float] | None = None,
 ) -> Tensor:
     """
     h_t = LayerNorm(x_t) if norm else x_t,      h_t = 0 for t outside [0, lengths[b])
     y_t = sum_k W[:, :, k] h_(t + (k - K//2)·dilation) + b         (causal: k - K + 1 in place of k - K//2)
-    out = act(y) + residual;   with dot: out = <act(y), dot>
+    out = act(y) ⊙ kept / (1 - p) + residual, (kept, p) = dropout;   with dot: out = <act(y), dot>
     """
     lengths = lengths if weight.ndim == 3 else None
     x = zero_padding(x, lengths)  # before the norm too: what padding holds may be NaN
@@ -50,7 +56,21 @@ def linear_act(
         image = h.transpose(1, 2).unsqueeze(2)  # [B, D, 1, T]
         y = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, before), dilation=(1, dilation))
         y = y.squeeze(2).transpose(1, 2)
+    return epilogue(y, activation, dropout, residual, dot)
+
+
+def epilogue(
+    y: Tensor,
+    activation: str,
+    dropout: tuple[Tensor, float] | None,
+    residual: Tensor | None,
+    dot: Tensor | None,
+) -> Tensor:
+    """What is made of the product y, as in `linear_act`."""
     y = ACTIVATIONS[activation](y)
+    if dropout is not None:
+        kept, p = dropout
+        y = y * kept * gain(p)
     if dot is not None:
         return y @ dot
     return y if residual is None else y + residual
