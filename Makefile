@@ -90,7 +90,7 @@ docs: $(VENV)/installed
 bench-cpu: $(VENV)/installed
 	for op in topk_mean mil_loss distance_graph similarity_graph uniform_pool; do \
 		$(BIN)/python -m bench.bench_$$op --json || exit 1; done
-	for op in linear_act folds; do $(BIN)/python -m bench.bench_$$op --rounds 7 --json || exit 1; done
+	for op in linear_act folds; do $(BIN)/python -m bench.bench_$$op --rounds 5 --json || exit 1; done
 	for whole in step inference; do $(BIN)/python -m bench.bench_$$whole --rounds 3 --json || exit 1; done
 
 # On a machine with a GPU: build, tests, sanitizers, every benchmark, within 8 minutes; gpu.json and gpu.tar.gz in OUT.

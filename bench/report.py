@@ -28,7 +28,7 @@ def read(name: str) -> dict:
 
 def operations() -> str:
     """Returns a table of our time per case, and the relative time of each alternative in the same run."""
-    lines = ["| op | case | C++, ms | times as long in the same run |", "|---|---|---|---|"]
+    lines = ["| op | case | ours, ms | times as long in the same run |", "|---|---|---|---|"]
     records = [read(f"bench_{op}") for op in OPERATIONS]
     for op, record in zip(OPERATIONS, records, strict=True):
         name, rows = f"`{op}`".replace("_amx`", "`, AMX"), record["rows"]
