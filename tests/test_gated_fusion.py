@@ -10,6 +10,7 @@ class TestGatedFusion(OpTests):
     op = "gated_fusion"
     ragged = "seven"
     lowered = True
+    made_of = "linear_act"
 
     def oracle(
         self, visual, audio, gate_weight, gate_bias, hidden_weight, hidden_bias, residual_weight, residual_bias, needed

@@ -136,7 +136,7 @@ class Detector(Checkpointed):
     ) -> tuple[Tensor, ...]:
         """function(*streams, lengths), which treats videos independently; groups them by length if that saves time."""
         x = next(stream for stream in streams if stream is not None)
-        if lengths is not None and isinstance(x, Tensor) and x.ndim == 3:
+        if lengths is not None and x.ndim == 3:
             check_lengths(type(self).__name__, lengths, x.shape[0], x.shape[1], x.device)
         if self.padding == "masked" and lengths is not None and groups.pays(x) and not spares(x):
             return groups.by_length(function, streams, lengths)

@@ -68,7 +68,7 @@ class TemporalConv(nn.Conv1d):
             self.bias,
             activation,
             residual=residual,
-            lengths=lengths if self.kernel_size[0] > 1 else None,
+            lengths=lengths if self.kernel_size[0] > 1 else None,  # one tap reads no padding into a valid row
             needed=lengths,
             backend=self.backend,
         )

@@ -65,7 +65,12 @@ def reason(*tensors: Tensor, amx: bool) -> str | None:
         return "it runs on a processor's tile units (AMX), and this one has none"
     if not amx and not HAS_AVX512:
         return "it runs on a processor with AVX-512, which this one lacks"
-    if tensors[0].dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+    return float32_reason(*tensors)
+
+
+def float32_reason(*tensors: Tensor) -> str | None:
+    """Returns why float32 products of a processor's own cannot take these tensors, or None."""
+    if any(t.dtype != torch.float32 for t in tensors) or torch.is_autocast_enabled("cpu"):
         return "it computes in float32"
     if torch.compiler.is_exporting():
         return "an exported graph must run on any processor"

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.linear_act import LAYER_NORM_EPS, epilogue
+from ._linear_act_cpu import float32_reason
 
 WIDTH = 512  # in a narrower layer torch is as fast
 HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -15,7 +16,7 @@ def linear_act(
 ) -> Tensor:
     if norm is not None:
         x = F.layer_norm(x, x.shape[-1:], norm[0], norm[1], LAYER_NORM_EPS)
-    y = torch.ops.avadclip_fast.linear_onednn(x, weight, bias)
+    y = torch.ops.avadclip_fast.linear_act_onednn(x, weight, bias)
     return epilogue(y, activation, dropout, residual, dot)
 
 
@@ -24,25 +25,19 @@ def supports(x, weight, bias, activation, residual, norm, *_, **__) -> str | Non
         return f"it runs on a processor, and a tensor is on {x.device}"
     if not HAS_ONEDNN:
         return "this torch comes without oneDNN"
-    if any(t.dtype != torch.float32 for t in (x, weight, bias, residual, *(norm or ())) if t is not None):
-        return "it computes in float32"
-    if torch.is_autocast_enabled("cpu"):
-        return "it computes in float32"
     if weight.ndim == 3:
         return "it has no convolutions"
-    if torch.compiler.is_exporting():
-        return "an exported graph must run on any processor"
-    return None
+    return float32_reason(*(t for t in (x, weight, bias, residual, *(norm or ())) if t is not None))
 
 
 def declines(x, weight, *_, **__) -> str | None:
     return f"in layers less than {WIDTH} wide, torch is as fast" if min(weight.shape) < WIDTH else None
 
 
-torch.library.define("avadclip_fast::linear_onednn", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.define("avadclip_fast::linear_act_onednn", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
-@torch.library.impl("avadclip_fast::linear_onednn", "CPU")
+@torch.library.impl("avadclip_fast::linear_act_onednn", "CPU")
 def _(x, weight, bias):
     if x.numel() == 0:
         return F.linear(x, weight, bias)
@@ -50,7 +45,7 @@ def _(x, weight, bias):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-@torch.library.register_fake("avadclip_fast::linear_onednn")
+@torch.library.register_fake("avadclip_fast::linear_act_onednn")
 def _(x, weight, bias):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
@@ -63,10 +58,10 @@ def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
     rows = grad.reshape(-1, grad.shape[-1])
     return (
-        torch.ops.avadclip_fast.linear_onednn(grad, weight.T, None) if ctx.needs_input_grad[0] else None,
+        torch.ops.avadclip_fast.linear_act_onednn(grad, weight.T, None) if ctx.needs_input_grad[0] else None,
         rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None,
         rows.sum(0) if ctx.needs_input_grad[2] else None,
     )
 
 
-torch.library.register_autograd("avadclip_fast::linear_onednn", _backward, setup_context=_save)
+torch.library.register_autograd("avadclip_fast::linear_act_onednn", _backward, setup_context=_save)

@@ -29,26 +29,15 @@ def _triton_supports(*tensors: Tensor, needed: Tensor | None = None) -> str | No
     return triton_reason(*tensors)
 
 
-def _cpu(
-    visual: Tensor,
-    audio: Tensor,
-    gate_weight: Tensor,
-    gate_bias: Tensor,
-    hidden_weight: Tensor,
-    hidden_bias: Tensor,
-    residual_weight: Tensor,
-    residual_bias: Tensor,
-    needed: Tensor | None = None,
-    *,
-    amx: bool,
-) -> Tensor:
-    def linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+def _cpu(visual: Tensor, audio: Tensor, *weights: Tensor, needed: Tensor | None = None, amx: bool) -> Tensor:
+    gate, hidden, residual = weights[:2], weights[2:4], weights[4:]  # weight and bias of each
+
+    def linear(activation: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         rest = (None, None, 1, False, None, None, None, needed)
         return _linear_act_cpu.linear_act(x, weight, bias, activation, *rest, amx=amx)
 
     z = torch.cat([visual, audio], dim=-1)
-    hidden = linear(z, hidden_weight, hidden_bias, "gelu")
-    return visual + linear(z, gate_weight, gate_bias).sigmoid() * linear(hidden, residual_weight, residual_bias)
+    return visual + linear("none", z, *gate).sigmoid() * linear("none", linear("gelu", z, *hidden), *residual)
 
 
 def _cpu_supports(*tensors: Tensor, needed: Tensor | None = None, amx: bool) -> str | None:
