@@ -28,13 +28,14 @@ struct Amx {
   // Whether this processor has them, and the system lets this process use them.
   static bool available() {
     static const bool known = [] {
-      unsigned a, b, c, d, a1;
-      if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-      const bool tiles = d >> 24 & d >> 22 & 1, avx512 = b >> 16 & b >> 30 & b >> 31 & 1;
+      unsigned a, b, c, d;
+      const bool bfloat16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && a >> 5 & 1;
+      if (!Avx512::available() || !bfloat16) return false;
 #ifdef AVADCLIP_EMULATED_TILES
-      return avx512 && __get_cpuid_count(7, 1, &a1, &b, &c, &d) && a1 >> 5 & 1;
+      return true;
 #endif
-      if (!tiles || !avx512 || !__get_cpuid_count(7, 1, &a1, &b, &c, &d) || !(a1 >> 5 & 1)) return false;
+      const bool tiles = __get_cpuid_count(7, 0, &a, &b, &c, &d) && d >> 24 & d >> 22 & 1;
+      if (!tiles) return false;
       constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
       return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
     }();

@@ -97,7 +97,10 @@ struct Avx512 {
                                  int64_t) {
     for (int half = 0; half < 2; ++half) {
       __m512i r[LANES];
-      for (int i = 0; i < LANES; ++i) r[i] = (__m512i)load(row[half * 16 + i] + at, count);
+      for (int i = 0; i < LANES; ++i) {
+        r[i] = (__m512i)load(row[half * 16 + i] + at, count);
+        _mm_prefetch(row[half * 16 + i] + at + 2 * LANES, _MM_HINT_T1);  // for the call after the next
+      }
       if (turned) turn(r);
       for (int i = 0; i < LANES; ++i)
         _mm512_store_si512(to + (turned ? i * LANE + half * 64 : (half * 16 + i) * 64), r[i]);

@@ -90,7 +90,7 @@ struct Sums {
 
 // Dropout: what is not kept is 0, and the rest `gain` times as large.
 struct Dropout {
-  const bool* kept = nullptr;  // null: all, as they are
+  const uint8_t* kept = nullptr;  // booleans, of a type whose loops GCC vectorises; null: all, as they are
   float gain = 1;
   Dropout from(int64_t at) const { return {kept ? kept + at : nullptr, gain}; }
 };
@@ -104,14 +104,14 @@ struct Epilogue {
   float *y, *out;
 };
 
-CLONES void activate(float* value, int64_t count, Activation activation) {
+inline void activate(float* value, int64_t count, Activation activation) {
   if (activation == Activation::RELU)
     for (int64_t i = 0; i < count; ++i) value[i] = value[i] < 0 ? 0.f : value[i];  // NaN stays
   else if (activation == Activation::QUICK_GELU)
     for (int64_t i = 0; i < count; ++i) value[i] *= sigmoid(1.702f * value[i]);
 }
 
-CLONES void drop(float* value, int64_t count, Dropout dropout) {
+inline void drop(float* value, int64_t count, Dropout dropout) {
   for (int64_t i = 0; dropout.kept && i < count; ++i) value[i] *= dropout.kept[i] ? dropout.gain : 0.f;  // NaN stays
 }
 
@@ -366,9 +366,10 @@ struct Layer {
   std::vector<int64_t> shift;
 };
 
-// Which rows are read of x and written of out. lengths: where x ends; needed: where out may end.
+// Which rows are read of x and written of out, and those of out that see any of x: the rest know only the bias.
+// lengths: where x ends; needed: where out may end.
 struct Ends {
-  std::vector<int64_t> x, out, room;
+  std::vector<int64_t> x, out, seeing, room;
   int64_t gap = 0;
   bool all = true;
 
@@ -380,7 +381,8 @@ struct Ends {
     if (needed) out = read_lengths(*needed, l.B, l.T);
     for (int64_t b = 0; b < l.B; ++b) {
       x[b] = std::min(x[b], out[b] + *top);
-      room.push_back(std::max(x[b], out[b]));
+      seeing.push_back(std::min(out[b], x[b] - *low));
+      room.push_back(std::max(x[b], seeing[b]));
     }
   }
   Layout layout(const Layer& l, const std::vector<int64_t>& ends) const {
@@ -388,6 +390,34 @@ struct Ends {
     return l.K == 1 ? Layout(1, l.B * l.T) : Layout(l.B, l.T);  // without taps, rows know nothing of videos
   }
 };
+
+// What the product makes of a row of zeros, (O): zeros, or what is not a number where weights are not.
+CLONES std::vector<float> of_zeros(const float* weight, int64_t outputs, int64_t depth) {
+  std::vector<float> out(outputs);
+  for (int64_t o = 0; o < outputs; ++o) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < depth; ++i) sum += 0 * weight[o * depth + i];
+    out[o] = sum;
+  }
+  return out;
+}
+
+// The rows that see nothing of x.
+void finish_unseen(const Ends& ends, const Layer& l, const float* weight, const Epilogue& to) {
+  if (ends.seeing == ends.out) return;
+  const std::vector<float> sums = of_zeros(weight, l.O, l.I * l.K);
+  torch::stable::parallel_for(0, l.B, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t row = b * l.T + ends.seeing[b]; row < b * l.T + ends.out[b]; ++row)
+        for (int64_t column = 0; column < l.O; column += COLUMNS) {
+          float product = 0;
+          for (int64_t c = column; c < std::min(l.O, column + COLUMNS); c += BLOCK)
+            product += finish(&sums[c], std::min(BLOCK, l.O - c), to, row * l.O + c, c);
+          if (to.dot) to.out[column / COLUMNS * l.B * l.T + row] = product;
+        }
+  });
+}
 
 // Zeros in the rows (B, T, width) from ends[b] on.
 void clear_from(const std::vector<int64_t>& ends, const Layer& l, int64_t width, float* out) {
@@ -421,7 +451,7 @@ std::optional<Tensor> dense_if_any(const std::optional<Tensor>& x) {
 
 // mask: what is kept of the layer's results
 Dropout dropout_of(const std::optional<Tensor>& mask, double gain) {
-  return {mask ? data<bool>(*mask) : nullptr, static_cast<float>(gain)};
+  return {mask ? data<uint8_t>(*mask) : nullptr, static_cast<float>(gain)};
 }
 
 // out (B, T, O), with dot (B, T); y: what the activation was applied to, or empty without save_y. lengths: rows of x
@@ -430,8 +460,8 @@ std::tuple<Tensor, Tensor> linear_act_tiles(const Tensor& x, const Tensor& weigh
                                             const std::string& activation, const std::optional<Tensor>& residual,
                                             int64_t dilation, bool causal, const std::optional<Tensor>& lengths,
                                             const std::optional<Tensor>& needed, const std::optional<Tensor>& dot,
-                                            bool save_y,
-                                            const std::optional<Tensor>& mask, double gain, bool amx, bool high) {
+                                            bool save_y, const std::optional<Tensor>& mask, double gain, bool amx,
+                                            bool high) {
   check_available(amx);
   Layer l = layer_of(x, weight, dilation, causal);
   if (bias) check("bias", *bias, {l.O}, ScalarType::Float, x);
@@ -449,12 +479,13 @@ std::tuple<Tensor, Tensor> linear_act_tiles(const Tensor& x, const Tensor& weigh
   Tensor y = save_y ? empty(x, {l.B, l.T, l.O}, ScalarType::Float) : empty(x, {0}, ScalarType::Float);
   const std::vector<float> zeros(std::max(l.I, l.O));
   const Ends ends(l, lengths, needed);
-  const Layout read = ends.layout(l, ends.x), written = ends.layout(l, ends.out);
+  const Layout read = ends.layout(l, ends.x), written = ends.layout(l, ends.seeing);
   const Videos videos{read, data<float>(from), l.I, zeros.data()};
-  const auto product = amx ? rows_product<Amx> : rows_product<Avx512>;
-  product(videos, Taps(w), false, l.shift, high, written, rows,
-          {optional_data(b), optional_data(r), optional_data(d), activation_of(activation), dropout_of(m, gain),
-           save_y ? mutable_data<float>(y) : nullptr, dot ? parts.get() : mutable_data<float>(out)});
+  const Epilogue to{optional_data(b), optional_data(r), optional_data(d), activation_of(activation),
+                    dropout_of(m, gain), save_y ? mutable_data<float>(y) : nullptr,
+                    dot ? parts.get() : mutable_data<float>(out)};
+  (amx ? rows_product<Amx> : rows_product<Avx512>)(videos, Taps(w), false, l.shift, high, written, rows, to);
+  finish_unseen(ends, l, data<float>(w), to);
   for (int64_t row = 0; dot && row < rows; ++row) {
     float sum = 0;
     for (int64_t task = 0; task < column_tasks; ++task) sum += parts[task * rows + row];
@@ -490,7 +521,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_tiles_backward(
   const std::optional<Tensor> d = dense_if_any(dot), m = dense_if_any(mask);
   const std::vector<float> zeros(std::max(l.I, l.O));
   const Ends ends(l, lengths, needed);
-  const Layout read = ends.layout(l, ends.x), written = ends.layout(l, ends.out);
+  const Layout read = ends.layout(l, ends.x), seeing = ends.layout(l, ends.seeing);
 
   const int64_t rows = l.B * l.T;
   const float* g = data<float>(given);
@@ -500,11 +531,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_act_tiles_backward(
   const bool curved = act != Activation::NONE || dot, changes = curved || mask;
   if (changes) room = aligned<float>(rows * l.O);
   if (changes || needs[2])
-    slopes(g, curved ? data<float>(y) : nullptr, optional_data(d), dropout_of(m, gain), written, l.O, act, room.get(),
-           needs[2] ? mutable_data<float>(db) : nullptr, needs[3] ? mutable_data<float>(d_dot) : nullptr);
+    slopes(g, curved ? data<float>(y) : nullptr, optional_data(d), dropout_of(m, gain),
+           Layout(ends.out, ends.out, l.T, 0), l.O, act, room.get(), needs[2] ? mutable_data<float>(db) : nullptr,
+           needs[3] ? mutable_data<float>(d_dot) : nullptr);
   if (changes) g = room.get();
   const Videos seen{read, data<float>(from), l.I, zeros.data()};
-  const Videos slopes{written, g, l.O, zeros.data()};
+  const Videos slopes{seeing, g, l.O, zeros.data()};
   if (needs[1]) {
     dw = torch::stable::empty_like(w);
     (amx ? weight_product<Amx> : weight_product<Avx512>)(slopes, seen, l.shift, high, mutable_data<float>(dw));

@@ -352,6 +352,16 @@ CASES: dict[str, list[Case]] = {
             "lengths": _RAGGED,
             "dropout": 0.25,
         },
+        dropout_unseen={
+            "shape": (3, 33, 32),
+            "outputs": 48,
+            "taps": 2,
+            "dilation": 4,
+            "causal": True,
+            "activation": "relu",
+            "lengths": [1, 20, 33],
+            "dropout": 0.1,
+        },
         all_dropped={"shape": (2, 7, 32), "outputs": 8, "dropout": 1.0},
         needed={"shape": (3, 33, 32), "outputs": 48, "residual": "own", "activation": "relu", "needed": _RAGGED},
         needed_norm={

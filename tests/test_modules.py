@@ -1,5 +1,7 @@
 """Modules: the official parameter names, the formulas they stand for, what they refuse, and which backend serves."""
 
+import contextlib
+import itertools
 import math
 import os
 import subprocess
@@ -31,6 +33,7 @@ from avadclip_fast import (
 from avadclip_fast.modules import MLP, TemporalConvNet
 from avadclip_fast.modules.linear_act import keep
 from avadclip_fast.ops import _dispatch
+from avadclip_fast.ops._linear_act_cpu import spares
 
 B, T, D, C = 2, 11, 16, 3
 LENGTHS = torch.tensor([4, 11])
@@ -306,11 +309,13 @@ def test_dropout_works_in_training_alone():
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_keeps_elements_independently(p):
     torch.manual_seed(0)
-    x = torch.zeros(3, 7, 4999)  # an odd count, whose last draw serves one element
+    x = torch.zeros(3, 7, 4999)  # an odd count, whose last draw serves three elements
     kept = keep(x, p)
     assert kept.dtype == torch.bool and kept.shape == x.shape
-    even, odd = kept.flatten()[:-1].reshape(-1, 2).double().unbind(1)  # which share a draw
-    for share, expected in ((even, 1 - p), (odd, 1 - p), (even * odd, (1 - p) ** 2)):
+    elements = kept.flatten()[:-3].reshape(-1, 4).double().unbind(1)  # which share a draw
+    shares = [(one, 1 - p) for one in elements]
+    shares += [(one * other, (1 - p) ** 2) for one, other in itertools.combinations(elements, 2)]
+    for share, expected in shares:
         deviation = math.sqrt(expected * (1 - expected) / len(share))
         assert abs(share.mean() - expected) < 4 * deviation
     torch.manual_seed(0)
@@ -321,6 +326,23 @@ def test_dropout_follows_both_convolutions_of_a_level():
     net, given = draw(TemporalConvNet(D, levels=1, dropout=1.0)), []
     net.network[0].conv2.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     assert torch.equal(net(X), X.relu()) and not given[0].any()
+
+
+def test_tcn_is_the_same_where_zeros_need_no_products():
+    width, ends = 256, torch.tensor([200, 1, 90])
+    x = rows(3, 200, width) * (torch.arange(200) < ends[:, None])[..., None]
+    if not spares(x):
+        pytest.skip("no products of this processor's own: nothing is left out")
+    net, given = draw(TemporalConvNet(width, levels=2)).eval(), []
+    net.network[0].conv1.register_forward_pre_hook(lambda _, inputs: given.append(inputs[4]))
+    found = []
+    for backend in (None, "reference"):
+        with use_backend(backend) if backend else contextlib.nullcontext():
+            out = net(x)
+            found.append([out.detach(), *torch.autograd.grad(out.square().sum(), list(net.parameters()))])
+    assert torch.equal(given[0], ends) and given[1] is None
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_the_models_are_those_of_the_paper_by_default():

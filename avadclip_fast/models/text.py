@@ -54,18 +54,27 @@ class TextBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, classes: int, mask: Tensor) -> Tensor:
-        """x (11 + C·S, W), mask (S, 11 + S) True where a class row may attend -> (11 + C·S, W)."""
+    def forward(self, x: Tensor, classes: int, mask: Tensor, only: Tensor | None = None) -> Tensor:
+        """x (11 + C·S, W), mask (S, 11 + S) True where a class row may attend -> (11 + C·S, W).
+
+        only: (C,) int or None; the one row of each class to compute -> (C, W)
+        """
         norm = (self.ln_1.weight, self.ln_1.bias)
         qkv = ops.linear_act(x, self.attn.in_proj_weight, self.attn.in_proj_bias, norm=norm)
         first = self._heads(qkv[:PREFIX].unsqueeze(0))  # 3 x [1, H, 11, W/H]
         own = self._heads(qkv[PREFIX:].unflatten(0, (classes, -1)))  # 3 x [C, H, S, W/H]
         keys, values = (torch.cat([first[i].expand(classes, -1, -1, -1), own[i]], dim=2) for i in (1, 2))
-        parts = (
-            F.scaled_dot_product_attention(first[0], first[1], first[2], is_causal=True),
-            F.scaled_dot_product_attention(own[0], keys, values, attn_mask=mask),
-        )
-        mixed = torch.cat([part.transpose(1, 2).flatten(0, 1).flatten(1) for part in parts])  # [11 + C·S, W]
+        if only is None:
+            parts = [
+                F.scaled_dot_product_attention(first[0], first[1], first[2], is_causal=True),
+                F.scaled_dot_product_attention(own[0], keys, values, attn_mask=mask),
+            ]
+        else:
+            rows = torch.arange(classes, device=x.device), only
+            queries = own[0].transpose(1, 2)[rows].unsqueeze(2)  # [C, H, 1, W/H]
+            parts = [F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[only][:, None, None])]
+            x = x[PREFIX:].unflatten(0, (classes, -1))[rows]
+        mixed = torch.cat([part.transpose(1, 2).flatten(0, 1).flatten(1) for part in parts])  # as x
         x = ops.linear_act(mixed, self.attn.out_proj.weight, self.attn.out_proj.bias, residual=x)
         return self.mlp(x, residual=x, norm=self.ln_2)
 
@@ -152,11 +161,12 @@ class TextEncoder(nn.Module):
         after = slice(PREFIX, PREFIX + rows)
         suffix = torch.where(self.fixed, self.token_embedding(self.codes), learned[after]) + positions[after]
         x = torch.cat([prefix, suffix.flatten(0, 1)])  # [11 + C·S, W]
-        for block in self.transformer.blocks():
+        *blocks, last = self.transformer.blocks()
+        for block in blocks:
             x = block(x, classes, self.mask)
-        last = x[PREFIX:].unflatten(0, (classes, rows))[torch.arange(classes, device=x.device), self.eos]  # [C, W]
+        x = last(x, classes, self.mask, only=self.eos)  # [C, W]
         norm = (self.ln_final.weight, self.ln_final.bias)
-        return ops.linear_act(last, self.text_projection.T, norm=norm)
+        return ops.linear_act(x, self.text_projection.T, norm=norm)
 
     @torch.no_grad()
     def randomize(self, seed: int = 0) -> None:

@@ -85,7 +85,7 @@ class TemporalAggregator(nn.Module):
         (xw1, xw3), (skip1, skip3) = projected.chunk(2, dim=-1), skipped.chunk(2, dim=-1)
         mixed, weights = self.simAdj(x, xw1, lengths)
         h = _quick_gelu(mixed + skip1)
-        mixed, _ = self.simAdj(x, self.gc2.project(h, valid), lengths, weights)
+        mixed, _ = self.simAdj(x, self.gc2.project(h, lengths), lengths, weights)  # A hides padded rows in any case
         x1 = _quick_gelu(mixed + h)
         h = _quick_gelu(self.disAdj(xw3, valid) + skip3)
         x2 = _quick_gelu(self.disAdj(self.gc4.project(h, valid), valid) + h)

@@ -37,7 +37,8 @@ def _cpu(visual: Tensor, audio: Tensor, *weights: Tensor, needed: Tensor | None 
         return _linear_act_cpu.linear_act(x, weight, bias, activation, *rest, amx=amx)
 
     z = torch.cat([visual, audio], dim=-1)
-    return visual + linear("none", z, *gate).sigmoid() * linear("none", linear("gelu", z, *hidden), *residual)
+    added = linear("none", linear("gelu", z, *hidden), *residual)
+    return torch.addcmul(visual, linear("none", z, *gate).sigmoid(), added)
 
 
 def _cpu_supports(*tensors: Tensor, needed: Tensor | None = None, amx: bool) -> str | None:
