@@ -180,10 +180,12 @@ std::unique_ptr<char[], Free> pack(const Taps& taps, bool transposed, const floa
   return packed;
 }
 
-// How many rows of a video a task has, so that every thread has one.
-int64_t rows_a_task(const Videos& x) {
-  const int64_t share = divide_up(x.count() * x.rows(), torch::stable::get_num_threads());
-  return std::clamp(round_up(std::min(x.rows(), share), BLOCK), BLOCK, ROWS);
+// Into how many tasks of at most ROWS rows a video is cut, alike to a block, so that every thread has as many.
+int64_t cuts(const Videos& x) {
+  const int64_t blocks = divide_up(x.rows(), BLOCK);
+  int64_t tasks = divide_up(x.rows(), ROWS);
+  while (tasks < blocks && x.count() * tasks % torch::stable::get_num_threads() != 0) ++tasks;
+  return tasks;
 }
 
 // out_t = epilogue(sum_k x_(t + shift_k) taps_k) for the rows of `out`; `total` are in the batch.
@@ -197,7 +199,8 @@ void rows_product(const Videos& x, const Taps& taps, bool transposed, const std:
   const auto [low, top] = std::minmax_element(shift.begin(), shift.end());
   const int64_t before = *low, reach = *top - *low;
   const int64_t groups = round_up(width, BLOCK) / LANES;
-  const int64_t rows = rows_a_task(x), row_tasks = divide_up(x.rows(), rows), column_tasks = divide_up(width, COLUMNS);
+  const int64_t row_tasks = cuts(x), column_tasks = divide_up(width, COLUMNS);
+  const int64_t blocks = divide_up(x.rows(), BLOCK), rows = divide_up(blocks, std::max<int64_t>(row_tasks, 1)) * BLOCK;
   const int64_t packed_rows = round_up(rows + reach, LANES), stride = packed_rows * Unit::LANE;
 
   torch::stable::parallel_for(0, x.count() * row_tasks * column_tasks, 1, [&](int64_t begin, int64_t end) {
@@ -206,7 +209,8 @@ void rows_product(const Videos& x, const Taps& taps, bool transposed, const std:
     const auto block = aligned<Block>(rows * COLUMNS / (BLOCK * BLOCK));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / column_tasks / row_tasks, column = task % column_tasks * COLUMNS;
-      const int64_t first = task / column_tasks % row_tasks * rows, count = std::min(rows, x.rows() - first);
+      const int64_t cut = task / column_tasks % row_tasks, first = cut * blocks / row_tasks * BLOCK;
+      const int64_t count = std::min((cut + 1) * blocks / row_tasks * BLOCK, x.rows()) - first;
       const int64_t columns = std::min(COLUMNS, width - column);
       const Sums sums{block.get(), divide_up(columns, BLOCK)};
       if (depth == 0) std::fill_n(&block[0][0][0], rows * COLUMNS, 0.f);

@@ -101,7 +101,7 @@ class CausalConv(nn.Module):
         lengths: Tensor | None = None,
         ends: Tensor | None = None,
     ) -> Tensor:
-        weight = self.weight_g * self.weight_v / self.weight_v.norm(dim=(1, 2), keepdim=True)
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)  # torch's one kernel for it
         return ops.linear_act(
             x,
             weight,
