@@ -115,8 +115,10 @@ inline void drop(float* value, int64_t count, Dropout dropout) {
   for (int64_t i = 0; dropout.kept && i < count; ++i) value[i] *= dropout.kept[i] ? dropout.gain : 0.f;  // NaN stays
 }
 
-// The numbers `at`.. of (rows, columns) from `column` on. Returns their part of the product with dot.
-CLONES float finish(const float* sum, int64_t count, const Epilogue& to, int64_t at, int64_t column) {
+// `count` sums of a row: the numbers `at`.. of (rows, columns), from `column` on. Returns their part of the product
+// with dot. Where the compiler knows count, they stay in registers from here to there.
+inline __attribute__((always_inline)) float finish_some(const float* sum, int64_t count, const Epilogue& to, int64_t at,
+                                                        int64_t column) {
   float value[BLOCK];
   for (int64_t i = 0; i < count; ++i) value[i] = to.bias ? sum[i] + to.bias[column + i] : sum[i];
   if (to.y) std::copy(value, value + count, to.y + at);
@@ -129,6 +131,15 @@ CLONES float finish(const float* sum, int64_t count, const Epilogue& to, int64_t
   float product = 0;
 #pragma omp simd reduction(+ : product)
   for (int64_t i = 0; i < count; ++i) product += value[i] * to.dot[column + i];
+  return product;
+}
+
+// A row of a task's sums.
+CLONES float finish(const Sums& sums, int64_t row, int64_t columns, const Epilogue& to, int64_t at, int64_t column) {
+  float product = 0;
+  int64_t c = 0;
+  for (; c + BLOCK <= columns; c += BLOCK) product += finish_some(sums.row(row, c), BLOCK, to, at + c, column + c);
+  if (c < columns) product += finish_some(sums.row(row, c), columns - c, to, at + c, column + c);
   return product;
 }
 
@@ -235,9 +246,7 @@ void rows_product(const Videos& x, const Taps& taps, bool transposed, const std:
       for (int64_t r = 0; r < count; ++r) {
         const int64_t row = out.row(b, first + r), at = row * width + column;
         if (row < 0) continue;
-        float product = 0;
-        for (int64_t c = 0; c < columns; c += BLOCK)
-          product += finish(sums.row(r, c), std::min(BLOCK, columns - c), to, at + c, column + c);
+        const float product = finish(sums, r, columns, to, at, column);
         if (to.dot) to.out[column / COLUMNS * total + row] = product;
       }
     }
@@ -382,7 +391,7 @@ struct Ends {
     const auto [low, top] = std::minmax_element(l.shift.begin(), l.shift.end());
     gap = std::max(-*low, *top);
     if (lengths) x = read_lengths(*lengths, l.B, l.T);
-    if (needed) out = read_lengths(*needed, l.B, l.T);
+    if (needed) out = read_lengths(*needed, l.B, l.T, "needed");
     for (int64_t b = 0; b < l.B; ++b) {
       x[b] = std::min(x[b], out[b] + *top);
       seeing.push_back(std::min(out[b], x[b] - *low));
@@ -395,29 +404,28 @@ struct Ends {
   }
 };
 
-// What the product makes of a row of zeros, (O): zeros, or what is not a number where weights are not.
-CLONES std::vector<float> of_zeros(const float* weight, int64_t outputs, int64_t depth) {
-  std::vector<float> out(outputs);
+// What the product makes of a row of zeros, in the first row of blocks: zeros, or no numbers where weights are none.
+CLONES void sum_zeros(const float* weight, int64_t outputs, int64_t depth, Block* block) {
   for (int64_t o = 0; o < outputs; ++o) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < depth; ++i) sum += 0 * weight[o * depth + i];
-    out[o] = sum;
+    block[o / BLOCK][0][o % BLOCK] = sum;
   }
-  return out;
 }
 
 // The rows that see nothing of x.
 void finish_unseen(const Ends& ends, const Layer& l, const float* weight, const Epilogue& to) {
   if (ends.seeing == ends.out) return;
-  const std::vector<float> sums = of_zeros(weight, l.O, l.I * l.K);
+  const int64_t blocks = divide_up(l.O, BLOCK);
+  const auto block = aligned<Block>(blocks);
+  sum_zeros(weight, l.O, l.I * l.K, block.get());
   torch::stable::parallel_for(0, l.B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       for (int64_t row = b * l.T + ends.seeing[b]; row < b * l.T + ends.out[b]; ++row)
         for (int64_t column = 0; column < l.O; column += COLUMNS) {
-          float product = 0;
-          for (int64_t c = column; c < std::min(l.O, column + COLUMNS); c += BLOCK)
-            product += finish(&sums[c], std::min(BLOCK, l.O - c), to, row * l.O + c, c);
+          const Sums sums{block.get() + column / BLOCK, blocks};
+          const float product = finish(sums, 0, std::min(COLUMNS, l.O - column), to, row * l.O + column, column);
           if (to.dot) to.out[column / COLUMNS * l.B * l.T + row] = product;
         }
   });

@@ -74,23 +74,24 @@ inline void check_dims(const char* name, const Tensor& x, const char* shape, int
 inline void check_divisor(int64_t divisor) { STD_TORCH_CHECK(divisor >= 1, "divisor must be positive, got ", divisor); }
 
 // lengths (B), or (batch) if it is known, int32 or int64 -> B
-inline int64_t check_lengths(const Tensor& lengths, std::optional<int64_t> batch = {}) {
-  check_dims("lengths", lengths, "[B]", 1);
+inline int64_t check_lengths(const Tensor& lengths, std::optional<int64_t> batch = {}, const char* name = "lengths") {
+  check_dims(name, lengths, "[B]", 1);
   const int64_t B = lengths.size(0);
-  STD_TORCH_CHECK(!batch || B == *batch, "lengths must have shape [", *batch, "], got [", B, "]");
-  STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Int || lengths.scalar_type() == ScalarType::Long,
-                  "lengths must be int32 or int64, got ", lengths.scalar_type());
+  STD_TORCH_CHECK(!batch || B == *batch, name, " must have shape [", *batch, "], got [", B, "]");
+  STD_TORCH_CHECK(lengths.scalar_type() == ScalarType::Int || lengths.scalar_type() == ScalarType::Long, name,
+                  " must be int32 or int64, got ", lengths.scalar_type());
   return B;
 }
 
 // lengths (B) on the CPU -> their values, each in 1..rows.
-inline std::vector<int64_t> read_lengths(const Tensor& lengths, int64_t batch, int64_t rows) {
-  check_lengths(lengths, batch);
+inline std::vector<int64_t> read_lengths(const Tensor& lengths, int64_t batch, int64_t rows,
+                                         const char* name = "lengths") {
+  check_lengths(lengths, batch, name);
   const Tensor values = dense(lengths);
   std::vector<int64_t> out(batch);
   for (int64_t b = 0; b < batch; ++b) {
     out[b] = lengths.scalar_type() == ScalarType::Int ? data<int32_t>(values)[b] : data<int64_t>(values)[b];
-    STD_TORCH_CHECK(1 <= out[b] && out[b] <= rows, "lengths must lie in 1..", rows, ", got ", out[b]);
+    STD_TORCH_CHECK(1 <= out[b] && out[b] <= rows, name, " must lie in 1..", rows, ", got ", out[b]);
   }
   return out;
 }
