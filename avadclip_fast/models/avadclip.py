@@ -127,6 +127,10 @@ class Detector(Checkpointed):
         """Runs `forward` on `streams()`, in that order, without the outputs needed only for training."""
         return self(*streams, lengths, text_features)
 
+    def valid(self, lengths: Tensor | None) -> Tensor | None:
+        """Where videos end for all but the temporal encoder: (B,), or None if padded rows take part ("official")."""
+        return lengths if self.padding == "masked" else None
+
     def _text(self, text_features: Tensor | None) -> Callable[[], Tensor]:
         """Starts the text encoder; call it before the stream encoders so that both can overlap."""
         return aside(self.text) if text_features is None else lambda: text_features
@@ -148,7 +152,7 @@ class Detector(Checkpointed):
         expected = [len(self.classes), features.shape[-1]]
         if list(text.shape) != expected:
             raise ValueError(f"text_features must have shape {expected}, as encode_text gives; got {list(text.shape)}")
-        valid = lengths if self.padding == "masked" else None
+        valid = self.valid(lengths)
         anomaly_logits = binary_head(features, self.mlp2, self.classifier, valid)  # [B, T]
         class_logits = self.prompt(features, text, anomaly_logits, valid)
         return Output(features, text, anomaly_logits, class_logits, log_variance)
@@ -210,7 +214,7 @@ class AVadCLIP(Detector):
         def fused(visual: Tensor, audio: Tensor | None, lengths: Tensor | None) -> tuple[Tensor]:
             seen = self.temporal(self._input("visual", visual, lengths), lengths)
             heard = torch.zeros_like(seen) if audio is None else self._input("audio", audio, lengths)
-            valid = lengths if self.padding == "masked" else None
+            valid = self.valid(lengths)
             return (self.fusion(seen, self.audio(heard, valid), valid),)
 
         return self._each(fused, (visual, audio), lengths)[0]
@@ -311,9 +315,8 @@ class AVadCLIPStudent(Detector):
         """
 
         def described(stream: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
-            valid = lengths if self.padding == "masked" else None
             features = self.temporal(self._input(self.modality, stream, lengths), lengths)
-            mean, log_variance = self.uncertainty(features, valid, uncertain)
+            mean, log_variance = self.uncertainty(features, self.valid(lengths), uncertain)
             return (mean,) if log_variance is None else (mean, log_variance)
 
         text = self._text(text_features)
@@ -359,7 +362,7 @@ def objective(
     if teacher_features is not None:
         if out.log_variance is None:
             raise ValueError("teacher_features distil a student: the model is a teacher, which has no uncertainty")
-        valid = lengths if model.padding == "masked" else None
+        valid = model.valid(lengths)
         losses["distill"] = model.distill_loss(teacher_features, out.features, out.log_variance, valid)
         losses["total"] = losses["total"] + distill_weight * losses["distill"]
     return losses
