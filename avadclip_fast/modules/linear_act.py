@@ -127,7 +127,10 @@ def keep(x: Tensor, p: float) -> Tensor:
 
 
 class TemporalBlock(nn.Module):
-    """One level of the audio TCN: out = ReLU(h2 + x), h1 = drop(ReLU(conv1 x)), h2 = drop(ReLU(conv2 h1))."""
+    """One level of the audio TCN: out = ReLU(h2 + x), h1 = drop(ReLU(conv1 x)), h2 = drop(ReLU(conv2 h1)).
+
+    forward: (B, T, D), lengths (B,) or None, ends (B,) or None -> (B, T, D); lengths and ends as of `CausalConv`.
+    """
 
     def __init__(self, dim: int, taps: int, dilation: int, dropout: float, backend: str | None = None):
         super().__init__()
@@ -160,7 +163,7 @@ class TemporalConvNet(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         ends = None
         if lengths is None and x.ndim == 3 and spares(x) and not x.requires_grad:  # zeros need no products
-            ends = (x.any(2) * torch.arange(1, 1 + x.shape[1])).amax(1).clamp_min(1)  # [B] the last other row, from 1
+            ends = (x.any(2) * torch.arange(1, 1 + x.shape[1])).amax(1).clamp_min(1)  # [B] 1 + the last row of others
         for level in self.network:
             x, ends = level(x, lengths, ends), None
         return x
