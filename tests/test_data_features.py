@@ -1,6 +1,9 @@
+import gc
 import os
 import pickle
 import stat
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -186,6 +189,35 @@ def test_a_damaged_header_is_an_error_of_ours_or_none(tmp_path, where, byte):
         load_features(path)
     except DataError as error:
         assert str(path) in str(error)
+
+
+def test_threads_read_headers_at_the_same_time(tmp_path):
+    """A finalizer that runs while one thread parses a header lets others go on, at other depths."""
+
+    class Garbage:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            sum(range(50))
+
+    def read(depth: int) -> tuple[int, ...]:
+        if depth:
+            return read(depth - 1)
+        for _ in range(20):
+            Garbage()
+        return load_features(tmp_path / "x.npy", width=4).shape
+
+    np.save(tmp_path / "x.npy", np.ones((3, 4), np.float32))
+    before = gc.get_threshold(), sys.getswitchinterval()
+    try:
+        gc.set_threshold(20)
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(8) as threads:
+            assert set(threads.map(read, [i % 7 for i in range(1500)])) == {(3, 4)}
+    finally:
+        gc.set_threshold(*before[0])
+        sys.setswitchinterval(before[1])
 
 
 def test_write_features(tmp_path):

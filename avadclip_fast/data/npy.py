@@ -1,6 +1,7 @@
 """Reading `.npy` headers from untrusted files."""
 
 import os
+import threading
 import tokenize
 from pathlib import Path
 from typing import IO
@@ -10,12 +11,17 @@ import numpy as np
 from .errors import DataError
 
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# NumPy parses a header as Python, and CPython 3.11's parser counts its depth for all threads at once: two that parse at
+# the same time may fail with a SystemError.
+_parsing = threading.RLock()
 
 
 def read_header(file: IO[bytes], path: str | Path) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Reads shape, Fortran order and dtype, leaving `file` at the data. Raises DataError with `path`."""
     try:
-        return _READERS[np.lib.format.read_magic(file)](file)
+        reader = _READERS[np.lib.format.read_magic(file)]
+        with _parsing:
+            return reader(file)
     except (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError) as error:
         raise DataError(f"{path}: not a .npy file, or cut short; write it with numpy.save") from error
 
