@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..modules import MLP, TemporalAggregator, WindowAttention
 from ..modules.temporal_aggregator import check_padding
 from ..ops._linear_act_cpu import spares
-from ..ops._padding import zero_padding
+from ..ops._padding import ends_of, zero_padding
 from . import groups
 
 
@@ -125,6 +125,5 @@ class TemporalEncoder(nn.Module):
         count = int(seen.sum())
         index = (count - 1 + padding.cumsum(0)).repeat(len(x), 1)
         index[seen] = torch.arange(count)
-        last = torch.arange(1, 1 + seen.shape[1]).mul(seen).amax(1)  # [B] window that is not padding, from 1
         # Unlike indexing, index_select has a fast backward pass on a CPU.
-        return distinct.index_select(0, index.flatten()).view(x.shape), last * self.window
+        return distinct.index_select(0, index.flatten()).view(x.shape), ends_of(seen) * self.window

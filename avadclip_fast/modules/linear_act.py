@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .. import ops
 from ..ops._linear_act_cpu import spares
+from ..ops._padding import ends_of
 
 
 class MLP(nn.Module):
@@ -140,10 +141,9 @@ class TemporalBlock(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, ends: Tensor | None = None) -> Tensor:
         h = x
-        for conv in (self.conv1, self.conv2):
+        for conv, until in ((self.conv1, ends), (self.conv2, None)):
             dropout = (keep(x, self.dropout), self.dropout) if self.training and self.dropout else None
-            h = conv(h, "relu", dropout, lengths, ends)
-            ends = None
+            h = conv(h, "relu", dropout, lengths, until)
         return F.relu(h + x)
 
 
@@ -163,7 +163,7 @@ class TemporalConvNet(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         ends = None
         if lengths is None and x.ndim == 3 and spares(x) and not x.requires_grad:  # zeros need no products
-            ends = (x.any(2) * torch.arange(1, 1 + x.shape[1])).amax(1).clamp_min(1)  # [B] 1 + the last row of others
+            ends = ends_of(x.any(2)).clamp_min(1)
         for level in self.network:
             x, ends = level(x, lengths, ends), None
         return x

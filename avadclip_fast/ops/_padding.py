@@ -1,5 +1,13 @@
-"""Masks of padded rows, for models and the engine, which do not import the references."""
+"""Which rows are padding, for modules, models and the engine, which do not import the references."""
+
+import torch
+from torch import Tensor
 
 from ..reference._numerics import valid_mask, zero_padding
 
-__all__ = ["valid_mask", "zero_padding"]
+__all__ = ["ends_of", "valid_mask", "zero_padding"]
+
+
+def ends_of(present: Tensor) -> Tensor:
+    """(B, n) bool -> (B,) int64: one more than the index of the last that is True, or 0."""
+    return (present * torch.arange(1, 1 + present.shape[1])).amax(1)
