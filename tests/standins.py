@@ -1,8 +1,11 @@
 """Encoders that stand in for CLIP and Wav2CLIP, and a teacher and a student that were trained on what they give."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock  # torch brings it
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, data
 from avadclip_fast.engine.recipe import ROBUST, Recipe
@@ -45,7 +48,19 @@ class Hearing:
 @pytest.fixture(scope="session")
 def pair(tmp_path_factory):
     """A folder of teacher/ and student/, trained to know grey as fighting and bright as explosion."""
-    folder = tmp_path_factory.mktemp("pair")
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the first process that asks trains them for all
+    folder = root / "pair"
+    with FileLock(root / "pair.lock"):
+        if not (folder / "trained").exists():
+            folder.mkdir(exist_ok=True)
+            train_pair(folder)
+            (folder / "trained").touch()
+    return folder
+
+
+def train_pair(folder):
     rng = np.random.default_rng(0)
     rows = []
     for i in range(60):
@@ -67,7 +82,6 @@ def pair(tmp_path_factory):
     fit(teacher, features, recipe, folder / "teacher", progress=False)
     student = AVadCLIPStudent.beside(teacher, window=4)
     fit(student, features, recipe, folder / "student", teacher=teacher, progress=False)
-    return folder
 
 
 def overlap(event, start, end):
