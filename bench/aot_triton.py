@@ -49,7 +49,7 @@ MODULES = (
     window_attention,
 )
 CALLS = (ROOT / "bench/triton_calls.py", ROOT / "avadclip_fast/engine/tune.py")
-SOURCES = (*sorted((ROOT / "kernels").rglob("*.*")), *CALLS)
+SOURCES = (*sorted(path for path in (ROOT / "kernels").rglob("*.*") if path.suffix != ".pyc"), *CALLS)
 CHIPS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}  # multiprocessors
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block
 GEMMS = (  # kernels that multiply matrices as large as a tile of the tensor cores
