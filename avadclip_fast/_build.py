@@ -4,7 +4,10 @@ A missing extension is not an error: the dispatch reports why its backend is una
 fails to load raises ImportError on import.
 """
 
+import functools
 import importlib.util
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -51,7 +54,33 @@ def cuda_reason(*tensors: torch.Tensor) -> str | None:
     """Returns why the CUDA operators cannot take these tensors, or None."""
     if CUDA_MISSING:
         return CUDA_MISSING
-    return _wrong("cuda", (torch.float32, torch.bfloat16, torch.float16), tensors)
+    wrong = _wrong("cuda", (torch.float32, torch.bfloat16, torch.float16), tensors)
+    return wrong or not_built_for(tensors[0].device)
+
+
+def once_a_device(function: Callable[[torch.device], str | None]) -> Callable[[torch.device], str | None]:
+    """Caches the answers. torch.compile takes them for constants, and does not look inside."""
+    cached = functools.cache(function)
+    return torch.compiler.assume_constant_result(lambda device: cached(device))
+
+
+@once_a_device
+def not_built_for(device: torch.device) -> str | None:
+    """Returns why the CUDA operators cannot run on this GPU, or None."""
+    archs, capability = facts().get("cuda_archs"), torch.cuda.get_device_capability(device)
+    if archs is None or any(runs_on(arch, capability) for arch in re.split(r"[;\s,]+", archs.strip())):
+        return None
+    found = ".".join(map(str, capability))
+    return f"{device} has compute capability {found}, and the CUDA operators are built for {archs}"
+
+
+def runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for arch, such as "8.0" or "10.0+PTX", runs on a GPU: on later minor versions, with PTX on all."""
+    number = arch.removesuffix("+PTX")
+    built = tuple(int(part.rstrip("af")) for part in number.split("."))
+    if number.endswith("a"):  # for this very chip
+        return built == capability
+    return built <= capability and (built[0] == capability[0] or arch.endswith("+PTX"))
 
 
 def _wrong(device: str, dtypes: tuple[torch.dtype, ...], tensors: tuple[torch.Tensor, ...]) -> str | None:

@@ -25,7 +25,7 @@ class TestAttentionPool(OpTests):
         """Below 1e-12 the result is the sum over 1e-12, and its gradient has nothing taken out."""
         features = torch.full((1, 1, 4), 2e-13, device=device)
         out, grads = self.run({"features": features, "logits": torch.ones(1, 1, device=device)}, backend,
-                              torch.ones(1, 4))  # fmt: skip
+                              torch.ones(1, 4, device=device))  # fmt: skip
         torch.testing.assert_close(out.cpu(), torch.full((1, 4), 0.2))
         torch.testing.assert_close(grads["features"].cpu(), torch.full((1, 1, 4), 1e12))
 

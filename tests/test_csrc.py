@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avadclip_fast import _build, ops
-from avadclip_fast.ops import _dispatch
+from avadclip_fast.ops import _dispatch, _triton
 from bench import aot_cuda
 
 ROOT = Path(__file__).parents[1]
@@ -205,6 +206,33 @@ class TestLoading:
         monkeypatch.setattr(_build, "CPP_MISSING", "why")
         with pytest.raises(ops.BackendError, match="why"):
             ops.topk_mean(torch.zeros(1, 2, 3), torch.tensor([1]), backend="cpp")
+
+    @pytest.mark.parametrize(
+        ("arch", "runs", "not_runs"),
+        [
+            ("8.0", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (12, 0)]),
+            ("10.0+PTX", [(10, 0), (10, 3), (12, 1)], [(9, 0)]),
+            ("9.0a", [(9, 0)], [(9, 1), (8, 0)]),
+            ("12.0f", [(12, 0), (12, 1)], [(10, 0)]),
+        ],
+    )
+    def test_what_an_architecture_runs_on(self, arch, runs, not_runs):
+        assert all(_build.runs_on(arch, capability) for capability in runs)
+        assert not any(_build.runs_on(arch, capability) for capability in not_runs)
+
+    def test_a_gpu_that_is_too_old_is_told(self, monkeypatch):
+        """Else the automatic choice would take kernels that cannot be loaded there."""
+        monkeypatch.setattr(_build, "CUDA_MISSING", None)
+        monkeypatch.setattr(_build, "facts", lambda: {"cuda_archs": "8.0;9.0+PTX"})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7 + device.index % 2, 5))
+        old, new = (SimpleNamespace(device=torch.device("cuda", i), dtype=torch.float32) for i in (90, 91))
+        assert "cuda:90 has compute capability 7.5, and the CUDA operators" in _build.cuda_reason(old)
+        assert _build.cuda_reason(new) is None
+        monkeypatch.setattr(_triton, "_DEVICE", "cuda")
+        monkeypatch.setattr(_triton, "_MISSING", False)
+        monkeypatch.setattr(_triton, "INTERPRETED", False)
+        assert "needs compute capability 8.0, and cuda:90 has 7.5" in _triton.triton_reason(old)
+        assert _triton.triton_reason(new) is None
 
     def test_more_classes_than_a_block_holds_are_for_another_backend(self):
         """The automatic choice must know what the operator refuses."""

@@ -7,10 +7,13 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from .._build import once_a_device
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run slowly on the CPU, for tests
 _DEVICE = "cpu" if INTERPRETED else "cuda"
 # No bfloat16 in the interpreter: its tl.dot multiplies bit patterns.
 _DTYPES = (torch.float32, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
+_OLDEST = (8, 0)  # compute capability that Triton supports
 _MISSING = importlib.util.find_spec("triton") is None
 
 
@@ -23,7 +26,16 @@ def triton_reason(*tensors: Tensor) -> str | None:
             return f"it runs on {_DEVICE}, and a tensor is on {x.device}"
         if x.dtype not in _DTYPES:
             return f"it takes {', '.join(str(d) for d in _DTYPES)}, not {x.dtype}"
-    return None
+    return None if INTERPRETED else _too_old(tensors[0].device)
+
+
+@once_a_device
+def _too_old(device: torch.device) -> str | None:
+    found = torch.cuda.get_device_capability(device)
+    if found >= _OLDEST:
+        return None
+    found, oldest = (".".join(map(str, capability)) for capability in (found, _OLDEST))
+    return f"it needs compute capability {oldest}, and {device} has {found}"
 
 
 def implement(operator: str, kernel: str, function: str) -> None:
