@@ -61,7 +61,13 @@ def cuda_reason(*tensors: torch.Tensor) -> str | None:
 def once_a_device(function: Callable[[torch.device], str | None]) -> Callable[[torch.device], str | None]:
     """Caches the answers. torch.compile takes them for constants, and does not look inside."""
     cached = functools.cache(function)
-    return torch.compiler.assume_constant_result(lambda device: cached(device))
+
+    def answer(device: torch.device) -> str | None:
+        return cached(device)
+
+    # All that torch.compiler.assume_constant_result does, which also imports torch.compile.
+    answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return answer
 
 
 @once_a_device

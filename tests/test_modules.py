@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from small_models import draw, student, teacher
+from small_models import CLASSES, SIZES, TOKENS, batch, draw, student, teacher
 from torch import nn
 
 import avadclip_fast
 from avadclip_fast import (
+    AVadCLIP,
     AVFusion,
     AVPrompt,
     BackendError,
@@ -29,6 +31,7 @@ from avadclip_fast import (
     ops,
     use_backend,
 )
+from avadclip_fast.models.encoder import TemporalEncoder
 from avadclip_fast.modules import MLP, TemporalConvNet
 from avadclip_fast.modules.linear_act import keep
 from avadclip_fast.ops import _dispatch
@@ -227,9 +230,104 @@ def test_refuses_features_of_another_width():
         student()(rows(1, 5, 16))
 
 
-def test_refuses_more_rows_than_positions():
-    with pytest.raises(ValueError, match="T=25 is more than the 24 positions"):
-        student()(rows(1, 25, 32))
+@pytest.mark.parametrize("count", [0, 25])
+def test_refuses_no_rows_and_more_than_positions(count):
+    with pytest.raises(ValueError, match=f"T={count} does not lie in 1..24"):
+        student()(rows(1, count, 32))
+
+
+@pytest.mark.parametrize("shape", [(D,), (B, C, D), (C, D + 1)])
+def test_a_prompt_refuses_other_text(shape):
+    with pytest.raises(ValueError, match=r"AVPrompt: text must have shape \[C, D\]"):
+        AVPrompt(D)(X, rows(*shape), rows(B, T))
+
+
+def test_settings_may_be_numpys_numbers():
+    assert torch.equal(TopKMean(np.int64(4))(X, LENGTHS), TopKMean(4)(X, LENGTHS))
+    assert torch.equal(DistanceGraph(np.float64(2.0))(X), DistanceGraph(2.0)(X))
+
+
+# Formulas of norms that linear_act does not know
+
+
+@pytest.mark.parametrize("settings", [{"eps": 1e-2}, {"elementwise_affine": False}, {"bias": False}])
+def test_a_norm_is_the_callers(settings):
+    norm, x = draw(nn.LayerNorm(D, **settings)), rows(1, 64, D)
+    mlp, attention = draw(MLP(D)), draw(WindowAttention(D, 4))
+    torch.testing.assert_close(mlp(x, norm=norm), mlp(norm(x)))
+    torch.testing.assert_close(attention(x, norm=norm), attention(norm(x)))
+    few = x[:, :8]  # fewer rows than D: the attention is not folded
+    torch.testing.assert_close(attention(few, norm=norm), attention(norm(few)))
+
+
+# torch.func, forward-mode AD, torch.export, meta
+
+
+def test_torch_func_differentiates_a_model():
+    """Once more by torch.func: the same gradient."""
+    model = teacher()
+    visual, audio, labels, lengths = batch([24, 7], 24)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict) -> torch.Tensor:
+        out = torch.func.functional_call(model, parameters, (visual, audio, lengths))
+        return out.anomaly_logits.sigmoid().sum() + out.class_logits.square().mean()
+
+    learned = [name for name, p in parameters.items() if p.requires_grad and not name.startswith("align_loss")]
+    expected = torch.autograd.grad(loss(parameters), [parameters[name] for name in learned])
+    found = torch.func.grad(loss)({name: p.detach() for name, p in parameters.items()})
+    for name, gradient in zip(learned, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+def test_operators_are_passed_over_where_torch_func_is_at_work():
+    """They know nothing of tangents and batches: a tangent would be lost, and a gradient wrong."""
+    x = rows(2, 300, 256)
+    graph = DistanceGraph()
+    along = torch.ones_like(x)
+    _, tangent = torch.func.jvp(graph, (x,), (along,))
+    torch.testing.assert_close(tangent, graph(along))  # it is linear
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, along)
+        _, tangent = torch.autograd.forward_ad.unpack_dual(graph(dual))
+    torch.testing.assert_close(tangent, graph(along))
+    weights = rows(3, 256, 256).requires_grad_()
+
+    def layers(backend: str | None) -> torch.Tensor:
+        return torch.func.vmap(lambda w: ops.linear_act(x, w, None, "quick_gelu", backend=backend))(weights)
+
+    ours, expected = (torch.autograd.grad(layers(backend).sum(), weights)[0] for backend in (None, "reference"))
+    torch.testing.assert_close(ours, expected)
+    if _dispatch.why_not("distance_graph", "cpp", x, 1.0, None) is None:
+        with pytest.raises(BackendError, match="torch.func and forward-mode AD go by the reference"):
+            torch.func.jvp(DistanceGraph(backend="cpp"), (x,), (along,))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: WindowAttention(256), lambda: TemporalConvNet(256), lambda: TemporalEncoder(256, 256, 64, 1)],
+    ids=["attention", "tcn", "encoder"],
+)
+def test_an_exported_graph_takes_any_batch_at_the_models_sizes(make):
+    """From some size on, a processor's own products pay; nothing in a graph may depend on it."""
+    module, size = draw(make()).eval(), torch.export.Dim("batch", min=1)
+    program = torch.export.export(module, (rows(2, 256, 256),), dynamic_shapes=({0: size},)).module()
+    for count in (1, 3):
+        x = rows(count, 256, 256)
+        torch.testing.assert_close(program(x), module(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_made_on_meta_gets_all_with_its_weights(assign):
+    model = teacher().eval()
+    with torch.device("meta"):
+        empty = AVadCLIP(CLASSES, class_tokens=TOKENS, **SIZES | {"text_weights": None}).eval()
+    if not assign:
+        empty.to_empty(device="cpu")
+    empty.load_state_dict(model.state_dict(), assign=assign)
+    visual, audio, _, lengths = batch([24, 7], 24)
+    for ours, expected in zip(empty(visual, audio, lengths), model(visual, audio, lengths), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 # Formulas

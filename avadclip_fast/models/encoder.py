@@ -94,10 +94,9 @@ class TemporalEncoder(nn.Module):
         if x.ndim != 3 or x.shape[2] != width:
             raise ValueError(f"TemporalEncoder: features must have shape [B, T, {width}], got {list(x.shape)}")
         rows = x.shape[1]
-        if rows > length:
-            raise ValueError(
-                f"TemporalEncoder: T={rows} is more than the {length} positions; cut the video into chunks"
-            )
+        if not 0 < rows <= length:
+            remedy = "cut the video into chunks" if rows else "a video has at least one snippet"
+            raise ValueError(f"TemporalEncoder: T={rows} does not lie in 1..{length}, the positions; {remedy}")
         official = self.padding == "official"
         if official and rows % self.window == 0 and groups.pays(x) and not x.requires_grad:
             x, alike = self._distinct(x)
@@ -124,6 +123,6 @@ class TemporalEncoder(nn.Module):
         distinct = self._blocks(torch.cat([(windows + empty)[seen], empty[padding]]))
         count = int(seen.sum())
         index = (count - 1 + padding.cumsum(0)).repeat(len(x), 1)
-        index[seen] = torch.arange(count)
+        index[seen] = torch.arange(count, device=x.device)
         # Unlike indexing, index_select has a fast backward pass on a CPU.
         return distinct.index_select(0, index.flatten()).view(x.shape), ends_of(seen) * self.window

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops._dispatch import transformed
 from ..ops._padding import zero_padding
 
 # Padded rows that an additional group must save: each group accumulates into every weight gradient once more, which
@@ -32,7 +33,7 @@ def split(lengths: Sequence[int]) -> list[list[int]]:
 
 def pays(x: Tensor) -> bool:
     """Whether grouping pays off: on a GPU, reading the lengths would synchronise, and one shape is faster."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def by_length(
@@ -50,11 +51,11 @@ def by_length(
         return function(*streams, lengths)
     rows, found = present[0].shape[1], []
     for group in groups:
-        index = torch.tensor(group)
+        index = torch.tensor(group, device=lengths.device)
         own = lengths[index]
         longest = int(own.max())
         results = function(*(None if x is None else x[index, :longest] for x in streams), own)
         # Zero every padded row, so that results do not depend on the other videos of the batch.
         found.append([F.pad(zero_padding(x, own), (0, 0, 0, rows - longest)) for x in results])
-    back = torch.tensor([i for group in groups for i in group]).argsort()
+    back = torch.tensor([i for group in groups for i in group], device=lengths.device).argsort()
     return tuple(torch.cat(parts)[back] for parts in zip(*found, strict=True))

@@ -123,6 +123,8 @@ class TextEncoder(nn.Module):
         self.prompt = nn.Embedding(CONTEXT, width)
         nn.init.normal_(self.prompt.weight, std=0.01)
         self.set_tokens(tokens)
+        # What follows from the tokens is not saved; a model that was made on "meta" gets it with its weights.
+        self.register_load_state_dict_post_hook(lambda module, _: module.set_tokens(module.tokens))
 
     def set_tokens(self, tokens: list[list[int]]) -> None:
         """Sets the classes and lays out their rows after the shared prefix. Raises ValueError as the class."""

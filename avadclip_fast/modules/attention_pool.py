@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._check import check_tensors
 from .linear_act import MLP
 from .prompt_similarity import PromptSimilarity
 
@@ -37,6 +38,7 @@ class AVPrompt(nn.Module):
 
     def prompts(self, features: Tensor, text: Tensor, anomaly_logits: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Class prompts X of each video: features (B, T, D), text (C, D), anomaly_logits (B, T) -> (B, C, D)."""
+        check_tensors("AVPrompt", ("features", features, "B T D"), ("text", text, "C D"))
         pooled = ops.attention_pool(features, anomaly_logits, lengths, backend=self.backend)[:, None]  # [B, 1, D]
         if self.prompt == "official":
             y = text + pooled  # [B, C, D]

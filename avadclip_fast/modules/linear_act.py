@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..ops._linear_act_cpu import spares
+from ..ops._linear_act_cpu import LAYER_NORM_EPS, spares
 from ..ops._padding import ends_of
 
 
@@ -32,10 +32,22 @@ class MLP(nn.Module):
         norm: nn.LayerNorm | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        affine = None if norm is None else (norm.weight, norm.bias)
+        x, affine = unnormed(x, norm)
         layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
         h = layer(x, self.c_fc.weight, self.c_fc.bias, "quick_gelu", norm=affine)
         return layer(h, self.c_proj.weight, self.c_proj.bias, residual=residual)
+
+
+def unnormed(x: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """x, and the weight and bias of the LayerNorm that is still to come, which linear_act can do on its way.
+
+    It does that of one eps, with weight and bias; another norm is done here.
+    """
+    if norm is None:
+        return x, None
+    if norm.eps != LAYER_NORM_EPS or norm.weight is None or norm.bias is None:
+        return norm(x), None
+    return x, (norm.weight, norm.bias)
 
 
 def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear, lengths: Tensor | None = None) -> Tensor:
@@ -122,7 +134,7 @@ def keep(x: Tensor, p: float) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < p < 1:
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
     # Torch draws one number after the other on a CPU; here each draw of 64 bits serves four elements.
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     uniform = draws.view(torch.int16)[: x.numel()].view(x.shape)  # over all of int16
     return uniform >= min(round(p * 2**16), 2**16 - 1) - 2**15
 

@@ -107,7 +107,7 @@ def _shared(alike: Tensor, rows: int) -> tuple[Tensor, Callable[[Tensor], Tensor
     longest = int(alike.argmin())
     needed = (alike + 2).clamp(1, rows)
     needed[longest] = rows
-    own = (torch.arange(rows) < needed[:, None])[..., None]  # [B, T, 1]
+    own = (torch.arange(rows, device=needed.device) < needed[:, None])[..., None]  # [B, T, 1]
     return needed, lambda x: torch.where(own, x, x[longest])
 
 

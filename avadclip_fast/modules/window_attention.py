@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._check import check_tensors
+from .linear_act import unnormed
 
 
 class WindowAttention(nn.Module):
@@ -44,7 +45,6 @@ class WindowAttention(nn.Module):
         residual: Tensor | None = None,
         norm: nn.LayerNorm | None = None,
     ) -> Tensor:
-        affine = None if norm is None else (norm.weight, norm.bias)
         width = self.out_proj.in_features
         check_tensors(
             "WindowAttention",
@@ -53,9 +53,10 @@ class WindowAttention(nn.Module):
             optional=("norm",),
         )
         layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
-        # Folding costs 2·D³ and saves 2·rows·D². An exported graph must not depend on the number of rows.
-        if self.heads > 1 or x.shape[0] * x.shape[1] <= width or torch.compiler.is_exporting():
-            q, k, v = layer(x, self.in_proj_weight, self.in_proj_bias, norm=affine).chunk(3, dim=-1)
+        # Folding costs 2·D³ and saves 2·rows·D². An exported graph must not even ask for the number of rows.
+        if torch.compiler.is_exporting() or self.heads > 1 or x.shape[0] * x.shape[1] <= width:
+            h, affine = unnormed(x, norm)
+            q, k, v = layer(h, self.in_proj_weight, self.in_proj_bias, norm=affine).chunk(3, dim=-1)
             mixed = ops.window_attention(q, k, v, self.window, self.heads, lengths, backend=self.backend)
             return layer(mixed, self.out_proj.weight, self.out_proj.bias, residual=residual)
         keys = x if norm is None else norm(x)

@@ -1,5 +1,8 @@
 """Argument checks shared by all ops. Every message states the expected and the actual value."""
 
+from numbers import Integral, Real
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,22 +84,36 @@ def check_lengths(
         raise ValueError(f"{op}: {name} must have shape [{batch}], got {list(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"{op}: {name} is on {lengths.device}, but the features are on {device}")
-    # Traced and fake tensors have no values. Reading through numpy adds no operators to a trace.
-    if type(lengths) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling() and batch:
-        values = lengths.numpy()
+    if batch and (values := _values(lengths)) is not None:
         if values.min() < 1 or values.max() > rows:
             raise ValueError(f"{op}: {name} must lie in 1..{rows}, got {values.min()}..{values.max()}")
+
+
+def check_packed(op: str, lengths: Tensor, total: int, device: torch.device) -> None:
+    """Checks lengths (B,), which must sum to `total`; values are checked on the CPU only. Raises ValueError."""
+    check_are_tensors(op, lengths=lengths)
+    check_lengths(op, lengths, lengths.numel(), total, device)
+    values = _values(lengths)
+    if values is not None and values.sum() != total:
+        raise ValueError(f"{op}: lengths must sum to the number of rows, {total}, got {values.sum()}")
+
+
+def _values(x: Tensor) -> np.ndarray | None:
+    """What is in a tensor on the CPU, or None: traced, fake and wrapped tensors have no values."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return None if torch._C._are_functorch_transforms_active() else x.numpy()  # adds no operators to a trace
 
 
 def check_positive(op: str, **values: float) -> None:
     """Raises ValueError if a number is not positive."""
     for name, value in values.items():
-        if not isinstance(value, float | int | torch.SymFloat | torch.SymInt) or not value > 0:
+        if not isinstance(value, Real | torch.SymFloat | torch.SymInt) or not value > 0:
             raise ValueError(f"{op}: {name} must be a number above zero, got {value!r}")
 
 
 def check_counts(op: str, **values: int) -> None:
     """Raises ValueError if a number is not a positive integer."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt) or value < 1:
             raise ValueError(f"{op}: {name} must be a whole number above zero, got {value!r}")

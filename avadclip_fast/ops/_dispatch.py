@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import profiling
 
@@ -95,19 +96,25 @@ def _call(op: str, name: str, args: tuple, kwargs: dict):
     return out
 
 
+def transformed() -> bool:
+    """Whether torch.func (grad, jvp, vmap ...) or forward-mode AD is at work, which our operators know nothing of."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def why_not(op: str, backend: str, *args, **kwargs) -> str | None:
     """Returns why `backend` cannot serve `op` with these arguments, or None."""
     if backend not in ORDER:
         return f"unknown backend; one of {', '.join(ORDER)}"
     if backend not in TABLE[op]:
         return f"not implemented for this op, which has: {', '.join(TABLE[op])}"
+    if backend != "reference" and transformed():
+        return "torch.func and forward-mode AD go by the reference"
     return TABLE[op][backend].supports(*args, **kwargs)
 
 
 def why_not_chosen(op: str, backend: str, *args, **kwargs) -> str | None:
     """Returns why the automatic choice skips `backend` for these arguments, or None."""
-    row = TABLE[op][backend]
-    return row.supports(*args, **kwargs) or row.declines(*args, **kwargs)
+    return why_not(op, backend, *args, **kwargs) or TABLE[op][backend].declines(*args, **kwargs)
 
 
 def forced() -> str | None:
@@ -119,7 +126,10 @@ def forced() -> str | None:
 
 @contextlib.contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Forces one backend inside the block for every op that has it (None: automatic choice for all)."""
+    """Forces one backend inside the block for every op that has it (None: automatic choice for all).
+
+    It holds for the whole process, other threads included.
+    """
     global _forced
     if backend is not None and backend not in ORDER:
         raise ValueError(f"unknown backend {backend!r}; one of {', '.join(ORDER)}")

@@ -84,7 +84,9 @@ def declines(x, weight, *_, **__) -> str | None:
 
 def spares(x: Tensor) -> bool:
     """Whether linear_act, told which rows of features like x are needed, is spared the rest."""
-    if _dispatch.forced() not in (None, "amx", "cpp") or x.shape[-1] < WIDTH or x.shape[:-1].numel() < ROWS:
+    if torch.compiler.is_exporting() or _dispatch.transformed() or _dispatch.forced() not in (None, "amx", "cpp"):
+        return False  # first: an exported graph must not ask for the number of rows
+    if x.shape[-1] < WIDTH or x.shape[:-1].numel() < ROWS:
         return False
     return any(reason(x, amx=amx) is None for amx in (True, False))
 

@@ -10,4 +10,4 @@ __all__ = ["ends_of", "valid_mask", "zero_padding"]
 
 def ends_of(present: Tensor) -> Tensor:
     """(B, n) bool -> (B,) int64: one more than the index of the last that is True, or 0."""
-    return (present * torch.arange(1, 1 + present.shape[1])).amax(1)
+    return (present * torch.arange(1, 1 + present.shape[1], device=present.device)).amax(1)

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from .. import _build, reference
 from . import _dispatch
-from ._check import check_counts, check_lengths, check_tensors
+from ._check import check_counts, check_lengths, check_packed, check_tensors
 from ._derivatives import adjoint
-from .uniform_pool import check_packed
 
 _dispatch.register("pack_rows", "reference", reference.pack_rows)
 _dispatch.register("unpack_rows", "reference", reference.unpack_rows)

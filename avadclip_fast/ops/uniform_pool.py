@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _build, reference
 from . import _dispatch
-from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
+from ._check import check_counts, check_packed, check_tensors
 from ._derivatives import adjoint
 
 
@@ -51,12 +51,3 @@ def uniform_pool(features: Tensor, lengths: Tensor, rows: int, backend: str | No
     check_counts("uniform_pool", rows=rows)
     check_packed("uniform_pool", lengths, features.shape[0], features.device)
     return _dispatch.run("uniform_pool", backend, features, lengths, rows)
-
-
-def check_packed(op: str, lengths: Tensor, total: int, device: torch.device) -> None:
-    """Checks lengths (B,), which must sum to `total`; values are checked on the CPU only. Raises ValueError."""
-    check_are_tensors(op, lengths=lengths)
-    check_lengths(op, lengths, lengths.numel(), total, device)
-    known = device.type == "cpu" and type(lengths) is Tensor and not torch.compiler.is_compiling()
-    if known and lengths.numpy().sum() != total:
-        raise ValueError(f"{op}: lengths must sum to the number of rows, {total}, got {lengths.numpy().sum()}")
