@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from small_models import CLASSES, TOKENS, batch, student, teacher
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
+from avadclip_fast.data import DataError
 from avadclip_fast.models import CheckpointError, TextWeightsError, text
 from avadclip_fast.models.checkpoints import official_state
 
@@ -49,6 +50,18 @@ def test_official_comes_back_bit_exact(make, cls, settings, tmp_path):
     visual, audio, _, lengths = batch([9, 16], 16)
     streams = (visual, audio) if make is teacher else (visual,)
     assert torch.equal(model(*streams, lengths).class_logits, again(*streams, lengths).class_logits)
+
+
+def test_the_folder_of_an_official_checkpoint_is_made(tmp_path):
+    """Unless nothing is written."""
+    student(padding="official").to_official(tmp_path / "new" / "folder" / "s.pth")
+    assert (tmp_path / "new" / "folder" / "s.pth").is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file: cannot be made: File exists$"):
+        student(padding="official").to_official(tmp_path / "file" / "s.pth")
+    with pytest.raises(CheckpointError):
+        student(prompt="paper").to_official(tmp_path / "other" / "s.pth")
+    assert not (tmp_path / "other").exists()
 
 
 def test_official_lists_each_convolution_twice(official):

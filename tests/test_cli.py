@@ -17,7 +17,7 @@ from avadclip_fast.engine import demo
 from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER
 from avadclip_fast.engine.train import HISTORY
-from avadclip_fast.models import AVadCLIP
+from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 
 CLASSES = "A=normal,B1=fighting,B2=shooting,G=explosion"
 QUICK = ["--classes", CLASSES, "--text-weights", "random", "--text-layers", "1", "--length", "16", "-q"]
@@ -252,6 +252,20 @@ def test_resume_through_the_command_line(videos, trained, tmp_path, capsys, capl
     assert "audio-visual" in (trained / "model" / "README.md").read_text()
 
 
+def test_more_epochs_through_the_command_line(videos, tmp_path, capsys):
+    start = "train", videos / "train.csv", "-o", tmp_path / "run", "--student", *QUICK
+    assert call(*start, "--epochs", 1) == 0
+    assert call(*start, "--epochs", 2, "--checkpoint-every", 7, "--resume") == 0
+    assert "of 2" in capsys.readouterr().out
+    assert "resume it with --epochs 2 or more" in mistake(capsys, *start, "--epochs", 1, "--resume")
+    for path in (tmp_path / "run" / "model").iterdir():
+        path.unlink()
+    score = "eval", videos / "test.csv", "--model", tmp_path / "run", "--gt", videos / "gt.npy", "--classes", CLASSES
+    assert "its training has not ended; go on with --resume" in mistake(capsys, *score)
+    guided = "distill", videos / "train.csv", "--teacher", tmp_path / "run", "-o", tmp_path / "s", "--classes", CLASSES
+    assert "its training has not ended; go on with --resume" in mistake(capsys, *guided)
+
+
 def test_convert_there_and_back(trained, tmp_path, capsys):
     assert call("convert", trained, tmp_path / "official.pth", "--classes", CLASSES) == 0
     assert "weights only" in capsys.readouterr().out
@@ -271,6 +285,38 @@ def test_a_conversion_back_is_a_file(trained, tmp_path, capsys):
     for name in ("official", "official.safetensors"):
         assert "ends in .pth" in mistake(capsys, "convert", trained, tmp_path / name, "--classes", CLASSES)
         assert not (tmp_path / name).exists()
+    (tmp_path / "folder.pth").mkdir()
+    assert "ends in .pth" in mistake(capsys, "convert", trained, tmp_path / "folder.pth", "--classes", CLASSES)
+    assert call("convert", trained, tmp_path / "new" / "folder" / "official.pth", "--classes", CLASSES) == 0
+    assert (tmp_path / "new" / "folder" / "official.pth").is_file()
+
+
+def test_a_conversion_of_a_file_is_a_folder(tmp_path, capsys):
+    for name in ("a.pth", "file", "b.bin"):
+        (tmp_path / name).write_bytes(b"left as it is")
+    for name in ("b.pth", "b.pt", "file", "a.pth"):
+        said = mistake(capsys, "convert", tmp_path / "a.pth", tmp_path / name)
+        assert f"{name}: a .pth is turned into a folder; name a folder" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "file", "b.bin"}
+    assert "no model at" in mistake(capsys, "convert", tmp_path / "c.pth", tmp_path / "d.pth")
+
+
+def test_a_window_is_of_an_official_checkpoint(videos, trained, tmp_path, capsys):
+    """It goes to the one model of two that is a .pth; a folder has its own."""
+    wrong = "--window", 16, "--classes", CLASSES
+    ask = "eval", videos / "test.csv", "--gt", videos / "gt.npy", "-q", "--model", trained
+    told = "teacher: --window is of an official .pth; this model has 4"
+    assert told in mistake(capsys, *ask, *wrong)
+    assert told in mistake(capsys, "convert", trained, tmp_path / "x.pth", *wrong)
+    assert told in mistake(capsys, "export", trained, "-o", tmp_path / "x.pt2", *wrong)
+    assert not list(tmp_path.iterdir())
+    assert call(*ask, "--window", 4, "--classes", CLASSES) == 0
+    student = AVadCLIPStudent.beside(AVadCLIP.from_pretrained(trained / "model"), padding="official")
+    student.to_official(tmp_path / "s.pth")
+    student.save_pretrained(tmp_path / "s")
+    both = *ask, "--missing-sound", "50", "--student"
+    assert call(*both, tmp_path / "s.pth", *wrong) == 0
+    assert told in mistake(capsys, *both, tmp_path / "s", *wrong)
 
 
 def test_windows_are_bounded(trained, tmp_path, capsys):
@@ -334,6 +380,28 @@ def test_check(videos, tmp_path, capsys):
     assert call("check", tmp_path / "list.csv", "-q") == 1
     out = capsys.readouterr().out
     assert "bad.npy" in out and "missing.npy" in out and "X9" in out
+
+
+@pytest.mark.parametrize(("of", "missing"), [("A", "abnormal"), ("B1", "normal")])
+def test_a_list_of_one_kind_is_warned_of(videos, tmp_path, capsys, caplog, of, missing):
+    """By check, train and distill, which go on: a test list may be such, and a try."""
+    header, *rows = (videos / "train.csv").read_text().splitlines()
+    rows = [f"{row.rpartition(',')[0]},{of}" for row in rows[:4]]
+    (videos / "one.csv").write_text("\n".join([header, *rows]))
+    warning = f"a list needs {missing} ones too: add some, or correct the labels (A is normal)"
+    packed = tmp_path / "p.safetensors"
+    assert call("pack", videos / "one.csv", "-o", packed, "--length", 16, "-q") == 0
+    capsys.readouterr()
+    for path in (videos / "one.csv", packed):
+        assert call("check", path, "--classes", CLASSES, "-q") == 0
+        out = capsys.readouterr().out
+        assert f"{path}: warning: every video" in out and warning in out and "no other problems" in out
+    assert call("check", videos / "train.csv", "--classes", CLASSES, "-q") == 0
+    assert capsys.readouterr().out == f"{videos / 'train.csv'}: no problems\n"
+    few = "--student", "--epochs", 1, "--select", "last"
+    assert call("train", videos / "one.csv", "-o", tmp_path / "run", *few, *QUICK) == 0
+    assert f"one.csv: every video is labelled {'normal' if of == 'A' else 'abnormal'}" in caplog.text
+    assert warning in caplog.text
 
 
 class Slow(types.ModuleType):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from avadclip_fast.data import CCTV_FIGHTS, PRESETS, XD_VIOLENCE, DataError, LabelError, encode
+from avadclip_fast.data import CCTV_FIGHTS, PRESETS, XD_VIOLENCE, DataError, LabelError, encode, one_kind
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,13 @@ def test_classes_follow_the_codes_given():
     np.testing.assert_array_equal(encode("X-0", codes), [0, 1])
     with pytest.raises(LabelError, match="N"):
         encode("N-X", codes)
+
+
+def test_labels_of_one_kind_are_told():
+    codes = {"N": "normal", "B1": "fighting", "G": "explosion"}
+    assert one_kind(["N", "B1-0-0"], codes) is one_kind(["N-0-0", "G", "N"], codes) is one_kind([], codes) is None
+    assert "labelled normal; " in one_kind(["N", "N-0-0"], codes) and "(N is normal)" in one_kind(["N"], codes)
+    assert "labelled abnormal; " in one_kind(["B1", "G-0-0"], codes)
 
 
 def test_presets():

@@ -78,6 +78,8 @@ def test_sound_is_optional_where_it_is_not_wanted(tmp_path):
         ("path,audio_path,label\n", ["empty"]),
         ("file,sound,label\na,b,A\n", ["no column path, audio_path", "found file,sound,label"]),
         ("a.npy,b.npy,A\n", ["no column", "found a.npy"]),
+        ("path;audio_path;label\na;b;A\n", ["found path;audio_path;label; columns", "by commas, not by semicolons"]),
+        ("path\taudio_path\tlabel\na\tb\tA\n", ["columns are separated by commas, not by tabs"]),
         ("path,audio_path,label\na.npy,b.npy\n", ["line 2", "label empty"]),
         ("path,audio_path,label\na.npy,b.npy,A\n ,b.npy,A\n", ["line 3", "path empty"]),
         ("path,audio_path,label\na.npy,b.npy,A\nc.npy,b.npy,A\na.npy,d.npy,A\n", ["line 4", "line 2", "a.npy"]),

@@ -10,6 +10,7 @@ from small_models import batch, student, teacher
 from avadclip_fast.data import DataError, TestVideo
 from avadclip_fast.data.features import chunk
 from avadclip_fast.engine.evaluate import VideoScores, evaluate, load_model, score_videos, stream_scores
+from avadclip_fast.engine.state import STATE
 from avadclip_fast.models import CheckpointError
 from avadclip_fast.models.checkpoints import CONFIG
 
@@ -99,6 +100,24 @@ def test_segments_that_the_model_does_not_know_are_named():
     for code in ("G", "X"):  # of no class of the model, and no code at all
         with pytest.raises(DataError, match=f"the segments name {code}, which"):
             evaluate(scores, np.array([0, 1]), ["normal", "fighting"], 2, [[(0, 1, code)]], codes)
+
+
+def test_a_window_is_of_an_official_checkpoint(tmp_path):
+    """A folder's is stored: one that is given is the same, or a mistake."""
+    student().save_pretrained(tmp_path / "run" / "model")
+    assert load_model(tmp_path / "run", window=8).settings()["window"] == 8
+    with pytest.raises(CheckpointError, match=r"run: --window is of an official \.pth; this model has 8: leave"):
+        load_model(tmp_path / "run", window=16)
+
+
+def test_a_run_that_has_not_ended_is_no_model_yet(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no model: neither"):
+        load_model(tmp_path)
+    (tmp_path / STATE).touch()
+    with pytest.raises(CheckpointError, match="holds no model yet: its training has not ended; go on with --resume"):
+        load_model(tmp_path)
+    student().save_pretrained(tmp_path / "model")
+    load_model(tmp_path)
 
 
 def test_a_description_of_no_model_is_told_in_a_line(tmp_path):

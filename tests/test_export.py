@@ -156,6 +156,33 @@ def test_the_graph_is_plain_and_the_model_stays_as_it_is():
     assert "aten.softmax.int" in ops and not [op for op in ops if "avadclip" in op]
 
 
+def test_a_model_of_the_default_sizes_is_traced():
+    """Width 512 and 256 snippets, where layers choose by the number of rows, which must not fix the batch size."""
+    model = teacher(width=512, text_width=512, length=256, layers=1).eval()
+    program = export.trace(model)
+    streams, lengths = torch.randn(2, 3, 5, 512), torch.tensor([5, 1, 2])
+    with torch.no_grad():
+        expected = export.Scores(model).eval()(*streams, lengths)
+    for x, y in zip(program.module()(*streams, lengths), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=TOLERANCE)
+
+
+def test_what_cannot_be_traced_is_told_in_a_line(tmp_path, monkeypatch):
+    class Constraint(Exception):
+        """As of a private module of torch."""
+
+    def fail(*_, **__):
+        raise Constraint("\n  Constraints violated (batch)!\n  more\n")
+
+    monkeypatch.setattr(torch.export, "export", fail)
+    with pytest.raises(ExportError, match=r"cannot trace this AVadCLIPStudent: Constraints violated \(batch\)!$") as of:
+        export.trace(student().eval())
+    assert isinstance(of.value.__cause__, Constraint)
+    with pytest.raises(ExportError, match="Constraints"):
+        export_model(student(), tmp_path / "m.pt2")
+    assert not (tmp_path / "m.pt2").exists()
+
+
 # What a user of a package without this library does; a module of this library may not even be looked for.
 ALONE = """
 import json, sys

@@ -172,9 +172,19 @@ def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     asked = []
-    with pytest.raises(DataError, match="a.safetensors: cannot be written: No space left"):
+    with pytest.raises(DataError, match="a.safetensors: cannot be written: No space left on device$"):
         write(tmp_path / "a.safetensors", lambda start, stop: asked.append(start))
     assert asked == []
+
+
+def test_a_disk_that_fills_up_leaves_rows_to_go_on_from(tmp_path):
+    def filling(start, stop):
+        if start == 16:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return block(start, stop)
+
+    with pytest.raises(DataError, match="No space left on device; another call resumes from the rows written"):
+        write(tmp_path / "a.safetensors", filling)
 
 
 def test_two_writers_of_one_file(tmp_path):
@@ -186,9 +196,14 @@ def test_two_writers_of_one_file(tmp_path):
     write(tmp_path / "a.safetensors", twice)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(DataError, match="cannot be written: No such file"):
-        write(tmp_path / "missing" / "a.safetensors")
+def test_a_folder_that_is_not_there_is_made(made, tmp_path, capsys):
+    path = tmp_path / "new" / "folder" / "a.safetensors"
+    assert call("pack", made / "train.csv", "-o", path, "--length", 16, "-q") == 0
+    check_packed(path)
+    (tmp_path / "file").touch()
+    for below in ("a.safetensors", "new/a.safetensors"):  # nothing is written that could be resumed
+        said = mistake(capsys, "pack", made / "train.csv", "-o", tmp_path / "file" / below, "--length", 16, "-q")
+        assert said.endswith("a.safetensors: cannot be written: Not a directory\n")
 
 
 @pytest.mark.parametrize("audio", [True, False])

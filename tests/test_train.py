@@ -13,7 +13,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing import event_accumulator
 
 from avadclip_fast import data
 from avadclip_fast.data import FeatureSet
@@ -125,6 +127,96 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path, monkeypatch, after,
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     histories = [json.loads((tmp_path / run / HISTORY).read_text()) for run in ("whole", "cut")]
     assert histories[0] == histories[1]
+
+
+def read(folder) -> tuple[dict, dict]:
+    """The tensors and the progress in the state of a run."""
+    with safe_open(folder / STATE, framework="pt") as file:
+        return load_file(folder / STATE), json.loads(file.metadata()["info"])
+
+
+def curve(folder) -> list[tuple[int, float]]:
+    """(step, held-out loss) as TensorBoard shows it."""
+    events = event_accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in events.Scalars("epoch/val")]
+
+
+@pytest.mark.parametrize("select", ["last", "val", "test"])
+@pytest.mark.parametrize("after", [None, 5])  # a finished run, and one killed in the middle of its second epoch
+def test_more_epochs_are_those_of_the_longer_run(tmp_path, monkeypatch, select, after):
+    """To the bit, past a milestone, whatever epoch was the best so far: model, history, state and TensorBoard."""
+    from avadclip_fast.engine import train
+
+    recipe = dataclasses.replace(RECIPE, epochs=5, milestones=(2, 4), select=select, noise=0.5, checkpoint_every=2)
+    held_out = features(6, seed=1)
+
+    def run(name, seed=0, **settings):
+        # the best epoch is the second, before the longer run goes on, or the fifth
+        aps = iter([0.1, 0.8, 0.2, 0.3, 0.9][len(read(tmp_path / name)[1]["history"]) if "resume" in settings else 0 :])
+        changed = dataclasses.replace(recipe, **{k: v for k, v in settings.items() if k != "resume"})
+        resume = settings.get("resume", False)
+        return fit(
+            teacher(seed), features(), changed, tmp_path / name, resume=resume, progress=False, held_out=held_out,
+            test_ap=lambda model: next(aps),
+        )  # fmt: skip
+
+    run("whole")
+    if after is None:
+        run("short", epochs=3)
+    else:
+        calls, plain = 0, train.save_state
+
+        def interrupted(*args):
+            nonlocal calls
+            plain(*args)
+            calls += 1
+            if calls == after:
+                raise Killed
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(train, "save_state", interrupted)
+            run("short", epochs=3)
+    assert len(run("short", seed=9, resume=True)) == 5
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "short"))
+    assert (tmp_path / "whole" / HISTORY).read_text() == (tmp_path / "short" / HISTORY).read_text()
+    (tensors, info), (expected, of) = (read(tmp_path / name) for name in ("short", "whole"))
+    assert same(tensors, expected) and info == of
+    assert same(load_file(tmp_path / "whole" / BEST), load_file(tmp_path / "short" / BEST))
+    assert curve(tmp_path / "whole") == curve(tmp_path / "short") and len(curve(tmp_path / "whole")) == 5
+
+
+def test_fewer_epochs_than_a_run_has(tmp_path, monkeypatch):
+    """Refused, also where a kill has left the best weights of an epoch that the state does not know of."""
+    from avadclip_fast.engine import train
+
+    fit(teacher(), features(), RECIPE, tmp_path, progress=False)
+    fewer, more = (dataclasses.replace(RECIPE, epochs=epochs) for epochs in (2, 4))
+    with pytest.raises(StateError, match=r"run of 3 epochs, 3 of them done, and cannot end after 2; .* --epochs 3 or"):
+        fit(teacher(), features(), fewer, tmp_path, resume=True, progress=False)
+    plain = train.save_state
+
+    def interrupted(path, *args):
+        plain(path, *args)
+        if path.name == BEST:
+            raise Killed
+
+    before = (tmp_path / STATE).read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_state", interrupted)
+        fit(teacher(), features(), dataclasses.replace(more, checkpoint_every=9), tmp_path, resume=True, progress=False)
+    assert (tmp_path / STATE).read_bytes() == before
+    with pytest.raises(StateError, match=r"beyond 3 epochs: best\.safetensors is of a later one; resume it with more"):
+        fit(teacher(), features(), RECIPE, tmp_path, resume=True, progress=False)
+    fit(teacher(), features(), more, tmp_path, resume=True, progress=False)
+    fit(teacher(), features(), more, tmp_path / "whole", progress=False)
+    assert same(weights(tmp_path), weights(tmp_path / "whole"))
+
+
+def test_how_often_a_state_is_saved_may_change(tmp_path):
+    fit(teacher(), features(), RECIPE, tmp_path, progress=False)
+    other = dataclasses.replace(RECIPE, checkpoint_every=7)
+    fit(teacher(), features(), other, tmp_path, resume=True, progress=False)
+    assert json.loads((tmp_path / HISTORY).read_text())["run"]["recipe"]["checkpoint_every"] == 7
 
 
 def test_sigkill_and_resume(tmp_path):

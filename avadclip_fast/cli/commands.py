@@ -12,8 +12,8 @@ import typer
 from typer import Argument, Option
 
 from .. import __version__, data
-from ..data import DataError
-from ..data.atomic import atomic_write
+from ..data import DataError, Row
+from ..data.atomic import atomic_write, make_folder
 from ..data.packed import PACKED
 from ..device import device_of
 from ..engine import distributed, report
@@ -26,6 +26,7 @@ from ..engine.recipe import ROBUST, ROBUST_HEARER, Recipe
 from ..engine.run import train_on_list
 from ..engine.stop import Stopped
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
+from ..models.avadclip import Detector
 
 app = typer.Typer(
     help="AVadCLIP: audio-visual video anomaly detection. Train, distil, evaluate.",
@@ -181,7 +182,7 @@ PrecisionOf = Annotated[
     Option(help="Precision of matrix products; tf32 needs a GPU or AMX. Weights and losses stay float32."),
 ]
 Exact = Annotated[bool, Option("--deterministic", help="Use only deterministic operations, for bitwise equal runs.")]
-Resume = Annotated[bool, Option("--resume", help="Resume exactly from the run's saved state.")]
+Resume = Annotated[bool, Option("--resume", help="Resume exactly from the run's saved state; --epochs may grow.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bars.")]
 Profile = Annotated[
     Path | None,
@@ -349,7 +350,7 @@ def distill(
     files |= {"test_list": test_list, "gt": gt, "frames_per_snippet": frames}
     how: dict[str, Any] = {"device": device_of(device), "progress": not quiet}
     how |= {"profile": profile, "graph": graph, "resume": resume}
-    with distributed.joined(device_of(device)):
+    with distributed.joined(how["device"]):
         train_on_list(model, settings, list_, output, codes, teacher=known, **files, **how)
         if distributed.is_main():
             typer.echo(report.finished(output))
@@ -388,8 +389,7 @@ def evaluate_(
     frame AP of the teacher (--model), of --student, and of the student replacing the teacher for videos without sound.
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
-    detector = load_model(model, list(codes.values()), window)
-    _same_classes(detector, codes, model)
+    detector = _load(model, codes, window, beside=student)
     if silent and detector.streams() != ("visual", "audio"):
         raise DataError(f"--silent withholds the sound from a teacher; {model} takes {detector.streams()[0]} only")
     if student is not None and missing is None:
@@ -410,8 +410,7 @@ def evaluate_(
     if missing is not None:
         if not hears or student is None:
             raise DataError("--missing-sound compares a teacher that hears, --model, with a --student: give both")
-        other, percents = load_model(student, list(codes.values()), window), _percents(missing)
-        _same_classes(other, codes, student)
+        other, percents = _load(student, codes, window, beside=model), _percents(missing)
         if "audio" in other.streams():
             raise DataError(f"--student {student} hears; where sound is missing, one that sees alone takes over")
 
@@ -483,8 +482,8 @@ def check(
         if gt is not None or root is not None:
             raise DataError("--gt and --root are for lists; a packed file is checked against its own checksum")
         data.check_packed(list_)
-        data.packed_rows(list_, codes)
-        typer.echo(f"{list_}: no problems")
+        rows, _ = data.packed_rows(list_, codes)
+        _no_problems(list_, rows, codes)
         return
     problems = data.check_list(
         list_,
@@ -500,7 +499,7 @@ def check(
         typer.echo(problem)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{list_}: no problems")
+    _no_problems(list_, data.read_list(list_, root, audio=audio), codes)
 
 
 @app.command()
@@ -542,8 +541,11 @@ def convert(
 ) -> None:
     """Convert an official checkpoint to a model folder (safetensors + config.json), or back."""
     codes, _, _ = _preset(preset, classes, None)
-    if source.is_dir() and target.suffix not in (".pth", ".pt"):
-        raise CheckpointError(f"{target}: a folder is turned into an official checkpoint: a name that ends in .pth")
+    named = target.suffix in (".pth", ".pt")
+    if source.is_dir() and (target.is_dir() or not named):
+        raise CheckpointError(f"{target}: a folder is turned into an official checkpoint: a file that ends in .pth")
+    if source.is_file() and (target.is_file() or named):
+        raise CheckpointError(f"{target}: a .pth is turned into a folder; name a folder, new or to be written to")
     model = load_model(source, list(codes.values()), window)
     if source.is_dir():
         model.to_official(target, image_tower)
@@ -575,14 +577,20 @@ def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[st
     return codes, frames or preset.frames_per_snippet, preset.distill_weight
 
 
-def make_folder(folder: Path) -> None:
-    """Creates a folder for results, so that long runs fail early. Raises DataError if it is not writable."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise DataError(f"{folder}: cannot be written to")
+def _no_problems(list_: Path, rows: list[Row], codes: dict[str, str]) -> None:
+    """Says that a list is valid, after a warning if its videos are all of one kind, which a test list's may be."""
+    if warning := data.one_kind((row.label for row in rows), codes):
+        typer.echo(f"{list_}: warning: {warning}")
+    typer.echo(f"{list_}: no {'other ' if warning else ''}problems")
+
+
+def _load(path: Path, codes: dict[str, str], window: int | None, beside: Path | None) -> Detector:
+    """Loads a model of the classes `codes`. window: of this model, unless only the one `beside` it is a .pth."""
+    if path.is_dir() and beside is not None and beside.is_file():
+        window = None
+    model = load_model(path, list(codes.values()), window)
+    _same_classes(model, codes, path)
+    return model
 
 
 def _same_classes(model, codes: dict[str, str], path: Path) -> None:

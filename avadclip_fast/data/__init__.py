@@ -15,7 +15,7 @@ from .ground_truth import (
     read_spans,
     segments,
 )
-from .labels import CCTV_FIGHTS, PRESETS, XD_VIOLENCE, Preset, encode
+from .labels import CCTV_FIGHTS, PRESETS, XD_VIOLENCE, Preset, encode, one_kind
 from .lists import Row, read_list, split, video_of, videos, write_list
 from .packed import check_packed
 from .synthetic import make_synthetic
@@ -41,6 +41,7 @@ __all__ = [
     "frame_vector",
     "load_features",
     "make_synthetic",
+    "one_kind",
     "pack",
     "packed_rows",
     "pool",

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from .errors import DataError
+
 LEFT = 3600  # seconds after which a temporary file counts as abandoned
 
 
@@ -30,6 +32,16 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
         except BaseException:
             os.unlink(temporary)
             raise
+
+
+def make_folder(folder: str | Path) -> None:
+    """Creates a folder for results, so that long runs fail early. Raises DataError if it is not writable."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise DataError(f"{folder}: cannot be written to")
 
 
 def remove_left(folder: str | Path) -> None:

@@ -1,5 +1,6 @@
 """Class codes of the datasets, and multi-hot label encoding."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,3 +64,18 @@ def encode(label: str, codes: dict[str, str]) -> np.ndarray:
 def is_normal(label: str, codes: dict[str, str]) -> bool:
     """Whether a label denotes a normal video. Arguments and errors as for `encode`."""
     return bool(encode(label, codes)[0])
+
+
+def one_kind(labels: Iterable[str], codes: dict[str, str]) -> str | None:
+    """A warning, with its remedy, if a list's labels are all normal, or all abnormal; else None.
+
+    codes and errors: as for `encode`
+    """
+    kinds = {is_normal(label, codes) for label in labels}
+    if len(kinds) != 1:
+        return None
+    found, missing = ("normal", "abnormal") if kinds.pop() else ("abnormal", "normal")
+    return (
+        f"every video is labelled {found}; to be trained on, a list needs {missing} ones too: add some, or correct "
+        f"the labels ({next(iter(codes))} is normal)"
+    )

@@ -14,6 +14,7 @@ from .errors import DataError
 from .labels import is_normal
 from .packed import PACKED
 
+_SEPARATORS = {";": "semicolons", "\t": "tabs"}  # which spreadsheets write in the place of commas
 _CROP = re.compile(r"__\d$")
 
 
@@ -94,10 +95,17 @@ def _cells(path: Path, audio: bool) -> list[tuple[int, dict[str, str]]]:
     expected = ["path", "audio_path", "label"] if audio else ["path", "label"]
     if missing := [name for name in expected if name not in header]:
         raise DataError(
-            f"{path}: no column {', '.join(missing)}: the header must be {','.join(expected)}, found {','.join(header)}"
+            f"{path}: no column {', '.join(missing)}: the header must be {','.join(expected)}, "
+            f"found {','.join(header)}{other_separator(header)}"
         )
     blank = dict.fromkeys(("path", "audio_path", "label"), "")
     return [(line, blank | {n: c.strip() for n, c in zip(header, cells, strict=False)}) for line, cells in lines]
+
+
+def other_separator(header: Sequence[str]) -> str:
+    """What to add to the error about a header, read as CSV, whose columns are not separated by commas; else ""."""
+    other = next((name for sign, name in _SEPARATORS.items() if any(sign in cell for cell in header)), None)
+    return f"; columns are separated by commas, not by {other}" if other else ""
 
 
 def write_list(path: str | Path, rows: Sequence[Row]) -> None:

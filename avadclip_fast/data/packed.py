@@ -51,7 +51,7 @@ def write_packed(
 
     fill: (start, stop) -> name -> array (stop - start, *shape), called for `block` rows at a time, in order
     info: any JSON value; a partial file with other fields, rows or info is overwritten
-    Raises DataError if the file cannot be written, or another process is writing it.
+    Creates the folder if needed. Raises DataError if the file cannot be written, or another process is writing it.
     """
     path = Path(path)
     part, journal = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
@@ -59,6 +59,8 @@ def write_packed(
     size = len(header) + rows * sum(field.row_bytes for field in fields.values())
     begun = hashlib.sha256(header).hexdigest()
     try:
+        if not path.parent.exists():  # where it is a file, opening says so better than making it a folder would
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "r+b" if part.exists() else "x+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,9 +83,8 @@ def write_packed(
             journal.unlink(missing_ok=True)  # before the rename, so that it never outlives the partial file
             os.replace(part, path)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written: {error.strerror}; another call resumes from the rows written"
-        ) from error
+        resumes = "; another call resumes from the rows written" if os.path.exists(journal) else ""
+        raise DataError(f"{path}: cannot be written: {error.strerror}{resumes}") from error
 
 
 def open_packed(path: str | Path) -> tuple[dict[str, Tensor], dict]:

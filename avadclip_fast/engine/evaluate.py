@@ -16,6 +16,7 @@ from ..models.checkpoints import CONFIG, read_official
 from . import distributed
 from .calibrate import Calibration, reliability
 from .metrics import evaluate_scores, positive_frames
+from .state import STATE
 
 KINDS: dict[str, type[Detector]] = {"AVadCLIP": AVadCLIP, "AVadCLIPStudent": AVadCLIPStudent}
 WIDEST = 1 << 14  # snippets in a window: its attention matrix takes a gigabyte per video at this size
@@ -37,11 +38,13 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
     """Loads a teacher or student from a model folder, a run folder, or an official .pth; its contents tell which.
 
     classes, window: class names and window of an official checkpoint, which does not store them.
-    Raises CheckpointError.
+    Raises CheckpointError, also if a folder's model has another window.
     """
     path = Path(path)
     folder = next((f for f in (path, path / "model") if (f / CONFIG).is_file()), None)
     if path.is_dir() and folder is None:
+        if (path / STATE).is_file():
+            raise CheckpointError(f"{path} holds no model yet: its training has not ended; go on with --resume")
         raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor model/{CONFIG} is there")
     if not path.exists():
         raise CheckpointError(f"no model at {path}")
@@ -61,6 +64,8 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
         raise CheckpointError(f"{where} does not describe a model of this library: {reason}") from error
     if (wide := model.settings()["window"]) > WIDEST:
         raise CheckpointError(f"{where}: a window of {wide} snippets; up to {WIDEST} can be computed")
+    if window not in (None, wide):
+        raise CheckpointError(f"{path}: --window is of an official .pth; this model has {wide}: leave --window out")
     return model
 
 

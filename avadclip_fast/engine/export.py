@@ -158,12 +158,21 @@ def metadata(model: Detector, calibration: Calibration, every: int | None = None
 
 
 def trace(model: Detector, calibration: Calibration | None = None) -> ExportedProgram:
-    """Exports the `Scores` of a model in eval mode to a graph of ATen operators, with dynamic batch size and T."""
+    """Exports the `Scores` of a model in eval mode to a graph of ATen operators, with dynamic batch size and T.
+
+    Raises ExportError with torch.export's reason.
+    """
     scores = Scores(model, calibration).eval()
     lengths = torch.full((2,), scores.length)
     inputs = (*(torch.zeros(2, scores.length, model.width_of(stream)) for stream in model.streams()), lengths)
-    with torch.no_grad(), use_backend("reference"):  # custom operators exist only with this library
-        return torch.export.export(scores, inputs, dynamic_shapes=_free(model))
+    try:
+        with torch.no_grad(), use_backend("reference"):  # custom operators exist only with this library
+            return torch.export.export(scores, inputs, dynamic_shapes=_free(model))
+    except Exception as error:  # torch.export raises what it likes, also classes of private modules
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), repr(error))
+        raise ExportError(
+            f"torch.export of torch {torch.__version__} cannot trace this {type(model).__name__}: {reason[:300]}"
+        ) from error
 
 
 def _free(model: Detector) -> tuple:

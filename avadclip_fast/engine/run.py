@@ -70,6 +70,8 @@ def train_on_list(
         return FeatureSet.load(rows, codes, length, model.width, audio, motion, progress=shown), rows
 
     features, rows = load(list_)
+    if (warning := data.one_kind((row.label for row in rows), codes)) and distributed.is_main():
+        _log.warning("%s: %s", list_, warning)
     held = None
     if held_out_list is not None:
         held, others = load(held_out_list)

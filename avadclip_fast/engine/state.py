@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..data.atomic import atomic_write
 
+STATE = "state.safetensors"  # in the folder of a run
+
 
 class StateError(RuntimeError):
     """A run's files cannot be read, written, or resumed from; the message says why and what to do."""

@@ -31,11 +31,12 @@ from .calibrate import calibrate, has_both_kinds
 from .distributed import WHOLE, Part
 from .graph import StepGraph, changed_by, refusal
 from .recipe import Recipe, RecipeError
-from .state import StateError, frozen_digest, load_state, save_state, trained, weights_digest, writing
+from .state import STATE, StateError, frozen_digest, load_state, save_state, trained, weights_digest, writing
 from .stop import Request, Stopped, listening
 
-STATE, BEST, MODEL, HISTORY = "state.safetensors", "best.safetensors", "model", "history.json"
+BEST, MODEL, HISTORY = "best.safetensors", "model", "history.json"
 TEACHER_FEATURES = "teacher_features.safetensors"
+MAY_CHANGE = ("epochs", "checkpoint_every")  # of a recipe, on resuming; epochs only upwards
 CACHE_LIMIT = 4 << 30  # bytes; a larger teacher feature cache goes to a file
 CACHE_BLOCK = 64  # samples per teacher forward pass
 PROFILED = 10  # traced steps, after the warm-up steps
@@ -124,7 +125,7 @@ def fit(
     held_out: required by select="val". Its loss is logged after each epoch, and the selected model is calibrated on it
     into `folder`/model/calibration.json. test_ap: returns a model's frame AP; required by select="test".
     resume: continue from `folder`/state.safetensors if it exists. The result is bitwise equal to that of an
-    uninterrupted run on the same device with the same thread count.
+    uninterrupted run on the same device with the same thread count, also if that has more epochs than the run so far.
     profile: folder for trace.json, a trace of a few steps.
     graph: run each step as one CUDA graph, or in a distributed run as two with an all-reduce between, with identical
     results; default: on a GPU.
@@ -172,10 +173,12 @@ def fit(
     state = folder / STATE
     if state.exists():
         info = load_state(state, model, optimizer)
-        if changed := _differing(info["run"], run):
-            raise StateError(
-                f"{folder} was started with other settings ({', '.join(changed)}); resume with the same ones"
+        _check_continues(folder, info, run)
+        if info["epoch"] == recipe.epochs and load_state(folder / BEST, model) != info["best"]:
+            raise StateError(  # a kill came between the two files
+                f"{folder} has gone beyond {recipe.epochs} epochs: {BEST} is of a later one; resume it with more epochs"
             )
+        info["run"] = run
     steps = -(-len(data) // recipe.batch_size)
     first = info["epoch"]
     with contextlib.ExitStack() as stack:
@@ -540,11 +543,12 @@ class _Loop:
 class _Board:
     """TensorBoard writer whose losses are read from the device only when the host synchronizes anyway."""
 
-    def __init__(self, folder: Path, purge_step: int):
+    def __init__(self, folder: Path, done: int):
+        """done: steps that are kept of an earlier run, the last of them with the values of its epoch."""
         from torch.utils.tensorboard import SummaryWriter
 
         with writing(folder):
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=purge_step)
+            self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
         self.noted: list[tuple[int, Sequence[str], Tensor]] = []
 
     def note(self, names: Sequence[str], losses: Tensor, step: int) -> None:
@@ -656,10 +660,30 @@ def _settings(model, teacher, data: FeatureSet, held_out: FeatureSet | None, rec
     return json.loads(json.dumps(settings))  # as loaded from a state: tuples become lists
 
 
+def _check_continues(folder: Path, info: dict, run: dict[str, Any]) -> None:
+    """Raises StateError unless the run of a state, `info`, can be continued under the settings `run`, bit for bit.
+
+    More epochs can follow: no epoch depends on their number, since milestones, seeds and selection are by epoch.
+    """
+    if changed := _differing(info["run"], run):
+        raise StateError(f"{folder} was started with other settings ({', '.join(changed)}); resume with the same ones")
+    before, now = (settings["recipe"]["epochs"] for settings in (info["run"], run))
+    if now < before:
+        raise StateError(
+            f"{folder} is a run of {before} epochs, {info['epoch']} of them done, and cannot end after {now}; "
+            f"resume it with --epochs {before} or more, or choose another output folder"
+        )
+
+
 def _differing(before: dict, now: dict) -> list[str]:
-    """Returns the names in `now` whose values differ from those in `before`, also in nested dictionaries."""
+    """Returns the names in `now` whose values differ from those in `before`, also in nested dictionaries.
+
+    Leaves out what a resumed run may change.
+    """
     names = []
     for name, value in now.items():
+        if name in MAY_CHANGE:
+            continue
         if isinstance(value, dict):
             names += _differing(before.get(name, {}), value)
         elif before.get(name) != value:

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, make_folder
 from .text import unreadable
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -225,12 +225,13 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         return model.eval()
 
     def to_official(self, path: str | Path, image_tower: str | Path | None = None) -> None:
-        """Writes the model as an official .pth state dict.
+        """Writes the model as an official .pth state dict; its folder is created if needed.
 
         image_tower: a file with CLIP's image tower (`clipmodel.visual.*`, as in official checkpoints, or `visual.*`, as
         in CLIP's own weights). The model does not use it, but the official code loads strictly; without it, pass
         strict=False there.
-        Raises CheckpointError if the official code does not support the model, or the file has no image tower.
+        Raises CheckpointError if the official code does not support the model, or the file has no image tower;
+        DataError if the folder cannot be made.
         """
         if self.standardize:
             raise CheckpointError("the model standardises its inputs, which the official format cannot represent")
@@ -257,5 +258,6 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             if not tower:
                 raise CheckpointError(f"{image_tower} holds no image tower (no name starts with 'visual.')")
             state.update({f"clipmodel.{name}": tensor for name, tensor in tower.items()})
+        make_folder(Path(path).parent)
         with atomic_write(path) as file:
             torch.save(state, file)
