@@ -24,7 +24,7 @@ from avadclip_fast.media.annotate import _strip
 from avadclip_fast.media.features import VideoFeatures
 from avadclip_fast.models import AVadCLIPStudent
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 
 QUICK = [*NAMED, "--every", "5", "-q"]
 
@@ -82,6 +82,174 @@ def test_annotated_copy(pair, tmp_path):
         assert (red[0] - red[2] > 60) == (event["start"] <= time < event["end"] - 1e-6), time
     sounds = [decode.read_sound(path).samples for path in (tmp_path / "a.mkv", out / "a.mkv")]
     np.testing.assert_array_equal(*sounds)
+
+
+def test_annotating_replaces_no_video(pair, tmp_path, capsys, monkeypatch):
+    """Nor a list that is given, nor a video that is not searched for in the folder of the results."""
+    path, inner = film(tmp_path / "a.mkv", []), tmp_path / "in"
+    inner.mkdir()
+    film(inner / "a.mkv", [])
+    before = path.read_bytes(), (inner / "a.mkv").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path)
+    options = ["-m", pair, *QUICK, "--visual-encoder", "no:encoder", "--annotate"]  # it is told before that is missed
+    for given, out, kept in (
+        ("a.mkv", ".", "a.mkv"), (tmp_path, tmp_path, path), ("link/a.mkv", tmp_path, "link/a.mkv"),
+        ("a.mkv", "in", "in/a.mkv"), (tmp_path, "in", "in/a.mkv"),
+    ):  # fmt: skip
+        told = mistake(capsys, "detect", given, "-o", out, *options)
+        assert told == f"error: {kept} would be overwritten by the results: give another folder with --output\n"
+    (tmp_path / "events.csv").write_text("path\na.mkv\n")
+    assert "events.csv would be overwritten" in mistake(capsys, "detect", "events.csv", "-o", ".", *options[:-1])
+    assert (path.read_bytes(), (inner / "a.mkv").read_bytes()) == before and not list(tmp_path.rglob("*.json"))
+
+
+def test_own_copies_are_not_taken_for_videos(pair, tmp_path, monkeypatch):
+    """The folder of the results, by default within the one at hand, is searched only if it is given."""
+    film(tmp_path / "a.mkv", [])
+    monkeypatch.chdir(tmp_path)
+    same = ["-m", pair / "student", *QUICK, "--no-plot", "--annotate"]
+    for given in (".", ".", tmp_path):
+        assert call("detect", given, *same) == 0
+        assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
+            "a.mkv", "detections/a.json", "detections/a.mkv", "detections/events.csv",
+        ]  # fmt: skip
+    assert call("detect", "detections", *same[:-1]) == 0
+
+
+SOUNDS = {  # that Matroska does not take: (suffix, codec, rate, channels)
+    "G.711": (".mov", "pcm_alaw", 8000, 1),
+    "IMA of AVI": (".avi", "adpcm_ima_wav", 22_050, 2),
+    "Microsoft": (".avi", "adpcm_ms", 22_050, 1),
+    "IMA of QuickTime": (".mov", "adpcm_ima_qt", 22_050, 2),
+    "AMR": (".3gp", "libopencore_amrnb", 8000, 1),
+}
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_sound_that_the_copy_cannot_hold_is_re_encoded(pair, tmp_path, capsys, name):
+    suffix, codec, rate, channels = SOUNDS[name]
+    if codec not in av.codecs_available:
+        pytest.skip(f"FFmpeg without {codec}")
+    how = {"sound_codec": codec, "sample_rate": rate, "audio": channels, "tone": (1.0, 2.0)}
+    path = film(tmp_path / f"a{suffix}", [(18, 24, 220)], **how)
+    options = ["-o", tmp_path / "out", *QUICK, "--no-plot", "--annotate"]
+    assert call("detect", path, "-m", pair / "student", *options) == 0
+    assert "note: a" not in capsys.readouterr().err
+    with av.open(str(tmp_path / "out" / "a.mkv")) as made:
+        (stream,) = made.streams.audio
+        assert (stream.codec_context.name, stream.rate, stream.channels) == ("flac", rate, channels)
+    sounds = [decode.read_sound(one) for one in (path, tmp_path / "out" / "a.mkv")]
+    given, copied = (sound.windows(np.arange(300) * 0.02, 0.02) for sound in sounds)
+    assert 48 <= given.heard().sum() <= 53 and (given.heard() != copied.heard()).sum() <= 1
+    np.testing.assert_allclose(given[60:90].std(), copied[60:90].std(), rtol=1e-3)
+
+
+def test_sound_that_nothing_decodes_is_left_out_and_told(pair, tmp_path, capsys):
+    path = film(tmp_path / "a.mov", [], audio=1, sound_codec="pcm_alaw", sample_rate=8000, tone=(0, 6))
+    path.write_bytes(path.read_bytes().replace(b"alaw", b"zzzz"))
+    options = ["-o", tmp_path / "out", *QUICK, "--no-plot", "--annotate"]
+    assert call("detect", path, "-m", pair / "student", *options) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "sound" in line]
+    assert told == [f"note: {path}: the annotated copy has no sound: its codec cannot be re-encoded (no decoder)"]
+    with av.open(str(tmp_path / "out" / "a.mkv")) as made:
+        assert not made.streams.audio and len(list(made.decode(video=0))) == 150
+
+
+@pytest.mark.parametrize("width, height", [(2000, 3), (64, 1), (1, 64), (1, 1), (3, 2000)])
+def test_frames_of_few_pixels_are_annotated(pair, tmp_path, width, height):
+    path = make_video(tmp_path / "a.mkv", frames=10, width=width, height=height, codec="rawvideo", grey=lambda i: 220)
+    options = ["-o", tmp_path / "out", *QUICK, "--annotate", "--threshold", "0"]
+    assert call("detect", path, "-m", pair / "student", *options) == 0
+    (frame, *_) = decode.snippet_frames(tmp_path / "out" / "a.mkv", every=5)
+    assert frame.image.shape == (max(2, height // 2 * 2), max(2, width // 2 * 2), 3)
+
+
+def test_what_cannot_be_drawn_leaves_what_was_found(pair, tmp_path, capsys, monkeypatch):
+    """Whichever of the other results fails: the others are made, and the failure is told."""
+    path, out = film(tmp_path / "a.mkv", [(10, 16, 220)]), tmp_path / "out"
+
+    def broken(*_):
+        raise ValueError("no\nroom")
+
+    for name, ending in (("engine.timeline.timeline", "png"), ("media.annotate.annotate", "mkv")):
+        shutil.rmtree(out, ignore_errors=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(f"avadclip_fast.{name}", broken)
+            assert call("detect", path, "-m", pair / "student", "-o", out, *QUICK, "--annotate", "--per-frame") == 1
+        said = capsys.readouterr()
+        assert f"failed: {path}: ValueError: no room ({out / f'a.{ending}'} alone was not written)\n" in said.err
+        assert "explosion, score" in said.out
+        assert len((out / "events.csv").read_text().splitlines()) == 2
+        written = {"a.json", "a.png", "a.mkv", "a.frames.csv", "events.csv"} - {f"a.{ending}"}
+        assert {p.name for p in out.iterdir()} == written
+
+
+HOLE = np.r_[np.arange(250), 1500 + np.arange(250)] / 25  # ten seconds of frames, fifty without, and ten again
+
+
+def with_a_hole(path, **options):
+    """A fight from 8 s to the hole, and an explosion from 62 s to 64 s."""
+    level = np.full(500, 30)
+    level[200:250], level[300:350] = 120, 220
+    return make_video(path, frames=500, rate=25, times=HOLE, grey=lambda i: level[i], **options)
+
+
+def test_events_end_at_a_gap_in_the_footage(pair, tmp_path, capsys):
+    path, out = with_a_hole(tmp_path / "a.mkv"), tmp_path / "out"
+    assert call("detect", path, "-m", pair / "student", "-o", out, *QUICK, "--annotate") == 0
+    said = capsys.readouterr().out
+    record = json.loads((out / "a.json").read_text())
+    fight, explosion = record["events"]
+    assert fight["class"] == "fighting" and fight["end"] == 10.0 and overlap((fight["start"], 10.0), 8, 10) >= 0.5
+    assert explosion["class"] == "explosion" and overlap((explosion["start"], explosion["end"]), 62, 64) >= 0.5
+    assert [(part["start"], part["end"]) for part in record["parts"]] == [(0, 10), (60, 70)]
+    assert len((out / "events.csv").read_text().splitlines()) == 3 and said.count("a: 00:") == 2
+    capsys.readouterr()
+    stream = ["--every", "5", "--longest", "60", "--delay", "30", "-q", *NAMED]
+    assert call("stream", path, "-m", pair / "student", *stream) == 0
+    streamed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for one, other in zip(record["events"], streamed, strict=True):
+        assert one["class"] == other["class"]
+        np.testing.assert_allclose([one["start"], one["end"]], [other["start"], other["end"]], atol=0.21)
+
+
+def test_a_snippet_across_a_gap_ends_before_it(pair, tmp_path):
+    """Of 250 frames, the last ten are in one snippet with six from after the gap."""
+    path, out = with_a_hole(tmp_path / "a.mkv"), tmp_path / "out"
+    options = [*NAMED, "--threshold", "0", "--no-plot", "-q"]
+    assert call("detect", path, "-m", pair / "student", "-o", out, *options) == 0
+    events = json.loads((out / "a.json").read_text())["events"]
+    np.testing.assert_allclose([(e["start"], e["end"]) for e in events], [(0, 10.24), (60.24, 69.84)], atol=2e-3)
+
+
+def test_few_frames_a_second_are_no_gap(pair, tmp_path):
+    """Where a camera takes one frame a second while nothing moves, sixteen of them last long and are footage."""
+    times = np.r_[np.arange(100) / 25, 4 + np.arange(32), 36 + np.arange(100) / 25]
+    path = make_video(tmp_path / "a.mkv", frames=len(times), times=times, grey=lambda i: 220)
+    options = [*NAMED, "--threshold", "0", "--no-plot", "-q"]
+    assert call("detect", path, "-m", pair / "student", "-o", tmp_path / "out", *options) == 0
+    (event,) = json.loads((tmp_path / "out" / "a.json").read_text())["events"]
+    assert event["start"] == 0 and event["end"] > 36
+
+
+@pytest.mark.parametrize("kind", ["sound", "silence", "none"])
+def test_what_a_gap_separates_is_scored_like_two_videos(pair, kind):
+    rng = np.random.default_rng(0)
+    x = seen(rng.uniform(15, 220, 20)).numpy()
+    sound = rng.uniform(0.1, 0.4, (20, 1)).astype(np.float32) * AXES[2].numpy()
+    times, heard = np.r_[np.arange(12.0), 30 + np.arange(8.0)], np.full(20, kind == "sound")
+
+    def scored(here):
+        given = None if kind == "none" else sound[here]
+        features = VideoFeatures(x[None, here], given, times[here], 1.0, heard[here])
+        return detect.detect("x", features, detect.load_scorers(pair), threshold=0.0)
+
+    whole, parts = scored(slice(None)), [scored(slice(0, 12)), scored(slice(12, 20))]
+    assert whole.cuts == [12] and [(p.start, p.end) for p in whole.parts] == [(0, 12), (12, 20)]
+    assert {p.why for p in whole.parts} == {p.why for part in parts for p in part.parts}
+    np.testing.assert_array_equal(whole.probabilities, np.concatenate([part.probabilities for part in parts]))
+    assert [e[:2] for e in whole.events()] == [(0.0, 12.0), (30.0, 38.0)]
 
 
 def test_the_curve_is_high_where_the_score_is():
@@ -384,6 +552,28 @@ def test_models_of_other_classes_do_not_go_together(pair, tmp_path):
     (tmp_path / "student" / "config.json").write_text(json.dumps(config))
     with pytest.raises(data.DataError, match="know other classes"):
         detect.load_scorers(pair / "teacher", tmp_path / "student")
+
+
+def test_gaps_are_left_out_of_what_is_shown():
+    found = by_hand()
+    found.times, found.cuts = np.array([0, 0.5, 60.0, 60.5, 61.0]), [2]
+    assert [event[:2] for event in found.events()] == [(0.5, 1.0), (60.0, 60.5), (61.0, 61.5)]
+    edges, scores, thresholds, names = found.curve()
+    assert edges.tolist() == [0, 0.5, 1.0, 60.0, 60.5, 61.0, 61.5]
+    np.testing.assert_allclose(scores, [0.1, 0.6, np.nan, 0.8, 0.2, 0.9])
+    assert np.isnan(thresholds).tolist() == [False, False, True, False, False, False]
+    assert names == ["", "fighting", "", "fighting", "", "explosion"]
+    assert detect.best_snippets(found) == [1, 2, 4]
+    blue = _strip(62, 40, edges, scores, thresholds).astype(int)
+    assert not (blue[:, 5:55] != blue[0, 10]).any()  # no line in the hole
+
+
+def test_what_ends_at_a_gap_is_not_the_end_of_the_sound():
+    heard = np.arange(20) < 2
+    parts = [(0, 2, True, "sound"), (2, 9, False, "silent"), (9, 20, False, "the sound ends")]
+    assert list(detect.sound_parts(heard, True, 1.0, [9])) == parts
+    assert [part[3] for part in detect.sound_parts(heard & False, True, 1.0, [9])] == ["the sound track is silent"] * 2
+    assert [part[:2] for part in detect.sound_parts(heard, False, 1.0, [9])] == [(0, 9), (9, 20)]
 
 
 def test_time_codes():

@@ -21,7 +21,7 @@ from videos import BAD, bad_videos, forbid, make_video
 from avadclip_fast.data import DataError, load_features, read_list
 from avadclip_fast.data.packed import open_packed
 
-pytest.importorskip("av")
+av = pytest.importorskip("av")
 
 from avadclip_fast.media import extract  # noqa: E402
 
@@ -152,9 +152,48 @@ def test_addresses_are_not_read(folder, tmp_path, capsys, monkeypatch):
     """Of videos and in lists: what looks like one is a path, and nobody is asked."""
     monkeypatch.setattr("socket.socket.connect", None)
     (folder / "films.txt").write_text("http://127.0.0.1/a.mp4\nconcat:a.mp4|b.mp4\n")
-    for given in (folder / "films.txt", "http://127.0.0.1/a.mp4", "file:///etc/passwd"):
+    for given, told in ((folder / "films.txt", "o such file"), ("file:///etc/passwd", "file:// is not read")):
         assert call("extract", given, "-o", tmp_path / "out", *QUICK) == 1
-        assert "o such file" in capsys.readouterr().err
+        assert told in capsys.readouterr().err
+
+
+def test_an_address_is_told_what_reads_it(tmp_path, capsys, monkeypatch):
+    """Path takes one of its slashes away; a folder of such a name is a folder."""
+    out = ["-o", tmp_path / "out", *QUICK]
+    assert call("extract", "http://x/y.mp4", *out) == 1
+    told = "failed: http://x/y.mp4: http:// is not read (files only; `avadclip-fast stream` takes URLs)\n"
+    assert capsys.readouterr().err == told
+    sources, (failure,) = extract.find_sources(["rtsp://camera/1"])
+    assert not sources and failure["source"] == "rtsp://camera/1"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "http:").mkdir()
+    make_video(tmp_path / "http:" / "y.mp4", frames=20)
+    (source,), failures = extract.find_sources(["http://y.mp4"])
+    assert source.name == "y" and not failures
+
+
+def test_a_list_is_not_replaced_by_that_of_the_features(folder, capsys):
+    listed = folder / "list.csv"
+    listed.write_text("path,label\nmore/b.mp4,B2\n")
+    told = mistake(capsys, "extract", listed, "-o", folder, *QUICK)
+    assert f"{listed} would be overwritten" in told and listed.read_text().startswith("path,label\n")
+
+
+FORMS = {
+    ".mts": "mpegts", ".m2ts": "mpegts", ".vob": "vob", ".mpe": "mpeg", ".asf": "asf", ".3g2": "3g2", ".mxf": "mxf",
+}  # fmt: skip
+
+
+def test_a_folder_is_searched_for_what_cameras_and_discs_write(tmp_path):
+    for suffix, form in FORMS.items():
+        codec = "mpeg4" if form in ("3g2", "asf", "mpegts") else "mpeg2video"
+        make_video(tmp_path / f"{suffix[1:]}{suffix.upper()}", frames=40, form=form, codec=codec)
+    make_video(tmp_path / "dav.dav", frames=40, form="mpeg", codec="mpeg2video")  # some recorders wrap this
+    make_video(tmp_path / "ogv.ogv", frames=40, form="matroska")  # FFmpeg looks at what is in it
+    out = tmp_path / "out"
+    assert call("extract", tmp_path, "-o", out, *QUICK) == 0
+    assert {path.stem for path in (out / "done").iterdir()} == {*(suffix[1:] for suffix in FORMS), "dav", "ogv"}
+    assert {"dhav", "ogg"} <= av.formats_available
 
 
 def test_a_name_that_is_not_utf_8_fails_alone(folder, tmp_path, capsys):
@@ -265,7 +304,22 @@ def test_mistakes(folder, tmp_path, capsys):
     unknown = ["--visual-encoder", "test_extract:None_", "--audio-encoder", "none"]
     assert "test_extract:None_" in mistake(capsys, "extract", folder, *out, *unknown)
     (folder / "b.mp4").write_bytes(b"x")
-    assert "both be called b" in mistake(capsys, "extract", folder / "b.mp4", folder / "more" / "b.mp4", *out, *QUICK)
+    told = mistake(capsys, "extract", folder / "b.mp4", folder / "more" / "b.mp4", *out, *QUICK)
+    assert told.endswith("would both be called b: rename one, or give their common folder\n")
+    (folder / "b.mkv").touch()
+    assert mistake(capsys, "extract", folder, *out, *QUICK).endswith("would both be called b: rename one\n")
+
+
+@pytest.mark.parametrize("command", ["extract", "detect", "stream"])
+def test_snippets_have_one_length(folder, tmp_path, capsys, command):
+    """--every and --fps are not both heeded; the default of --every is none that is given."""
+    given = [command, folder / "more" / "b.mp4", *QUICK]
+    given += [] if command == "stream" else ["-o", tmp_path / "out"]
+    given += [] if command == "extract" else ["-m", tmp_path / "none"]
+    told = mistake(capsys, *given, "--every", 4, "--fps", 2)
+    assert told == "error: --every 4 and --fps 2 both say how long a snippet is: give one of them\n"
+    if command == "extract":
+        assert call(*given, "--fps", 2) == 0
 
 
 def test_a_video_that_is_given_twice_is_one(folder):

@@ -133,19 +133,20 @@ def test_cut_short_in_the_middle_of_the_frames(tmp_path):
 def test_frames_of_varying_length_are_told_by_their_times(tmp_path):
     """40 frames of 1/50 s, then 20 of 1/10 s."""
     times = np.concatenate([np.arange(40) * 0.02, 0.8 + np.arange(20) * 0.1])
-    with av.open(str(tmp_path / "a.mkv"), "w") as out:
-        stream = out.add_stream("mpeg4", rate=50)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for i, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * i, np.uint8), format="rgb24")
-            frame.pts, frame.time_base = round(1000 * time), Fraction(1, 1000)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode(None))
+    make_video(tmp_path / "a.mkv", frames=len(times), rate=50, times=times)
     for options, taken in (({"every": 10}, range(0, 60, 10)), ({"fps": 2}, [0, 25, 42, 47, 52, 57])):
         found = list(decode.snippet_frames(tmp_path / "a.mkv", **options))
         np.testing.assert_allclose([frame.time for frame in found], times[list(taken)], atol=1e-3)
         assert all(abs(f.image.mean() - 4 * i) < 6 for f, i in zip(found, taken, strict=True))
+
+
+def test_the_longest_time_without_a_frame_is_known(tmp_path):
+    """Of each snippet: since the first frame of the one before it."""
+    times = np.array([0.0, 0.1, 0.2, 0.5, 0.6, 7.6, 7.7, 7.8, 17.8, 17.9])
+    make_video(tmp_path / "a.mkv", frames=len(times), times=times)
+    for options, waits in (({"every": 2}, [0, 0.1, 0.3, 7.0, 10.0]), ({"fps": 2}, [0, 0.3, 7.0, 10.0])):
+        found = list(decode.snippet_frames(tmp_path / "a.mkv", **options))
+        np.testing.assert_allclose([frame.wait for frame in found], waits, atol=1e-3)
 
 
 def test_sound_stays_with_sight_where_time_stamps_begin_anew(tmp_path):

@@ -1,6 +1,7 @@
 """Small videos made by PyAV, for tests."""
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +11,33 @@ LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 7: "6.1"}
 
 def make_video(
     path: Path, frames=32, rate=25, width=64, height=48, audio=0, sample_rate=16_000, tone=(0.0, 0.0), sound_ends=None,
-    noise=False, options=None, grey=None,
+    noise=False, options=None, grey=None, times=None, codec="mpeg4", sound_codec=None, form=None,
 ) -> Path:  # fmt: skip
-    """Frame i is a grey of 4 * i (or grey(i)); the sound, of `audio` channels, is a tone from tone[0] to tone[1] s."""
+    """Frame i is a grey of 4 * i (or grey(i)); the sound, of `audio` channels, is a tone from tone[0] to tone[1] s.
+
+    times: of the frames, in seconds. codec, sound_codec, form: FFmpeg's names, where the path's suffix does not say.
+    """
     import av
 
     rng = np.random.default_rng(0)
-    with av.open(str(path), "w", options=options or {}) as out:
+    with av.open(str(path), "w", format=form, options=options or {}) as out:
         if frames:
-            video = out.add_stream("mpeg4", rate=rate)
+            video = out.add_stream(codec, rate=rate)
             video.width, video.height, video.pix_fmt, video.bit_rate = width, height, "yuv420p", 2_000_000
         if audio:
-            sound = out.add_stream("flac" if path.suffix == ".mkv" else "aac", rate=sample_rate, layout=LAYOUTS[audio])
+            sound_codec = sound_codec or ("flac" if path.suffix == ".mkv" else "aac")
+            sound = out.add_stream(sound_codec, rate=sample_rate, layout=LAYOUTS[audio])
+        if times is not None:
+            video.codec_context.time_base = Fraction(1, 1000)
         for i in range(frames):
             level = 4 * i % 256 if grey is None else grey(i)
             image = np.full((height, width, 3), level, np.uint8)
             if noise:
                 image = rng.integers(0, 256, image.shape, np.uint8)
-            out.mux(video.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            if times is not None:
+                frame.pts, frame.time_base = round(1000 * times[i]), Fraction(1, 1000)
+            out.mux(video.encode(frame))
         if frames:
             out.mux(video.encode(None))
         if audio:

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -26,7 +26,10 @@ if TYPE_CHECKING:  # imported when a command runs, so that other commands start 
     from ..media.encoders import AudioEncoder, Encoders, VisualEncoder
 
 
-Every = Annotated[int, Option("--every", min=1, help="Frames per snippet: 16 for XD-Violence, 4 for CCTV-Fights.")]
+Every = Annotated[
+    int | None,
+    Option("--every", min=1, help="Frames per snippet: 16 (default) for XD-Violence, 4 for CCTV-Fights."),
+]
 Fps = Annotated[float | None, Option(min=0.01, help="Snippets per second, instead of --every.", show_default=False)]
 GeometryName = Annotated[
     Literal["crops", "clip"], Option(help="crops: parts of 340x256; clip: CLIP's own resize and centre.")
@@ -68,6 +71,13 @@ def encoders(visual: str, visual_weights: str, audio: str, audio_weights: str | 
     return Encoders(visual, visual_weights, audio, audio_weights, device, os.getcwd())
 
 
+def frames_per_snippet(every: int | None, fps: float | None) -> int:
+    """Returns --every or its default. Raises DataError if --fps is given too."""
+    if every is not None and fps is not None:
+        raise DataError(f"--every {every} and --fps {fps:g} both say how long a snippet is: give one of them")
+    return 16 if every is None else every
+
+
 def have_no(count: int) -> str:
     return "has no" if count == 1 else "have no"
 
@@ -91,7 +101,10 @@ def watchers(
 
 
 def note_threshold(scorers: "list[Scorer]", threshold: float | None) -> None:
-    """Tells on stderr that an alarm begins at 0.5 where nothing was calibrated: official .pth, --select last."""
+    """Tells on stderr that an alarm begins at 0.5 where nothing was calibrated.
+
+    Such are official .pth files and runs without held-out videos: --select last or test without --held-out-list.
+    """
     from ..engine.calibrate import Calibration
 
     missing = [scorer.calibration for scorer in scorers if scorer.calibration == Calibration()]
@@ -109,7 +122,7 @@ def extract(
     output: Annotated[
         Path, Option("--output", "-o", help="A folder; or NAME.safetensors, packed as well.", show_default=False)
     ],
-    every: Every = 16,
+    every: Every = None,
     fps: Fps = None,
     crops: Annotated[int, Option(help="1 (the centre), 5 positions, or 10 with their mirror images.")] = 1,
     geometry: GeometryName = "crops",
@@ -146,6 +159,7 @@ def extract(
     from ..media.features import Sampling
 
     import_av()  # report a missing package once, not for every video
+    every = frames_per_snippet(every, fps)
     if engine == "ray":
         cluster.import_ray()
     if crops not in COUNTS or (geometry == "clip" and crops != 1):
@@ -156,6 +170,8 @@ def extract(
         sources = media.shard(sources, shard)
     if not sources and not failed:
         raise DataError(f"{videos[0]}: no videos there (known are {', '.join(media.SUFFIXES)})")
+    log = folder / ("extract.json" if shard is None else f"extract-{shard.replace('/', '-of-')}.json")
+    media.check_results(videos, sources, [folder / "list.csv", log, output])
     make_folder(folder)
     sampling = Sampling(every, fps, crops, geometry)
     named = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
@@ -179,7 +195,6 @@ def extract(
         else:
             record = media.extract(sources, folder, sampling, seen, heard, settings, workers, ended, until)
     record["failed"] = failed + record["failed"]
-    log = folder / ("extract.json" if shard is None else f"extract-{shard.replace('/', '-of-')}.json")
     with atomic_write(log, "w") as file:
         file.write(json.dumps(record, indent=1) + "\n")
     rows = media.write_lists(folder, settings)
@@ -225,10 +240,12 @@ def detect(
     ],
     model: Model,
     student: Student = None,
-    output: Annotated[Path, Option("--output", "-o", help="Folder of the results.")] = Path("detections"),
+    output: Annotated[
+        Path, Option("--output", "-o", help="Folder of the results; not searched for videos unless given as one.")
+    ] = Path("detections"),
     classes: Names = None,
     threshold: Threshold = None,
-    every: Every = 16,
+    every: Every = None,
     fps: Fps = None,
     geometry: GeometryName = "crops",
     visual_encoder: Visual = "clip",
@@ -253,55 +270,76 @@ def detect(
     from ..engine.timeline import timeline
     from ..media.annotate import annotate
     from ..media.errors import import_av
-    from ..media.extract import failure, find_sources
+    from ..media.extract import check_results, failure, find_sources
     from ..media.features import Sampling, key_frames, video_features
 
     import_av()
     if per_frame and fps is not None:
         raise DataError("--per-frame goes with --every: with --fps, snippets do not count frames")
-    sources, failed = find_sources(videos)
+    every = frames_per_snippet(every, fps)
+    sources, failed = find_sources(videos, output=output)
     if not sources and not failed:
         raise DataError(f"{videos[0]}: no videos there")
+    events = output / "events.csv"
+    endings = [".json", *[".frames.csv"] * per_frame, *[".png"] * plot, *[".mkv"] * copy]
+    results = [output / f"{source.name}{ending}" for source in sources for ending in endings]
+    check_results(videos, sources, [events, *results])
     make_folder(output)
     scorers, seen, heard = watchers(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
     )
     note_threshold(scorers, threshold)
     sampling, detections = Sampling(every, fps, 1, geometry), []
+
+    @contextlib.contextmanager
+    def extra(path: Path, target: Path) -> Iterator[None]:
+        """Reports a failure at the end, which does not drop what was found."""
+        try:
+            yield
+        except Exception as error:
+            reason = failure(path, error)["reason"]
+            failed.append({"source": str(path), "reason": f"{reason} ({target} alone was not written)"})
+
     try:
         for source in tqdm(sources, desc="detecting", unit="video", disable=quiet):
+            frames = 0
+
+            def count(decoded: int) -> None:
+                nonlocal frames
+                frames += decoded
+
+            def target(ending: str, name: str = source.name) -> Path:
+                return output / f"{name}{ending}"
+
             try:
-                frames = 0
-
-                def count(decoded: int) -> None:
-                    nonlocal frames
-                    frames += decoded
-
                 found = video_features(source.path, sampling, seen, heard, count)
                 detection = detect_in(source.name, found, scorers, device_of(device), threshold)
-                target = output / source.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                write_detection(target.with_name(f"{target.name}.json"), detection, source.path)
-                if per_frame:
-                    write_frame_scores(target.with_name(f"{target.name}.frames.csv"), detection, frames, every)
-                if plot:
-                    images = key_frames(source.path, sampling, best_snippets(detection))
-                    timeline(target.with_name(f"{target.name}.png"), detection, images)
-                if copy:
-                    curve = detection.edges, detection.scores, detection.thresholds, detection.names()
-                    annotate(source.path, target.with_name(f"{target.name}.mkv"), *curve)
+                target(".json").parent.mkdir(parents=True, exist_ok=True)
+                write_detection(target(".json"), detection, source.path)
             except Exception as error:  # a failing video is reported and does not stop the others
                 failed.append(failure(source.path, error))
                 continue
             detections.append(detection)
             tqdm.write(summary(detection))
+            if per_frame:
+                with extra(source.path, target(".frames.csv")):
+                    write_frame_scores(target(".frames.csv"), detection, frames, every)
+            if plot:
+                with extra(source.path, target(".png")):
+                    images = key_frames(source.path, sampling, best_snippets(detection))
+                    timeline(target(".png"), detection, images)
+            if copy:
+                with extra(source.path, target(".mkv")):
+                    note = annotate(source.path, target(".mkv"), *detection.curve())
+                    if note:
+                        tqdm.write(f"note: {note}", file=sys.stderr)
     except KeyboardInterrupt as end:
-        found_so_far = f"{output / 'events.csv'} holds what was found so far"
+        found_so_far = f"{events} holds what was found so far"
         raise Stopped(signal.SIGINT, found_so_far if detections else "no video was finished") from end
     finally:
         if detections:
-            write_events(output / "events.csv", detections)
-            typer.echo(f"wrote {output / 'events.csv'}")
+            write_events(events, detections)
+            typer.echo(f"wrote {events}")
     for one in failed:
         typer.echo(f"failed: {one['reason']}", err=True)
     if failed:
@@ -315,7 +353,7 @@ def stream(
     student: Student = None,
     classes: Names = None,
     threshold: Threshold = None,
-    every: Every = 16,
+    every: Every = None,
     fps: Fps = None,
     window: Annotated[
         int | None, Option(min=1, help="Context in snippets; default: as many as the model takes.", show_default=False)
@@ -349,6 +387,7 @@ def stream(
     from ..media.live import LiveSource
 
     import_av()
+    every = frames_per_snippet(every, fps)
     scorers, seen, heard = watchers(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
     )

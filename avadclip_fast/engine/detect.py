@@ -2,8 +2,10 @@
 
 import csv
 import json
+from bisect import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from ..models.text import tokenize
 from .calibrate import Calibration
 from .evaluate import PACKED_CHUNKS, VideoScores, load_model, stream_scores
 
-PAUSE = 5.0  # seconds: a shorter silence counts as part of the surrounding sound
+PAUSE = 5.0  # seconds: a shorter silence is part of the surrounding sound, a shorter time without frames no gap
 
 
 class Scorer(NamedTuple):
@@ -40,7 +42,7 @@ class Part(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A run of snippets whose scores reach the threshold."""
+    """A run of snippets whose scores reach the threshold, without a gap in the footage."""
 
     start: float  # seconds
     end: float
@@ -61,6 +63,7 @@ class Detection:
     probabilities: np.ndarray  # (n, C)
     thresholds: np.ndarray  # (n,), since the thresholds of teacher and student may differ
     parts: list[Part]
+    cuts: list[int] = field(default_factory=list)  # snippets before which there is a gap in the footage, see `cuts_of`
 
     @property
     def scores(self) -> np.ndarray:
@@ -73,24 +76,49 @@ class Detection:
         return self.scores >= self.thresholds
 
     @property
-    def edges(self) -> np.ndarray:
-        """(n + 1,) seconds: snippet i spans edges[i] to edges[i + 1]."""
-        return np.append(self.times, self.times[-1] + self.seconds)
+    def ends(self) -> np.ndarray:
+        """(n,) end of each snippet in seconds: where the next one starts, except before a gap."""
+        ends = np.append(self.times[1:], self.times[-1] + self.seconds)
+        last = np.array(self.cuts, int) - 1
+        ends[last] = self.times[last] + self.seconds
+        return ends
+
+    def span(self, start: int, end: int) -> tuple[float, float]:
+        """Returns the time in seconds that snippets start (inclusive) to end (exclusive) take."""
+        return float(self.times[start]), float(self.ends[end - 1])
+
+    def alarms(self) -> list[tuple[int, int]]:
+        """Returns (start, end) of the snippets of each event, end exclusive, in order."""
+        alarm = self.alarm
+        return [
+            (first + start, first + end)
+            for first, last in pairwise([0, *self.cuts, len(alarm)])
+            for start, end in runs(alarm[first:last])
+        ]
 
     def events(self) -> list[Event]:
         """Returns the runs of snippets at or above the threshold, in order."""
-        edges = self.edges.tolist()
-        return [
-            event_of(edges[start], edges[end], self.classes, self.probabilities[start:end])
-            for start, end in runs(self.alarm)
-        ]
+        return [event_of(*self.span(*run), self.classes, self.probabilities[slice(*run)]) for run in self.alarms()]
 
     def names(self) -> list[str]:
         """Returns the class name of the event that contains each snippet, or "" for snippets outside events."""
         found = [""] * len(self.times)
-        for (start, end), event in zip(runs(self.alarm), self.events(), strict=True):
+        for (start, end), event in zip(self.alarms(), self.events(), strict=True):
             found[start:end] = [event.name] * (end - start)
         return found
+
+    def curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+        """Returns what plots show: edges (m + 1,) in seconds, and scores (m,), thresholds (m,) and names between them.
+
+        These are the snippets and, with NaN and "", the gaps in the footage.
+        """
+        edges = np.append(self.times, self.ends[-1])
+        names = self.names()
+        for cut in reversed(self.cuts):
+            names.insert(cut, "")
+        at = np.array(self.cuts, int)
+        scores, thresholds = (np.insert(values.astype(float), at, np.nan) for values in (self.scores, self.thresholds))
+        return np.insert(edges, at, self.ends[at - 1]), scores, thresholds, names
 
 
 def event_of(start: float, end: float, classes: Sequence[str], probabilities: np.ndarray) -> Event:
@@ -163,7 +191,8 @@ def detect(
     """Scores one video.
 
     A teacher scores each part with sound separately, so that silent parts do not influence it. A student, if given,
-    scores the other parts, with the whole video as context.
+    scores the other parts, with the whole video as context. What a gap in the footage separates is scored as if it
+    were two videos, as `OnlineDetector` does.
 
     name: of the video. found: its features. scorers: from `load_scorers`. threshold: replaces the models' own.
     Raises DataError if the features do not match the model.
@@ -172,17 +201,19 @@ def detect(
     first, last = scorers[0], scorers[-1]
     check_widths(first.model, visual.shape[1], None if found.audio is None else found.audio.shape[1])
     n = len(visual)
+    cuts = cuts_of(found)
+    stretches = list(pairwise([0, *cuts, n]))  # of footage
     if "audio" not in first.model.streams():
-        parts = [Part(0, n, "student", "the model needs no sound")]
+        parts = [Part(start, end, "student", "the model needs no sound") for start, end in stretches]
     else:
         parts = [
             Part(start, end, "teacher" if heard else deaf_name(scorers), why)
-            for start, end, heard, why in sound_parts(found.heard, found.audio is not None, found.seconds)
+            for start, end, heard, why in sound_parts(found.heard, found.audio is not None, found.seconds, cuts)
         ]
     anomaly = np.zeros(n, np.float32)
     probabilities = np.zeros((n, len(first.model.classes)), np.float32)
     thresholds = np.zeros(n)
-    unheard = None
+    unheard: dict[int, VideoScores] = {}  # of one stretch at a time, by its first snippet
     for part in parts:
         here = slice(part.start, part.end)
         if part.by == "teacher" and found.audio is not None:  # audio is never None for the teacher
@@ -190,10 +221,26 @@ def detect(
             anomaly[here], probabilities[here] = scored.anomaly, scored.probabilities
         else:
             scorer = last
-            unheard = unheard or score(scorer, visual, None, device)
-            anomaly[here], probabilities[here] = unheard.anomaly[here], unheard.probabilities[here]
+            first_seen, end_seen = stretches[bisect(cuts, part.start)]
+            if first_seen not in unheard:
+                unheard = {first_seen: score(scorer, visual[first_seen:end_seen], None, device)}
+            scored, inner = unheard[first_seen], slice(part.start - first_seen, part.end - first_seen)
+            anomaly[here], probabilities[here] = scored.anomaly[inner], scored.probabilities[inner]
         thresholds[here] = scorer.calibration.align.threshold if threshold is None else threshold
-    return Detection(name, first.model.classes, found.times, found.seconds, anomaly, probabilities, thresholds, parts)
+    return Detection(
+        name, first.model.classes, found.times, found.seconds, anomaly, probabilities, thresholds, parts, cuts
+    )
+
+
+def cuts_of(found: VideoFeatures) -> list[int]:
+    """Returns the snippets before which there is a gap in the footage, as where a camera records only what moves.
+
+    As in `OnlineDetector`, the snippet starts more than PAUSE seconds late. Besides, that long there is no frame:
+    snippets of as many frames last longer where a camera takes fewer.
+    """
+    steps = np.diff(found.times)
+    waits = steps if found.waits is None else found.waits[1:]
+    return (np.flatnonzero((steps > PAUSE + found.seconds) & (waits > PAUSE)) + 1).tolist()
 
 
 def check_widths(model: Detector, visual: int, audio: int | None) -> None:
@@ -229,31 +276,35 @@ def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: 
     )
 
 
-def sound_parts(heard: np.ndarray, stream: bool, seconds: float) -> Iterator[tuple[int, int, bool, str]]:
+def sound_parts(
+    heard: np.ndarray, stream: bool, seconds: float, cuts: Sequence[int] = ()
+) -> Iterator[tuple[int, int, bool, str]]:
     """Yields (start, end, whether there is sound, why) for each part of a video, in order.
 
     heard: (n,) bool, whether each snippet is audible. stream: whether the video has a sound track. seconds: duration
-    of a snippet. Silences shorter than PAUSE count as part of the surrounding sound.
+    of a snippet. cuts: snippets at which a part ends in any case, without 0. Silences shorter than PAUSE count as part
+    of the surrounding sound.
     """
     n = len(heard)
-    if not stream:
-        yield 0, n, False, "no sound track"
-        return
-    sound = heard.copy()
-    for start, end in runs(~heard):
-        if heard.any() and (end - start) * seconds < PAUSE:
-            sound[start:end] = True
-    cuts = [0, *(np.flatnonzero(np.diff(sound)) + 1).tolist(), n]
-    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
-        if sound[start]:
-            why = "sound"
-        elif (start, end) == (0, n):
-            why = "the sound track is silent"
-        elif end == n:
-            why = "the sound ends"
-        else:
-            why = "silent"
-        yield start, end, bool(sound[start]), why
+    for first, last in pairwise([0, *cuts, n]):
+        if not stream:
+            yield first, last, False, "no sound track"
+            continue
+        here = heard[first:last]
+        sound = here.copy()
+        for start, end in runs(~here):
+            if here.any() and (end - start) * seconds < PAUSE:
+                sound[start:end] = True
+        for start, end in pairwise([0, *(np.flatnonzero(np.diff(sound)) + 1).tolist(), last - first]):
+            if sound[start]:
+                why = "sound"
+            elif not heard.any():
+                why = "the sound track is silent"
+            elif first + end == n:
+                why = "the sound ends"
+            else:
+                why = "silent"
+            yield first + start, first + end, bool(sound[start]), why
 
 
 def runs(mask: np.ndarray) -> list[tuple[int, int]]:
@@ -284,15 +335,16 @@ def event_record(event: Event) -> dict:
 
 def as_record(detection: Detection, source: str | Path) -> dict:
     """Returns a detection as JSON. source: path of the video."""
-    edges = detection.edges
+
+    def part_record(part: Part) -> dict:
+        start, end = detection.span(part.start, part.end)
+        return {"start": round(start, 3), "end": round(end, 3), "by": part.by, "why": part.why}
+
     return {
         "video": str(source),
         "classes": detection.classes,
         "seconds_per_snippet": detection.seconds,
-        "parts": [
-            {"start": round(float(edges[p.start]), 3), "end": round(float(edges[p.end]), 3), "by": p.by, "why": p.why}
-            for p in detection.parts
-        ],
+        "parts": [part_record(part) for part in detection.parts],
         "events": [event_record(e) for e in detection.events()],
         "snippets": {
             "time": np.round(detection.times, 3).tolist(),
@@ -338,7 +390,7 @@ def best_snippets(detection: Detection, most: int = 5) -> list[int]:
 
     Without events, returns the highest-scoring snippet of the video.
     """
-    tops = [start + int(detection.scores[start:end].argmax()) for start, end in runs(detection.alarm)]
+    tops = [start + int(detection.scores[start:end].argmax()) for start, end in detection.alarms()]
     tops = sorted(tops, key=lambda i: -detection.scores[i])[:most] or [int(detection.scores.argmax())]
     return sorted(tops)
 
@@ -348,7 +400,7 @@ def summary(detection: Detection) -> str:
     lines = []
     for part in detection.parts:
         if part.by != "teacher" and part.why != "the model needs no sound":
-            span = " - ".join(time_code(detection.edges[i]) for i in (part.start, part.end))
+            span = " - ".join(time_code(at) for at in detection.span(part.start, part.end))
             lines.append(f"{detection.name}: {span} scored by the {part.by}: {part.why}")
     for e in detection.events():
         span = f"{time_code(e.start)} - {time_code(e.end)}"

@@ -32,7 +32,7 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
         ax.set_title(f"{time_code(detection.times[snippet])[:-2]}  score {detection.scores[snippet]:.2f}", fontsize=8)
         ax.set_axis_off()
     ax = figure.add_subplot(grid[1, :])
-    edges = detection.edges
+    edges, scores, thresholds, _ = detection.curve()
     low, high = -0.1, 1.12
     events = detection.events()
     spans = [(event.start, event.end - event.start) for event in events]
@@ -49,7 +49,7 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
     kinds: list[str] = []
     for part in detection.parts:
         if part.by != "teacher":
-            span = edges[[part.start, part.end]]
+            span = detection.span(part.start, part.end)
             label = f"{part.by}: {part.why}"
             known = label in kinds
             kinds += [] if known else [label]
@@ -57,10 +57,10 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
                 span, [-0.05, -0.05], color=COLOURS[1 + kinds.index(label)], linewidth=4, solid_capstyle="butt",
                 label=None if known else label,
             )  # fmt: skip
-    ax.step(edges, np.append(detection.scores, detection.scores[-1]), where="post", color=COLOURS[0], label="score")
+    ax.step(edges, np.append(scores, scores[-1]), where="post", color=COLOURS[0], label="score")
     ax.step(
-        edges, np.append(detection.thresholds, detection.thresholds[-1]), where="post", color="0.4", linewidth=0.8,
-        linestyle="--", label="threshold",
+        edges, np.append(thresholds, thresholds[-1]), where="post", color="0.4", linewidth=0.8, linestyle="--",
+        label="threshold",
     )  # fmt: skip
     ax.set(xlim=(edges[0], edges[-1]), ylim=(low, high), ylabel="1 - p(normal)")
     hours = edges[-1] >= 3600

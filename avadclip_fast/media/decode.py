@@ -25,6 +25,7 @@ AT_ONCE = 2**22  # audio samples in memory: 17 MB
 JUMP = 1.0  # backward step in seconds that means a timestamp reset; smaller ones are disorder
 GAP = 0.1  # difference in seconds between a packet's time and the samples so far above which silence is inserted
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
+FILES_ONLY = "files only; `avadclip-fast stream` takes URLs"
 Progress = Callable[[int], None]  # called with the number of frames decoded since the last call
 
 
@@ -33,6 +34,7 @@ class Frame(NamedTuple):
 
     time: float  # seconds from the first frame
     image: np.ndarray  # (H, W, 3) uint8 RGB, upright
+    wait: float = 0.0  # longest time between two successive frames since the last snippet's first, in seconds
 
 
 @contextlib.contextmanager
@@ -47,7 +49,7 @@ def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
         try:
             if scheme:
                 if not live or scheme not in SCHEMES:
-                    known = ", ".join(SCHEMES) if live else "files only; `avadclip-fast stream` takes URLs"
+                    known = ", ".join(SCHEMES) if live else FILES_ONLY
                     raise MediaError(f"{source}: {scheme}:// is not read ({known})")
                 target, options = str(source), {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}
             else:
@@ -200,16 +202,19 @@ def snippet_frames(
         stream = video_stream(container, source)
         held: Frame | None = None
         count = 0
+        last = wait = 0.0
         beat = None if fps is None else Beat(1 / fps)
         for time, frame in frames(source, stream, container, clock):
             if progress is not None:
                 progress(1)
+            last, wait = time, max(wait, time - last)
             if beat is not None:
                 if beat(time):
-                    yield Frame(time, upright(frame, frame.to_ndarray(format="rgb24")))
+                    yield Frame(time, upright(frame, frame.to_ndarray(format="rgb24")), wait)
+                    wait = 0.0
                 continue
             if count % every == 0:
-                held = Frame(time, upright(frame, frame.to_ndarray(format="rgb24")))
+                held, wait = Frame(time, upright(frame, frame.to_ndarray(format="rgb24")), wait), 0.0
             count += 1
             if count % every == 0 and held is not None:
                 yield held

@@ -22,12 +22,17 @@ from ..data import DataError
 from ..data.atomic import atomic_write
 from ..data.features import write_features
 from ..data.lists import Row, is_inside, write_list
+from .decode import FILES_ONLY
 from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
 from .features import Sampling, VideoFeatures, video_features
 
 RECORDED = {"file", "settings", "label", "crops", "audio"}  # keys required in OUTPUT/done/NAME.json
-SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".flv", ".mpg", ".mpeg", ".ts", ".m4v", ".wmv", ".3gp")
+SUFFIXES = (
+    ".mp4", ".mkv", ".avi", ".mov", ".webm", ".flv", ".mpg", ".mpeg", ".mpe", ".vob", ".ts", ".mts", ".m2ts", ".m4v",
+    ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".mxf", ".dav",
+)  # fmt: skip
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # of a scheme with two letters or more; C:/ is a drive
 _LABEL = re.compile(r"_label_([A-Z]\d?(?:-[A-Z0-9]+)*)$")  # XD-Violence's file names end with their label
 
 
@@ -45,22 +50,26 @@ class Source:
 
 
 def find_sources(
-    given: Sequence[str | Path], label: str = "", root: str | Path | None = None
+    given: Sequence[str | Path], label: str = "", root: str | Path | None = None, output: str | Path | None = None
 ) -> tuple[list[Source], list[dict]]:
     """Finds videos in files, folders (recursively) and lists (.csv with path and label, or .txt), sorted by name.
 
     label: for videos labelled by neither a list nor their name
     root: base of a list's relative paths, which no path may leave; the list's folder by default
+    output: folder of the results, which is not searched unless it is given itself
     Returns (sources, failures), the latter for what cannot be read.
     Raises DataError for an invalid list, two videos with one name, or one video with two labels.
     """
     sources: list[Source] = []
     failures: list[dict] = []
     for item in map(Path, given):
-        if item.suffix.lower() in (".csv", ".txt") and item.is_file():
+        if (address := _ADDRESS.match(str(item))) is not None and not item.exists():
+            url = f"{address[1]}://{str(item)[address.end() :]}"  # Path has swallowed a slash
+            failures.append({"source": url, "reason": f"{url}: {address[1]}:// is not read ({FILES_ONLY})"})
+        elif item.suffix.lower() in (".csv", ".txt") and item.is_file():
             sources += _listed(item, label, Path(root) if root is not None else item.parent)
         elif item.is_dir():
-            sources += _inside(item, label, failures)
+            sources += _inside(item, label, failures, output)
         else:
             sources.append(_source(item, item.stem, "", label))
     found: dict[str, Source] = {}
@@ -72,10 +81,9 @@ def find_sources(
             continue
         other = found.setdefault(source.name, source)
         if os.path.abspath(other.path) != os.path.abspath(source.path):
-            raise DataError(
-                f"{source.path} and {other.path} would both be called {source.name}: "
-                "rename one, or give their common folder"
-            )
+            together = os.path.abspath(other.path.parent) == os.path.abspath(source.path.parent)
+            remedy = "rename one" if together else "rename one, or give their common folder"
+            raise DataError(f"{source.path} and {other.path} would both be called {source.name}: {remedy}")
         if other.label != source.label:  # same video given twice: keep the one with a label
             if other.label and source.label:
                 raise DataError(f"{source.path} is given twice, labelled {other.label} and {source.label}")
@@ -83,13 +91,39 @@ def find_sources(
     return sorted(found.values(), key=lambda source: source.name), failures
 
 
-def _inside(folder: Path, label: str, failures: list[dict]) -> Iterable[Source]:
-    """Yields the videos below a folder, without following links to folders, which could form cycles."""
+def check_results(given: Iterable[Path], sources: Iterable[Source], written: Iterable[Path]) -> None:
+    """Raises DataError if results would replace a source or a list that is given, or a video of someone else's.
+
+    given: arguments of `find_sources`. written: the files to be written
+    A video without a NAME.json beside it is not the result of an earlier call.
+    """
+    kept = {_file(path): path for path in (*given, *(source.path for source in sources)) if path.is_file()}
+    for path in filter(Path.is_file, written):
+        theirs = kept.get(_file(path))
+        if theirs is None and path.suffix in SUFFIXES and not path.with_suffix(".json").exists():
+            theirs = path
+        if theirs is not None:
+            raise DataError(f"{theirs} would be overwritten by the results: give another folder with --output")
+
+
+def _file(path: Path) -> tuple[int, int]:
+    """Identifies a file, whatever links lead to it, on file systems that ignore case too."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def _inside(folder: Path, label: str, failures: list[dict], output: str | Path | None) -> Iterable[Source]:
+    """Yields the videos below a folder, without following links to folders, which could form cycles.
+
+    output: a folder to leave out, unless it is `folder` itself
+    """
+    left_out = os.path.realpath(output) if output is not None else ""
 
     def unreadable(error: OSError) -> None:
         failures.append({"source": str(error.filename), "reason": f"{error.filename}: {error.strerror}"})
 
-    for parent, _, files in os.walk(folder, onerror=unreadable, followlinks=False):
+    for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=False):
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) != left_out]
         for file in files:
             path = Path(parent, file)
             if path.suffix.lower() in SUFFIXES:

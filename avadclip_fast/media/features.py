@@ -32,6 +32,7 @@ class VideoFeatures:
     times: np.ndarray  # (n,) seconds from the first frame
     seconds: float  # duration of a snippet
     heard: np.ndarray  # (n,) bool, whether the snippet has audible sound
+    waits: np.ndarray | None = None  # (n,) seconds, see `decode.Frame`; None if there are frames at `times` alone
 
 
 def video_features(
@@ -55,6 +56,7 @@ def video_features(
     rows = bytearray()  # grows in place; concatenating a list of arrays would need twice the memory
     pending: list[torch.Tensor] = []
     starts: list[float] = []
+    waits: list[float] = []
 
     def encode() -> None:
         if pending:
@@ -64,6 +66,7 @@ def video_features(
 
     for frame in snippet_frames(source, sampling.every, sampling.fps, progress, clock):
         starts.append(frame.time)
+        waits.append(frame.wait)
         pending.append(cut(frame.image, sampling.crops, sampling.geometry, visual.size))
         if len(pending) * sampling.crops >= BATCH:
             encode()
@@ -73,10 +76,10 @@ def video_features(
     seen = np.frombuffer(rows, dtype).reshape(len(times), sampling.crops, -1).transpose(1, 0, 2)  # [crops, n, D]
     sound = None if audio is None else read_sound(source, clock, progress)
     if audio is None or sound is None:
-        return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool))
+        return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool), np.array(waits))
     windows = sound.windows(times, seconds, progress)
     embedded = encoded("audio", audio, windows, len(times)).astype(dtype, copy=False)
-    return VideoFeatures(seen, embedded, times, seconds, windows.heard())
+    return VideoFeatures(seen, embedded, times, seconds, windows.heard(), np.array(waits))
 
 
 def key_frames(source: str | Path, sampling: Sampling, snippets: Collection[int]) -> dict[int, np.ndarray]:

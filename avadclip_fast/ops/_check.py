@@ -1,10 +1,13 @@
 """Argument checks shared by all ops. Every message states the expected and the actual value."""
 
-from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_WHOLE = int | np.integer | torch.SymInt
+_REAL = _WHOLE | float | np.floating | torch.SymFloat
 
 
 def check_are_tensors(op: str, **values: object) -> None:
@@ -105,15 +108,15 @@ def _values(x: Tensor) -> np.ndarray | None:
     return None if torch._C._are_functorch_transforms_active() else x.numpy()  # adds no operators to a trace
 
 
-def check_positive(op: str, **values: float) -> None:
+def check_positive(op: str, **values: Any) -> None:
     """Raises ValueError if a number is not positive."""
     for name, value in values.items():
-        if not isinstance(value, Real | torch.SymFloat | torch.SymInt) or not value > 0:
+        if not isinstance(value, _REAL) or not value > 0:
             raise ValueError(f"{op}: {name} must be a number above zero, got {value!r}")
 
 
-def check_counts(op: str, **values: int) -> None:
+def check_counts(op: str, **values: Any) -> None:
     """Raises ValueError if a number is not a positive integer."""
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, _WHOLE) or value < 1:
             raise ValueError(f"{op}: {name} must be a whole number above zero, got {value!r}")

@@ -34,8 +34,8 @@ def _too_old(device: torch.device) -> str | None:
     found = torch.cuda.get_device_capability(device)
     if found >= _OLDEST:
         return None
-    found, oldest = (".".join(map(str, capability)) for capability in (found, _OLDEST))
-    return f"it needs compute capability {oldest}, and {device} has {found}"
+    oldest, own = (".".join(map(str, capability)) for capability in (_OLDEST, found))
+    return f"it needs compute capability {oldest}, and {device} has {own}"
 
 
 def implement(operator: str, kernel: str, function: str) -> None:
