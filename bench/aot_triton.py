@@ -50,13 +50,13 @@ MODULES = (
 )
 CALLS = (ROOT / "bench/triton_calls.py", ROOT / "avadclip_fast/engine/tune.py")
 SOURCES = (*sorted(path for path in (ROOT / "kernels").rglob("*.*") if path.suffix != ".pyc"), *CALLS)
-CHIPS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}  # multiprocessors
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block
+CHIPS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148}  # multiprocessors
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes a block
 GEMMS = (  # kernels that multiply matrices as large as a tile of the tensor cores
     "gemm_kernel", "weight_grad_kernel", "gates_kernel", "weights_kernel", "product_kernel", "window_kernel",
     "window_grad_kernel",
 )  # fmt: skip
-TENSOR_CORE = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+TENSOR_CORE = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 SAMPLE = (
     "mlp",
     "uncertainty, lengths",
@@ -66,7 +66,7 @@ SAMPLE = (
     "prompts, lengths",
     "distillation",
 )  # the calls that are compiled in every dtype, not in bfloat16 alone
-INSTRUCTIONS = (*TENSOR_CORE.values(), "UTMALDG", "LDGSTS")
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS")
 POINTERS = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
     torch.uint8: "u8",
@@ -106,7 +106,7 @@ def recorded(chip: str) -> Iterator[list]:
 
 
 def source(kernel: JITFunction, arguments: dict) -> ASTSource:
-    """What Triton compiles for such arguments: it specialises on None, on 1, and on multiples of 16."""
+    """What Triton compiles for such arguments: it specialises on None, on the integer 1, and on multiples of 16."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -116,10 +116,10 @@ def source(kernel: JITFunction, arguments: dict) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + POINTERS[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float) and not parameter.is_constexpr:
+            signature[parameter.name] = "fp32"
         elif parameter.is_constexpr or value is None or value == 1:
             signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
             if value % 16 == 0:

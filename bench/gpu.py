@@ -68,10 +68,14 @@ def stages(work: Path, tune: bool) -> list[Stage]:
         Stage("kernels", [*THREADS, python, "-m", "bench.compile_kernels"], 120, group=UNTIMED),
     ]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    for tool, how in (("memcheck", UNCACHED), ("racecheck", [])):
-        command = [*how, sanitizer, "--tool", tool, "--error-exitcode", "9", python, "tests/touch_kernels.py"]
+
+    def sanitized(name: str, tool: str, how: list[str], backend: str, **settings: str) -> Stage:
+        command = [*how, sanitizer, "--tool", tool, "--error-exitcode", "9", python, "tests/touch_kernels.py", backend]
         why = "" if sanitizer else "no compute-sanitizer here"
-        found.append(Stage(tool, command if sanitizer else None, 150, why, UNTIMED))
+        return Stage(name, command if sanitizer else None, 150, why, **settings)
+
+    found.append(sanitized("memcheck", "memcheck", UNCACHED, "cuda", group=UNTIMED))
+    found.append(sanitized("racecheck", "racecheck", [], "cuda", group=UNTIMED))
     found.append(Stage("tests", tests, 190, group=UNTIMED))  # the longest of the four, and so the last
     if tune:
         found.append(Stage("tune", [python, "-m", "avadclip_fast.cli", "tune"], 300))
@@ -88,7 +92,8 @@ def stages(work: Path, tune: bool) -> list[Stage]:
         limit = 200 if name == "step" else 120
         command += ["--json", str(work / "compiled"), "--compile", "only"]
         with_compile.append(Stage(f"bench_{name}{COMPILED}", command, limit))
-    return found + with_compile
+    # After the tests, which have compiled these kernels: here it would take minutes.
+    return [*found, sanitized("memcheck_triton", "memcheck", UNCACHED, "triton"), *with_compile]
 
 
 def together(stages: Iterable[Stage]) -> list[list[Stage]]:

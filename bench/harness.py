@@ -34,6 +34,7 @@ ROUNDS = 15
 SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
 # Alternatives by torch.compile and their modes, without its own CUDA graphs since the harness captures all calls.
 MODES = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotune-no-cudagraphs"}
+COMPILED = (*MODES, "FlexAttention")  # alternatives that are compiled first
 COMPILING = 50  # seconds after which a bench compiles nothing more; bench.gpu stops it after 120
 COMPILE = ("with", "without", "only")  # torch.compile; only: with it, as long as there is time for that
 AUTHORS = ("official", "loops")  # alternatives that follow the official code
@@ -61,7 +62,7 @@ class Bench:
     forward: Work
     both: Work | None = None  # forward and backward; None without a backward pass
     parts: dict[str, Callable[..., object]] = field(default_factory=dict)  # parts of the op, for comparison
-    waits: tuple[str, ...] = ("official", "loops")  # alternatives that synchronize, so no graph
+    waits: tuple[str, ...] = AUTHORS  # alternatives that synchronize, so no graph
 
     @property
     def ours(self) -> str:
@@ -272,7 +273,7 @@ def drawn(
     with torch.device(device):  # only to create inputs, since it slows down every call
         benches = list(cases(dtype))
     for bench in benches:
-        if MODES.keys() & bench.alternatives.keys():
+        if bench.alternatives.keys() & {*COMPILED}:
             torch.compiler.reset()  # a function is recompiled at most eight times
             late = time.monotonic() - began > COMPILING and compile != "without"
             if late:
@@ -280,7 +281,7 @@ def drawn(
             if late and compile == "only":
                 return
             if late or compile == "without":
-                bench = bench.only(name for name in bench.alternatives if name not in MODES)
+                bench = bench.only(name for name in bench.alternatives if name not in COMPILED)
         with torch.device(device):
             sets = input_sets(bench) if device == "cuda" else [bench.make()]
         yield bench, sets

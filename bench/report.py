@@ -86,7 +86,8 @@ def gpu() -> str:
         alone, beside = (found.get(bench, {"rows": []})["rows"] for found in (records, compiled))
         for case in dict.fromkeys(row["case"] for row in (*alone, *beside)):
             rows = [row for row in alone if row["case"] == case]
-            rows += [row for row in beside if row["case"] == case and (not rows or row["alternative"] in harness.MODES)]
+            same = [row for row in beside if row["case"] == case]
+            rows += [row for row in same if row["alternative"] in harness.COMPILED] if rows else same
             ours = next(row for row in rows if row["over_ours"] == 1)
             ratios = ", ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in rows if row is not ours)
             floor = "in cache" if ours.get("in_cache") else f"{ours['of_floor']:.0%}" if "of_floor" in ours else ""

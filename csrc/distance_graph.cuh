@@ -21,7 +21,7 @@ struct Decay {
   float step, segment, tile;
 };
 
-// What a thread holds: its rows, and the sums that leave its segment forwards and backwards.
+// What a thread holds: its rows.
 template <class T, int WIDTH>
 struct Segment {
   Vector<T, WIDTH> rows[SEGMENT];

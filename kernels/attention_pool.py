@@ -39,15 +39,20 @@ def pool_kernel(
 
 
 @triton.jit
-def direction_kernel(pooled, out, width, COLS: tl.constexpr):
-    """pooled [B, D] float32 -> out [B, D], one program per video."""
-    video = tl.program_id(0).to(tl.int64)
+def squared_norm(pooled, video, width, COLS: tl.constexpr):
     squares = tl.zeros((COLS,), tl.float32)
     for first in range(0, width, COLS):
         d = first + tl.arange(0, COLS)
         part = tl.load(pooled + video * width + d, mask=d < width, other=0.0)
         squares += part * part
-    size = tl.sqrt(tl.sum(squares, 0))
+    return tl.sum(squares, 0)
+
+
+@triton.jit
+def direction_kernel(pooled, out, width, COLS: tl.constexpr):
+    """pooled [B, D] float32 -> out [B, D], one program per video."""
+    video = tl.program_id(0).to(tl.int64)
+    size = tl.sqrt(squared_norm(pooled, video, width, COLS))
     size = tl.where(size < TINY, TINY, size)  # unlike tl.maximum, propagates NaN
     for first in range(0, width, COLS):
         d = first + tl.arange(0, COLS)
@@ -71,13 +76,8 @@ def pool_grad_kernel(
     valid = rows
     if lengths is not None:
         valid = tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
-    squares = tl.zeros((COLS,), tl.float32)
-    for first in range(0, width, COLS):
-        d = first + tl.arange(0, COLS)
-        part = tl.load(pooled + video * width + d, mask=d < width, other=0.0)
-        squares += part * part
     # Rounded exactly: g - u <u, g> may cancel, and is then as wrong as u's length.
-    size = tl.sqrt_rn(tl.sum(squares, 0))
+    size = tl.sqrt_rn(squared_norm(pooled, video, width, COLS))
     # A clamped norm has no radial term to remove.
     inverse = tl.where(size > TINY, tl.div_rn(1.0, tl.maximum(size, TINY)), 0.0)
     along = tl.zeros((COLS,), tl.float32)

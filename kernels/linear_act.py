@@ -20,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 EPS = tl.constexpr(1e-5)  # of LayerNorm
 CONFIGS = Path(__file__).parent / "configs" / "linear_act.json"
+SMALL = ("sm_86", "sm_89", "sm_12")  # RTX 30, 40, 50 and such: 99 KB of shared memory a block, others have 163 or 227
 
 
 @triton.jit
@@ -348,7 +349,7 @@ def precision(dtype: torch.dtype) -> str:
 def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs: int) -> dict:
     """The fallback for untuned shapes: fits every supported chip without register spills (bench/aot_report.json)."""
     tma = chip.startswith("sm_") and int(chip.removeprefix("sm_")) >= 90
-    common = {"stages": 3, "tma": tma, "persistent": False}
+    common = {"stages": 2 if chip.startswith(SMALL) else 3, "tma": tma, "persistent": False}
     wide = 1 if kind == "gates" else 2  # gates keeps two accumulators
     if dtype == torch.float32:  # also fits "ieee", where every product is a separate FMA instruction
         return {"rows": 64, "cols": 32 * wide, "depth": 32, "warps": 8} | common
@@ -583,7 +584,7 @@ def forward(
     masked = weight.ndim == 3 and lengths is not None
     out = gemm(
         h, w, bias, activation,
-        y=y if y.numel() else None, y_use="write" if y.numel() else "none",
+        y=y if save_y else None, y_use="write" if save_y else "none",
         gate=_bytes(mask), gain=gain,
         residual=None if residual is None else _videos(residual, weight), dot=dot, norm=norm,
         lengths=lengths if masked else None, mask="input" if masked else "none", first=first, step=step,

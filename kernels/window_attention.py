@@ -18,8 +18,6 @@ from torch import Tensor
 
 from .linear_act import precision
 
-LONGEST = 128  # rows of the largest tile, hence of the longest window
-
 
 @triton.jit
 def load_slice(x, video, t, valid, channel, d, head_width, stride_b, stride_t, stride_d):
