@@ -122,6 +122,26 @@ def test_what_is_asked_for_and_cannot_be_is_told(tmp_path):
 
 @ON_GPU[0]
 @ON_GPU[1]
+@pytest.mark.parametrize("kind", ["teacher", "distilled"])
+def test_a_step_makes_the_host_wait_for_nothing(kind):
+    device, model = torch.device("cuda"), teacher().cuda()
+    data = features(6)
+    batch = data.batch(torch.arange(6)).to(device)
+    known = None
+    if kind == "distilled":
+        known = train.teacher_features(model, batch)
+        model = AVadCLIPStudent.beside(model).cuda()
+    optimizer = train.adamw(model, RECIPE, device)
+    train.train_step(model, optimizer, batch, known, RECIPE)  # allocates, compiles, makes the moments
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train.train_step(model, optimizer, batch, known, RECIPE)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@ON_GPU[0]
+@ON_GPU[1]
 def test_the_text_side_is_a_branch_of_the_graph():
     """A side stream's work joins: the class features are right in every replay, and so are their gradients."""
     from avadclip_fast.models.streams import aside
