@@ -21,7 +21,7 @@ import torch
 from ..data import DataError
 from ..data.atomic import atomic_write
 from ..data.features import write_features
-from ..data.lists import Row, is_inside, write_list
+from ..data.lists import Row, is_inside, other_separator, write_list
 from .decode import FILES_ONLY
 from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
@@ -135,8 +135,10 @@ def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".csv":
             reader = csv.DictReader(text.splitlines())
-            if "path" not in (reader.fieldnames or []):
-                raise DataError(f"{path}: no column path: the header must be path or path,label")
+            header = reader.fieldnames or []
+            if "path" not in header:
+                hint = other_separator(header)
+                raise DataError(f"{path}: no column path: the header must be path or path,label{hint}")
             rows = [(row["path"] or "", row.get("label") or "") for row in reader]
         else:
             rows = [(line, "") for line in text.splitlines()]
