@@ -66,7 +66,7 @@ SAMPLE = (
     "prompts, lengths",
     "distillation",
 )  # the calls that are compiled in every dtype, not in bfloat16 alone
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS")
+INSTRUCTIONS = (*dict.fromkeys(TENSOR_CORE.values()), "UTMALDG", "LDGSTS")
 POINTERS = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
     torch.uint8: "u8",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from op_tests import ON_GPU
-from test_train import CLASSES, SMALL, features, same, teacher, weights
+from test_train import CLASSES, SMALL, features, killed, same, teacher, weights
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
 from avadclip_fast.engine import graph, train
@@ -47,10 +47,6 @@ def recordings(request, monkeypatch):
     return [] if "cuda" in request.node.name else let_a_processor_record(monkeypatch)
 
 
-class Cut(Exception):
-    pass
-
-
 def run(kind, folder, data, recipe, device, **how):
     torch.manual_seed(0)
     guide = teacher()
@@ -82,16 +78,7 @@ def test_a_recorded_run_goes_on_as_one_that_was_never_cut(recordings, monkeypatc
     monkeypatch.setattr(train._Loop, "__post_init__", lambda loop: vars(loop).update(resident=True, longest=16))
     data, recipe = features(17), replace(RECIPE, checkpoint_every=1)
     run("distilled", tmp_path / "whole", data, recipe, "cpu", graph=True)
-    saved, save_state = [], train.save_state
-
-    def cutting(*args):
-        save_state(*args)
-        saved.append(args)
-        if len(saved) == 6:  # in the second epoch
-            raise Cut
-
-    with monkeypatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(train, "save_state", cutting)
+    with killed(lambda number, *_: number == 6):  # in the second epoch
         run("distilled", tmp_path / "cut", data, recipe, "cpu", graph=True)
     run("distilled", tmp_path / "cut", data, recipe, "cpu", graph=True, resume=True)
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))

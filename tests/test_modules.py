@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import pickle
 import subprocess
 import sys
 
@@ -328,6 +329,18 @@ def test_a_model_made_on_meta_gets_all_with_its_weights(assign):
     visual, audio, _, lengths = batch([24, 7], 24)
     for ours, expected in zip(empty(visual, audio, lengths), model(visual, audio, lengths), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_a_model_is_pickled_and_loads_in_place():
+    """A CUDA graph reads the same memory after weights were loaded."""
+    model = teacher().eval()
+    copy = pickle.loads(pickle.dumps(model))  # noqa: S301  our own
+    tensors = [x.data_ptr() for x in (*copy.parameters(), *copy.buffers())]
+    copy.load_state_dict(teacher(seed=1).state_dict())
+    copy.load_state_dict(model.state_dict())
+    assert tensors == [x.data_ptr() for x in (*copy.parameters(), *copy.buffers())]
+    visual, audio, _, lengths = batch([24, 7], 24)
+    assert torch.equal(copy(visual, audio, lengths).class_logits, model(visual, audio, lengths).class_logits)
 
 
 # Formulas

@@ -1,7 +1,9 @@
 """Training: exact resume after SIGKILL, selection, distillation, and what is left on disk."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -101,28 +103,30 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 3, 4, 7, 11])  # four an epoch: two of its steps, the best, the state
-@pytest.mark.parametrize("settings", [{}, {"noise": 0.5, "temporal_lr": 0.1}], ids=["official", "robust"])
-def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path, monkeypatch, after, settings):
-    recipe = dataclasses.replace(RECIPE, **settings)
-    fit(teacher(), features(), recipe, tmp_path / "whole", progress=False)
-
+@contextlib.contextmanager
+def killed(after):
+    """A run inside the block is killed after the save for which after(number, *arguments) holds."""
     from avadclip_fast.engine import train
 
-    calls = 0
-    plain = train.save_state
+    plain, numbers = train.save_state, itertools.count(1)
 
-    def interrupted(*args):
-        nonlocal calls
+    def save_state(*args):
         plain(*args)
-        calls += 1
-        if calls == after:
+        if after(next(numbers), *args):
             raise Killed
 
-    monkeypatch.setattr(train, "save_state", interrupted)
-    with pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "save_state", save_state)
+        yield
+
+
+@pytest.mark.parametrize("after", [1, 3, 4, 7, 11])  # four an epoch: two of its steps, the best, the state
+@pytest.mark.parametrize("settings", [{}, {"noise": 0.5, "temporal_lr": 0.1}], ids=["official", "robust"])
+def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path, after, settings):
+    recipe = dataclasses.replace(RECIPE, **settings)
+    fit(teacher(), features(), recipe, tmp_path / "whole", progress=False)
+    with killed(lambda number, *_: number == after):
         fit(teacher(), features(), recipe, tmp_path / "cut", progress=False)
-    monkeypatch.setattr(train, "save_state", plain)
     fit(teacher(seed=9), features(), recipe, tmp_path / "cut", resume=True, progress=False)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     histories = [json.loads((tmp_path / run / HISTORY).read_text()) for run in ("whole", "cut")]
@@ -143,10 +147,8 @@ def curve(folder) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("select", ["last", "val", "test"])
 @pytest.mark.parametrize("after", [None, 5])  # a finished run, and one killed in the middle of its second epoch
-def test_more_epochs_are_those_of_the_longer_run(tmp_path, monkeypatch, select, after):
+def test_more_epochs_are_those_of_the_longer_run(tmp_path, select, after):
     """To the bit, past a milestone, whatever epoch was the best so far: model, history, state and TensorBoard."""
-    from avadclip_fast.engine import train
-
     recipe = dataclasses.replace(RECIPE, epochs=5, milestones=(2, 4), select=select, noise=0.5, checkpoint_every=2)
     held_out = features(6, seed=1)
 
@@ -164,17 +166,7 @@ def test_more_epochs_are_those_of_the_longer_run(tmp_path, monkeypatch, select, 
     if after is None:
         run("short", epochs=3)
     else:
-        calls, plain = 0, train.save_state
-
-        def interrupted(*args):
-            nonlocal calls
-            plain(*args)
-            calls += 1
-            if calls == after:
-                raise Killed
-
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train, "save_state", interrupted)
+        with killed(lambda number, *_: number == after):
             run("short", epochs=3)
     assert len(run("short", seed=9, resume=True)) == 5
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "short"))
@@ -185,24 +177,14 @@ def test_more_epochs_are_those_of_the_longer_run(tmp_path, monkeypatch, select, 
     assert curve(tmp_path / "whole") == curve(tmp_path / "short") and len(curve(tmp_path / "whole")) == 5
 
 
-def test_fewer_epochs_than_a_run_has(tmp_path, monkeypatch):
+def test_fewer_epochs_than_a_run_has(tmp_path):
     """Refused, also where a kill has left the best weights of an epoch that the state does not know of."""
-    from avadclip_fast.engine import train
-
     fit(teacher(), features(), RECIPE, tmp_path, progress=False)
     fewer, more = (dataclasses.replace(RECIPE, epochs=epochs) for epochs in (2, 4))
     with pytest.raises(StateError, match=r"run of 3 epochs, 3 of them done, and cannot end after 2; .* --epochs 3 or"):
         fit(teacher(), features(), fewer, tmp_path, resume=True, progress=False)
-    plain = train.save_state
-
-    def interrupted(path, *args):
-        plain(path, *args)
-        if path.name == BEST:
-            raise Killed
-
     before = (tmp_path / STATE).read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "save_state", interrupted)
+    with killed(lambda number, path, *_: path.name == BEST):
         fit(teacher(), features(), dataclasses.replace(more, checkpoint_every=9), tmp_path, resume=True, progress=False)
     assert (tmp_path / STATE).read_bytes() == before
     with pytest.raises(StateError, match=r"beyond 3 epochs: best\.safetensors is of a later one; resume it with more"):
@@ -444,19 +426,10 @@ def test_selection(tmp_path):
         fit(teacher(), features(), recipe, tmp_path / "none", progress=False)
 
 
-def test_the_best_epoch_so_far_is_known_after_a_resume(tmp_path, monkeypatch):
-    from avadclip_fast.engine import train
-
-    plain = train.save_state
-
-    def interrupted(*args):
-        plain(*args)
-        if args[3].get("epoch") == 1 and args[2] is not None:  # the state after the first epoch
-            raise Killed
-
+def test_the_best_epoch_so_far_is_known_after_a_resume(tmp_path):
     recipe = Recipe(**{**vars(RECIPE), "select": "test", "checkpoint_every": 100})
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "save_state", interrupted)
+    # by the state after the first epoch, which has an optimizer
+    with killed(lambda _, path, model, optimizer, info: optimizer is not None and info.get("epoch") == 1):
         fit(teacher(), features(), recipe, tmp_path, test_ap=lambda model: 0.9, progress=False)
     first = {k.removeprefix("model."): v for k, v in load_file(tmp_path / STATE).items() if k.startswith("model.")}
     fit(teacher(9), features(), recipe, tmp_path, test_ap=lambda model: 0.5, resume=True, progress=False)

@@ -123,8 +123,11 @@ class TextEncoder(nn.Module):
         self.prompt = nn.Embedding(CONTEXT, width)
         nn.init.normal_(self.prompt.weight, std=0.01)
         self.set_tokens(tokens)
-        # What follows from the tokens is not saved; a model that was made on "meta" gets it with its weights.
-        self.register_load_state_dict_post_hook(lambda module, _: module.set_tokens(module.tokens))
+
+    def _load_from_state_dict(self, *args, **named) -> None:
+        """Also lays out the rows, which are not saved: a model that was made on "meta" has not got them."""
+        super()._load_from_state_dict(*args, **named)
+        self.set_tokens(self.tokens)
 
     def set_tokens(self, tokens: list[list[int]]) -> None:
         """Sets the classes and lays out their rows after the shared prefix. Raises ValueError as the class."""
@@ -148,10 +151,13 @@ class TextEncoder(nn.Module):
         device = self.positional_embedding.device
         self.tokens = tokens
         self.sos = tokens[0][0]
-        self.register_buffer("codes", codes.to(device), persistent=False)
-        self.register_buffer("fixed", fixed[..., None].to(device), persistent=False)
-        self.register_buffer("mask", mask.to(device), persistent=False)
-        self.register_buffer("eos", torch.tensor(eos, device=device) + LEARNABLE - 1, persistent=False)
+        rows_of = {"codes": codes, "fixed": fixed[..., None], "mask": mask, "eos": torch.tensor(eos) + LEARNABLE - 1}
+        for buffer, value in rows_of.items():
+            there = getattr(self, buffer, None)
+            if there is not None and there.shape == value.shape and there.device == device:
+                there.copy_(value)  # in place: a CUDA graph may read it
+            else:
+                self.register_buffer(buffer, value.to(device), persistent=False)
 
     def forward(self) -> Tensor:
         """Class features, (C, D)."""
