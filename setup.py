@@ -20,9 +20,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 PACKAGES = ["reference", "ops", "modules", "models", "data", "media", "engine", "cli", "kernels"]
-OPS = ["topk_mean", "mil_loss", "distance_graph", "uniform_pool"]
+OPS = ["topk_mean", "mil_loss", "distance_graph", "uniform_pool", "pack_rows"]
 CPU_SOURCES = [f"csrc/{op}_cpu.cpp" for op in [*OPS, "similarity_graph", "linear_act"]]
-CUDA_SOURCES = [source for op in OPS if Path(source := f"csrc/{op}.cu").exists()]
+CUDA_SOURCES = [f"csrc/{op}.cu" for op in OPS]
 
 # The oldest torch the shared objects run with; newer ones keep this ABI.
 TORCH_TARGET = "0x020b000000000000"
@@ -167,7 +167,7 @@ def extensions() -> list[Extension]:
     runtime = next(iter(runtimes), None)
     if why := no_cuda_because(torch, nvcc, runtime):
         missing("CUDA operators", why)
-    elif CUDA_SOURCES:
+    else:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or default_archs(release(nvcc))
         compile = [f"{nvcc}/bin/nvcc", *COMMON_FLAGS, *CUDA_FLAGS, *gencode(archs), *includes]
         built.append(extension("_C_cuda", CUDA_SOURCES, compile, link, [*libraries, "-ltorch_cuda", str(runtime)]))

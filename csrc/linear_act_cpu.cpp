@@ -332,7 +332,7 @@ CLONES void row_slopes(const float* grad, const float* kept, const float* dot, D
     else if (activation == Activation::QUICK_GELU)
       for (int64_t i = 0; i < count; ++i) {
         const float s = sigmoid(1.702f * kept[at + i]);
-        slope[i] *= s * (1 + 1.702f * kept[at + i] * (1 - s));
+        slope[i] *= s + s * (1 - s) * 1.702f * kept[at + i];  // in this order nothing overflows
       }
     if (g) std::copy(slope, slope + count, g + at);
     if (d_bias)

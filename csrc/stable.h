@@ -96,4 +96,11 @@ inline std::vector<int64_t> read_lengths(const Tensor& lengths, int64_t batch, i
   return out;
 }
 
+// The first row of each video in packed rows, and how many there are.
+inline std::vector<int64_t> starts(const std::vector<int64_t>& lengths) {
+  std::vector<int64_t> first(lengths.size() + 1);
+  for (size_t b = 0; b < lengths.size(); ++b) first[b + 1] = first[b] + lengths[b];
+  return first;
+}
+
 }  // namespace avadclip

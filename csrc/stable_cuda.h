@@ -47,6 +47,8 @@ inline Lengths device_lengths(const Tensor& lengths, int64_t batch, int64_t rows
   return {lengths.const_data_ptr(), lengths.scalar_type() == ScalarType::Long, rows};
 }
 
+inline bool aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
+
 inline unsigned blocks(int64_t count) {
   STD_TORCH_CHECK(count <= 0x7fffffff, "too many blocks: ", count);
   return unsigned(count);

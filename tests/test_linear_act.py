@@ -70,6 +70,14 @@ class TestLinearAct(OpTests):
         torch.testing.assert_close(out, shift.expand_as(out))
         assert all(grad.isfinite().all() for grad in grads.values())
 
+    def test_large_numbers_have_slopes(self, case, backend, device):
+        """Of quick_gelu, although 1.702 y is more than float32 holds."""
+        x, weight = torch.tensor([[[-3e38, 3e38]]], device=device), torch.eye(2, device=device)
+        arguments = {"x": x, "weight": weight, "activation": "quick_gelu"}
+        out, grads = self.run(arguments, backend, torch.full_like(x, 0.5))
+        torch.testing.assert_close(out, x.clamp(min=0))
+        torch.testing.assert_close(grads["x"], torch.tensor([[[0, 0.5]]], device=device))
+
     def test_a_causal_convolution_sees_no_future(self, case, backend, device):
         arguments = self.make(case, backend, device=device)
         if arguments["weight"].ndim == 2:
