@@ -7,6 +7,7 @@ Every launch of bench/triton_calls.py is compiled as its launcher makes it, with
 """
 
 import argparse
+import collections
 import contextlib
 import hashlib
 import json
@@ -64,6 +65,7 @@ SAMPLE = (
     "windows of 64",
     "graph",
     "prompts, lengths",
+    "prompts of many classes",
     "distillation",
 )  # the calls that are compiled in every dtype, not in bfloat16 alone
 INSTRUCTIONS = (*dict.fromkeys(TENSOR_CORE.values()), "UTMALDG", "LDGSTS")
@@ -144,7 +146,28 @@ def resources(kernel: JITFunction, arguments: dict, options: dict, chip: str) ->
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
     counts = {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
     memory = {"registers": int(registers), "stack": int(stack), "local": int(local), "shared": compiled.metadata.shared}
+    counts["overwritten"] = overwritten(compiled.asm["ttgir"])
     return memory | {name: count for name, count in counts.items() if count}
+
+
+def overwritten(ttgir: str) -> int:
+    """How many buffers a copy may write while products that were not waited for still read them.
+
+    A loop copies some tiles ahead, the first ones before it starts. Where a product is still under way when the next
+    is copied, its tile needs a slot besides theirs. Triton leaves it out if the tile is also read into registers.
+    """
+    if not re.search(r"warp_group_dot_wait .*pendings = [1-9]", ttgir):
+        return 0
+    slots, ahead, buffer, multiplied = {}, collections.Counter(), {}, set()
+    for line in ttgir.splitlines():
+        if made := re.search(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", line):
+            slots[made[1]] = int(made[2])
+        elif view := re.search(r"(%\w+) = ttg\.memdesc_\w+ (%\w+)(\[%c\d)?", line):
+            buffer[view[1]] = buffer.get(view[2], view[2])
+            ahead[view[2]] += bool(view[3])
+        elif product := re.search(r"warp_group_dot (%\w+), (%\w+)", line):
+            multiplied |= {buffer.get(operand) for operand in product.groups()}
+    return sum(slots[name] <= ahead[name] for name in multiplied & slots.keys())
 
 
 @contextlib.contextmanager
@@ -177,8 +200,10 @@ def variants(chip: str) -> dict[str, tuple[JITFunction, dict, dict]]:
 
 
 def faults(chip: str, name: str, found: dict[str, int]) -> list[str]:
-    """The rules: nothing in local memory, shared memory that fits, tensor cores where something is multiplied."""
+    """The rules: nothing in local memory, shared memory that fits and is not overwritten, tensor cores in products."""
     wrong = [f"{found[what]} bytes of {what}" for what in ("stack", "local") if found[what]]
+    if "overwritten" in found:
+        wrong.append(f"{found['overwritten']} buffers are overwritten while products read them")
     if found["shared"] > SHARED_LIMIT[chip]:
         wrong.append(f"{found['shared']} bytes of shared memory, the chip has {SHARED_LIMIT[chip]}")
     multiplies = name.endswith(GEMMS) and not name.startswith("float32")

@@ -11,6 +11,8 @@ from avadclip_fast.kernels import attention_pool, distill_loss, prompt_similarit
 from torch import Tensor
 
 from avadclip_fast.engine.tune import B, C, D, T, gemms
+from avadclip_fast.ops.prompt_similarity import MOST_CLASSES
+from avadclip_fast.ops.window_attention import LONGEST, LONGEST_FLOAT32
 
 
 def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -32,8 +34,8 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
         g, _ = similarity_graph.mix_backward(similarity_graph.mix(weights, values, lengths), weights, values, lengths)
         similarity_graph.backward(g, x, lengths, weights, norms, sums, 0.7)
 
-    def prompts(ragged: Tensor | None) -> None:
-        x, p, logits = draw(B, T, D), draw(B, C, D), draw(B, T)
+    def prompts(ragged: Tensor | None, classes: int = C) -> None:
+        x, p, logits = draw(B, T, D), draw(B, classes, D), draw(B, T)
         out, pooled = attention_pool.forward(x, logits, ragged)
         attention_pool.backward(out, pooled, x, logits, ragged)
         out, *norms = prompt_similarity.forward(x, p, 0.07)
@@ -42,12 +44,14 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
     def distillation(ragged: Tensor | None) -> None:
         distill_loss.forward(draw(B, T, D), draw(B, T, D), draw(B, T, D), ragged)
 
-    for window in (4, 64):
+    longest = LONGEST_FLOAT32 if dtype == torch.float32 else LONGEST
+    for window in dict.fromkeys((4, 64, longest)):
         yield f"windows of {window}", partial(windows, window, None)
         yield f"windows of {window}, lengths", partial(windows, window, lengths)
     yield "graph", graph
     yield "prompts", partial(prompts, None)
     yield "prompts, lengths", partial(prompts, lengths)
+    yield "prompts of many classes", partial(prompts, None, MOST_CLASSES)
     yield "distillation", partial(distillation, None)
     yield "distillation, lengths", partial(distillation, lengths)
 

@@ -45,7 +45,7 @@ def activate_grad(y, ACTIVATION: tl.constexpr):
         return 0.5 * (1 + tl.erf(y * 0.7071067811865476)) + y * 0.3989422804014327 * tl.exp(-0.5 * y * y)
     elif ACTIVATION == "quick_gelu":
         s = tl.sigmoid(1.702 * y)
-        return s * (1 + 1.702 * y * (1 - s))
+        return s + s * (1 - s) * 1.702 * y  # in this order nothing overflows
     else:
         return tl.full(y.shape, 1.0, tl.float32)
 
@@ -351,8 +351,10 @@ def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs:
     tma = chip.startswith("sm_") and int(chip.removeprefix("sm_")) >= 90
     common = {"stages": 2 if chip.startswith(SMALL) else 3, "tma": tma, "persistent": False}
     wide = 1 if kind == "gates" else 2  # gates keeps two accumulators
-    if dtype == torch.float32:  # also fits "ieee", where every product is a separate FMA instruction
+    if dtype == torch.float32 and precision(dtype) == "ieee":  # every product is an FMA instruction of its own
         return {"rows": 64, "cols": 32 * wide, "depth": 32, "warps": 8} | common
+    if dtype == torch.float32:
+        return {"rows": 128, "cols": 64, "depth": 32, "warps": 8} | common
     if rows * outputs < 128 * 128 * 128:  # fewer large tiles than SMs
         return {"rows": 64, "cols": 64, "depth": 64, "warps": 4} | common
     return {"rows": 128, "cols": 64 * wide, "depth": 64, "warps": 8} | common
@@ -362,9 +364,10 @@ def bucket(kind: str, dtype: torch.dtype, x_dtype: torch.dtype, rows: int, outpu
     """The problem's key in the configuration table, with rows rounded up to a power of two.
 
     x's dtype is part of the key: under autocast, the input of a fused LayerNorm is float32 and takes twice the shared
-    memory of the half-precision weight.
+    memory of the half-precision weight. tf32 products take other tiles than exact ones.
     """
     dtypes = "-".join(str(d).removeprefix("torch.") for d in dict.fromkeys((x_dtype, dtype)))
+    dtypes = "tf32" if precision(dtype) == "tf32" else dtypes
     return f"{kind} {dtypes} {triton.next_power_of_2(rows)}x{outputs}x{width}"
 
 

@@ -93,16 +93,22 @@ def cosine_grad_kernel(
     tl.store(dp + at_dp, by_p.to(dp.dtype.element_ty), mask=inside_p)
 
 
+def tile(classes: int) -> dict[str, int]:
+    """Tile sizes of both passes: with more classes, larger ones spill."""
+    rows, depth = (32, 64) if classes <= 32 else (16, 32)
+    return {"ROWS": rows, "DEPTH": depth, "CLASSES": max(16, triton.next_power_of_2(classes))}
+
+
 def forward(x: Tensor, p: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """The op: (out, norms of the features, norms of the prompts)."""
     (batch, rows, width), classes = x.shape, p.shape[1]
     out = x.new_empty(batch, rows, classes)
     x_norm, p_norm = (y.new_empty(y.shape[:2], dtype=torch.float32) for y in (x, p))
     if out.numel():
-        tile = {"ROWS": 32, "DEPTH": 64, "CLASSES": max(16, triton.next_power_of_2(classes))}
-        cosine_kernel[batch * triton.cdiv(rows, tile["ROWS"]),](
+        sizes = tile(classes)
+        cosine_kernel[batch * triton.cdiv(rows, sizes["ROWS"]),](
             x, p, out, x_norm, p_norm, rows, width, classes, temperature, *x.stride(), *p.stride(),
-            PRECISION=precision(x.dtype), **tile, num_warps=4,
+            PRECISION=precision(x.dtype), **sizes, num_warps=4 if classes <= 32 else 8,
         )  # fmt: skip
     return out, x_norm, p_norm
 
@@ -114,11 +120,11 @@ def backward(
     (batch, rows, width), classes = x.shape, p.shape[1]
     dx, dp = x.new_empty(x.shape), p.new_zeros(p.shape)
     if out.numel():
-        tile = {"ROWS": 32, "DEPTH": 64, "CLASSES": max(16, triton.next_power_of_2(classes))}
+        sizes = tile(classes)
         # tf32 loses nothing on a half-precision result: its mantissa is as long as float16's.
         exact = precision(x.dtype) if x.dtype == torch.float32 else "tf32"
-        cosine_grad_kernel[batch, triton.cdiv(width, tile["DEPTH"])](
+        cosine_grad_kernel[batch, triton.cdiv(width, sizes["DEPTH"])](
             g.contiguous(), out, x, p, x_norm, p_norm, dx, dp, rows, width, classes, temperature,
-            *x.stride(), *p.stride(), PRECISION=exact, **tile, num_warps=4,
+            *x.stride(), *p.stride(), PRECISION=exact, **sizes, num_warps=4,
         )  # fmt: skip
     return dx, dp

@@ -130,7 +130,8 @@ def window_grad_kernel(
 def tile(window: int, head_width: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes, and the rows (step) that whole windows fill. With 4 warps or deeper slices, registers spill."""
     rows = max(32 if dtype == torch.float32 else 64, triton.next_power_of_2(window))
-    depth = min(16 if dtype == torch.float32 else 64, max(16, triton.next_power_of_2(head_width)))
+    deepest = 16 if dtype == torch.float32 or rows > 64 else 64
+    depth = min(deepest, max(16, triton.next_power_of_2(head_width)))
     return {"step": rows // window * window, "ROWS": rows, "DEPTH": depth}
 
 

@@ -49,6 +49,23 @@ def test_compiles_no_worse_than_reported(name):
     )
 
 
+@pytest.mark.parametrize(("slots", "pendings", "found"), [(1, 1, 1), (2, 1, 0), (1, 0, 0)])
+def test_a_copy_into_what_is_still_multiplied_is_found(slots, pendings, found):
+    """The right factor is seen through a transposition; the left one has slots enough."""
+    ttgir = f"""
+      %a = ttg.local_alloc : () -> !ttg.memdesc<2x64x64xbf16, #shared, #smem, mutable>
+      %b = ttg.local_alloc : () -> !ttg.memdesc<{slots}x64x64xbf16, #shared, #smem, mutable>
+      %a_0 = ttg.memdesc_index %a[%c0_i32] : !ttg.memdesc<2x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+      %b_0 = ttg.memdesc_index %b[%c0_i32] : !ttg.memdesc<{slots}x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+      %a_1 = ttg.memdesc_index %a[%i] : !ttg.memdesc<2x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+      %b_1 = ttg.memdesc_index %b[%i] : !ttg.memdesc<{slots}x64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+      %b_2 = ttg.memdesc_trans %b_1 {{order = array<i32: 1, 0>}} : !ttg.memdesc<64x64xbf16> -> !ttg.memdesc<64x64xbf16>
+      %acc_1 = ttng.warp_group_dot %a_1, %b_2, %acc {{isAsync = true}} : !ttg.memdesc<64x64xbf16> -> tensor<64x64xf32>
+      %acc_2 = ttng.warp_group_dot_wait %acc_1 {{pendings = {pendings} : i32}} : tensor<64x64xf32>
+    """
+    assert aot_triton.overwritten(ttgir) == found
+
+
 def test_a_call_is_compiled_by_its_name_and_its_error_told(monkeypatch):
     with aot_triton.recorded("sm_90") as seen:
         assert compile_kernels.compile_call(torch.bfloat16, "mlp", "meta") is None

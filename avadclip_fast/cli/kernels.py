@@ -13,7 +13,7 @@ from .commands import app
 
 @app.command()
 def tune(
-    dtype: Annotated[Literal["bfloat16", "float16", "float32"], Option(help="The numbers to tune for.")] = "bfloat16",
+    precision: Annotated[Literal["bf16", "fp16", "tf32", "fp32"], Option(help="What is multiplied.")] = "bf16",
     only: Annotated[str, Option(help="Calls with this in their name alone, such as mlp.")] = "",
 ) -> None:
     """Find the fastest tiles of the matrix kernels on this GPU, and save them in the installed table.
@@ -22,6 +22,9 @@ def tune(
     """
     if not torch.cuda.is_available() or find_spec("triton") is None:
         raise BackendError("tune: needs a GPU and Triton, and one of them is not here")
+    from ..engine.train import float32_products
     from ..engine.tune import tune  # imports Triton
 
-    tune(getattr(torch, dtype), only, typer.echo)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    with float32_products(precision, torch.device("cuda")):
+        tune(dtype, only, typer.echo)

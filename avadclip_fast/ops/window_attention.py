@@ -10,7 +10,8 @@ from ._check import check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable_once
 from ._triton import implement, triton_reason
 
-LONGEST = 128  # a Triton program holds the scores of whole windows
+# A Triton program holds the scores of whole windows: more would spill.
+LONGEST, LONGEST_FLOAT32 = 128, 64
 
 
 def _triton(q, k, v, window: int, heads: int, lengths: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -18,8 +19,9 @@ def _triton(q, k, v, window: int, heads: int, lengths: Tensor | None, residual: 
 
 
 def _triton_supports(q, k, v, window: int, heads: int, lengths: Tensor | None, residual: Tensor | None) -> str | None:
-    if min(window, q.shape[1]) > LONGEST:
-        return f"it takes windows of up to {LONGEST} snippets, not {min(window, q.shape[1])}"
+    longest = LONGEST_FLOAT32 if q.dtype == torch.float32 else LONGEST
+    if min(window, q.shape[1]) > longest:
+        return f"it takes windows of up to {longest} snippets of {q.dtype}, not {min(window, q.shape[1])}"
     if not q.dtype == k.dtype == v.dtype:
         return "q, k and v differ in dtype"
     return triton_reason(q, *(() if residual is None else (residual,)))
