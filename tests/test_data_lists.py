@@ -84,6 +84,8 @@ def test_sound_is_optional_where_it_is_not_wanted(tmp_path):
         ("path,audio_path,label\na.npy,b.npy,A\n ,b.npy,A\n", ["line 3", "path empty"]),
         ("path,audio_path,label\na.npy,b.npy,A\nc.npy,b.npy,A\na.npy,d.npy,A\n", ["line 4", "line 2", "a.npy"]),
         ('path,audio_path,label\n"a.npy"x,b.npy,A\n', ["not a CSV"]),
+        ("path,audio_path,label\na.npy,b.npy,A\nc\0.npy,d.npy,A\n", ["line 3", "NUL"]),
+        ("path,audio_path,label\na.npy,b\0.npy,A\n", ["line 2", "NUL"]),
     ],
 )
 def test_read_refuses(tmp_path, text, words):
@@ -180,31 +182,33 @@ def listed(tmp_path):
     return read_list(write(tmp_path, "\n".join(lines)))
 
 
-@pytest.mark.parametrize("workers", [1, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_feature_set(listed, workers, dtype):
+def test_feature_set(listed):
     shown = []
-    features = FeatureSet.load(
-        listed,
-        CODES,
-        8,
-        width=6,
-        dtype=dtype,
-        workers=workers,
-        progress=lambda items: (shown.append(i) or i for i in items),
-    )
-    assert len(features) == 4 and features.visual.dtype == dtype and len(shown) == 4
+    features = FeatureSet.load(listed, CODES, 8, width=6, progress=lambda items: (shown.append(i) or i for i in items))
+    assert len(features) == features.videos() == len(shown) == 4 and features.visual.dtype == torch.float32
     assert features.lengths.tolist() == [3, 8, 8, 8]
     batch = features.batch(torch.tensor([3, 0]))
     assert batch.visual.dtype == batch.audio.dtype == batch.labels.dtype == torch.float32
     for b, row in enumerate((listed[3], listed[0])):
         for got, path in ((batch.visual[b], row.visual), (batch.audio[b], row.audio)):
-            expected = torch.from_numpy(data.pool(data.load_features(path), 8)[0]).to(dtype).float()
+            expected = torch.from_numpy(data.pool(data.load_features(path), 8)[0])
             assert torch.equal(got, expected)
         assert torch.equal(batch.labels[b], torch.from_numpy(data.encode(row.label, CODES)))
     assert batch.lengths.tolist() == [8, 3]
     again = features.to("cpu").batch(torch.tensor([1])).to("cpu")
-    assert torch.equal(again.visual[0], features.visual[1].float())
+    assert torch.equal(again.visual[0], features.visual[1])
+
+
+def test_crops_in_a_feature_set_are_one_video(tmp_path):
+    for name in ("a__0", "a__1", "b__0", "b__1", "c"):
+        np.save(tmp_path / f"{name}.npy", np.ones((3, 6), np.float32))
+    rows = [Row(tmp_path / f"{name}.npy", None, "A", 2) for name in ("a__0", "a__1", "c", "b__0", "b__1")]
+    features = FeatureSet.load(rows, CODES, 8, width=6, audio=False)
+    data.pack(tmp_path / "p.safetensors", rows, 8, width=6, audio=False)
+    packed, _ = FeatureSet.open(tmp_path / "p.safetensors", CODES, 8, width=6, audio=False)
+    for found in (features, packed, features.to("cpu")):
+        assert len(found) == 5 and found.videos() == 3
+        assert found.subset(torch.tensor([0, 1, 3])).videos() == 2
 
 
 def test_feature_set_without_sound(listed):

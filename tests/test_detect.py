@@ -5,14 +5,18 @@ import json
 import os
 import re
 import shutil
+import signal
+import time
 import tracemalloc
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from small_models import CLASSES, teacher
 from standins import AXES, NAMED, Sight, overlap, seen
 from test_cli import call, mistake
-from videos import BAD, bad_videos, forbid, joined, make_video
+from videos import BAD, bad_videos, damage, forbid, joined, make_video
 
 from avadclip_fast import data
 from avadclip_fast.engine import detect, timeline
@@ -22,7 +26,7 @@ from avadclip_fast.engine.timeline import _apart
 from avadclip_fast.media import decode
 from avadclip_fast.media.annotate import _strip
 from avadclip_fast.media.features import VideoFeatures
-from avadclip_fast.models import AVadCLIPStudent
+from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 
 av = pytest.importorskip("av")
 
@@ -76,10 +80,10 @@ def test_annotated_copy(pair, tmp_path):
             stream = decode.video_stream(container, path)
             pictures[name] = [(t, f.to_ndarray(format="rgb24")) for t, f in decode.frames(path, stream, container)]
     np.testing.assert_allclose([t for t, _ in pictures["made"]], [t for t, _ in pictures["given"]], atol=2e-3)
-    for time, image in pictures["made"]:
+    for at, image in pictures["made"]:
         assert image.shape == (120, 160, 3)
         red = image[60, 0].astype(int)
-        assert (red[0] - red[2] > 60) == (event["start"] <= time < event["end"] - 1e-6), time
+        assert (red[0] - red[2] > 60) == (event["start"] <= at < event["end"] - 1e-6), at
     sounds = [decode.read_sound(path).samples for path in (tmp_path / "a.mkv", out / "a.mkv")]
     np.testing.assert_array_equal(*sounds)
 
@@ -268,10 +272,22 @@ def test_threshold_and_classes(pair, tmp_path, capsys):
     assert [(e["start"], e["end"]) for e in events] == [(0, 6)]
     assert call("detect", tmp_path / "a.mkv", *alone, "--classes", "normal, people brawling, fire") == 0
     assert json.loads((out / "a.json").read_text())["classes"] == ["normal", "people brawling", "fire"]
+    assert call("detect", tmp_path / "a.mkv", *alone, "--classes", "A=normal, B1=brawl") == 0  # as train takes them
+    assert json.loads((out / "a.json").read_text())["classes"] == ["normal", "brawl"]
     assert not list(out.glob("*.png"))
     capsys.readouterr()
     for classes, wrong in (("normal", "at least two"), ("a,a", "different"), ("normal," + "very " * 70, "tokens")):
         assert wrong in mistake(capsys, "detect", tmp_path / "a.mkv", *alone, "--classes", classes)
+
+
+@pytest.mark.parametrize("names", [["calm", "people brawling"], ["calm", "riot", "fire"], [*CLASSES, "fire"]])
+def test_other_classes_are_saved(tmp_path, names):
+    model = teacher()
+    detect.set_classes(model, names)
+    model.save_pretrained(tmp_path)
+    loaded = AVadCLIP.from_pretrained(tmp_path)
+    assert loaded.classes == names and torch.equal(loaded.encode_text(), model.encode_text())
+    assert loaded.settings()["classes"] == names and len(loaded.align_loss.alpha) == len(names)
 
 
 def test_a_threshold_that_nothing_calibrated_is_told(pair, tmp_path, capsys):
@@ -296,23 +312,104 @@ def test_a_threshold_that_nothing_calibrated_is_told(pair, tmp_path, capsys):
 class Impatient(Sight):
     """Is interrupted at a bright frame."""
 
+    number = signal.SIGINT
+
     def __call__(self, images):
         if images.float().mean() > 240:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), self.number)
+            time.sleep(0.2)  # until it has arrived
         return super().__call__(images)
 
 
-def test_an_interrupt_leaves_the_events_that_were_found(pair, tmp_path, capsys):
+class Terminated(Impatient):
+    number = signal.SIGTERM
+
+
+@pytest.mark.parametrize("by", [Impatient, Terminated])
+def test_an_interrupt_leaves_the_events_that_were_found(pair, tmp_path, capsys, by):
     film(tmp_path / "a.mkv", [(10, 16, 220)])
-    film(tmp_path / "b.mkv", [(0, 30, 255)])
-    options = [*QUICK, "--visual-encoder", "test_detect:Impatient", "--no-plot"]
-    assert call("detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *options) == 130
+    film(tmp_path / "b.mkv", [(0, 80, 255)], frames=400)
+    options, code = [*QUICK, "--visual-encoder", f"test_detect:{by.__name__}", "--no-plot"], 128 + by.number
+    assert call("detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *options) == code
     lines = (tmp_path / "out" / "events.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].startswith("a,")
-    found = f"stopped by SIGINT; {tmp_path / 'out' / 'events.csv'} holds what was found so far\n"
+    found = f"stopped by {by.number.name}; {tmp_path / 'out' / 'events.csv'} holds what was found so far\n"
     assert capsys.readouterr().err.endswith(f"error: {found}")
-    assert call("detect", tmp_path / "b.mkv", "-m", pair / "student", "-o", tmp_path / "new", *options) == 130
+    assert call("detect", tmp_path / "b.mkv", "-m", pair / "student", "-o", tmp_path / "new", *options) == code
     assert "no video was finished" in capsys.readouterr().err and not list((tmp_path / "new").iterdir())
+
+
+def test_events_of_earlier_calls_stay(pair, tmp_path, capsys):
+    """Those of other videos, as their other results do; a file of someone else's is not replaced."""
+    for name in "abc":
+        film(tmp_path / f"{name}.mkv", [(10, 16, 220)])
+    out, options = tmp_path / "out", ["-m", pair / "student", *QUICK, "--no-plot"]
+
+    def found(*given):
+        code = call("detect", *given, "-o", out, *options)
+        return code, [line.partition(",")[0] for line in (out / "events.csv").read_text().splitlines()[1:]]
+
+    assert found(tmp_path / "c.mkv", tmp_path / "a.mkv") == (0, ["a", "c"])
+    assert found(tmp_path / "b.mkv", tmp_path / "c.mkv") == (0, ["a", "b", "c"])
+    film(tmp_path / "a.mkv", [])
+    assert found(tmp_path / "a.mkv") == (0, ["b", "c"])
+    (tmp_path / "c.mkv").write_text("no video")
+    assert found(tmp_path / "c.mkv") == (1, ["b", "c"])
+    (out / "events.csv").write_text("video,notes\nb,mine\n")
+    capsys.readouterr()
+    told = mistake(capsys, "detect", tmp_path / "b.mkv", "-o", out, *options)
+    assert "events.csv was not written by detect" in told and (out / "events.csv").read_text().endswith("mine\n")
+
+
+def test_paths_of_a_list_have_a_root(pair, tmp_path, capsys):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "films.txt").write_text("../a.mkv\n")
+    given = ["detect", tmp_path / "lists" / "films.txt", "-m", pair / "student", *QUICK, "--no-plot"]
+    assert "name a --root that holds it" in mistake(capsys, *given, "-o", tmp_path / "out")
+    film(tmp_path / "a.mkv", [])
+    (tmp_path / "lists" / "films.txt").write_text("a.mkv\n")
+    assert call(*given, "-o", tmp_path / "out", "--root", tmp_path) == 0
+    assert (tmp_path / "out" / "a.json").is_file()
+
+
+@pytest.mark.parametrize("frames, options", [(100, ["--fps", "0.3"]), (5, ["--every", "16"]), (100, ["--every", "20"])])
+def test_no_event_ends_after_the_video(pair, tmp_path, capsys, frames, options):
+    path = film(tmp_path / "a.mkv", [], frames=frames)
+    given = [path, "-m", pair / "student", *NAMED, "-q", *options, "--threshold", "0"]
+    assert call("detect", *given, "-o", tmp_path / "out") == 0
+    record = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert record["events"][-1]["end"] == record["parts"][-1]["end"] == pytest.approx(frames / 25)
+    capsys.readouterr()
+    assert call("stream", *given) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["end"] == pytest.approx(frames / 25)
+
+
+@pytest.mark.parametrize("turn, shape", [(0, Fraction(24, 11)), (-90, Fraction(11, 24))])
+def test_an_annotated_copy_has_the_shape_of_its_video(pair, tmp_path, turn, shape):
+    """Pixels of PAL are not square; those of a video that is turned are turned too."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(24, 11)
+        if turn:
+            stream.set_display_rotation(turn)
+        for _ in range(10):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        out.mux(stream.encode(None))
+    options = ["-o", tmp_path / "out", *QUICK, "--no-plot", "--annotate"]
+    assert call("detect", path, "-m", pair / "student", *options) == 0
+    with av.open(str(tmp_path / "out" / "a.mkv")) as made:
+        assert made.streams.video[0].sample_aspect_ratio == shape
+
+
+def test_damaged_frames_are_left_out_and_told(pair, tmp_path, capsys):
+    path = damage(make_video(tmp_path / "a.mp4", frames=100, noise=True))
+    options = ["-o", tmp_path / "out", *QUICK, "--annotate", "--per-frame"]
+    assert call("detect", path, "-m", pair / "student", *options) == 0
+    assert f"note: {path}: damaged: 4 frames could not be decoded\n" in capsys.readouterr().err
+    assert len((tmp_path / "out" / "a.frames.csv").read_text().splitlines()) == 97
+    assert json.loads((tmp_path / "out" / "a.json").read_text())["parts"][-1]["end"] == pytest.approx(3.96)
 
 
 def test_where_results_go_is_looked_at_first(pair, tmp_path, capsys):

@@ -16,7 +16,7 @@ from deadly import Grey
 from long_video import make_long_video
 from standins import NAMED
 from test_cli import call, mistake
-from videos import BAD, bad_videos, forbid, make_video
+from videos import BAD, bad_videos, damage, forbid, make_video
 
 from avadclip_fast.data import DataError, load_features, read_list
 from avadclip_fast.data.packed import open_packed
@@ -227,14 +227,74 @@ def test_what_training_would_miss_is_told(folder, tmp_path, capsys):
     some = f"1 of 2 videos has no sound (more/b): {needs}remove these rows, or {alone}"
     assert told(folder) == [some, unlabelled]
     assert told(folder, "--label", "A") == [some]
-    assert told(folder, "--audio-encoder", "none") == [unlabelled]
+    assert told(folder, "--audio-encoder", "none") == []  # the label stays
     (folder / "a_label_B1-0-0.mkv").unlink()
-    make_video(folder / "c.mp4", frames=20)
-    assert told(folder, "--every", 4) == [
-        f"2 of 2 videos have no sound (c, more/b): {needs}{alone}", unlabelled.replace("1 video has", "2 videos have"),
-    ]  # fmt: skip
+    for name in "cd":
+        make_video(folder / f"{name}.mp4", frames=20)
+    assert told(folder, "--every", 4)[1:] == [
+        f"3 of 3 videos have no sound (c, d, more/b): {needs}{alone}",
+        unlabelled.replace("1 video has", "2 videos have"),
+    ]
     make_video(folder / "c.mp4", frames=20, audio=1, tone=(0, 1))
-    assert told(folder / "c.mp4", "--every", 5, "--label", "A") == []
+    assert told(folder / "c.mp4", "--every", 5, "--label", "A")[1:] == []
+
+
+def test_videos_of_other_settings_are_told(folder, tmp_path, capsys, monkeypatch):
+    """How many are left out of the list, and by which options; another spelling of a path is no other setting."""
+    out, weights = tmp_path / "out", tmp_path / "W.pt"
+    weights.touch()
+    monkeypatch.chdir(tmp_path)
+
+    def told(*given):
+        assert call("extract", *given, "-o", out, "--label", "A", *QUICK) == 0
+        return capsys.readouterr().out
+
+    assert told(folder, "--audio-weights", weights).startswith("2 extracted")
+    for same in ("W.pt", "./W.pt", "films/../W.pt"):
+        assert told(folder, "--audio-weights", same).startswith("0 extracted, 2 were there")
+    some = "were extracted with other settings ("
+    assert some not in told(folder, "--every", 4)
+    make_video(folder / "c.mp4", frames=40)
+    assert f"\n2 videos {some}--every) and left out of the list: extract all" in told(folder / "c.mp4")
+    options = "--crops", 5, "--float32", "--audio-weights", "W.pt"
+    said = told(folder / "c.mp4", *options)
+    assert f"\n2 videos {some}--audio-weights, --crops, --every, --float32) and" in said
+
+
+def test_labels_typed_into_the_list_stay(folder, tmp_path, capsys):
+    """Whatever the next calls say; those that nobody typed are replaced as before."""
+    out = tmp_path / "out"
+
+    def listed(*options, given=folder):
+        assert call("extract", given, "-o", out, *options, *QUICK) == 0
+        return [line.rpartition(",")[2] for line in (out / "list.csv").read_text().splitlines()[1:]]
+
+    assert listed() == ["B1-0-0", ""]
+    (out / "list.csv").write_text((out / "list.csv").read_text().replace("b__0.npy,,", "b__0.npy,, B6 "))
+    assert listed() == ["B1-0-0", "B6"] == listed("--label", "A") == listed("--every", 4)
+    (folder / "all.csv").write_text("path,label\na_label_B1-0-0.mkv,G\nmore/b.mp4,B2\n")
+    assert listed(given=folder / "all.csv") == ["G", "B6"] == listed("--crops", 5, given=folder / "all.csv")[::5]
+    text = (out / "list.csv").read_text()
+    (out / "list.csv").write_text(text.replace(",", ";"))
+    told = mistake(capsys, "extract", folder, "-o", out, *QUICK)
+    assert told.startswith(f"error: {out / 'list.csv'}: no column path, label") and "semicolons" in told
+
+
+@pytest.mark.parametrize("header", ["path, label", "\ufeffpath ,label"])
+def test_lists_of_videos_may_have_blanks(folder, header):
+    """As those of features: around columns and cells."""
+    (folder / "films.csv").write_text(f"{header}\n more/b.mp4, B2 \n\na_label_B1-0-0.mkv\t,\n")
+    sources, _ = extract.find_sources([folder / "films.csv"], "A")
+    assert {source.name: source.label for source in sources} == {"more/b": "B2", "a_label_B1-0-0": "B1-0-0"}
+
+
+def test_damaged_frames_are_left_out_and_told(folder, tmp_path, capsys):
+    damage(make_video(folder / "c.mp4", frames=100, noise=True))
+    out = tmp_path / "out"
+    assert call("extract", folder, "-o", out, *QUICK) == 0
+    assert "\nc: damaged: 4 frames could not be decoded\n" in capsys.readouterr().out
+    record = json.loads((out / "done" / "c.json").read_text())
+    assert (record["snippets"], record["damaged"]) == (6, 4)
 
 
 def test_a_broken_record_is_done_again(folder, tmp_path, capsys):
@@ -285,7 +345,7 @@ def test_lists_stay_in_their_folder(folder, tmp_path, capsys):
         listed.write_text(f"path\n{way_out}\n")
         assert "leads out of" in mistake(capsys, "extract", listed, "-o", tmp_path / "out", *QUICK)
     listed.write_text(f"path\n{'x' * 200_000}\n")
-    assert "cannot be read as a list: field larger" in mistake(capsys, "extract", listed, "-o", tmp_path, *QUICK)
+    assert "not a CSV file in UTF-8: field larger" in mistake(capsys, "extract", listed, "-o", tmp_path, *QUICK)
     listed.write_text("path,audio_path,label\na.npy,b.npy,A\nc.npy,d.npy,A\n")
     assert f"error: {listed} lists feature files (.npy), not videos\n" == mistake(
         capsys, "extract", listed, "-o", tmp_path, *QUICK

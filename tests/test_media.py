@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from standins import Hearing
-from videos import joined, make_video
+from videos import damage, joined, make_video
 
 from avadclip_fast.media import MediaError, crops, decode, encoders, fetch
 from avadclip_fast.media.features import Sampling, snippet_seconds, video_features
@@ -128,6 +128,54 @@ def test_cut_short_in_the_middle_of_the_frames(tmp_path):
     with pytest.raises(MediaError, match="cut short|damaged"):
         list(decode.snippet_frames(short))
     assert len(times_of(path)) == 12
+
+
+@pytest.mark.parametrize("sound", [{}, {"audio": 1, "tone": (0, 4)}], ids=["mute", "sound"])
+@pytest.mark.parametrize(
+    "form, codec", [("mkv", "mpeg4"), ("webm", "libvpx"), ("flv", "flv"), ("avi", "mpeg4"), ("mov", "mpeg4")]
+)
+def test_half_a_file_is_told_whatever_it_is(tmp_path, form, codec, sound):
+    sound = sound and {**sound, "sample_rate": 48_000 if form == "webm" else 44_100}
+    sound = sound and {**sound, "sound_codec": {"webm": "libopus", "avi": "mp2"}.get(form, "aac")}
+    options = {"movflags": "faststart"} if form == "mov" else {}
+    path = make_video(tmp_path / f"a.{form}", frames=100, noise=True, codec=codec, options=options, **sound)
+    assert len(times_of(path)) == 6
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MediaError, match=r"cut short: [12]\.\d s of 4\.\d s are there"):
+        times_of(path)
+
+
+WHOLE = {  # that end, by their frames alone, before what their header declares
+    "long sound": ("mkv", {"audio": 1, "tone": (0, 8), "sound_ends": 8.0}),
+    "a long last frame": ("mkv", {"times": [0, 0.04, 0.08, 1.5, 3.0, 4.0]}),
+    "few frames": ("mkv", {"times": [0, 1, 2, 3], "audio": 1, "tone": (0, 4)}),
+    "one frame": ("mkv", {"frames": 1}),
+    "a late start": ("mkv", {"times": [60 + i / 25 for i in range(50)]}),
+    "no duration": ("mkv", {"options": {"live": "1"}, "audio": 1, "tone": (0, 2), "sound_codec": "mp2"}),
+    "empty chunks": ("avi", {"rate": 1000, "times": [i / 25 for i in range(50)]}),
+    "b-frames": ("avi", {"codec": "libx264"}),
+    "b-frames in flv": ("flv", {"codec": "libx264"}),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_what_is_whole_is_not_called_cut_short(tmp_path, name):
+    form, options = WHOLE[name]
+    frames = options.get("frames", len(options.get("times", range(50))))
+    path = make_video(tmp_path / f"a.{form}", **{**options, "frames": frames})
+    assert len(times_of(path, every=1)) == frames
+
+
+@pytest.mark.parametrize("form, codec", [("mp4", "mpeg4"), ("flv", "flv"), ("ts", "mpeg4")])
+def test_a_damaged_stretch_loses_its_frames_alone(tmp_path, form, codec):
+    """The frames after it keep their times."""
+    path = damage(make_video(tmp_path / f"a.{form}", frames=100, noise=True, codec=codec))
+    clock = decode.Clock()
+    times = [frame.time for frame in decode.snippet_frames(path, every=1, clock=clock)]
+    assert 90 <= len(times) <= 100 - clock.damaged and (clock.damaged > 0) == (form == "mp4")
+    np.testing.assert_allclose(times, np.round(np.array(times) * 25) / 25, atol=2e-3)
+    assert times[-1] == pytest.approx(3.96, abs=2e-3)
 
 
 def test_frames_of_varying_length_are_told_by_their_times(tmp_path):

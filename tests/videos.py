@@ -61,12 +61,22 @@ def joined(path: Path, times: int, **options) -> Path:
     return path
 
 
+def damage(path: Path) -> Path:
+    """Replaces bytes in the middle of a file by noise."""
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 15_000] = np.random.default_rng(1).bytes(15_000)
+    path.write_bytes(data)
+    return path
+
+
 # Of each file of `bad_videos`, what is told.
 BAD = {
     "empty.mp4": "the file is empty",
     "text.mp4": "text.mp4: not a video$",
     "short.mp4": "cut short: its index is missing",  # its index is at the end
     "cut.mp4": "cut short|damaged|lost",  # its index is in front
+    "half.mkv": "cut short",  # its duration is in front
     "sound.mkv": "holds no video stream",
     "loop.mp4": "no such file|symbolic links",  # a link to itself
 }
@@ -81,6 +91,8 @@ def bad_videos(folder: Path) -> Path:
     (folder / "short.mp4").write_bytes(whole[: len(whole) // 2])
     whole = make_video(folder / "cut.mp4", frames=200, noise=True, options={"movflags": "faststart"}).read_bytes()
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    whole = make_video(folder / "half.mkv", frames=200, noise=True).read_bytes()
+    (folder / "half.mkv").write_bytes(whole[: len(whole) // 2])
     make_video(folder / "sound.mkv", frames=0, audio=1, tone=(0, 1))
     (folder / "loop.mp4").symlink_to("loop.mp4")
     (folder / "loop").symlink_to(".")  # and a folder in itself

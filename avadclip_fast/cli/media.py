@@ -48,7 +48,7 @@ Names = Annotated[
     str | None,
     Option(
         "--classes",
-        help='Names to look for in place of the model\'s own, normal first: "normal,brawl".',
+        help='Names to look for in place of the model\'s own, normal first: "normal,brawl" or "A=normal,B1=brawl".',
         show_default=False,
     ),
 ]
@@ -82,6 +82,10 @@ def have_no(count: int) -> str:
     return "has no" if count == 1 else "have no"
 
 
+def lost_frames(count: int) -> str:
+    return f"damaged: {count} frame{'s' if count > 1 else ''} could not be decoded"
+
+
 def watchers(
     model: Path,
     student: Path | None,
@@ -95,7 +99,8 @@ def watchers(
     """Loads the models, and the encoders that they need (no audio encoder if no model takes audio)."""
     from ..engine.detect import load_scorers
 
-    scorers = load_scorers(model, student, [] if classes is None else classes.split(","))
+    names = [] if classes is None else [name.rpartition("=")[2] for name in classes.split(",")]
+    scorers = load_scorers(model, student, names)
     hears = "audio" in scorers[0].model.streams()
     return scorers, *encoders(visual, visual_weights, audio if hears else "none", audio_weights, device).load()
 
@@ -147,8 +152,9 @@ def extract(
 ) -> None:
     """Extract features from videos: a visual file per crop, an audio file, and list.csv, as train and eval read them.
 
-    Resumes an interrupted call; videos extracted with another --label or list get the new label. Videos that fail are
-    reported at the end and in extract.json, and the exit code is 1. After Ctrl-C, list.csv has the finished videos.
+    Resumes an interrupted call; videos extracted with another --label or list get the new label, unless one was typed
+    into list.csv. Videos that fail are reported at the end and in extract.json, and the exit code is 1. After Ctrl-C,
+    list.csv has the finished videos.
     """
     from ..engine import report
     from ..engine.stop import Stopped, listening
@@ -174,8 +180,9 @@ def extract(
     media.check_results(videos, sources, [folder / "list.csv", log, output])
     make_folder(folder)
     sampling = Sampling(every, fps, crops, geometry)
-    named = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
+    named: dict[str, list] = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
     settings = media.settings_of(sampling, not full, named)
+    media.read_labels(folder)  # to fail early
     chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
     by_ray = engine == "ray"
     # also loaded here with ray, so that their errors are reported once, not for every video
@@ -197,10 +204,18 @@ def extract(
     record["failed"] = failed + record["failed"]
     with atomic_write(log, "w") as file:
         file.write(json.dumps(record, indent=1) + "\n")
-    rows = media.write_lists(folder, settings)
+    rows, damaged, others, options = media.write_lists(folder, settings)
     typer.echo(f"{len(record['done'])} extracted, {len(record['skipped'])} were there, {len(record['failed'])} failed")
     if rows:
         typer.echo(f"wrote {folder / 'list.csv'}: {len(rows)} rows")
+    if rows and others:
+        were = f"{others} video{'s were' if others > 1 else ' was'}"
+        typer.echo(
+            f"{were} extracted with other settings ({', '.join(sorted(options))}) and left out of the list: "
+            "extract all videos with the same, or give another folder with --output"
+        )
+    for name, frames in damaged.items():
+        typer.echo(f"{name}: {lost_frames(frames)}")
     for failure in record["failed"]:
         typer.echo(f"failed: {failure['reason']}", err=True)
     if request.number is not None:
@@ -245,6 +260,7 @@ def detect(
     ] = Path("detections"),
     classes: Names = None,
     threshold: Threshold = None,
+    root: Root = None,
     every: Every = None,
     fps: Fps = None,
     geometry: GeometryName = "crops",
@@ -262,11 +278,11 @@ def detect(
 
     The teacher scores parts with sound; the student, if given, scores parts without, which are reported. Videos that
     fail are reported at the end, and the exit code is 1. --every must match the snippets that the model was trained on.
-    If interrupted, events.csv has the events found so far.
+    events.csv keeps the events that earlier calls found in other videos. If interrupted, it has those found so far.
     """
-    from ..engine.detect import best_snippets, summary, write_detection, write_events, write_frame_scores
+    from ..engine.detect import best_snippets, read_events, summary, write_detection, write_events, write_frame_scores
     from ..engine.detect import detect as detect_in
-    from ..engine.stop import Stopped
+    from ..engine.stop import Request, Stopped, listening
     from ..engine.timeline import timeline
     from ..media.annotate import annotate
     from ..media.errors import import_av
@@ -277,13 +293,14 @@ def detect(
     if per_frame and fps is not None:
         raise DataError("--per-frame goes with --every: with --fps, snippets do not count frames")
     every = frames_per_snippet(every, fps)
-    sources, failed = find_sources(videos, output=output)
+    sources, failed = find_sources(videos, root=root, output=output)
     if not sources and not failed:
         raise DataError(f"{videos[0]}: no videos there")
     events = output / "events.csv"
     endings = [".json", *[".frames.csv"] * per_frame, *[".png"] * plot, *[".mkv"] * copy]
     results = [output / f"{source.name}{ending}" for source in sources for ending in endings]
     check_results(videos, sources, [events, *results])
+    read_events(events)  # to fail early
     make_folder(output)
     scorers, seen, heard = watchers(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
@@ -300,48 +317,59 @@ def detect(
             reason = failure(path, error)["reason"]
             failed.append({"source": str(path), "reason": f"{reason} ({target} alone was not written)"})
 
+    request = Request()
+
+    def stop(_: int = 0) -> None:
+        if request.number is not None:
+            raise KeyboardInterrupt  # which nothing takes for the failure of a video
+
     try:
-        for source in tqdm(sources, desc="detecting", unit="video", disable=quiet):
-            frames = 0
+        with listening() as request:
+            for source in tqdm(sources, desc="detecting", unit="video", disable=quiet):
+                frames = 0
 
-            def count(decoded: int) -> None:
-                nonlocal frames
-                frames += decoded
+                def count(decoded: int) -> None:
+                    nonlocal frames
+                    frames += decoded
+                    stop()
 
-            def target(ending: str, name: str = source.name) -> Path:
-                return output / f"{name}{ending}"
+                def target(ending: str, name: str = source.name) -> Path:
+                    return output / f"{name}{ending}"
 
-            try:
-                found = video_features(source.path, sampling, seen, heard, count)
-                detection = detect_in(source.name, found, scorers, device_of(device), threshold)
-                target(".json").parent.mkdir(parents=True, exist_ok=True)
-                write_detection(target(".json"), detection, source.path)
-            except Exception as error:  # a failing video is reported and does not stop the others
-                failed.append(failure(source.path, error))
-                continue
-            detections.append(detection)
-            tqdm.write(summary(detection))
-            if per_frame:
-                with extra(source.path, target(".frames.csv")):
-                    write_frame_scores(target(".frames.csv"), detection, frames, every)
-            if plot:
-                with extra(source.path, target(".png")):
-                    images = key_frames(source.path, sampling, best_snippets(detection))
-                    timeline(target(".png"), detection, images)
-            if copy:
-                with extra(source.path, target(".mkv")):
-                    note = annotate(source.path, target(".mkv"), *detection.curve())
-                    if note:
-                        tqdm.write(f"note: {note}", file=sys.stderr)
+                try:
+                    found = video_features(source.path, sampling, seen, heard, count)
+                    detection = detect_in(source.name, found, scorers, device_of(device), threshold)
+                    target(".json").parent.mkdir(parents=True, exist_ok=True)
+                    write_detection(target(".json"), detection, source.path)
+                except Exception as error:  # a failing video is reported and does not stop the others
+                    failed.append(failure(source.path, error))
+                    continue
+                detections.append(detection)
+                tqdm.write(summary(detection))
+                if found.damaged:
+                    tqdm.write(f"note: {source.path}: {lost_frames(found.damaged)}", file=sys.stderr)
+                if per_frame:
+                    with extra(source.path, target(".frames.csv")):
+                        write_frame_scores(target(".frames.csv"), detection, frames, every)
+                if plot:
+                    with extra(source.path, target(".png")):
+                        images = key_frames(source.path, sampling, best_snippets(detection), stop)
+                        timeline(target(".png"), detection, images)
+                if copy:
+                    with extra(source.path, target(".mkv")):
+                        note = annotate(source.path, target(".mkv"), *detection.curve(), stop)
+                        if note:
+                            tqdm.write(f"note: {note}", file=sys.stderr)
+            stop()
     except KeyboardInterrupt as end:
         found_so_far = f"{events} holds what was found so far"
-        raise Stopped(signal.SIGINT, found_so_far if detections else "no video was finished") from end
+        raise Stopped(request.number or signal.SIGINT, found_so_far if detections else "no video was finished") from end
     finally:
         if detections:
             write_events(events, detections)
             typer.echo(f"wrote {events}")
-    for one in failed:
-        typer.echo(f"failed: {one['reason']}", err=True)
+        for one in failed:
+            typer.echo(f"failed: {one['reason']}", err=True)
     if failed:
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ def read_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
     root: base of relative paths, which no path may leave; the list's folder by default
     audio: whether every row must have an audio_path; if False, the column or its cells may be missing
     Raises DataError if the file is missing, not UTF-8 CSV or without rows, or has a missing column, an empty cell, a
-    duplicate video or a path outside the root.
+    duplicate video, or a path that is outside the root or holds NUL.
     """
     rows, problems = scan_list(path, root, audio)
     if problems:
@@ -49,7 +50,7 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
     root = path.parent if root is None else Path(root)
     rows, problems = [], []
     seen: dict[Path, int] = {}  # feature file -> line
-    for line, cells in _cells(path, audio):
+    for line, cells in read_cells(path, ["path", "audio_path", "label"] if audio else ["path", "label"]):
         row = Row(
             root / cells["path"], root / cells["audio_path"] if cells["audio_path"] else None, cells["label"], line
         )
@@ -57,6 +58,8 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
         empty = [name for name in wanted if not cells[name]]
         if empty:
             problems.append(f"{path}, line {line}: {' and '.join(empty)} empty; fill in, or remove the line")
+        elif "\0" in cells["path"] + cells["audio_path"]:
+            problems.append(f"{path}, line {line}: a NUL in a path, which no file has; write the list again in UTF-8")
         elif outside := [cells[name] for name in ("path", "audio_path") if not is_inside(root, cells[name])]:
             problems.append(f"{path}, line {line}: {outside[0]} leads out of {root}; name a --root that holds it")
         elif row.visual in seen:
@@ -74,8 +77,11 @@ def is_inside(root: str | Path, name: str) -> bool:
     return Path(os.path.abspath(Path(root, name))).is_relative_to(os.path.abspath(root))
 
 
-def _cells(path: Path, audio: bool) -> list[tuple[int, dict[str, str]]]:
-    """(line number, column -> stripped text, "" if missing) of each non-blank line."""
+def read_cells(path: Path, expected: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """(line number, column -> stripped text, "" if missing) of each non-blank line.
+
+    Raises DataError if the file cannot be read, or one of the `expected` columns is missing.
+    """
     try:
         # utf-8-sig: spreadsheets write a byte order mark
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -92,17 +98,16 @@ def _cells(path: Path, audio: bool) -> list[tuple[int, dict[str, str]]]:
         raise DataError(f"{path}: not a CSV file in UTF-8: {error}") from error
     if not header:
         raise DataError(f"{path}: the file is empty")
-    expected = ["path", "audio_path", "label"] if audio else ["path", "label"]
     if missing := [name for name in expected if name not in header]:
         raise DataError(
             f"{path}: no column {', '.join(missing)}: the header must be {','.join(expected)}, "
-            f"found {','.join(header)}{other_separator(header)}"
+            f"found {','.join(header)}{_other_separator(header)}"
         )
     blank = dict.fromkeys(("path", "audio_path", "label"), "")
     return [(line, blank | {n: c.strip() for n, c in zip(header, cells, strict=False)}) for line, cells in lines]
 
 
-def other_separator(header: Sequence[str]) -> str:
+def _other_separator(header: Sequence[str]) -> str:
     """What to add to the error about a header, read as CSV, whose columns are not separated by commas; else ""."""
     other = next((name for sign, name in _SEPARATORS.items() if any(sign in cell for cell in header)), None)
     return f"; columns are separated by commas, not by {other}" if other else ""
@@ -137,6 +142,15 @@ def videos(rows: Sequence[Row]) -> list[list[Row]]:
 def video_of(row: Row) -> Path:
     """The video of a row: its visual file without suffix and crop number."""
     return row.visual.with_name(_CROP.sub("", row.visual.stem))
+
+
+def names_of(rows: Sequence[Row]) -> list[str]:
+    """The name of each row: its visual file without suffix, with the folders in which files of one name differ."""
+    stems = Counter(row.visual.stem for row in rows)
+    paths = [Path(os.path.abspath(row.visual.with_suffix(""))) for row in rows]
+    same = [path.parent for path in paths if stems[path.name] > 1]
+    common = os.path.commonpath(same) if same else ""
+    return [path.name if stems[path.name] == 1 else str(path.relative_to(common)) for path in paths]
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int, codes: dict[str, str]) -> tuple[list[Row], list[Row]]:

@@ -21,6 +21,7 @@ from ..models.text import tokenize
 from .calibrate import Calibration
 from .evaluate import PACKED_CHUNKS, VideoScores, load_model, stream_scores
 
+EVENTS = ["video", "start", "end", "start_seconds", "end_seconds", "class", "score"]  # columns of events.csv
 PAUSE = 5.0  # seconds: a shorter silence is part of the surrounding sound, a shorter time without frames no gap
 
 
@@ -64,6 +65,7 @@ class Detection:
     thresholds: np.ndarray  # (n,), since the thresholds of teacher and student may differ
     parts: list[Part]
     cuts: list[int] = field(default_factory=list)  # snippets before which there is a gap in the footage, see `cuts_of`
+    until: float = np.inf  # end of the video in seconds
 
     @property
     def scores(self) -> np.ndarray:
@@ -77,11 +79,11 @@ class Detection:
 
     @property
     def ends(self) -> np.ndarray:
-        """(n,) end of each snippet in seconds: where the next one starts, except before a gap."""
+        """(n,) end of each snippet in seconds: where the next one starts, except before a gap, or the video ends."""
         ends = np.append(self.times[1:], self.times[-1] + self.seconds)
         last = np.array(self.cuts, int) - 1
         ends[last] = self.times[last] + self.seconds
-        return ends
+        return np.minimum(ends, self.until)
 
     def span(self, start: int, end: int) -> tuple[float, float]:
         """Returns the time in seconds that snippets start (inclusive) to end (exclusive) take."""
@@ -172,13 +174,12 @@ def class_names(classes: Sequence[str]) -> list[str]:
 
 
 def set_classes(model: Detector, classes: Sequence[str]) -> None:
-    """Replaces the class names of a model, normal first. Raises DataError on invalid names."""
+    """Replaces the class names of a model, normal first, also where it is saved. Raises DataError on invalid names."""
     classes = class_names(classes)
-    try:
-        model.text.set_tokens(tokenize(classes))
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    model.text.set_tokens(tokenize(classes))
     model.classes = classes
+    model.align_loss = type(model.align_loss)(len(classes)).to(model.classifier.weight)  # its weights are by class
+    model.remember(classes=classes, class_tokens=model.text.tokens)
 
 
 def detect(
@@ -227,9 +228,8 @@ def detect(
             scored, inner = unheard[first_seen], slice(part.start - first_seen, part.end - first_seen)
             anomaly[here], probabilities[here] = scored.anomaly[inner], scored.probabilities[inner]
         thresholds[here] = scorer.calibration.align.threshold if threshold is None else threshold
-    return Detection(
-        name, first.model.classes, found.times, found.seconds, anomaly, probabilities, thresholds, parts, cuts
-    )
+    scores = anomaly, probabilities, thresholds
+    return Detection(name, first.model.classes, found.times, found.seconds, *scores, parts, cuts, found.end)
 
 
 def cuts_of(found: VideoFeatures) -> list[int]:
@@ -361,15 +361,31 @@ def write_detection(path: Path, detection: Detection, source: str | Path) -> Non
         file.write(json.dumps(as_record(detection, source)) + "\n")
 
 
+def read_events(path: Path) -> list[list[str]]:
+    """Reads the rows that `write_events` wrote; none if there is no file. Raises DataError."""
+    if not path.is_file():
+        return []
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a CSV file in UTF-8: {error}; move it away") from error
+    if header != EVENTS:
+        raise DataError(f"{path} was not written by detect: move it away, or give another folder with --output")
+    return rows
+
+
 def write_events(path: Path, detections: Sequence[Detection]) -> None:
-    """Writes one CSV row per event: video, start, end (time codes), start_seconds, end_seconds, class, score."""
+    """Writes one CSV row per event with the columns EVENTS, sorted by video; keeps the rows of other videos there."""
+    new = {detection.name for detection in detections}
+    rows = [row for row in read_events(path) if row[0] not in new]
+    for detection in detections:
+        for e in detection.events():
+            codes = time_code(e.start), time_code(e.end), f"{e.start:.3f}", f"{e.end:.3f}"
+            rows.append([detection.name, *codes, e.name, f"{e.score:.4f}"])
     with atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["video", "start", "end", "start_seconds", "end_seconds", "class", "score"])
-        for detection in detections:
-            for e in detection.events():
-                codes = time_code(e.start), time_code(e.end), f"{e.start:.3f}", f"{e.end:.3f}"
-                writer.writerow([detection.name, *codes, e.name, f"{e.score:.4f}"])
+        writer.writerows([EVENTS, *sorted(rows, key=lambda row: row[0])])
 
 
 def write_frame_scores(path: Path, detection: Detection, frames: int, every: int) -> None:

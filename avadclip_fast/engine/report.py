@@ -53,11 +53,11 @@ def draw(
     if missing:
         raise DataError(f"no video named {', '.join(missing)}; the list has {', '.join(list(known)[:5])}, ...")
     parts = np.split(truth, np.cumsum([len(s.anomaly) * frames_per_snippet for s in scores]))
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name in names or sorted(known, key=lambda name: not parts[known[name]].any())[:5]:
         video, frames = scores[known[name]], parts[known[name]]
         paths.append(folder / f"{name}.png")
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
         curves = {"align: 1 - p(normal)": 1 - video.probabilities[:, 0], "binary": video.anomaly}
         score_curves(paths[-1], name, curves, frames, frames_per_snippet)
     return paths

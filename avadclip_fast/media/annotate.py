@@ -55,6 +55,9 @@ def annotate(
                 out = made.add_stream(codec, rate=seen.average_rate or 25)
                 out.width, out.height, out.pix_fmt = width, height, "yuv420p"
                 out.codec_context.time_base = Fraction(1, TICKS)
+                if shape := seen.sample_aspect_ratio:
+                    turned = round(frame.rotation / 90) % 2
+                    out.codec_context.sample_aspect_ratio = 1 / shape if turned else shape
                 strip = _strip(width, min(max(16, height // 8), height // 2), edges, scores, thresholds)
             image = image[: image.shape[0] // 2 * 2 or None, : image.shape[1] // 2 * 2 or None]
             if image.shape != (height, width, 3):  # the frame size may change within a stream

@@ -1,7 +1,7 @@
 """Decoding with PyAV: one timed frame per snippet, and audio as 16 kHz mono on the same clock.
 
 Times come from frames and audio packets, in seconds from the first frame. The duration and frame count of a container
-are often wrong and serve only to detect truncated files.
+are often wrong and serve only to detect truncated files. Damaged packets are skipped and counted.
 """
 
 import bisect
@@ -109,6 +109,7 @@ class Clock:
         self.shifts: list[float] = []  # offsets from container time to clock time, ascending, one more per jump
         self.now = 0.0  # time of the last frame
         self.seen = 0  # frames
+        self.damaged = 0  # packets that could not be decoded, each a frame
 
     def __call__(self, frame: Any) -> float:
         onward = self.now + 1 / self.rate if self.seen else 0.0  # time of a frame without a usable timestamp
@@ -156,28 +157,56 @@ class Beat:
 def frames(source: str | Path, stream: Any, container: Any, clock: Clock | None = None) -> Iterator[tuple[float, Any]]:
     """Yields (time, decoded frame) in order, with times from `clock`, whose rate is set from the stream.
 
-    clock: an unused one, or None to create it
-    Raises MediaError if the stream is damaged or truncated.
+    clock: an unused one, which also counts the frames that cannot be decoded, or None to create it
+    Raises MediaError if the file is truncated, or no frame can be decoded.
     """
-    av, clock = import_av(), clock or Clock()
+    av, clock, reach = import_av(), clock or Clock(), Reach(container, stream)
     clock.rate = rate_of(stream)
     try:
-        for frame in container.decode(stream):
-            yield clock(frame), frame
+        for packet in container.demux():
+            reach(packet)
+            if packet.stream is stream:
+                for frame in decoded(packet, clock):
+                    yield clock(frame), frame
     except (av.error.FFmpegError, OSError) as error:
         raise MediaError(f"{source}: damaged or cut short after {clock.seen} frames: {error.strerror}") from error
-    check_whole(source, stream, clock.seen)
+    reach.check(source, clock.seen)
 
 
-def check_whole(source: str | Path, stream: Any, seen: int) -> None:
-    """Raises MediaError if `seen`, the number of decoded frames, is zero or far below the container's index."""
-    if seen == 0:
-        raise MediaError(f"{source}: holds no frame that can be decoded")
-    expected = float(stream.frames)
-    if stream.duration and stream.average_rate:  # an edit list may hide frames of the index
-        expected = min(expected, float(stream.duration * stream.time_base * stream.average_rate))
-    if seen < 0.9 * expected:
-        raise MediaError(f"{source}: cut short: {seen} frames of {expected:.0f} are there")
+class Reach:
+    """How far the packets of a file reach, against the end that its header declares, to tell a truncated file.
+
+    MKV, WebM and FLV declare the end of all streams, the indexes of AVI and MP4 that of the pictures. Of other
+    containers, FFmpeg finds the end of what is there.
+    """
+
+    def __init__(self, container: Any, stream: Any):
+        self.of = stream  # the stream whose end is declared, or None for all
+        self.declared = 0.0  # seconds, or 0 if unknown
+        form = container.format.name
+        if form in ("matroska,webm", "flv"):
+            self.of, self.declared = None, (container.duration or 0) / 1e6
+        elif stream.frames and form == "avi":  # its duration would be an estimate from the size of the file
+            self.declared = float(stream.frames * stream.time_base)
+        elif stream.frames and stream.duration:
+            self.declared = float(stream.duration * stream.time_base)
+        self.end = self.step = 0.0  # of the packets so far, and the longest time between two ends
+
+    def __call__(self, packet: Any) -> None:
+        at = packet.dts if packet.pts is None else packet.pts
+        if at is not None and self.of in (None, packet.stream):
+            end = float((at + (packet.duration or 0)) * packet.time_base)
+            self.step, self.end = max(self.step, end - self.end), max(self.end, end)
+
+    def check(self, source: str | Path, seen: int) -> None:
+        """Raises MediaError if there is no frame (seen: decoded frames), or if the packets end far too early.
+
+        Not all containers store how long the last frame lasts, which may be as long as others before it.
+        """
+        if seen == 0:
+            raise MediaError(f"{source}: holds no frame that can be decoded")
+        if self.declared - self.end > max(0.1 * self.declared, 2 * self.step):
+            raise MediaError(f"{source}: cut short: {self.end:.1f} s of {self.declared:.1f} s are there")
 
 
 def upright(frame: Any, image: np.ndarray) -> np.ndarray:
@@ -337,11 +366,13 @@ def sound_blocks(source: str | Path, container: Any, shifts: Sequence[float]) ->
     yield from ((clock.place(at), block) for at, block in mono.rest())
 
 
-def decoded(packet: Any) -> list[Any]:
-    """Decodes a packet to frames; a damaged packet gives none."""
+def decoded(packet: Any, clock: Clock | None = None) -> list[Any]:
+    """Decodes a packet to frames; a damaged packet gives none, and is counted by `clock`."""
     try:
         return packet.decode()
     except import_av().error.FFmpegError:
+        if clock is not None:
+            clock.damaged += 1
         return []
 
 

@@ -4,7 +4,6 @@ Writes OUTPUT/visual/NAME__K.npy (one file per crop), OUTPUT/audio/NAME.npy, OUT
 video as complete), OUTPUT/list.csv with all complete videos, and OUTPUT/extract.json with failures and their reasons.
 """
 
-import csv
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ import torch
 from ..data import DataError
 from ..data.atomic import atomic_write
 from ..data.features import write_features
-from ..data.lists import Row, is_inside, other_separator, write_list
+from ..data.lists import Row, is_inside, read_cells, video_of, write_list
 from .decode import FILES_ONLY
 from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
@@ -131,27 +130,22 @@ def _inside(folder: Path, label: str, failures: list[dict], output: str | Path |
 
 
 def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix.lower() == ".csv":
-            reader = csv.DictReader(text.splitlines())
-            header = reader.fieldnames or []
-            if "path" not in header:
-                hint = other_separator(header)
-                raise DataError(f"{path}: no column path: the header must be path or path,label{hint}")
-            rows = [(row["path"] or "", row.get("label") or "") for row in reader]
-        else:
-            rows = [(line, "") for line in text.splitlines()]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as a list: {error}") from error
-    if any(name.strip().lower().endswith(".npy") for name, _ in rows):  # once, not one failure per line
+    if path.suffix.lower() == ".csv":
+        rows = [(line, cells["path"], cells["label"]) for line, cells in read_cells(path, ["path"])]
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read as a list: {error}") from error
+        rows = [(number, line.strip(), "") for number, line in enumerate(lines, 1)]
+    if any(name.lower().endswith(".npy") for _, name, _ in rows):  # once, not one failure per line
         raise DataError(f"{path} lists feature files (.npy), not videos")
-    for number, (name, listed) in enumerate(rows, 2 if path.suffix.lower() == ".csv" else 1):
-        if not name.strip():
+    for number, name, listed in rows:
+        if not name:
             continue
-        if not is_inside(root, name.strip()):
+        if not is_inside(root, name):
             raise DataError(f"{path}, line {number}: {name} leads out of {root}; name a --root that holds it")
-        file = Path(os.path.abspath(root / name.strip()))
+        file = Path(os.path.abspath(root / name))
         inner = file.relative_to(os.path.abspath(root))
         if not inner.name:
             raise DataError(f"{path}, line {number}: {name} is the list's own folder, not a video")
@@ -310,9 +304,21 @@ def _identity(path: Path) -> dict:
     return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
 
 
-def settings_of(sampling: Sampling, half: bool, encoders: dict) -> dict:
-    """All settings that features depend on. half: float16 files; encoders: their names and weights."""
-    return {**asdict(sampling), "dtype": "float16" if half else "float32", **encoders}
+def settings_of(sampling: Sampling, half: bool, encoders: dict[str, list]) -> dict:
+    """All settings that features depend on, by option. half: float16 files; encoders: their names and weights."""
+    named = {
+        stream: [name, os.path.realpath(weights) if weights is not None and os.path.exists(weights) else weights]
+        for stream, (name, weights) in encoders.items()
+    }
+    return {**asdict(sampling), "dtype": "float16" if half else "float32", **named}
+
+
+def _options(settings: dict) -> dict:
+    """Settings by the names of the options of `extract`."""
+    flat = {f"--{name}": value for name, value in settings.items() if name not in ("dtype", "visual", "audio")}
+    for stream in ("visual", "audio"):
+        flat |= dict(zip((f"--{stream}-encoder", f"--{stream}-weights"), settings[stream], strict=True))
+    return {**flat, "--float32": settings["dtype"]}
 
 
 def _done(output: Path, source: Source, settings: dict) -> dict | None:
@@ -342,6 +348,8 @@ def _write_record(output: Path, name: str, record: dict) -> None:
 def write_video(output: Path, source: Source, found: VideoFeatures, settings: dict) -> None:
     """Writes a video's files atomically, and its record last, which marks it as done."""
     visual, audio, done = _paths(output, source.name, len(found.visual))
+    identity = _identity(source.path)
+    before = _read_record(done) or {"file": identity, "label": source.label}
     for path in (*visual, audio, done):
         path.parent.mkdir(parents=True, exist_ok=True)
     for path, rows in zip(visual, found.visual, strict=True):
@@ -350,33 +358,71 @@ def write_video(output: Path, source: Source, found: VideoFeatures, settings: di
         write_features(audio, found.audio)
     record = {
         "source": str(source.path),
-        "file": _identity(source.path),
-        "label": source.label,
+        "file": identity,
+        "label": source.label or (before["label"] if before["file"] == identity else ""),
+        "listed": before.get("listed", before["label"]),  # label that `write_lists` wrote last
         "settings": settings,
         "crops": len(visual),
         "audio": found.audio is not None,
         "snippets": len(found.times),
         "seconds": found.seconds,
+        "damaged": found.damaged,
         "times": np.round(found.times, 4).tolist(),
         "heard": found.heard.astype(int).tolist(),
     }
     _write_record(output, source.name, record)
 
 
-def write_lists(output: str | Path, settings: dict) -> list[Row]:
-    """Writes OUTPUT/list.csv with all videos done with these settings, sorted by name, and returns its rows."""
+class Listing(NamedTuple):
+    """What `write_lists` found."""
+
+    rows: list[Row]
+    damaged: dict[str, int]  # of the listed videos: name -> frames that could not be decoded
+    others: int  # videos left out, since they were done with other settings
+    options: set[str]  # in which these settings differ
+
+
+def read_labels(output: str | Path) -> dict[Path, list[str]]:
+    """Labels in OUTPUT/list.csv, if there is one: OUTPUT/visual/NAME -> that of each crop. Raises DataError."""
+    path, labels = Path(output) / "list.csv", dict[Path, list[str]]()
+    if path.is_file():
+        for line, cells in read_cells(path, ["path", "label"]):
+            video = video_of(Row(path.parent / cells["path"], None, "", line))
+            labels.setdefault(video, []).append(cells["label"])
+    return labels
+
+
+def write_lists(output: str | Path, settings: dict) -> Listing:
+    """Writes OUTPUT/list.csv with all videos done with these settings, sorted by name.
+
+    A label that is not the one written last was typed by hand, and stays. Raises DataError as `read_labels`.
+    """
     output = Path(output)
-    rows = []
+    found, changed, labels = Listing([], {}, 0, set()), {}, read_labels(output)
     for path in sorted((output / "done").rglob("*.json")):
         record = _read_record(path)
-        if record is None or record["settings"] != settings:
+        if record is None:
+            continue
+        if record["settings"] != settings:
+            theirs, ours = _options(record["settings"]), _options(settings)
+            found.options.update(name for name in ours if theirs.get(name) != ours[name])
+            found = found._replace(others=found.others + 1)
             continue
         name = str(path.relative_to(output / "done").with_suffix(""))
         visual, audio, _ = _paths(output, name, record["crops"])
-        rows += [Row(file, audio if record["audio"] else None, record["label"], 0) for file in visual]
-    if rows:
-        write_list(output / "list.csv", rows)
-    return rows
+        written = record.get("listed", record["label"])
+        typed = set(labels.get(output / "visual" / name, ())) - {"", written, record["label"]}
+        label = min(typed, default=record["label"])
+        found.rows.extend(Row(file, audio if record["audio"] else None, label, 0) for file in visual)
+        if record.get("damaged"):
+            found.damaged[name] = record["damaged"]
+        if label != written and not typed:
+            changed[name] = {**record, "listed": label}
+    if found.rows:
+        write_list(output / "list.csv", found.rows)
+    for name, record in changed.items():
+        _write_record(output, name, record)
+    return found
 
 
 def shard(sources: Sequence[Source], which: str) -> list[Source]:

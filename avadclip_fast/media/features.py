@@ -33,6 +33,8 @@ class VideoFeatures:
     seconds: float  # duration of a snippet
     heard: np.ndarray  # (n,) bool, whether the snippet has audible sound
     waits: np.ndarray | None = None  # (n,) seconds, see `decode.Frame`; None if there are frames at `times` alone
+    end: float = np.inf  # of the last frame, in seconds
+    damaged: int = 0  # frames that could not be decoded
 
 
 def video_features(
@@ -74,18 +76,24 @@ def video_features(
     times = np.array(starts)
     seconds = snippet_seconds(times, sampling, clock.rate)
     seen = np.frombuffer(rows, dtype).reshape(len(times), sampling.crops, -1).transpose(1, 0, 2)  # [crops, n, D]
+    rest = np.array(waits), clock.now + 1 / clock.rate, clock.damaged
     sound = None if audio is None else read_sound(source, clock, progress)
     if audio is None or sound is None:
-        return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool), np.array(waits))
+        return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool), *rest)
     windows = sound.windows(times, seconds, progress)
     embedded = encoded("audio", audio, windows, len(times)).astype(dtype, copy=False)
-    return VideoFeatures(seen, embedded, times, seconds, windows.heard(), np.array(waits))
+    return VideoFeatures(seen, embedded, times, seconds, windows.heard(), *rest)
 
 
-def key_frames(source: str | Path, sampling: Sampling, snippets: Collection[int]) -> dict[int, np.ndarray]:
-    """Images of the given snippets of a video: snippet -> (H, W, 3) uint8. Raises MediaError."""
+def key_frames(
+    source: str | Path, sampling: Sampling, snippets: Collection[int], progress: Progress | None = None
+) -> dict[int, np.ndarray]:
+    """Images of the given snippets of a video: snippet -> (H, W, 3) uint8. Raises MediaError.
+
+    progress: as for `video_features`
+    """
     images = {}
-    for i, frame in enumerate(snippet_frames(source, sampling.every, sampling.fps)):
+    for i, frame in enumerate(snippet_frames(source, sampling.every, sampling.fps, progress)):
         if i in snippets:
             images[i] = frame.image
         if len(images) == len(snippets):

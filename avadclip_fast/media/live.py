@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .decode import GAP, JUMP, RATE, Beat, Clock, Mono, check_whole, decoded, opened, rate_of, upright, video_stream
+from .decode import GAP, JUMP, RATE, Beat, Clock, Mono, Reach, decoded, opened, rate_of, upright, video_stream
 from .errors import MediaError, import_av
 
 WAITING = 4  # snippets queued between the reader and the consumer
@@ -125,18 +125,20 @@ class LiveSource:
             video = video_stream(container, self.source)
             audio = container.streams.audio[0] if container.streams.audio else None
             self.live = container.duration is None and not os.path.isfile(self.source)
-            clock = Clock(rate_of(video))
+            clock, reach = Clock(rate_of(video)), Reach(container, video)
             self.seconds = self.seconds or self.every / clock.rate
             beat = Beat(self.seconds)
             waiting: deque[tuple[float, np.ndarray, int]] = deque()  # time, image, frames so far
             mono, sound = Mono(), Placed(self.seconds + 2 * LAG + WAITING * self.seconds, clock)
             try:
-                for packet in container.demux(*(stream for stream in (video, audio) if stream is not None)):
+                for packet in container.demux():
                     if self._closed.is_set():
                         return
+                    reach(packet)
                     if packet.stream is audio:
                         for block in (block for frame in decoded(packet) for block in mono(frame)):
                             sound.add(*block)
+                    if packet.stream is not video:
                         continue
                     for frame in decoded(packet):
                         before = clock.seen
@@ -153,7 +155,7 @@ class LiveSource:
                 sound.add(*block)
             while waiting:
                 yield self._made(waiting, clock, offset, audio, sound)
-            check_whole(self.source, video, clock.seen)
+            reach.check(self.source, clock.seen)
 
     def _complete(self, at: float, clock: Clock, audio: Any, sound: "Ring") -> bool:
         """Whether the snippet at `at` is complete, or its audio is overdue."""
