@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 import json
+import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,14 +115,23 @@ def test_options_reach_the_recipe_and_the_model(videos, tmp_path, monkeypatch):
     torch.testing.assert_close(model.standardize["audio"].mean.double(), mean, rtol=1e-4, atol=1e-6)
 
 
-def test_an_epoch_is_selected_by_what_eval_reports(videos, tmp_path):
+def test_an_epoch_is_selected_by_what_eval_reports(videos, tmp_path, capsys):
     gt = "--gt", videos / "gt.npy"
-    chosen = "--select", "test", "--test-list", videos / "test.csv", *gt, "--epochs", 1
-    assert call("train", videos / "train.csv", "-o", tmp_path / "run", *chosen, *QUICK) == 0
+    start = "train", videos / "train.csv", "-o", tmp_path / "run", *QUICK, "--select", "test"
+    assert call(*start, "--test-list", videos / "test.csv", *gt, "--epochs", 1) == 0
     ask = "eval", videos / "test.csv", "--model", tmp_path / "run", *gt, "--json", tmp_path / "out.json"
     assert call(*ask, "--classes", CLASSES, "-q") == 0
     (record,) = json.loads((tmp_path / "run" / HISTORY).read_text())["epochs"]
     assert record["test_ap"] == pytest.approx(json.loads((tmp_path / "out.json").read_text())["align"]["ap"])
+    # other ground truth, or other features, would select otherwise
+    np.save(tmp_path / "other.npy", 1 - np.load(videos / "gt.npy"))
+    rows = data.read_list(videos / "test.csv")
+    data.write_features(videos / "louder.npy", 2 * data.load_features(rows[0].audio))
+    data.write_list(videos / "other.csv", [dataclasses.replace(rows[0], audio=videos / "louder.npy"), *rows[1:]])
+    for list_, truth in (("test.csv", tmp_path / "other.npy"), ("other.csv", videos / "gt.npy")):
+        again = "--test-list", videos / list_, "--gt", truth, "--epochs", 1, "--resume"
+        assert "other settings (test videos)" in mistake(capsys, *start, *again)
+    assert call(*start, "--test-list", videos / "test.csv", *gt, "--epochs", 1, "--resume") == 0
 
 
 def test_the_robust_recipe_sets_defaults_and_yields_to_options(videos, tmp_path):
@@ -277,6 +288,9 @@ def test_convert_there_and_back(trained, tmp_path, capsys):
     before, after = AVadCLIP.from_pretrained(trained / "model"), AVadCLIP.from_pretrained(tmp_path / "own")
     assert all(torch.equal(t, after.state_dict()[n]) for n, t in before.state_dict().items())
     assert after.padding == "official"
+    Calibration(Head(0.25, 0.1), Head(0.25, 0.1), 30).save(tmp_path / "own")  # as of an earlier model
+    assert call("convert", tmp_path / "official.pth", tmp_path / "own", "--classes", CLASSES) == 0
+    assert Calibration.load(tmp_path / "own") == Calibration()
     wide = "convert", tmp_path / "official.pth", tmp_path / "wide", "--window", 8, "--classes", CLASSES
     assert call(*wide) == 0 and AVadCLIP.from_pretrained(tmp_path / "wide").settings()["window"] == 8
 
@@ -339,6 +353,32 @@ def test_where_numbers_go_is_looked_at_before_scoring(videos, trained, tmp_path,
     assert "give both" in mistake(capsys, *ask, "--segment-labels", tmp_path / "file")
     np.save(tmp_path / "short.npy", np.load(videos / "gt.npy")[16:])
     assert "short.npy: the truth has" in mistake(capsys, *ask[:5], tmp_path / "short.npy", *ask[6:])
+    spans = json.loads((videos / "gt_segments.json").read_text())
+    few = {name: part[:-1] for name, part in spans.items()}
+    other = {**spans, "labels": [["X"] * len(codes) for codes in spans["labels"]]}
+    for wrong, said in ((few, "spans.json: spans of 5 videos, the list has 6"), (other, "the segments name X, which")):
+        (tmp_path / "spans.json").write_text(json.dumps(wrong))
+        assert said in mistake(capsys, *ask, "--segments", tmp_path / "spans.json")
+    np.save(tmp_path / "normal.npy", 0 * np.load(videos / "gt.npy"))
+    normal = *ask[:5], tmp_path / "normal.npy", *ask[6:]
+    assert "all of one kind" in mistake(capsys, *normal, "--student", trained, "--missing-sound", "50")
+
+
+def test_videos_of_one_name_in_several_folders_are_all_drawn(videos, trained, tmp_path):
+    """As extract writes them for a tree of videos: those whose names clash are told apart by their folders."""
+    rows = data.read_list(videos / "test.csv")
+    for i, name in enumerate(("cam1/clip", "cam2/clip", "clip")):
+        path = videos / "tree" / f"{name}__0.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows[i] = dataclasses.replace(rows[i], visual=Path(shutil.copy(rows[i].visual, path)))
+    data.write_list(videos / "tree.csv", rows)
+    ask = "eval", videos / "tree.csv", "--model", trained, "--gt", videos / "gt.npy", "--classes", CLASSES, "-q"
+    clash, other = ("cam1/clip__0", "cam2/clip__0", "clip__0"), rows[3].visual.stem
+    asked = [part for name in (*clash, other) for part in ("--plot", name)]
+    assert call(*ask, "--plots", tmp_path, *asked) == 0
+    drawn = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
+    assert drawn == {*(f"{name}.png" for name in (*clash, other)), "reliability.png"}
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in clash}) == 3
 
 
 def test_what_cannot_be_is_told_before_features_are_read(videos, trained, tmp_path, capsys, monkeypatch):
@@ -348,6 +388,28 @@ def test_what_cannot_be_is_told_before_features_are_read(videos, trained, tmp_pa
     (tmp_path / "file").touch()
     assert "is a file; name a folder" in mistake(capsys, *train, tmp_path / "file")
     assert "needs --test-list and --gt" in mistake(capsys, *train, tmp_path / "x", "--select", "test")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**20])
+def test_seeds_are_bounded(videos, trained, tmp_path, capsys, seed):
+    guided = "distill", videos / "train.csv", "--teacher", trained, "-o", tmp_path / "run"
+    ask = "eval", videos / "test.csv", "--model", trained, "--gt", videos / "gt.npy"
+    for command in (("train", videos / "train.csv", "-o", tmp_path / "run"), guided, ask):
+        assert call(*command, "--seed", seed) == 2 and "--seed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed_has_room_for_steps(videos, tmp_path):
+    few = "--student", "--select", "last", "--epochs", 1, "--batch-size", 6, "--seed", 2**63 - 1
+    assert call("train", videos / "train.csv", "-o", tmp_path / "run", *few, *QUICK) == 0
+
+
+def test_a_part_of_torchruns_variables(videos, tmp_path, capsys, monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = mistake(capsys, "train", videos / "train.csv", "-o", tmp_path / "run", "--device", "cpu", *QUICK)
+    assert "WORLD_SIZE is 2" in said and "RANK" in said and "unset WORLD_SIZE" in said
 
 
 def test_env_names_every_op(capsys, monkeypatch):
@@ -426,6 +488,12 @@ def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):
     assert "--classes" in mistake(capsys, "train", train, "-o", run, "--classes", "A", "-q")
     for wrong in ("A=normal", "A=normal,B1=violence,B2=violence", "A=normal,B1=a,B1=b"):
         assert "each once" in mistake(capsys, "train", train, "-o", run, "--classes", wrong, "-q")
+    long = "--classes", "A=normal,B1=" + "very " * 60 + "odd", "--text-weights", "random", "-q"
+    assert "number 2 has 61 tokens; at most 55" in mistake(capsys, "train", train, "-o", run, *long)
+    assert "not a packed list" in mistake(capsys, "train", trained / "state.safetensors", "-o", run, *QUICK)
+    (tmp_path / "nul.csv").write_text("path,audio_path,label\na\0.npy,b.npy,A\n")
+    assert "nul.csv, line 2: a NUL" in mistake(capsys, "train", tmp_path / "nul.csv", "-o", run, *QUICK)
+    assert call("check", tmp_path / "nul.csv", "-q") == 1 and "nul.csv, line 2: a NUL" in capsys.readouterr().out
     assert "cuda:99" in mistake(capsys, "train", train, "-o", run, "--device", "cuda:99", *QUICK)
     assert "weights" in mistake(capsys, "train", train, "-o", run, "--text-weights", tmp_path / "no.pt", "-q")
     assert "--test-list" in mistake(capsys, "train", train, "-o", run, "--select", "test", *QUICK)
@@ -446,7 +514,7 @@ def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):
     (tmp_path / "empty.csv").touch()
     assert "empty.csv: the file is empty" in mistake(capsys, "train", tmp_path / "empty.csv", "-o", run, *QUICK)
     odd = ["--gt", videos / "gt_segments.json", "--classes", CLASSES, "-q"]
-    assert "or holds pickles" in mistake(capsys, "eval", test, "--model", trained, *odd)
+    assert "not a .npy file" in mistake(capsys, "eval", test, "--model", trained, *odd)
     assert not run.exists(), "a mistake leaves nothing behind"
 
 

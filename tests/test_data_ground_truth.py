@@ -225,7 +225,7 @@ def test_read_frame_gt_refuses(tmp_path):
         (np.ones((2, 2)), "vector"),
         (np.ones(0), "vector"),
         (np.array(["a"]), "vector"),
-        (np.array([[1]], object), "not a readable"),
+        (np.array([[1]], object), "vector"),
     ]:
         np.save(path, array, allow_pickle=True)
         with pytest.raises(DataError, match=words):
@@ -239,6 +239,25 @@ def test_read_frame_gt_refuses(tmp_path):
             data.read_frame_gt(path)
     with pytest.raises(DataError, match="no such file"):
         data.read_frame_gt(tmp_path / "absent.npy")
+
+
+@pytest.mark.parametrize("name", ["a.npy", "b.npz", "c.npz"])
+def test_damaged_frame_gt_is_an_error_of_ours(tmp_path, name):
+    """Every byte in turn, and files that are cut short."""
+    truth, path = np.ones(64, np.uint8), tmp_path / name
+    {"a": np.save, "b": np.savez, "c": np.savez_compressed}[name[0]](path, **{"arr" if name[0] == "a" else "gt": truth})
+    whole = path.read_bytes()
+    damaged = [whole[:n] for n in range(0, len(whole), 7)]
+    damaged += [whole[:i] + b"(" + whole[i + 1 :] for i in range(len(whole))]
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            data.read_frame_gt(path)
+        except DataError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > len(damaged) / 4
 
 
 @pytest.mark.parametrize(

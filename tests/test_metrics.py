@@ -131,7 +131,6 @@ def test_a_perfect_detection_is_100_and_another_class_is_not():
     np.testing.assert_array_equal(result.per_class, [[0, 100]] * 5)
     assert result.average == 50, "the class without truth counts"
     assert detection_map([scores], [[(80, 160, 1)]], ious=[1.0]).average == 50
-    assert detection_map([scores], [[(80, 160, 1)]], exclude_normal=True).average == 100
     np.testing.assert_array_equal(result.truths, [0, 1])
 
 
@@ -184,7 +183,6 @@ def test_inputs_are_left_alone():
         ([np.zeros((3, 2))], [[]], {"ious": [0.0]}, "ious"),
         ([np.zeros((3, 2))], [[]], {"ious": []}, "ious"),
         ([np.zeros((3, 2))], [[]], {"frames_per_snippet": 0}, "frames_per_snippet"),
-        ([np.zeros((3, 1))], [[]], {"exclude_normal": True}, "exclude_normal"),
     ],
 )
 def test_detection_errors_say_what_was_wrong(scores, spans, options, words):
@@ -273,9 +271,6 @@ def test_evaluate_scores_gathers_every_number(frames_per_snippet):
     assert result["detection"]["average"] == detection.average
     assert result["detection"]["per_class"]["c"] == detection.per_class[:, 2].tolist()
     assert result["detection"]["truths"] == dict(zip(names, detection.truths.tolist(), strict=True))
-    without = evaluate_scores(anomaly, scores, full, spans, names, frames_per_snippet, exclude_normal=True)
-    assert without["detection"]["average"] == pytest.approx(detection.per_class[:, 1:].mean())
-    assert "mean, no normal" in format_table(without)
     cells = next(line for line in format_table(result).splitlines() if line.startswith("c ")).split()
     assert cells[-3] == f"{detection.per_class[:, 2].mean():.2f}"  # its average over the IoUs
     table = format_table(result)

@@ -541,6 +541,29 @@ def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
         run(tmp_path / "stale")
 
 
+@pytest.mark.parametrize("settings", [{"padding": "official"}, {"window": 8}, {"prompt": "paper"}])
+def test_a_teacher_is_known_by_its_settings_too(tmp_path, monkeypatch, settings):
+    """Of the same weights: neither is a run resumed with another one, nor are its features taken for the other's."""
+    from avadclip_fast.engine import train
+
+    monkeypatch.setattr(train, "CACHE_LIMIT", 0)
+    other = AVadCLIP(CLASSES, **SMALL, **settings)
+    other.load_state_dict(teacher().state_dict())
+    teacher().save_pretrained(tmp_path / "saved")
+    recipe = dataclasses.replace(RECIPE, epochs=1)
+
+    def run(guide, **how):
+        fit(AVadCLIPStudent.beside(guide), features(), recipe, tmp_path, teacher=guide, progress=False, **how)
+
+    run(teacher())
+    run(AVadCLIP.from_pretrained(tmp_path / "saved"), resume=True)
+    with pytest.raises(StateError, match=r"other settings \(teacher\)"):
+        run(other, resume=True)
+    (tmp_path / STATE).unlink()
+    with pytest.raises(StateError, match="another teacher or other data; remove it"):
+        run(other)
+
+
 def test_a_student_learns_from_a_teacher_that_takes_motion(tmp_path):
     """Both from the same features, twice as wide; features without motion are refused before a step."""
     torch.manual_seed(0)

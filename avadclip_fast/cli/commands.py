@@ -14,13 +14,14 @@ from typer import Argument, Option
 from .. import __version__, data
 from ..data import DataError, Row
 from ..data.atomic import atomic_write, make_folder
+from ..data.lists import names_of
 from ..data.packed import PACKED
 from ..device import device_of
 from ..engine import distributed, report
 from ..engine.calibrate import Calibration
-from ..engine.evaluate import WIDEST, at_threshold, check_truth, evaluate, load_model, score_rows
+from ..engine.evaluate import WIDEST, at_threshold, check_spans, check_truth, evaluate, load_model, score_rows
 from ..engine.metrics import format_table
-from ..engine.missing import format_missing, missing_sound
+from ..engine.missing import check_kinds, format_missing, missing_sound
 from ..engine.plots import reliability_plot
 from ..engine.recipe import ROBUST, ROBUST_HEARER, Recipe
 from ..engine.run import train_on_list
@@ -129,7 +130,8 @@ Noise = Annotated[
         show_default=False,
     ),
 ]
-Seed = Annotated[int, Option(help="Random seed of weights, sample order, dropout and noise.")]
+SEEDS: Any = {"min": 0, "max": 2**63 - 1}  # steps add to it, and torch takes 64 bits
+Seed = Annotated[int, Option(**SEEDS, help="Random seed of weights, sample order, dropout and noise.")]
 Length = Annotated[int, Option(min=1, help="Snippets per training sample and test chunk.")]
 Window = Annotated[
     int | None, Option(min=1, max=WIDEST, help="Attention window in snippets; default: teacher 4, student 64.")
@@ -371,7 +373,7 @@ def evaluate_(
             "--missing-sound", help="Percentages of videos without sound, such as 0,25,50,100; prints the AP of each."
         ),
     ] = None,
-    seed: Annotated[int, Option(help="Random seed of --missing-sound.")] = 0,
+    seed: Annotated[int, Option(**SEEDS, help="Random seed of --missing-sound.")] = 0,
     preset: PresetName = "xd-violence",
     classes: Classes = None,
     root: Root = None,
@@ -405,11 +407,15 @@ def evaluate_(
     hears = "audio" in detector.streams() and not silent
     rows = data.read_list(list_, root, audio=hears)
     check_truth(gt, truth, rows, detector.width, frames)  # before scoring, to fail early
-    if unknown := set(plot or ()) - {row.visual.stem for row in rows}:
-        raise DataError(f"--plot: no video is named {min(unknown)}; the first is {rows[0].visual.stem}")
+    if segments is not None and spans is not None:
+        check_spans(segments, spans, len(rows), detector.classes, codes)
+    known = names_of(rows)
+    if unknown := set(plot or ()) - set(known):
+        raise DataError(f"--plot: no video is named {min(unknown)}; the first is {known[0]}")
     if missing is not None:
         if not hears or student is None:
             raise DataError("--missing-sound compares a teacher that hears, --model, with a --student: give both")
+        check_kinds(truth)
         other, percents = _load(student, codes, window, beside=model), _percents(missing)
         if "audio" in other.streams():
             raise DataError(f"--student {student} hears; where sound is missing, one that sees alone takes over")
@@ -481,8 +487,8 @@ def check(
     if list_.suffix == PACKED:
         if gt is not None or root is not None:
             raise DataError("--gt and --root are for lists; a packed file is checked against its own checksum")
-        data.check_packed(list_)
         rows, _ = data.packed_rows(list_, codes)
+        data.check_packed(list_)
         _no_problems(list_, rows, codes)
         return
     problems = data.check_list(

@@ -6,7 +6,7 @@ import numpy as np
 
 from .dataset import Progress, unequal
 from .errors import DataError, LabelError
-from .features import load_features, snippet_count
+from .features import load_features
 from .ground_truth import read_frame_gt
 from .labels import encode, is_normal
 from .lists import Row, scan_list, videos
@@ -20,15 +20,15 @@ def check_list(
     width: int = 512,
     frame_gt: str | Path | None = None,
     frames_per_snippet: int = 16,
-    full: bool = True,
     progress: Progress | None = None,
 ) -> list[str]:
     """Returns the problems of a list, one line each with file and line number; empty if the list is valid.
 
+    Reads all features, since only that finds NaN.
+
     codes: code -> class name
     audio: whether every row must have audio
     frame_gt: frame ground truth to compare with the list, or None
-    full: reads all features, which is necessary to find NaN; False reads only their headers
     """
     try:
         rows, problems = scan_list(path, root, audio)
@@ -37,7 +37,7 @@ def check_list(
     whole = not problems  # with rows missing, the counts cannot match the ground truth
     counts: list[int | None] = []
     for row in progress(rows) if progress else rows:
-        found, count = _check_row(row, codes, audio, width, full)
+        found, count = _check_row(row, codes, audio, width)
         problems += [f"{path}, line {row.line}: {problem}" for problem in found]
         counts.append(count)
     if frame_gt is not None:
@@ -51,7 +51,7 @@ def check_list(
     return problems
 
 
-def _check_row(row: Row, codes: dict[str, str], audio: bool, width: int, full: bool) -> tuple[list[str], int | None]:
+def _check_row(row: Row, codes: dict[str, str], audio: bool, width: int) -> tuple[list[str], int | None]:
     """Returns the problems of a row, and its number of snippets or None if unknown."""
     problems: list[str] = []
     counts: list[int | None] = []
@@ -61,7 +61,7 @@ def _check_row(row: Row, codes: dict[str, str], audio: bool, width: int, full: b
         problems.append(str(error))
     for file in [file for file in (row.visual, row.audio if audio else None) if file is not None]:
         try:
-            counts.append(len(load_features(file, width)) if full else snippet_count(file, width))
+            counts.append(len(load_features(file, width)))
         except DataError as error:
             problems.append(str(error))
             counts.append(None)

@@ -1,6 +1,7 @@
 """Features of whole lists: training sets in memory or in a packed file, and test videos one at a time."""
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,10 @@ from torch import Tensor
 from .errors import DataError, LabelError
 from .features import chunk, load_features, pool, with_motion
 from .labels import encode
-from .lists import Row
+from .lists import Row, video_of
 from .packed import Field, checksum, open_packed, write_packed
+
+READERS = 4  # threads that read feature files
 
 Progress = Callable[[Iterable], Iterable]  # wraps an iterable, like tqdm
 
@@ -55,6 +58,7 @@ class FeatureSet:
     index: Tensor | None = None  # (M,) int64, the rows in the set; all by default
     mapped: bool = False  # whether the streams are memory-mapped
     checksum: str | None = None  # of the packed file they come from
+    video: Tensor | None = None  # (N,) int64, the same for the crops of a video; by default no two rows are of one
 
     @classmethod
     def load(
@@ -65,9 +69,7 @@ class FeatureSet:
         width: int = 512,
         audio: bool = True,
         motion: bool = False,
-        dtype: torch.dtype = torch.float32,
         progress: Progress | None = None,
-        workers: int = 4,
     ) -> "FeatureSet":
         """Reads and pools the features of `rows`.
 
@@ -75,28 +77,27 @@ class FeatureSet:
         length: T; width: D
         audio: whether to read audio features
         motion: whether to append motion to the visual features, (N, T, 2 D), see `with_motion`
-        dtype: in memory; float16 halves memory and is lossless for float16 files of at most T rows
-        progress: wraps the iteration over rows; workers: reader threads
+        progress: wraps the iteration over rows
         Raises DataError for the first invalid row, LabelError for a label; checks labels before reading any file.
         """
         if not rows:
             raise DataError("no videos to load: the list, or this part of it, is empty")
         labels = np.stack([_encode(row, codes) for row in rows])
-        visual = torch.zeros(len(rows), length, (1 + motion) * width, dtype=dtype)
-        heard = torch.zeros(len(rows), length, width, dtype=dtype) if audio else None
+        visual = torch.zeros(len(rows), length, (1 + motion) * width)
+        heard = torch.zeros(len(rows), length, width) if audio else None
         lengths = torch.zeros(len(rows), dtype=torch.int64)
 
         def fill(i: int) -> None:
-            seen, sound, lengths[i] = _pooled(rows[i], length, width, audio, motion, torch.finfo(dtype).max)
+            seen, sound, lengths[i] = _pooled(rows[i], length, width, audio, motion)
             visual[i] = torch.from_numpy(seen)
             if heard is not None:
                 heard[i] = torch.from_numpy(sound)
 
-        with ThreadPoolExecutor(workers) as threads:
+        with ThreadPoolExecutor(READERS) as threads:
             done = threads.map(fill, range(len(rows)))
             for _ in progress(rows) if progress else rows:
                 next(done)
-        return cls(visual, heard, lengths, torch.from_numpy(labels))
+        return cls(visual, heard, lengths, torch.from_numpy(labels), video=_numbered(rows))
 
     @classmethod
     def open(
@@ -115,6 +116,7 @@ class FeatureSet:
         Raises DataError if the file is not a packed set, or was packed with another length, width or motion setting, or
         without the audio requested; LabelError for a label.
         """
+        rows, labels = packed_rows(path, codes)
         tensors, _ = open_packed(path)
         found = list(tensors["visual"].shape[1:])
         if found != [length, (1 + motion) * width]:
@@ -128,10 +130,10 @@ class FeatureSet:
             )
         if audio and "audio" not in tensors:
             raise DataError(f"{path}: packed without sound, which is required; pack it again with --audio")
-        rows, labels = packed_rows(path, codes)
         heard = tensors["audio"] if audio else None
         streams = tensors["visual"], heard, tensors["lengths"]
-        return cls(*streams, torch.from_numpy(labels), mapped=True, checksum=checksum(path)), rows
+        video = _numbered(rows)
+        return cls(*streams, torch.from_numpy(labels), mapped=True, checksum=checksum(path), video=video), rows
 
     def __len__(self) -> int:
         return len(self.lengths if self.index is None else self.index)
@@ -155,6 +157,12 @@ class FeatureSet:
     def valid(self) -> Tensor:
         """Number of valid snippets per sample, (M,) int64."""
         return self.lengths if self.index is None else self.lengths[self.index]
+
+    def videos(self) -> int:
+        """Number of videos; all crops of one count once."""
+        if self.video is None:
+            return len(self)
+        return len((self.video if self.index is None else self.video[self.index]).unique())
 
     @property
     def stream_bytes(self) -> int:
@@ -181,9 +189,9 @@ class FeatureSet:
 
     def to(self, device: str | torch.device) -> "FeatureSet":
         """Copies the whole set to a device, where batches are then gathered."""
-        audio, index = (None if x is None else x.to(device) for x in (self.audio, self.index))
+        audio, index, video = (None if x is None else x.to(device) for x in (self.audio, self.index, self.video))
         visual, lengths, labels = (x.to(device) for x in (self.visual, self.lengths, self.labels))
-        return FeatureSet(visual, audio, lengths, labels, index, checksum=self.checksum)
+        return FeatureSet(visual, audio, lengths, labels, index, checksum=self.checksum, video=video)
 
 
 def pack(
@@ -195,7 +203,6 @@ def pack(
     motion: bool = False,
     dtype: str = "float16",
     progress: Progress | None = None,
-    workers: int = 4,
 ) -> None:
     """Pools the features of `rows` into one file for `FeatureSet.open`, resuming a killed call.
 
@@ -213,7 +220,7 @@ def pack(
     # absolute, so that a video is recognised from any working directory
     paths = [(os.path.abspath(row.visual), os.path.abspath(row.audio) if row.audio else "") for row in rows]
     info = {"rows": [[*both, row.label] for both, row in zip(paths, rows, strict=True)]}
-    with ThreadPoolExecutor(workers) as threads:
+    with ThreadPoolExecutor(READERS) as threads:
 
         def fill(start: int, stop: int) -> dict[str, np.ndarray]:
             some = threads.map(lambda row: _pooled(row, length, width, audio, motion, limit), rows[start:stop])
@@ -225,7 +232,7 @@ def pack(
 
 
 def _pooled(
-    row: Row, length: int, width: int, audio: bool, motion: bool, limit: float
+    row: Row, length: int, width: int, audio: bool, motion: bool, limit: float = math.inf
 ) -> tuple[np.ndarray, np.ndarray | None, int]:
     """Both streams of a row pooled to `length`, and its valid snippets. limit: largest value that can be stored."""
     visual, heard = load_row(row, width, audio, motion)
@@ -238,9 +245,17 @@ def _pooled(
     return seen, None if heard is None else pool(heard, length)[0], valid
 
 
+def _numbered(rows: Sequence[Row]) -> Tensor:
+    """Returns the number of each row's video, (N,) int64."""
+    numbers: dict[Path, int] = {}
+    return torch.tensor([numbers.setdefault(video_of(row), len(numbers)) for row in rows])
+
+
 def packed_rows(path: str | Path, codes: dict[str, str]) -> tuple[list[Row], np.ndarray]:
     """The list rows that a packed set was made from, and their labels (N, C). Raises DataError, LabelError."""
-    info = open_packed(path)[1]
+    tensors, info = open_packed(path)
+    if not {"visual", "lengths"} <= tensors.keys() or "rows" not in info:
+        raise DataError(f"{path}: not a packed list; make one with `avadclip-fast pack`, or give the list itself")
     rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
     return rows, np.stack([_encode(row, codes) for row in rows])
 

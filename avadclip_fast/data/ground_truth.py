@@ -2,15 +2,20 @@
 
 import json
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from .errors import DataError
 from .npy import read_header
+
+# What zipfile raises on a damaged file: RuntimeError where it seems encrypted, or compressed in another way.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, KeyError, EOFError)
 
 
 class Span(NamedTuple):
@@ -214,23 +219,38 @@ def read_frame_gt(path: str | Path) -> np.ndarray:
     Returns (frames,) float32 of 0 and 1. Raises DataError.
     """
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.lib.npyio.NpzFile):
-            with loaded as arrays:
-                names = arrays.files
-                if "gt" not in names and len(names) != 1:
-                    raise DataError(f"{path}: holds {', '.join(names) or 'no arrays'}; name one of them gt")
-                loaded = arrays["gt" if "gt" in names else names[0]]
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+            file.seek(0)
+            loaded = _zipped_vector(file, path) if zipped else _vector(file, path)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        # numpy's advice on other files is to unpickle them
-        reason = "it is neither, or holds pickles" if "pickle" in str(error) else error
-        raise DataError(f"{path}: not a readable .npy or .npz file: {reason}") from error
-    if loaded.ndim != 1 or loaded.dtype.kind not in "bfiu" or not loaded.size:
-        raise DataError(f"{path}: expected a vector with a number per frame, got {loaded.dtype} {loaded.shape}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except _DAMAGE as error:
+        raise DataError(f"{path}: not a readable .npz file, or damaged: {error}; copy or make it again") from error
     if len(bad := np.flatnonzero((loaded != 0) & (loaded != 1))):
         raise DataError(f"{path}: frame {bad[0]} is {loaded[bad[0]]}; a frame is 0 (normal) or 1 (anomalous)")
     return loaded.astype(np.float32)
+
+
+def _zipped_vector(file: IO[bytes], path: str | Path) -> np.ndarray:
+    with zipfile.ZipFile(file) as arrays:
+        names = [name.removesuffix(".npy") for name in arrays.namelist()]
+        if "gt" not in names and len(names) != 1:
+            raise DataError(f"{path}: holds {', '.join(names) or 'no arrays'}; name one of them gt")
+        with arrays.open(arrays.namelist()[names.index("gt") if "gt" in names else 0]) as member:
+            return _vector(member, path)
+
+
+def _vector(file: IO[bytes], path: str | Path) -> np.ndarray:
+    """Reads a non-empty vector of numbers in `.npy` format."""
+    shape, _, dtype = read_header(file, path)
+    if len(shape) != 1 or shape[0] < 1 or dtype.kind not in "bfiu":
+        raise DataError(f"{path}: expected a vector with a number per frame, got {dtype} {shape}")
+    stored = file.read()
+    if len(stored) < shape[0] * dtype.itemsize:
+        raise DataError(f"{path}: cut short: fewer bytes than its {shape[0]} frames take; copy or make it again")
+    return np.frombuffer(stored, dtype, shape[0])

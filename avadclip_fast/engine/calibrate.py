@@ -6,7 +6,7 @@ mean of its top len // 16 + 1 snippet scores, as in training, against whether th
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,8 @@ import torch
 from ..data import DataError, FeatureSet
 from ..data.atomic import atomic_write
 from ..models.avadclip import Detector
+from ..models.checkpoints import CALIBRATION
 
-CALIBRATION = "calibration.json"  # beside config.json
 TEMPERATURES = np.geomspace(0.25, 16, 121)  # bounded, since outside scores near 0 and 1 would tie in float32
 BINS = 10
 HEADS = ("align", "binary")  # 1 - p(normal), sigmoid of the anomaly logit
@@ -145,7 +145,8 @@ def has_both_kinds(data: FeatureSet) -> bool:
 
 def calibrate(model: Detector, held_out: FeatureSet, batch_size: int, device) -> Calibration:
     """Calibrates a model on a held-out set. Raises ValueError unless it has both normal and abnormal videos."""
-    return fit_calibration(held_out_logits(model, held_out, batch_size, device), _abnormal(held_out))
+    fitted = fit_calibration(held_out_logits(model, held_out, batch_size, device), _abnormal(held_out))
+    return replace(fitted, videos=held_out.videos())
 
 
 def _abnormal(data: FeatureSet) -> np.ndarray:

@@ -49,7 +49,7 @@ def _several() -> bool:
 def joined(device: torch.device) -> Iterator[None]:
     """Joins the processes that torchrun started into one run inside the block: NCCL on GPUs, gloo otherwise.
 
-    Does nothing if the world size is 1. Raises PeerLost if another process does not join.
+    Does nothing if the world size is 1. Raises PeerLost if another process does not join, or cannot be found.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) < 2 or _several():
         yield
@@ -57,8 +57,14 @@ def joined(device: torch.device) -> Iterator[None]:
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)
-    with _answered():
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
+    try:
+        with _answered():
+            dist.init_process_group("nccl" if gpu else "gloo", timeout=TIMEOUT)
+    except ValueError as error:
+        raise PeerLost(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and torchrun's other variables do not go with it ({error}); "
+            "start the run with torchrun, or unset WORLD_SIZE"
+        ) from error
     yield
     # Skipped after an error: other ranks may be waiting for this one, and only its exit unblocks them.
     dist.destroy_process_group()

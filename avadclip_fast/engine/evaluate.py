@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from ..data import DataError, Row, TestVideo, snippet_count, test_videos
+from ..data.lists import names_of
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError, TextWeightsError
 from ..models.avadclip import Detector
 from ..models.checkpoints import CONFIG, read_official
@@ -96,6 +97,13 @@ def check_truth(path: Path, truth: np.ndarray, rows: Sequence[Row], width: int, 
         raise DataError(f"{path}: {error}") from error
 
 
+def check_spans(path: Path, spans: Sequence, videos: int, classes: list[str], codes: dict[str, str]) -> None:
+    """Checks that the spans read from `path` are of so many videos and of the model's classes. Raises DataError."""
+    if len(spans) != videos:
+        raise DataError(f"{path}: spans of {len(spans)} videos, the list has {videos}; are they of the same set?")
+    _class_spans(spans, classes, codes)
+
+
 def score_rows(
     model: Detector,
     rows: Sequence[Row],
@@ -123,13 +131,13 @@ def score_rows(
         model, videos, device, silent=silent, calibration=calibration, total=len(own), progress=progress and rank == 0
     )
     if world == 1:
-        return scores
+        return [video._replace(name=name) for video, name in zip(scores, names_of(rows), strict=True)]
     starts = np.cumsum([0, *snippets])
     merged = torch.zeros(int(starts[-1]), 1 + len(model.classes))
     for i, video in zip(own, scores, strict=True):
         merged[starts[i] : starts[i + 1]] = torch.from_numpy(np.column_stack([video.anomaly, video.probabilities]))
     parts = np.split(distributed.total(merged).numpy(), starts[1:-1])  # one rank fills a row; others hold zero
-    return [VideoScores(row.visual.stem, part[:, 0], part[:, 1:]) for row, part in zip(rows, parts, strict=True)]
+    return [VideoScores(name, part[:, 0], part[:, 1:]) for name, part in zip(names_of(rows), parts, strict=True)]
 
 
 @torch.no_grad()
@@ -253,7 +261,7 @@ def at_threshold(
     return found
 
 
-def _class_spans(spans: list, classes: list[str], codes: dict[str, str]) -> list[list[tuple[int, int, int]]]:
+def _class_spans(spans: Sequence, classes: list[str], codes: dict[str, str]) -> list[list[tuple[int, int, int]]]:
     unknown = {code for video in spans for _, _, code in video if codes.get(code) not in classes}
     if unknown:
         names = ", ".join(sorted(unknown))

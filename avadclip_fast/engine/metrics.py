@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 IOUS = (0.1, 0.2, 0.3, 0.4, 0.5)
+THRESHOLD, TOP_WEIGHT, TOP_DIVISOR = 0.6, 0.7, 16  # of proposals, see `detection_map`
 Spans = Sequence[Sequence[tuple[int, int, int]]]  # per video: (first frame, one past the last, class index)
 
 
@@ -84,7 +85,7 @@ class DetectionResult:
     """Detection mAP in percent, as in the papers."""
 
     ious: tuple[float, ...]  # [I]
-    map_at_iou: np.ndarray  # [I] mean over the included classes
+    map_at_iou: np.ndarray  # [I] mean over the classes
     average: float  # mean of map_at_iou, AVG in the papers
     per_class: np.ndarray  # [I, C], 0 for a class without truth
     truths: np.ndarray  # [C] int, number of ground-truth spans
@@ -95,15 +96,11 @@ def detection_map(
     spans: Spans,
     frames_per_snippet: int = 16,
     ious: Sequence[float] = IOUS,
-    exclude_normal: bool = False,
-    threshold: float = 0.6,
-    top_weight: float = 0.7,
-    top_divisor: int = 16,
 ) -> DetectionResult:
     """Mean average precision of temporal detection at several IoUs.
 
-        proposals of class c in video b: the runs of >= 2 frames where s > max(s) - threshold * (max(s) - min(s))
-        score of a run = max of s in it + top_weight * mean of the video's top n // top_divisor of s
+        proposals of class c in video b: the runs of >= 2 frames where s > max(s) - 0.6 (max(s) - min(s))
+        score of a run = max of s in it + 0.7 * mean of the video's top n // 16 of s
         AP_c = sum over hits of (hits so far / proposals so far) / truths,    mAP = 100 * mean_c AP_c
 
     where s holds the video's n = n_b * frames_per_snippet frame scores of c. Proposals of all videos are visited in
@@ -113,11 +110,10 @@ def detection_map(
     Source: the evaluator of VadCLIP (Wu et al., AAAI 2024), after W-TALC (Paul et al., ECCV 2018), used by AVadCLIP.
 
     scores: per video (n_b, C), softmax of the class logits; spans: per video (start, end, class) in frames
-    exclude_normal: leave class 0 out of the mean (official drops the videos after the 500th and keeps the class)
     Returns a `DetectionResult`. Raises ValueError on invalid shapes, classes or IoUs and on non-finite scores.
 
     As in the official code, a class without truth has AP 0 and is included (so an unlabelled normal class halves a
-    two-class mAP). Constant scores, videos of fewer than top_divisor frames, and videos whose top mean is not positive
+    two-class mAP). Constant scores, videos of fewer than 16 frames, and videos whose top mean is not positive
     produce no proposals. The official non-maximum suppression is omitted since runs over one threshold never overlap.
     Differences from the official code: sums are float64, not float32; equal scores keep the order of video and start
     (the official sort is unstable); a class without proposals has AP 0 (officially it makes the whole mAP 0).
@@ -127,13 +123,11 @@ def detection_map(
     ious = tuple(float(iou) for iou in ious)
     if not ious or not all(0 < iou <= 1 for iou in ious):
         raise ValueError(f"ious must be in (0, 1], got {ious}")
-    if frames_per_snippet < 1 or top_divisor < 1:
-        raise ValueError(f"frames_per_snippet ({frames_per_snippet}) and top_divisor ({top_divisor}) must be >= 1")
-    if exclude_normal and classes < 2:
-        raise ValueError("exclude_normal leaves no class: the scores have one")
+    if frames_per_snippet < 1:
+        raise ValueError(f"frames_per_snippet must be at least 1, got {frames_per_snippet}")
     truths = _check_spans(spans, len(scores), classes)  # [S, 4]: video, start, end, class
 
-    proposals = [_proposals(p, frames_per_snippet, threshold, top_weight, top_divisor) for p in scores]
+    proposals = [_proposals(p, frames_per_snippet) for p in scores]
     video = np.repeat(np.arange(len(scores)), [len(columns[0]) for columns in proposals])
     klass, start, end, score = (np.concatenate(column) for column in zip(*proposals, strict=True))
 
@@ -144,26 +138,24 @@ def detection_map(
         hits = _match(video[own], start[own], end[own], truths[truths[:, 3] == c, :3], ious)  # [I, P]
         precision = np.cumsum(hits, 1) / np.arange(1, len(own) + 1)
         per_class[:, c] = 100 * (precision * hits).sum(1) / max(1, (truths[:, 3] == c).sum())
-    map_at_iou = per_class[:, int(exclude_normal) :].mean(1)
+    map_at_iou = per_class.mean(1)
     count = np.bincount(truths[:, 3], minlength=classes)
     return DetectionResult(ious, map_at_iou, float(map_at_iou.mean()), per_class, count)
 
 
-def _proposals(
-    scores: np.ndarray, frames_per_snippet: int, threshold: float, top_weight: float, top_divisor: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _proposals(scores: np.ndarray, frames_per_snippet: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns class, start, end (in frames) and score, each [P], of one video's runs; scores [n, C].
 
     Runs are sorted by class and start.
     """
     values = scores.T.astype(np.float64)  # [C, n]
     n = values.shape[1]
-    top = n * frames_per_snippet // top_divisor  # frames in the top mean
+    top = n * frames_per_snippet // TOP_DIVISOR  # frames in the top mean
     weight = np.clip(top - frames_per_snippet * np.arange(n), 0, frames_per_snippet)  # [n] frames taken by rank
     top_mean = (-np.sort(-values, 1) * weight).sum(1) / max(1, top)  # [C]; 0 where top is 0
 
     low, high = values.min(1), values.max(1)
-    above = values > (high - threshold * (high - low))[:, None]
+    above = values > (high - THRESHOLD * (high - low))[:, None]
     above &= top_mean[:, None] > 0
     klass, edge = np.nonzero(np.diff(above, axis=1, prepend=False, append=False))  # alternating starts and ends
     klass, start, end = klass[::2], edge[::2], edge[1::2]
@@ -172,7 +164,7 @@ def _proposals(
     bounds = np.stack([row + start, row + end], 1).ravel()
     peak = np.maximum.reduceat(np.pad(values, ((0, 0), (0, 1))).ravel(), bounds)[::2] if len(klass) else np.empty(0)
     keep = (end - start) * frames_per_snippet >= 2
-    score = peak + top_weight * top_mean[klass]
+    score = peak + TOP_WEIGHT * top_mean[klass]
     return klass[keep], start[keep] * frames_per_snippet, end[keep] * frames_per_snippet, score[keep]
 
 
@@ -229,7 +221,6 @@ def evaluate_scores(
     spans: Spans | None = None,
     class_names: Sequence[str] | None = None,
     frames_per_snippet: int = 16,
-    exclude_normal: bool = False,
 ) -> dict:
     """Computes all metrics of one model's scores, ready for JSON (undefined values are None).
 
@@ -284,12 +275,11 @@ def evaluate_scores(
         name: _or_none(_class_ap(probabilities[:, c], rows[rows[:, 3] == c, :3], first, lengths, frames_per_snippet))
         for c, name in enumerate(names)
     }
-    detection = detection_map(class_probabilities, spans, frames_per_snippet, exclude_normal=exclude_normal)
+    detection = detection_map(class_probabilities, spans, frames_per_snippet)
     result["detection"] = {
         "iou": list(detection.ious),
         "map": detection.map_at_iou.tolist(),
         "average": detection.average,
-        "exclude_normal": exclude_normal,
         "per_class": dict(zip(names, detection.per_class.T.tolist(), strict=True)),
         "truths": dict(zip(names, detection.truths.tolist(), strict=True)),
     }
@@ -341,6 +331,5 @@ def format_table(result: dict) -> str:
         average = sum(row) / len(row)
         truths = f"{detection['truths'][name]:>9}"
         lines.append(f"{shown:<16}" + cells([*row, average]) + truths + cells([ap if ap is None else 100 * ap]))
-    mean = "mean, no normal" if detection["exclude_normal"] else "mean"
-    lines.append(f"{mean:<16}" + cells([*detection["map"], detection["average"]]))
+    lines.append(f"{'mean':<16}" + cells([*detection["map"], detection["average"]]))
     return "\n".join(lines)

@@ -22,6 +22,12 @@ def mute(videos: int, percent: float, seed: int) -> np.ndarray:
     return np.isin(np.arange(videos), chosen)
 
 
+def check_kinds(truth: np.ndarray) -> None:
+    """Raises DataError if the frames of the ground truth are all normal, or all anomalous."""
+    if not 0 < np.count_nonzero(truth) < len(truth):
+        raise DataError("the frames of the ground truth are all of one kind, of which there is no AP to compare")
+
+
 def missing_sound(
     hearing: Sequence[VideoScores],
     deaf: Sequence[VideoScores],
@@ -38,8 +44,7 @@ def missing_sound(
     "teacher" scores every video with the teacher; "automatic" uses the student for videos without sound; "oracle" is
     the best of the three by the ground truth. Raises DataError on invalid shares or ground truth.
     """
-    if not 0 < np.count_nonzero(truth) < len(truth):
-        raise DataError("the frames of the ground truth are all of one kind, of which there is no AP to compare")
+    check_kinds(truth)
     records = []
     for percent in percents:
         silent = mute(len(student), percent, seed)

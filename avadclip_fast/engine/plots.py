@@ -23,33 +23,30 @@ def score_curves(
     scores: Mapping[str, np.ndarray],
     truth: np.ndarray | Sequence[tuple] | None = None,
     frames_per_snippet: int = 16,
-    fps: float | None = None,
 ) -> None:
     """Writes one PNG: a video's score curves over its shaded ground truth.
 
     name: the title; scores: label -> (n,) snippet scores in 0..1, each drawn over its frames_per_snippet frames
     truth: (frames,) of 0 and 1, or spans (start, end) or (start, end, class) in frames, where class 0 is normal and
-    not shaded; fps: frames per second, for a time axis in seconds (frames otherwise)
+    not shaded
     Raises ValueError on shapes that do not match.
     """
-    _write(path, [(name, scores, truth)], frames_per_snippet, fps, columns=1, panel=(9.0, 3.2))
+    _write(path, [(name, scores, truth)], frames_per_snippet, columns=1, panel=(9.0, 3.2))
 
 
 def score_grid(
     path: str | Path,
     items: Sequence[tuple[str, Mapping[str, np.ndarray], np.ndarray | Sequence[tuple] | None]],
     frames_per_snippet: int = 16,
-    fps: float | None = None,
-    columns: int = 2,
 ) -> None:
     """Writes one PNG with one panel per video (up to about eight stay legible) and a shared legend.
 
     items: (name, scores, truth) of each video, as in `score_curves`; a label has the same colour in every panel
     Raises ValueError on shapes that do not match, or without items.
     """
-    if not items or columns < 1:
-        raise ValueError(f"expected items and columns, got {len(items)} items in {columns} columns")
-    _write(path, items, frames_per_snippet, fps, columns=min(columns, len(items)), panel=(6.4, 2.2))
+    if not items:
+        raise ValueError("expected a video or more")
+    _write(path, items, frames_per_snippet, columns=min(2, len(items)), panel=(6.4, 2.2))
 
 
 def reliability_plot(
@@ -141,14 +138,14 @@ def save(figure, path: str | Path) -> None:
         figure.savefig(file, format="png")
 
 
-def _write(path, items, frames_per_snippet: int, fps: float | None, columns: int, panel: tuple[float, float]) -> None:
+def _write(path, items, frames_per_snippet: int, columns: int, panel: tuple[float, float]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
 
-    if frames_per_snippet < 1 or (fps is not None and not fps > 0):
-        raise ValueError(f"frames_per_snippet must be at least 1 and fps positive, got {frames_per_snippet}, {fps}")
+    if frames_per_snippet < 1:
+        raise ValueError(f"frames_per_snippet must be at least 1, got {frames_per_snippet}")
     panels = []
     for name, scores, truth in items:
         curves = _curves(name, scores)
@@ -164,13 +161,13 @@ def _write(path, items, frames_per_snippet: int, fps: float | None, columns: int
     lines: dict = {}  # label -> line, for the legend
     shaded = False
     for ax, (name, curves, spans) in zip(axes, panels, strict=False):
-        lines |= _panel(ax, curves, spans, labels, frames_per_snippet, fps)
+        lines |= _panel(ax, curves, spans, labels, frames_per_snippet)
         ax.set_title(_plain(name, int(panel[0] * TITLE_PER_INCH)), fontsize=10, parse_math=False)
         shaded |= len(spans) > 0
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     for ax in axes[max(0, len(panels) - columns) : len(panels)]:
-        ax.set_xlabel("frame" if fps is None else "time (s)")
+        ax.set_xlabel("frame")
     for ax in axes[: len(panels) : columns]:
         ax.set_ylabel("anomaly score")
 
@@ -186,20 +183,18 @@ def _write(path, items, frames_per_snippet: int, fps: float | None, columns: int
     )
     for text in legend.get_texts():
         text.set_parse_math(False)
-    with atomic_write(path, mode="wb") as file:
-        figure.savefig(file, format="png")
+    save(figure, path)
 
 
-def _panel(ax, curves, spans, labels, frames_per_snippet: int, fps: float | None) -> dict:
+def _panel(ax, curves, spans, labels, frames_per_snippet: int) -> dict:
     """Draws one video; returns label -> line."""
-    unit = 1 if fps is None else 1 / fps
     for start, end in spans:
-        ax.axvspan(start * unit, end * unit, facecolor=TRUTH_COLOUR, alpha=0.3, linewidth=0, zorder=0)
+        ax.axvspan(start, end, facecolor=TRUTH_COLOUR, alpha=0.3, linewidth=0, zorder=0)
     length = max(len(curve) for curve in curves.values())
     lines = {}
     for label, curve in curves.items():
         index = labels.index(label)
-        x = np.arange(len(curve) + 1) * (frames_per_snippet * unit)
+        x = np.arange(len(curve) + 1) * frames_per_snippet
         lines[label] = ax.step(
             x,
             np.append(curve, curve[-1]),  # the last snippet is as wide as the others
@@ -208,7 +203,7 @@ def _panel(ax, curves, spans, labels, frames_per_snippet: int, fps: float | None
             linestyle=DASHES[index % len(DASHES)],
             linewidth=1.5 if length <= 120 else 1.0,
         )[0]
-    ax.set_xlim(0, length * frames_per_snippet * unit)
+    ax.set_xlim(0, length * frames_per_snippet)
     ax.set_ylim(-0.03, 1.03)
     ax.set_yticks(np.linspace(0, 1, 5), ["0", "", "0.5", "", "1"])
     ax.grid(color="0.9", linewidth=0.6)

@@ -1,5 +1,6 @@
 """A complete training run, from list files to a model folder."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 
 from .. import data
 from ..data import DataError, FeatureSet
+from ..data.dataset import load_row
 from ..data.lists import Row
 from ..data.packed import PACKED
 from ..models import AVadCLIP, AVadCLIPStudent
@@ -88,27 +90,37 @@ def train_on_list(
             raise DataError(f"{list_}: too few videos to hold out {held_out:g} of them; use --select last")
         at = {row: i for i, row in enumerate(rows)}
         held, features = (features.subset(torch.tensor([at[row] for row in part])) for part in (out, kept))
-    test_ap = None
+    test_ap = test_videos = None
     if test_list is not None and gt is not None:
-        test_ap = _test_ap(model, test_list, root, gt, frames_per_snippet, device)
+        test_ap, test_videos = _test_ap(model, test_list, root, gt, frames_per_snippet, device)
     model.fit_inputs(features.batches())
     fit(
         model, features, recipe, output,
-        teacher=teacher, held_out=held, test_ap=test_ap, device=device, progress=progress, **how,
+        teacher=teacher, held_out=held, test_ap=test_ap, test_videos=test_videos, device=device, progress=progress,
+        **how,
     )  # fmt: skip
     return output / MODEL
 
 
-def _test_ap(model, list_: Path, root: Path | None, gt: Path, frames_per_snippet: int, device) -> Callable:
-    """Checks the ground truth against a test list; returns a function that computes a model's frame AP on the list."""
+def _test_ap(
+    model, list_: Path, root: Path | None, gt: Path, frames_per_snippet: int, device
+) -> tuple[Callable[[torch.nn.Module], float], str]:
+    """Checks the ground truth against a test list, and reads the features of the list once.
+
+    Returns a function that computes a model's frame AP on the list, and a fingerprint of features and ground truth.
+    """
     audio = "audio" in model.streams()
     rows, truth = data.read_list(list_, root, audio=audio), data.read_frame_gt(gt)
     positive = check_truth(gt, truth, rows, model.width, frames_per_snippet)
     if not 0 < positive.sum() < len(truth):
         raise DataError(f"{gt}: the frames are all of one kind, of which there is no AP to select by")
+    digest = hashlib.sha256(truth.tobytes())
+    for row in rows:
+        for x in load_row(row, model.width, audio):
+            digest.update(b"" if x is None else x.data)
 
     def ap(model) -> float:
         scores = score_rows(model, rows, device, audio=audio, progress=False)
         return evaluate(scores, truth, model.classes, frames_per_snippet)["align"]["ap"]
 
-    return ap
+    return ap, digest.hexdigest()

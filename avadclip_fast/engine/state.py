@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..data.atomic import atomic_write
+from ..models.avadclip import Detector
 
 STATE = "state.safetensors"  # in the folder of a run
 
@@ -42,9 +44,15 @@ def frozen_digest(model: nn.Module) -> str:
     return _digest((name, p) for name, p in model.named_parameters() if not p.requires_grad)[:16]
 
 
-def weights_digest(model: nn.Module) -> str:
-    """Returns a fingerprint of all parameters and buffers of a model."""
-    return _digest(model.state_dict().items())
+def model_digest(model: Detector) -> str:
+    """Returns a fingerprint of a model: parameters, buffers, and settings, some of which are in no tensor."""
+    settings = json.dumps(shape_of(model), sort_keys=True)
+    return hashlib.sha256((_digest(model.state_dict().items()) + settings).encode()).hexdigest()
+
+
+def shape_of(model: Detector) -> dict[str, Any]:
+    """Returns the settings of a model, without class tokens, which follow from the classes, and text weights."""
+    return {k: v for k, v in model.settings().items() if k not in ("text_weights", "class_tokens")}
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -31,7 +31,7 @@ from .calibrate import calibrate, has_both_kinds
 from .distributed import WHOLE, Part
 from .graph import StepGraph, changed_by, refusal
 from .recipe import Recipe, RecipeError
-from .state import STATE, StateError, frozen_digest, load_state, save_state, trained, weights_digest, writing
+from .state import STATE, StateError, frozen_digest, load_state, model_digest, save_state, shape_of, trained, writing
 from .stop import Request, Stopped, listening
 
 BEST, MODEL, HISTORY = "best.safetensors", "model", "history.json"
@@ -113,6 +113,7 @@ def fit(
     teacher: AVadCLIP | None = None,
     held_out: FeatureSet | None = None,
     test_ap: Callable[[torch.nn.Module], float] | None = None,
+    test_videos: str | None = None,
     device: str | torch.device = "cpu",
     resume: bool = False,
     progress: bool = True,
@@ -124,6 +125,7 @@ def fit(
     teacher: model to distil from (`model` is then a student); it is frozen and put in eval mode.
     held_out: required by select="val". Its loss is logged after each epoch, and the selected model is calibrated on it
     into `folder`/model/calibration.json. test_ap: returns a model's frame AP; required by select="test".
+    test_videos: a fingerprint of what `test_ap` scores, which must be the same on resuming.
     resume: continue from `folder`/state.safetensors if it exists. The result is bitwise equal to that of an
     uninterrupted run on the same device with the same thread count, also if that has more epochs than the run so far.
     profile: folder for trace.json, a trace of a few steps.
@@ -167,7 +169,7 @@ def fit(
         distributed.share_weights(teacher)
     optimizer = adamw(model, recipe, device, graph)
     noise = recipe.noise * feature_std(data).to(device) if recipe.noise else None
-    run = _settings(model, teacher, data, held_out, recipe)
+    run = _settings(model, teacher, data, held_out, test_videos, recipe)
     info: dict = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
     check_resumable(folder, resume)
     state = folder / STATE
@@ -645,16 +647,18 @@ def _teacher_features(
     return features, told
 
 
-def _settings(model, teacher, data: FeatureSet, held_out: FeatureSet | None, recipe: Recipe) -> dict[str, Any]:
+def _settings(
+    model, teacher, data: FeatureSet, held_out: FeatureSet | None, test_videos: str | None, recipe: Recipe
+) -> dict[str, Any]:
     """The settings that must match to resume a run, keyed by the names used in the error message."""
-    shape = {k: v for k, v in model.settings().items() if k not in ("text_weights", "class_tokens")}
     settings = {
         "recipe": asdict(recipe),
-        "model": shape,
+        "model": shape_of(model),
         "samples": len(data),
         "training videos": data.fingerprint(),
         "held-out videos": None if held_out is None else held_out.fingerprint(),
-        "teacher": None if teacher is None else weights_digest(teacher),
+        "test videos": test_videos,
+        "teacher": None if teacher is None else model_digest(teacher),
         "frozen": frozen_digest(model),
     }
     return json.loads(json.dumps(settings))  # as loaded from a state: tuples become lists

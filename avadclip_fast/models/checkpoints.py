@@ -14,6 +14,7 @@ from ..data.atomic import atomic_write, make_folder
 from .text import unreadable
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CALIBRATION = "calibration.json"  # beside them, by engine.calibrate
 
 # official prefix -> ours; the first match wins
 NAMES = {
@@ -168,6 +169,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save
 
+        (save_directory / CALIBRATION).unlink(missing_ok=True)  # of the model that was there
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         with atomic_write(save_directory / WEIGHTS) as file:
             file.write(save(state, metadata={"format": "pt", "model": type(self).__name__}))

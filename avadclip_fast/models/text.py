@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..data.errors import DataError
 from ..modules import MLP
 
 CONTEXT = 77  # CLIP's sequence length
@@ -102,7 +103,7 @@ class TextEncoder(nn.Module):
     Weights have CLIP's names and are frozen; only `prompt` (77, W) is trained, with row p at position p.
 
     tokens: one list of token ids per class, [SOS] name [EOS]
-    Raises ValueError if a name has more than 55 tokens.
+    Raises DataError if a name has more than 55 tokens.
     """
 
     codes: Tensor  # (C, S) int64
@@ -130,13 +131,13 @@ class TextEncoder(nn.Module):
         self.set_tokens(self.tokens)
 
     def set_tokens(self, tokens: list[list[int]]) -> None:
-        """Sets the classes and lays out their rows after the shared prefix. Raises ValueError as the class."""
+        """Sets the classes and lays out their rows after the shared prefix. Raises DataError as the class."""
         eos = [len(t) - 1 for t in tokens]  # index of EOS in the plain tokenisation
         if max(eos) + 2 * LEARNABLE >= CONTEXT:
             worst = eos.index(max(eos))
-            raise ValueError(
+            raise DataError(
                 f"class name number {worst + 1} has {max(eos) - 1} tokens; "
-                f"at most {CONTEXT - 2 * LEARNABLE - 2} fit between the prompt rows"
+                f"at most {CONTEXT - 2 * LEARNABLE - 2} fit between the prompt rows: shorten it"
             )
         rows = max(eos) + LEARNABLE  # S: the longest name's tokens, 10 learnable rows, EOS
         codes = torch.zeros(len(tokens), rows, dtype=torch.long)
