@@ -130,14 +130,15 @@ def score_rows(
     scores = score_videos(
         model, videos, device, silent=silent, calibration=calibration, total=len(own), progress=progress and rank == 0
     )
+    names = names_of(rows)
     if world == 1:
-        return [video._replace(name=name) for video, name in zip(scores, names_of(rows), strict=True)]
+        return [video._replace(name=name) for video, name in zip(scores, names, strict=True)]
     starts = np.cumsum([0, *snippets])
     merged = torch.zeros(int(starts[-1]), 1 + len(model.classes))
     for i, video in zip(own, scores, strict=True):
         merged[starts[i] : starts[i + 1]] = torch.from_numpy(np.column_stack([video.anomaly, video.probabilities]))
     parts = np.split(distributed.total(merged).numpy(), starts[1:-1])  # one rank fills a row; others hold zero
-    return [VideoScores(name, part[:, 0], part[:, 1:]) for name, part in zip(names_of(rows), parts, strict=True)]
+    return [VideoScores(name, part[:, 0], part[:, 1:]) for name, part in zip(names, parts, strict=True)]
 
 
 @torch.no_grad()
