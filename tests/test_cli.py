@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import platform
 import shutil
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -537,3 +539,20 @@ def test_without_pretrained_weights_it_says_so(videos, tmp_path, capsys, monkeyp
     monkeypatch.setattr(pretrained, "download_pretrained_from_url", refuse)
     message = mistake(capsys, "train", videos / "train.csv", "-o", tmp_path / "run", "--classes", CLASSES, "-q")
     assert "--text-weights random" in message and "no network" in message
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is kept is glibc's")
+def test_memory_is_kept_between_steps():
+    faults = """
+import resource, sys, torch
+from avadclip_fast.cli import commands
+if "kept" in sys.argv: commands._device("cpu")
+def step(): [torch.empty(2**24 // 4).fill_(1) for _ in range(4)]
+step(); step(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+step(); print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    plain, kept = (
+        int(subprocess.run([sys.executable, "-c", faults, how], check=True, capture_output=True, text=True).stdout)
+        for how in ("plain", "kept")
+    )
+    assert kept < plain / 10

@@ -16,7 +16,7 @@ from ..data import DataError, Row
 from ..data.atomic import atomic_write, make_folder
 from ..data.lists import names_of
 from ..data.packed import PACKED
-from ..device import device_of
+from ..device import device_of, keep_memory
 from ..engine import distributed, report
 from ..engine.calibrate import Calibration
 from ..engine.evaluate import WIDEST, at_threshold, check_spans, check_truth, evaluate, load_model, score_rows
@@ -268,7 +268,7 @@ def train(
     )  # fmt: skip
     files: dict[str, Any] = {"root": root, "held_out": held_out, "held_out_list": held_out_list}
     files |= {"test_list": test_list, "gt": gt, "frames_per_snippet": frames}
-    how: dict[str, Any] = {"device": device_of(device), "progress": not quiet}
+    how: dict[str, Any] = {"device": _device(device), "progress": not quiet}
     how |= {"profile": profile, "graph": graph, "resume": resume}
     model: AVadCLIP | AVadCLIPStudent
     with distributed.joined(how["device"]):
@@ -350,7 +350,7 @@ def distill(
     )  # fmt: skip
     files: dict[str, Any] = {"root": root, "held_out": held_out, "held_out_list": held_out_list}
     files |= {"test_list": test_list, "gt": gt, "frames_per_snippet": frames}
-    how: dict[str, Any] = {"device": device_of(device), "progress": not quiet}
+    how: dict[str, Any] = {"device": _device(device), "progress": not quiet}
     how |= {"profile": profile, "graph": graph, "resume": resume}
     with distributed.joined(how["device"]):
         train_on_list(model, settings, list_, output, codes, teacher=known, **files, **how)
@@ -427,10 +427,10 @@ def evaluate_(
     def scored(of, path: Path, silent: bool = silent):
         calibration, progress = Calibration.load(path), not quiet
         return score_rows(
-            of, rows, device_of(device), audio=hears, silent=silent, calibration=calibration, progress=progress
+            of, rows, _device(device), audio=hears, silent=silent, calibration=calibration, progress=progress
         )
 
-    with distributed.joined(device_of(device)):
+    with distributed.joined(_device(device)):
         scores = scored(detector, model)
         if missing is not None and student is not None:
             deaf, others = scored(detector, model, silent=True), scored(other, student)
@@ -465,7 +465,7 @@ def demo(
     from ..engine.demo import run
 
     try:
-        typer.echo(run(output, device_of(device)))
+        typer.echo(run(output, _device(device)))
     except Stopped as stop:
         raise Stopped(stop.number, f"remove {output} to run the demo again") from stop
 
@@ -565,6 +565,14 @@ def convert(
 def env() -> None:
     """Show versions, devices, and the backend selected for each op, with the reason."""
     typer.echo(report.environment())
+
+
+def _device(name: str) -> torch.device:
+    """Returns the device of that name, for a command that asks for the same memory again and again."""
+    device = device_of(name)
+    if device.type == "cpu":
+        keep_memory()
+    return device
 
 
 def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[str, str], int, float]:
