@@ -138,6 +138,7 @@ def test_torchs_second_weight_norm(official, settings):
         (teacher, {"fusion": "add"}, "fusion is 'add'"),
         (teacher, {"prompt": "paper"}, "prompt is 'paper'"),
         (student, {"modality": "audio"}, "modality is 'audio'"),
+        (teacher, {"heads": 2}, "heads is 2"),
         (student, {"standardize": ["visual"], "motion": True}, "standardises its inputs"),
     ],
 )

@@ -75,7 +75,8 @@ def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
     assert json.loads((run / "model" / "config.json").read_text())["window"] == 8
     assert json.loads((run / HISTORY).read_text())["run"]["recipe"]["distill_weight"] == 1e-8
     out = {}
-    for name, model, *flags in (("teacher", trained), ("silent", trained, "--silent"), ("student", run)):
+    flagged = ("silent", trained, "--silent"), ("plain", trained, "--uncalibrated")
+    for name, model, *flags in (("teacher", trained), ("student", run), *flagged):
         truth = ["--gt", videos / "gt.npy", "--segments", videos / "gt_segments.json"]
         written = ["--json", tmp_path / f"{name}.json", "--plots", tmp_path / name]
         list_ = videos / "test.csv"
@@ -84,6 +85,8 @@ def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
         assert len(list((tmp_path / name).glob("*.png"))) == 6  # five videos, and the reliability of the scores
     assert {"ap", "auc", "abnormal_ap"} <= out["teacher"]["align"].keys()
     assert out["teacher"]["align"] != out["silent"]["align"]
+    assert out["plain"]["threshold"]["align"]["threshold"] == 0.5 != out["teacher"]["threshold"]["align"]["threshold"]
+    assert out["plain"]["threshold"]["align"]["ece"] != out["teacher"]["threshold"]["align"]["ece"]
     assert "AP" in capsys.readouterr().out
 
 
@@ -548,8 +551,9 @@ import resource, sys, torch
 from avadclip_fast.cli import commands
 if "kept" in sys.argv: commands._device("cpu")
 def step(): [torch.empty(2**24 // 4).fill_(1) for _ in range(4)]
-step(); step(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-step(); print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+step(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20): step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     plain, kept = (
         int(subprocess.run([sys.executable, "-c", faults, how], check=True, capture_output=True, text=True).stdout)

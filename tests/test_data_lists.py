@@ -164,6 +164,9 @@ def test_write_and_read_again(tmp_path):
     write_list(tmp_path / "l.csv", rows)
     assert read_list(tmp_path / "l.csv") == rows
     assert str(tmp_path) not in (tmp_path / "l.csv").read_text()
+    (tmp_path / "v").mkdir()
+    write_list(tmp_path / "v" / ".." / "l.csv", rows)
+    assert str(tmp_path) not in (tmp_path / "l.csv").read_text()
     silent = [Row(row.visual, None, row.label, row.line) for row in rows]
     write_list(tmp_path / "l.csv", silent)
     assert (tmp_path / "l.csv").read_text().startswith("path,label\n")

@@ -210,6 +210,10 @@ def test_import_is_light(module):
             lambda: AVFusion(20, mode="cross_attention"),
             "AVFusion: cross_attention has 8 heads, and dim must be a multiple; got 20",
         ),
+        (
+            lambda: AVFusion(D, mode="add", backend="triton"),
+            "AVFusion: mode 'add' has no backend but 'reference'; got 'triton'",
+        ),
         (lambda: AVPrompt(D, prompt="own"), "AVPrompt: prompt must be 'official' or 'paper', got 'own'"),
         (lambda: TemporalAggregator(D, padding="none"), "padding must be 'official' or 'masked', got 'none'"),
         (lambda: teacher(padding="none"), "padding must be 'official' or 'masked', got 'none'"),

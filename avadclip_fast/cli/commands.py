@@ -92,7 +92,7 @@ RecipeOf = Annotated[
     RecipeName,
     Option(
         "--recipe",
-        help="Defaults of the options below: official (the paper's), or robust (for sets of hundreds of videos).",
+        help="Defaults of the training options: official (the paper's), or robust (for sets of hundreds of videos).",
     ),
 ]
 Epochs = Annotated[int | None, Option(min=1, help=f"Default: 10; robust {ROBUST['epochs']}.", show_default=False)]
@@ -156,7 +156,7 @@ Standard = Annotated[
     list[Modality] | None,
     Option(
         help="Streams to standardize to mean 0 and variance 1, for features with a large mean. "
-        "Default: none; robust audio. --motion always adds visual.",
+        "Default: none; robust audio. Motion always adds visual.",
     ),
 ]
 TextWeights = Annotated[
@@ -366,6 +366,9 @@ def evaluate_(
     segments: Annotated[Path | None, Option(help="Spans, for detection mAP: .json, or the official .npy.")] = None,
     segment_labels: Annotated[Path | None, Option(help="Their labels, with the official .npy.")] = None,
     silent: Annotated[bool, Option("--silent", help="Withhold the sound from a teacher.")] = False,
+    uncalibrated: Annotated[
+        bool, Option("--uncalibrated", help="Leave the model's calibration.json aside, as the paper's numbers do.")
+    ] = False,
     student: Annotated[Path | None, Option(help="For --missing-sound: a student beside the teacher.")] = None,
     missing: Annotated[
         str | None,
@@ -387,8 +390,9 @@ def evaluate_(
 ) -> None:
     """Score the videos of a list, and print AP, AUC and, with --segments, detection mAP against the ground truth.
 
-    Scores use the temperatures that training fitted on held-out videos, if any. With --missing-sound: also print the
-    frame AP of the teacher (--model), of --student, and of the student replacing the teacher for videos without sound.
+    Scores use the temperatures that training fitted on held-out videos, if any (or see --uncalibrated). With --missing-
+    sound: also print the frame AP of the teacher (--model), of --student, and of the student replacing the teacher for
+    videos without sound.
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     detector = _load(model, codes, window, beside=student)
@@ -424,10 +428,12 @@ def evaluate_(
         if folder is not None:
             make_folder(folder)
 
+    def fitted(path: Path) -> Calibration:
+        return Calibration() if uncalibrated else Calibration.load(path)
+
     def scored(of, path: Path, silent: bool = silent):
-        calibration, progress = Calibration.load(path), not quiet
         return score_rows(
-            of, rows, _device(device), audio=hears, silent=silent, calibration=calibration, progress=progress
+            of, rows, _device(device), audio=hears, silent=silent, calibration=fitted(path), progress=not quiet
         )
 
     with distributed.joined(_device(device)):
@@ -438,7 +444,7 @@ def evaluate_(
             return
     result = evaluate(scores, truth, detector.classes, frames, spans, codes)
     typer.echo(format_table(result))
-    calibration = Calibration.load(model)
+    calibration = fitted(model)
     result["threshold"] = at_threshold(scores, truth, frames, calibration)
     if calibration.videos:
         typer.echo(report.threshold_table(result["threshold"]))

@@ -94,7 +94,7 @@ def read_cells(path: Path, expected: Sequence[str]) -> list[tuple[int, dict[str,
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, csv.Error) as error:
         if str(path).endswith(PACKED):
-            raise DataError(f"{path}: a packed file, which only train and distill read; give the list") from error
+            raise DataError(f"{path}: a packed file, for check, train and distill alone; give the list") from error
         raise DataError(f"{path}: not a CSV file in UTF-8: {error}") from error
     if not header:
         raise DataError(f"{path}: the file is empty")
@@ -115,7 +115,7 @@ def _other_separator(header: Sequence[str]) -> str:
 
 def write_list(path: str | Path, rows: Sequence[Row]) -> None:
     """Writes a list atomically, with paths relative to its folder if below it; omits audio_path if no row has audio."""
-    folder = Path(path).absolute().parent
+    folder = Path(os.path.abspath(path)).parent
 
     def cell(file: Path | None) -> str:
         if file is None:

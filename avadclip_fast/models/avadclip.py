@@ -175,7 +175,8 @@ class AVadCLIP(Detector):
     text_width, text_layers: size of the text encoder; class_tokens: CLIP token ids, if open_clip is not installed
     visual, audio: (B, T, D), in the parameters' dtype, float32 by default; lengths: (B,) int32 or int64
     Returns an `Output` of tensors in that dtype.
-    Raises ValueError on invalid settings, shapes or lengths, TextWeightsError if the text weights are unavailable.
+    Raises ValueError on invalid settings, shapes or lengths, TextWeightsError if the text weights are unavailable,
+    DataError if a class name is too long for CLIP.
     Precision and backends: see the ops; `use_backend` forces a backend.
     """
 

@@ -40,7 +40,8 @@ NAMES = {
 ALIASES = {"net.0.": "conv1.", "net.4.": "conv2."}
 IMAGE_TOWER = "clipmodel.visual."
 HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "resume_download")
-OFFICIAL = {"modality": "visual", "fusion": "gated", "prompt": "official"}  # the only values the official code supports
+# The only values that the official code supports; the heads are those of its window attention.
+OFFICIAL = {"modality": "visual", "fusion": "gated", "prompt": "official", "heads": 1}
 
 _log = logging.getLogger("avadclip_fast")
 

@@ -25,7 +25,8 @@ class AVFusion(nn.Module):
         fusion = AVFusion(512)
         fused = fusion(visual, audio)      # visual, audio: (B, T, 512) -> (B, T, 512)
 
-    Raises ValueError on an unknown mode, a width not divisible by the heads, or invalid shapes, dtypes or devices.
+    Raises ValueError on an unknown mode, a backend that it lacks, a width not divisible by the heads, or invalid
+    shapes, dtypes or devices.
     Parameters have the official names (`gate_proj.0`, `residual_proj.0`, `residual_proj.2`).
     """
 
@@ -33,6 +34,8 @@ class AVFusion(nn.Module):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"AVFusion: mode must be one of {', '.join(MODES)}; got {mode!r}")
+        if mode != "gated" and backend not in (None, "reference"):
+            raise ValueError(f"AVFusion: mode {mode!r} has no backend but 'reference'; got {backend!r}")
         if mode == "cross_attention" and dim % HEADS:
             raise ValueError(f"AVFusion: cross_attention has {HEADS} heads, and dim must be a multiple; got {dim}")
         self.mode, self.backend = mode, backend

@@ -6,7 +6,9 @@ from .. import ops
 
 
 class TopKMean(nn.Module):
-    """Mean of each video's k highest scores, k = lengths // divisor + 1 (official code of arXiv 2504.04495).
+    """Mean of each video's k highest scores, k = min(lengths // divisor + 1, lengths).
+
+    As in the official code of arXiv 2504.04495.
 
     scores: (B, T, C) floating point; lengths: (B,) int in 1..T
     Returns (B, C) in the scores' dtype.

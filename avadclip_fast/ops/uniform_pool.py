@@ -45,7 +45,7 @@ def uniform_pool(features: Tensor, lengths: Tensor, rows: int, backend: str | No
     features: (N, D) floating point, the videos concatenated; lengths: (B,) int >= 1, with sum N; rows: >= 1
     Returns (B, rows, D) in the features' dtype.
     Raises ValueError on invalid shapes, dtypes, devices, lengths or `rows`.
-    Precision: sums in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
+    Precision: sums in float32 or finer (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     check_tensors("uniform_pool", ("features", features, "N D"))
     check_counts("uniform_pool", rows=rows)
