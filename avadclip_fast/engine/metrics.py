@@ -25,25 +25,13 @@ def frame_ap(scores: np.ndarray, truth: np.ndarray, frames_per_snippet: int = 1)
     Returns nan if the truth has only one class. Raises ValueError on mismatched lengths, other truth values, or
     non-finite scores.
     """
-    return _frame_metric("ap", scores, truth, frames_per_snippet)
-
-
-def frame_auc(scores: np.ndarray, truth: np.ndarray, frames_per_snippet: int = 1) -> float:
-    """Returns the area under the ROC curve over frames, as a fraction: P(positive > negative) + P(equal) / 2.
-
-    Arguments, nan and errors as in `frame_ap`.
-    """
-    return _frame_metric("auc", scores, truth, frames_per_snippet)
-
-
-def _frame_metric(metric: str, scores, truth, frames_per_snippet: int) -> float:
     scores = np.asarray(scores)
     if scores.ndim != 1:
         raise ValueError(f"scores must be one a snippet, [n], got shape {list(scores.shape)}")
     positives = positive_frames(truth, len(scores), frames_per_snippet)  # [n]
     if not np.isfinite(scores).all():
         raise ValueError("scores must be finite")
-    return _weighted_metric(metric, scores, positives, frames_per_snippet)
+    return _weighted_metric("ap", scores, positives, frames_per_snippet)
 
 
 def _weighted_metric(metric: str, scores: np.ndarray, positives: np.ndarray, frames_per_snippet: int) -> float:
