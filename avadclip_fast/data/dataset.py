@@ -169,9 +169,9 @@ class FeatureSet:
         """Bytes of the underlying streams, including rows not in the set."""
         return sum(x.nbytes for x in (self.visual, self.audio) if x is not None)
 
-    def batches(self, size: int = 256) -> Iterator[Batch]:
-        """The whole set in order, `size` rows at a time."""
-        return (self.batch(index) for index in torch.arange(len(self)).split(size))
+    def batches(self) -> Iterator[Batch]:
+        """The whole set in order, 256 rows at a time."""
+        return (self.batch(index) for index in torch.arange(len(self)).split(256))
 
     def fingerprint(self) -> str:
         """SHA-256 of the exact contents in order; uses the checksum of a packed file instead of its bytes."""

@@ -96,12 +96,12 @@ def run(folder: Path, device: torch.device) -> str:
     return f"{text}\n\n{seconds} s; report: {folder / 'report.md'}, plots: {folder / 'curves.png'}"
 
 
-def _plot(path: Path, curves: dict, spans: list, count: int = 6) -> None:
-    """Plots the `count` anomalous test videos with the largest gap between the teacher with sound and the others."""
+def _plot(path: Path, curves: dict, spans: list) -> None:
+    """Plots the six anomalous test videos with the largest gap between the teacher with sound and the others."""
     first, *others = curves.values()
     anomalous = [i for i, video in enumerate(spans) if any(code != "A" for _, _, code in video)]
     gap = {i: max(np.abs(first[i].probabilities - o[i].probabilities)[:, 0].max() for o in others) for i in anomalous}
-    chosen = sorted(sorted(gap, key=lambda i: gap[i])[-count:])
+    chosen = sorted(sorted(gap, key=lambda i: gap[i])[-6:])
     items = [
         (
             first[i].name,

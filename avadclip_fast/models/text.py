@@ -197,15 +197,15 @@ class TextEncoder(nn.Module):
             for bias in (block.attn.in_proj_bias, block.attn.out_proj.bias, block.mlp.c_fc.bias, block.mlp.c_proj.bias):
                 bias.zero_()
 
-    def load(self, weights: str | Path, seed: int = 0) -> None:
+    def load(self, weights: str | Path) -> None:
         """Fills the frozen weights.
 
-        weights: "openai" (downloaded once, verified by SHA-256), "random" (drawn from `seed`), or the path of CLIP's
+        weights: "openai" (downloaded once, verified by SHA-256), "random" (the same each time), or the path of CLIP's
         ViT-B-16.pt, an open_clip .safetensors file or an official AVadCLIP checkpoint
         Raises TextWeightsError if they are unavailable or do not match.
         """
         if weights == "random":
-            self.randomize(seed)
+            self.randomize()
             return
         source = _download() if weights == "openai" else Path(weights)
         state = read_weights(source)

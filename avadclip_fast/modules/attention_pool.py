@@ -33,7 +33,7 @@ class AVPrompt(nn.Module):
         if prompt not in ("official", "paper"):
             raise ValueError(f"AVPrompt: prompt must be 'official' or 'paper', got {prompt!r}")
         self.prompt, self.backend = prompt, backend
-        self.mlp1 = MLP(dim, backend=backend)
+        self.mlp1 = MLP(dim, backend)
         self.similarity = PromptSimilarity(temperature, backend=backend)
 
     def prompts(self, features: Tensor, text: Tensor, anomaly_logits: Tensor, lengths: Tensor | None = None) -> Tensor:

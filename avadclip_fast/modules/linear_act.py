@@ -18,12 +18,11 @@ class MLP(nn.Module):
     Rows t >= lengths[b] of the result mean nothing.
     """
 
-    def __init__(self, dim: int, hidden: int | None = None, backend: str | None = None):
+    def __init__(self, dim: int, backend: str | None = None):
         super().__init__()
-        hidden = hidden or 4 * dim
         self.backend = backend
-        self.c_fc = nn.Linear(dim, hidden)
-        self.c_proj = nn.Linear(hidden, dim)
+        self.c_fc = nn.Linear(dim, 4 * dim)
+        self.c_proj = nn.Linear(4 * dim, dim)
 
     def forward(
         self,
