@@ -25,18 +25,14 @@ FILLER = "0"
 class Preset:
     """Settings of a dataset: class codes, frames per snippet and the weight of L_ukd."""
 
-    name: str
     codes: dict[str, str]
     frames_per_snippet: int
     distill_weight: float
 
 
 PRESETS = {
-    preset.name: preset
-    for preset in (
-        Preset("xd-violence", XD_VIOLENCE, frames_per_snippet=16, distill_weight=1e-8),
-        Preset("cctv-fights", CCTV_FIGHTS, frames_per_snippet=4, distill_weight=1e-7),
-    )
+    "xd-violence": Preset(XD_VIOLENCE, frames_per_snippet=16, distill_weight=1e-8),
+    "cctv-fights": Preset(CCTV_FIGHTS, frames_per_snippet=4, distill_weight=1e-7),
 }
 
 
