@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import MLP, TemporalAggregator, WindowAttention
-from ..modules.temporal_aggregator import check_padding
 from ..ops._linear_act_cpu import spares
 from ..ops._padding import ends_of, zero_padding
 from . import groups
@@ -82,7 +81,6 @@ class TemporalEncoder(nn.Module):
 
     def __init__(self, dim: int, length: int, window: int, layers: int, heads: int = 1, padding: str = "masked"):
         super().__init__()
-        check_padding("TemporalEncoder", padding)
         self.padding, self.window = padding, window
         self.positions = nn.Embedding(length, dim)
         nn.init.normal_(self.positions.weight, std=0.01)

@@ -51,7 +51,8 @@ class TemporalAggregator(nn.Module):
 
     def __init__(self, dim: int = 512, padding: str = "masked", threshold: float = 0.7):
         super().__init__()
-        check_padding("TemporalAggregator", padding)
+        if padding not in ("official", "masked"):
+            raise ValueError(f"TemporalAggregator: padding must be 'official' or 'masked', got {padding!r}")
         self.padding = padding
         half = dim // 2
         self.gc1 = GraphConv(dim, half)
@@ -109,12 +110,6 @@ def _shared(alike: Tensor, rows: int) -> tuple[Tensor, Callable[[Tensor], Tensor
     needed[longest] = rows
     own = (torch.arange(rows, device=needed.device) < needed[:, None])[..., None]  # [B, T, 1]
     return needed, lambda x: torch.where(own, x, x[longest])
-
-
-def check_padding(owner: str, padding: str) -> None:
-    """Raises ValueError unless padding is "official" or "masked"."""
-    if padding not in ("official", "masked"):
-        raise ValueError(f"{owner}: padding must be 'official' or 'masked', got {padding!r}")
 
 
 def _quick_gelu(x: Tensor) -> Tensor:
