@@ -286,14 +286,15 @@ def detect(
     from ..engine.timeline import timeline
     from ..media.annotate import annotate
     from ..media.errors import import_av
-    from ..media.extract import check_results, failure, find_sources
+    from ..media.extract import check_results, find_sources, reason_of
     from ..media.features import Sampling, key_frames, video_features
 
     import_av()
     if per_frame and fps is not None:
         raise DataError("--per-frame goes with --every: with --fps, snippets do not count frames")
     every = frames_per_snippet(every, fps)
-    sources, failed = find_sources(videos, root=root, output=output)
+    sources, unread = find_sources(videos, root=root, output=output)
+    failed = [one["reason"] for one in unread]
     if not sources and not failed:
         raise DataError(f"{videos[0]}: no videos there")
     events = output / "events.csv"
@@ -314,8 +315,7 @@ def detect(
         try:
             yield
         except Exception as error:
-            reason = failure(path, error)["reason"]
-            failed.append({"source": str(path), "reason": f"{reason} ({target} alone was not written)"})
+            failed.append(f"{reason_of(path, error)} ({target} alone was not written)")
 
     request = Request()
 
@@ -342,7 +342,7 @@ def detect(
                     target(".json").parent.mkdir(parents=True, exist_ok=True)
                     write_detection(target(".json"), detection, source.path)
                 except Exception as error:  # a failing video is reported and does not stop the others
-                    failed.append(failure(source.path, error))
+                    failed.append(reason_of(source.path, error))
                     continue
                 detections.append(detection)
                 tqdm.write(summary(detection))
@@ -368,8 +368,8 @@ def detect(
         if detections:
             write_events(events, detections)
             typer.echo(f"wrote {events}")
-        for one in failed:
-            typer.echo(f"failed: {one['reason']}", err=True)
+        for reason in failed:
+            typer.echo(f"failed: {reason}", err=True)
     if failed:
         raise typer.Exit(1)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from .encoders import AudioEncoder, Encoders, VisualEncoder
 from .errors import MediaError
-from .extract import Source, Tally, extract_one, failure
+from .extract import Source, Tally, extract_one, reason_of
 from .features import Sampling
 
 RETRIES = 3  # after a lost worker or machine
@@ -132,7 +132,7 @@ def _task(
             encoders = replace(encoders, device=_lent())
         return extract_one(source, output, sampling, *_loaded(encoders), settings), ""
     except Exception as error:  # report a failing video and continue with the others
-        return "failed", failure(source.path, error)["reason"]
+        return "failed", reason_of(source.path, error)
 
 
 @functools.cache

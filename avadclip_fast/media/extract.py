@@ -229,7 +229,7 @@ def extract(
                 except Interrupted:
                     continue
                 except Exception as error:  # report a failing video and continue with the others
-                    tally.failed(source, failure(source.path, error)["reason"])
+                    tally.failed(source, reason_of(source.path, error))
                 else:
                     tally.ended(source, how)
         except BaseException:
@@ -267,11 +267,11 @@ def extract_one(
     return "done"
 
 
-def failure(path: Path, error: Exception) -> dict[str, str]:
-    """Returns {"source", "reason"}, where the reason is one line that names the file."""
+def reason_of(path: Path, error: Exception) -> str:
+    """Returns why a video failed, in one line that names the file."""
     if isinstance(error, DataError):
-        return {"source": str(path), "reason": str(error)}
-    return {"source": str(path), "reason": f"{path}: {type(error).__name__}: {' '.join(str(error).split())}"}
+        return str(error)
+    return f"{path}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class _Locked:
