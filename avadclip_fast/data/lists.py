@@ -50,13 +50,12 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
     root = path.parent if root is None else Path(root)
     rows, problems = [], []
     seen: dict[Path, int] = {}  # feature file -> line
-    for line, cells in read_cells(path, ["path", "audio_path", "label"] if audio else ["path", "label"]):
+    wanted = ["path", "audio_path", "label"] if audio else ["path", "label"]
+    for line, cells in read_cells(path, wanted):
         row = Row(
             root / cells["path"], root / cells["audio_path"] if cells["audio_path"] else None, cells["label"], line
         )
-        wanted = ("path", "audio_path", "label") if audio else ("path", "label")
-        empty = [name for name in wanted if not cells[name]]
-        if empty:
+        if empty := [name for name in wanted if not cells[name]]:
             problems.append(f"{path}, line {line}: {' and '.join(empty)} empty; fill in, or remove the line")
         elif "\0" in cells["path"] + cells["audio_path"]:
             problems.append(f"{path}, line {line}: a NUL in a path, which no file has; write the list again in UTF-8")
