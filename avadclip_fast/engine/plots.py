@@ -124,11 +124,9 @@ def bar_groups(
 
 def _figure(size: tuple[float, float], heights: Sequence[float] = (1,)):
     """Creates a figure of panels one below the other, which share their x axis; returns it and its axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(size, dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
 
 
@@ -139,7 +137,6 @@ def save(figure, path: str | Path) -> None:
 
 
 def _write(path, items, frames_per_snippet: int, columns: int, panel: tuple[float, float]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.patches import Patch
@@ -156,7 +153,6 @@ def _write(path, items, frames_per_snippet: int, columns: int, panel: tuple[floa
     rows = -(-len(panels) // columns)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)  # inches
     figure = Figure((panel[0] * columns, panel[1] * rows + 0.4), dpi=DPI, layout=layout)
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()  # [rows * columns]
     lines: dict = {}  # label -> line, for the legend
     shaded = False
