@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .. import data
 from ..data.atomic import atomic_write
 from ..models import AVadCLIP, AVadCLIPStudent
-from .evaluate import evaluate, score_videos
+from .evaluate import evaluate, score_rows
 from .plots import score_grid
 from .recipe import ROBUST, ROBUST_STREAMS, Recipe
 from .state import StateError
@@ -75,11 +75,9 @@ def run(folder: Path, device: torch.device) -> str:
     }
     results, curves = {}, {}
     for name, (model, silent) in cases.items():
-        videos = data.test_videos(test, LENGTH, motion=True)
-        scores = score_videos(model, videos, device, silent=silent, total=len(test))
-        result = evaluate(scores, truth, classes, FRAMES, spans, CODES)
+        curves[name] = score_rows(model, test, device, silent=silent)
+        result = evaluate(curves[name], truth, classes, FRAMES, spans, CODES)
         results[name] = result["align"] | {"detection": result["detection"]["average"]}
-        curves[name] = scores
         with atomic_write(folder / f"{name.replace(', ', '-').replace(' ', '-')}.json") as file:
             file.write(json.dumps(result, indent=1).encode())
     _plot(folder / "curves.png", curves, spans)
