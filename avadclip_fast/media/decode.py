@@ -294,9 +294,9 @@ class Windows:
         out /= 32768
         return out
 
-    def heard(self, chunk: int | None = None) -> np.ndarray:
-        """Whether each window is audible, (N,) bool. chunk: windows read at once."""
-        chunk = chunk or max(1, AT_ONCE // max(1, self.size))
+    def heard(self) -> np.ndarray:
+        """Whether each window is audible, (N,) bool."""
+        chunk = max(1, AT_ONCE // max(1, self.size))
         loud = [np.zeros(0, bool)]
         for start in range(0, len(self), chunk):
             loud.append(audible(self[start : start + chunk]))
