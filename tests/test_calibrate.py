@@ -25,11 +25,11 @@ from avadclip_fast.engine.calibrate import (
 from avadclip_fast.engine.evaluate import VideoScores, at_threshold
 
 
-def made(temperature: float, videos: int = 4000) -> tuple[dict, np.ndarray]:
-    """Videos of one snippet whose logits are `temperature` times too sure of themselves."""
+def made(temperature: float) -> tuple[dict, np.ndarray]:
+    """4000 videos of one snippet whose logits are `temperature` times too sure of themselves."""
     rng = np.random.default_rng(0)
-    logit = rng.normal(0, 2, videos)
-    abnormal = rng.random(videos) < 1 / (1 + np.exp(-logit))
+    logit = rng.normal(0, 2, 4000)
+    abnormal = rng.random(4000) < 1 / (1 + np.exp(-logit))
     logit = temperature * logit[:, None]
     classes = np.stack([0 * logit, logit - np.log(2), logit - np.log(2)], 2)  # p(normal) = 1 - sigmoid(logit)
     return {"binary": list(logit), "align": list(classes)}, abnormal

@@ -95,8 +95,8 @@ def test_read_refuses(tmp_path, text, words):
     assert all(word in str(caught.value) for word in [str(path), *words]), caught.value
 
 
-def rows_of(names, label="A"):
-    return [Row(data.lists.Path(name), None, label, i + 2) for i, name in enumerate(names)]
+def rows_of(names):
+    return [Row(data.lists.Path(name), None, "A", i + 2) for i, name in enumerate(names)]
 
 
 def test_crops_of_a_video_are_one_video():

@@ -67,7 +67,7 @@ def traced_once(_traced, monkeypatch) -> None:
     monkeypatch.setattr(export, "trace", _traced)
 
 
-def expected(model, streams, lengths, calibration=CALIBRATION):
+def expected(model, streams, lengths):
     """Scores by the model itself, on its whole length, 0 past lengths."""
     rows = streams[0].shape[1]
     whole = [torch.zeros(len(x), 24, x.shape[2]) for x in streams]
@@ -76,16 +76,16 @@ def expected(model, streams, lengths, calibration=CALIBRATION):
             full[b, :n] = x[b, :n]
     with torch.no_grad():
         out = model(*whole, lengths)
-    anomaly = torch.sigmoid(out.anomaly_logits / calibration.binary.temperature)[:, :rows]
-    probabilities = torch.softmax(out.class_logits / calibration.align.temperature, -1)[:, :rows]
+    anomaly = torch.sigmoid(out.anomaly_logits / CALIBRATION.binary.temperature)[:, :rows]
+    probabilities = torch.softmax(out.class_logits / CALIBRATION.align.temperature, -1)[:, :rows]
     for b, n in enumerate(lengths):
         anomaly[b, n:] = probabilities[b, n:] = 0
     return anomaly.numpy(), probabilities.numpy()
 
 
-def inputs_of(model, lengths, rows, seed=5):
+def inputs_of(model, lengths, rows):
     """Of the model's streams, with 50 for padding."""
-    visual, audio, _, lengths = batch(lengths, rows, seed=seed)
+    visual, audio, _, lengths = batch(lengths, rows, seed=5)
     visual = torch.cat([visual, audio], -1)[..., : model.width_of("visual")]
     streams = [visual, audio][: len(model.streams())]
     for x in streams:

@@ -15,11 +15,11 @@ from avadclip_fast.engine.metrics import detection_map, evaluate_scores, format_
 XD_CLASSES = ["A", "B1", "B2", "B4", "B5", "B6", "G"]
 
 
-def plain_detection_map(scores, spans, frames_per_snippet=16, ious=metrics.IOUS):
-    """The definition frame by frame, non-maximum suppression and sets of frames included: [len(ious), C] in percent."""
+def plain_detection_map(scores, spans, frames_per_snippet):
+    """The definition frame by frame, non-maximum suppression and sets of frames included: [IoUs, C] in percent."""
     frames = [np.repeat(np.asarray(p, np.float64), frames_per_snippet, axis=0) for p in scores]
     table = []
-    for least in ious:
+    for least in metrics.IOUS:
         row = []
         for c in range(frames[0].shape[1]):
             proposals = []

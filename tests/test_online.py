@@ -40,9 +40,9 @@ def online(pair, teacher=True, **options):
     return OnlineDetector(scorers, Sight("cpu"), Hearing("cpu"), seconds=SECONDS, **options)
 
 
-def pushed(detector, levels, audio=None):
+def pushed(detector, levels):
     """(number of the snippet, event) of every event that was told."""
-    return [(i, event) for i, level in enumerate(levels) for event in detector.push(grey(level), audio)]
+    return [(i, event) for i, level in enumerate(levels) for event in detector.push(grey(level))]
 
 
 def test_events_are_told_as_they_end(pair):
