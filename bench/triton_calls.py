@@ -12,7 +12,7 @@ from torch import Tensor
 
 from avadclip_fast.engine.tune import B, C, D, T, gemms
 from avadclip_fast.ops.prompt_similarity import MOST_CLASSES
-from avadclip_fast.ops.window_attention import LONGEST, LONGEST_FLOAT32
+from avadclip_fast.ops.window_attention import longest
 
 
 def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -44,8 +44,7 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
     def distillation(ragged: Tensor | None) -> None:
         distill_loss.forward(draw(B, T, D), draw(B, T, D), draw(B, T, D), ragged)
 
-    longest = LONGEST_FLOAT32 if dtype == torch.float32 else LONGEST
-    for window in dict.fromkeys((4, 64, longest)):
+    for window in dict.fromkeys((4, 64, longest(dtype))):
         yield f"windows of {window}", partial(windows, window, None)
         yield f"windows of {window}, lengths", partial(windows, window, lengths)
     yield "graph", graph

@@ -99,7 +99,8 @@ def pool_grad_kernel(
         at_dx = (video * rows + t)[:, None] * width + d[None, :]
         by_x = tl.where((t < valid)[:, None], weight[:, None] * grad[None, :], 0.0)
         tl.store(dx + at_dx, by_x.to(dx.dtype.element_ty), mask=(t < rows)[:, None] & (d < width)[None, :])
-    tl.store(d_logits + video * rows + t, tl.sum(by_logits, 1).to(d_logits.dtype.element_ty), mask=t < rows)
+    by_logits = tl.where(t < valid, tl.sum(by_logits, 1), 0.0)  # masked loads are not enough: 0 · NaN = NaN
+    tl.store(d_logits + video * rows + t, by_logits.to(d_logits.dtype.element_ty), mask=t < rows)
 
 
 def forward(x: Tensor, logits: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -118,11 +119,12 @@ def forward(x: Tensor, logits: Tensor, lengths: Tensor | None) -> tuple[Tensor, 
 def backward(g: Tensor, pooled: Tensor, x: Tensor, logits: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of features and logits."""
     batch, rows, width = x.shape
+    if not x.numel():
+        return torch.zeros_like(x), torch.zeros_like(logits)
     dx, d_logits = x.new_empty(x.shape), logits.new_empty(logits.shape)
-    if x.numel():
-        tile = (8, 256)
-        pool_grad_kernel[batch * triton.cdiv(rows, tile[0]),](
-            g.contiguous(), pooled, x, logits, dx, d_logits, lengths, rows, width, *x.stride(), *logits.stride(),
-            ROWS=tile[0], COLS=tile[1],
-        )  # fmt: skip
+    tile = (8, 256)
+    pool_grad_kernel[batch * triton.cdiv(rows, tile[0]),](
+        g.contiguous(), pooled, x, logits, dx, d_logits, lengths, rows, width, *x.stride(), *logits.stride(),
+        ROWS=tile[0], COLS=tile[1],
+    )  # fmt: skip
     return dx, d_logits

@@ -67,7 +67,7 @@ def forward(
     if lengths is None:
         terms = student.new_full((), count * width, dtype=torch.float32)
     else:
-        terms = lengths.clamp(max=rows).sum() * float(width)
+        terms = (lengths.clamp(max=rows).sum() * width).float()  # whatever torch's default dtype is
     if count == 0 or width == 0:
         return student.new_zeros((), dtype=torch.float32) / terms, d_student, d_theta, terms
     tile = (8, 128)

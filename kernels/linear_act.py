@@ -347,7 +347,10 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs: int) -> dict:
-    """The fallback for untuned shapes: fits every supported chip without register spills (bench/aot_report.json)."""
+    """The fallback for untuned shapes: fits every supported chip.
+
+    Registers do not spill (bench/aot_report.json) if widths are multiples of 16.
+    """
     tma = chip.startswith("sm_") and int(chip.removeprefix("sm_")) >= 90
     common = {"stages": 2 if chip.startswith(SMALL) else 3, "tma": tma, "persistent": False}
     wide = 1 if kind == "gates" else 2  # gates keeps two accumulators
@@ -379,9 +382,9 @@ def config(kind: str, w: Tensor, x: Tensor, rows: int, outputs: int, width: int)
 
 
 def describable(x: Tensor) -> bool:
-    """Whether TMA can read x: 16-byte aligned rows, last dimension contiguous."""
-    size = x.element_size()
-    return x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(s * size % 16 == 0 for s in x.stride()[:-1])
+    """Whether TMA can read x: 16-byte aligned rows, none of them expanded, last dimension contiguous."""
+    size, (*strides, last) = x.element_size(), x.stride()
+    return x.data_ptr() % 16 == 0 and last == 1 and all(s > 0 and s * size % 16 == 0 for s in strides)
 
 
 def describe(x: Tensor, rows: int, cols: int) -> TensorDescriptor:

@@ -118,7 +118,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of features and prompts."""
     (batch, rows, width), classes = x.shape, p.shape[1]
-    dx, dp = x.new_empty(x.shape), p.new_zeros(p.shape)
+    dx, dp = x.new_empty(x.shape) if out.numel() else x.new_zeros(x.shape), p.new_zeros(p.shape)
     if out.numel():
         sizes = tile(classes)
         # tf32 loses nothing on a half-precision result: its mantissa is as long as float16's.

@@ -135,6 +135,7 @@ def features_grad_kernel(
     at = video * stride_b + i.to(tl.int64)[:, None] * stride_t + d[None, :] * stride_d
     x_i = tl.load(x + at, mask=(i < valid)[:, None] & (d < width)[None, :], other=0.0).to(tl.float32)
     slope = (pull - x_i * (inverse * along)[:, None]) * inverse[:, None]
+    slope = tl.where((i < valid)[:, None], slope, 0.0)  # masked loads are not enough: 0 · NaN = NaN
     at = (video * rows + i)[:, None] * width + d[None, :]
     tl.store(dx + at, slope.to(dx.dtype.element_ty), mask=(i < rows)[:, None] & (d < width)[None, :])
 

@@ -38,15 +38,21 @@ def _too_old(device: torch.device) -> str | None:
     return f"it needs compute capability {oldest}, and {device} has {own}"
 
 
+def _addressable(x):
+    """Returns an argument as kernels can read it: vectors without strides, and a video by offsets of 32 bits."""
+    if not isinstance(x, Tensor) or x.is_contiguous():
+        return x
+    far = any((n - 1) * stride >= 2**31 for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    return x.contiguous() if far or x.ndim == 1 else x
+
+
 def implement(operator: str, kernel: str, function: str) -> None:
     """Registers `function` of kernels/`kernel`.py as an operator's implementation; the first call imports Triton."""
 
     def run(*args):
-        # Kernels read vectors, such as lengths and biases, without their strides.
-        dense = [x.contiguous() if isinstance(x, Tensor) and x.ndim == 1 else x for x in args]
         # Triton launches on the current GPU, which is not always that of the tensors.
         with torch.cuda.device_of(args[0]):
-            return getattr(import_module(f"avadclip_fast.kernels.{kernel}"), function)(*dense)
+            return getattr(import_module(f"avadclip_fast.kernels.{kernel}"), function)(*map(_addressable, args))
 
     devices = ("CPU", "CUDA")  # CPU: Triton's interpreter
     torch.library.impl(f"avadclip_fast::{operator}", devices, run)

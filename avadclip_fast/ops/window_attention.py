@@ -10,8 +10,10 @@ from ._check import check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable_once
 from ._triton import implement, triton_reason
 
-# A Triton program holds the scores of whole windows: more would spill.
-LONGEST, LONGEST_FLOAT32 = 128, 64
+
+def longest(dtype: torch.dtype) -> int:
+    """The longest window that Triton takes. A program holds the scores of whole windows: more would spill."""
+    return 64 if dtype == torch.float32 else 128
 
 
 def _triton(q, k, v, window: int, heads: int, lengths: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -19,9 +21,8 @@ def _triton(q, k, v, window: int, heads: int, lengths: Tensor | None, residual: 
 
 
 def _triton_supports(q, k, v, window: int, heads: int, lengths: Tensor | None, residual: Tensor | None) -> str | None:
-    longest = LONGEST_FLOAT32 if q.dtype == torch.float32 else LONGEST
-    if min(window, q.shape[1]) > longest:
-        return f"it takes windows of up to {longest} snippets of {q.dtype}, not {min(window, q.shape[1])}"
+    if min(window, q.shape[1]) > longest(q.dtype):
+        return f"it takes windows of up to {longest(q.dtype)} snippets of {q.dtype}, not {min(window, q.shape[1])}"
     if not q.dtype == k.dtype == v.dtype:
         return "q, k and v differ in dtype"
     return triton_reason(q, *(() if residual is None else (residual,)))
