@@ -109,7 +109,7 @@ def test_it_goes_on_where_it_was(folder, tmp_path, capsys):
     assert told() == "1 extracted, 1 were there, 0 failed"
     os.utime(folder / "more" / "b.mp4", (0, 0))  # another file of as many bytes
     assert told() == "1 extracted, 1 were there, 0 failed"
-    assert told("--every", "4") == "2 extracted, 0 were there, 0 failed"
+    assert told("--every", "4", "--overwrite") == "2 extracted, 0 were there, 0 failed"
 
 
 def test_one_that_fails_does_not_stop_the_rest(folder, tmp_path, capsys):
@@ -227,16 +227,16 @@ def test_what_training_would_miss_is_told(folder, tmp_path, capsys):
     some = f"1 of 2 videos has no sound (more/b): {needs}remove these rows, or {alone}"
     assert told(folder) == [some, unlabelled]
     assert told(folder, "--label", "A") == [some]
-    assert told(folder, "--audio-encoder", "none") == []  # the label stays
+    assert told(folder, "--audio-encoder", "none", "--overwrite") == []  # the label stays
     (folder / "a_label_B1-0-0.mkv").unlink()
     for name in "cd":
         make_video(folder / f"{name}.mp4", frames=20)
-    assert told(folder, "--every", 4)[1:] == [
+    assert told(folder, "--every", 4, "--overwrite")[1:] == [
         f"3 of 3 videos have no sound (c, d, more/b): {needs}{alone}",
         unlabelled.replace("1 video has", "2 videos have"),
     ]
     make_video(folder / "c.mp4", frames=20, audio=1, tone=(0, 1))
-    assert told(folder / "c.mp4", "--every", 5, "--label", "A")[1:] == []
+    assert told(folder / "c.mp4", "--every", 5, "--label", "A", "--overwrite")[1:] == []
 
 
 def test_videos_of_other_settings_are_told(folder, tmp_path, capsys, monkeypatch):
@@ -253,11 +253,16 @@ def test_videos_of_other_settings_are_told(folder, tmp_path, capsys, monkeypatch
     for same in ("W.pt", "./W.pt", "films/../W.pt"):
         assert told(folder, "--audio-weights", same).startswith("0 extracted, 2 were there")
     some = "were extracted with other settings ("
-    assert some not in told(folder, "--every", 4)
+    given = ["extract", folder, "-o", out, "--every", 4, "--audio-weights", "W.pt", *QUICK]
+    features = (out / "visual/more/b__0.npy").read_bytes()
+    told_before = f"{out} holds features of 2 of these videos, made with another --every: give another folder, or"
+    assert told_before in mistake(capsys, *given)
+    assert (out / "visual/more/b__0.npy").read_bytes() == features
+    assert some not in told(folder, "--every", 4, "--overwrite")
     make_video(folder / "c.mp4", frames=40)
     assert f"\n2 videos {some}--every) and left out of the list: extract all" in told(folder / "c.mp4")
     options = "--crops", 5, "--float32", "--audio-weights", "W.pt"
-    said = told(folder / "c.mp4", *options)
+    said = told(folder / "c.mp4", *options, "--overwrite")
     assert f"\n2 videos {some}--audio-weights, --crops, --every, --float32) and" in said
 
 
@@ -271,9 +276,10 @@ def test_labels_typed_into_the_list_stay(folder, tmp_path, capsys):
 
     assert listed() == ["B1-0-0", ""]
     (out / "list.csv").write_text((out / "list.csv").read_text().replace("b__0.npy,,", "b__0.npy,, B6 "))
-    assert listed() == ["B1-0-0", "B6"] == listed("--label", "A") == listed("--every", 4)
+    assert listed() == ["B1-0-0", "B6"] == listed("--label", "A") == listed("--every", 4, "--overwrite")
     (folder / "all.csv").write_text("path,label\na_label_B1-0-0.mkv,G\nmore/b.mp4,B2\n")
-    assert listed(given=folder / "all.csv") == ["G", "B6"] == listed("--crops", 5, given=folder / "all.csv")[::5]
+    other = {"given": folder / "all.csv"}
+    assert listed("--overwrite", **other) == ["G", "B6"] == listed("--crops", 5, "--overwrite", **other)[::5]
     text = (out / "list.csv").read_text()
     (out / "list.csv").write_text(text.replace(",", ";"))
     told = mistake(capsys, "extract", folder, "-o", out, *QUICK)
@@ -396,7 +402,7 @@ def test_a_video_that_is_given_twice_is_one(folder):
 
 def test_packed(folder, tmp_path):
     packed = tmp_path / "out.safetensors"
-    for flags, dtype in ((), torch.float16), (("--float32",), torch.float32):
+    for flags, dtype in ((), torch.float16), (("--float32", "--overwrite"), torch.float32):
         assert call("extract", folder / "more" / "b.mp4", "-o", packed, "--label", "A", *flags, *QUICK) == 0
         assert call("check", packed, "-q") == 0
         assert open_packed(packed)[0]["visual"].dtype == dtype

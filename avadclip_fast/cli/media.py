@@ -147,6 +147,7 @@ def extract(
         Literal["threads", "ray"], Option(help="threads of this machine, or the machines of a ray cluster.")
     ] = "threads",
     full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace features made with other settings.")] = False,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -183,6 +184,8 @@ def extract(
     named: dict[str, list] = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
     settings = media.settings_of(sampling, not full, named)
     media.read_labels(folder)  # to fail early
+    if not overwrite:
+        media.check_settings(sources, folder, settings)
     chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
     by_ray = engine == "ray"
     # also loaded here with ray, so that their errors are reported once, not for every video

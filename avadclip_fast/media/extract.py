@@ -321,6 +321,19 @@ def _options(settings: dict) -> dict:
     return {**flat, "--float32": settings["dtype"]}
 
 
+def check_settings(sources: Sequence[Source], output: Path, settings: dict) -> None:
+    """Raises DataError if features of these videos, made with other settings, would be replaced."""
+    records = [_read_record(_paths(output, source.name, 0)[2]) for source in sources]
+    others = [record["settings"] for record in records if record is not None and record["settings"] != settings]
+    if others:
+        theirs, ours = _options(others[0]), _options(settings)
+        differ = ", ".join(name for name in sorted(ours) if theirs.get(name) != ours[name])
+        raise DataError(
+            f"{output} holds features of {len(others)} of these videos, made with another {differ}: give another "
+            "folder, or --overwrite to replace them"
+        )
+
+
 def _done(output: Path, source: Source, settings: dict) -> dict | None:
     """Returns the record of a video done with these settings, or None if it is not done."""
     visual, audio, done = _paths(output, source.name, settings["crops"])
