@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective, use_backend
+from avadclip_fast.data import DataError
 from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.models import avadclip, groups
 from avadclip_fast.models.checkpoints import official_state
@@ -364,8 +365,9 @@ def test_lengths_that_do_not_fit_are_refused_with_many_groups_too(bad, monkeypat
     visual, audio, *_ = batch([3, 16], 16)
     with pytest.raises(ValueError, match="lengths"):
         teacher()(visual, audio, torch.tensor(bad))
-    with pytest.raises(ValueError):
-        teacher()(visual, audio[:1], torch.tensor([3, 16]))
+    for model in (teacher(), teacher(standardize=["audio"])):
+        with pytest.raises(ValueError, match=r"audio must have B=2 videos of T=16; got \[1, 16, 32\]"):
+            model(visual, audio[:1], torch.tensor([3, 16]))
 
 
 @pytest.mark.parametrize("make", [teacher, student])
@@ -441,6 +443,26 @@ def test_silence_is_what_standardised_features_call_silence():
     mean = model.standardize["audio"].mean.expand_as(audio)
     torch.testing.assert_close(model(visual, mean, lengths).features, silent)
     assert not torch.allclose(model(visual, torch.zeros_like(audio), lengths).features, silent)
+
+
+@pytest.mark.parametrize("make", [teacher, student])
+def test_gradients_do_not_know_what_padding_holds(make):
+    model, grads = make(), []
+    visual, audio, labels, lengths = batch([16, 9], 16)
+    for padding in (0.0, 1e30, torch.nan):
+        visual[1, 9:] = audio[1, 9:] = padding
+        model.zero_grad()
+        torch.manual_seed(0)  # dropout
+        out = model(*model.inputs(SimpleNamespace(visual=visual, audio=audio)), lengths)
+        objective(model, out, labels, lengths)["total"].backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for found in grads[1:]:
+        torch.testing.assert_close(found, grads[0], rtol=0, atol=0)
+
+
+def test_normal_is_the_first_class():
+    with pytest.raises(DataError, match="normal must be the first of the classes; got fire, Normal"):
+        teacher(classes=["fire", "Normal"])
 
 
 MOVES = {"motion": True, "standardize": ["audio", "visual"]}

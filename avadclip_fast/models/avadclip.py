@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.errors import DataError
 from ..modules import (
     MLP,
     AVFusion,
@@ -20,6 +21,7 @@ from ..modules import (
 from ..modules.linear_act import binary_head
 from ..ops._check import check_lengths
 from ..ops._linear_act_cpu import spares
+from ..ops._padding import zero_padding
 from . import groups
 from .checkpoints import Checkpointed
 from .encoder import Standardize, TemporalEncoder, moments
@@ -63,6 +65,8 @@ class Detector(Checkpointed):
         classes = [classes] if isinstance(classes, str) else list(classes)
         if len(classes) < 2 or len(set(classes)) != len(classes):
             raise ValueError(f"classes must be at least two different names, normal first; got {classes}")
+        if "normal" in [name.strip().lower() for name in classes[1:]]:
+            raise DataError(f"normal must be the first of the classes; got {', '.join(classes)}")
         tokens = class_tokens or tokenize(classes)
         if len(tokens) != len(classes):
             raise ValueError(f"class_tokens must be one list a class, {len(classes)}, got {len(tokens)}")
@@ -118,7 +122,10 @@ class Detector(Checkpointed):
         if moves and (x.ndim != 3 or x.shape[2] != self.width_of(stream)):
             expected = f"[B, T, {self.width_of(stream)}], sight and its motion as data.with_motion gives them"
             raise ValueError(f"visual must have shape {expected}; got {list(x.shape)}")
-        x = self.standardize[stream](x, lengths) if stream in self.standardize else x
+        if stream in self.standardize:
+            x = self.standardize[stream](x, lengths)
+        elif x.ndim == 3:  # what is not finite there would reach the gradients of weights, as 0 * NaN
+            x = zero_padding(x, self.valid(lengths))
         return x[..., : self.width] + x[..., self.width :] if moves else x
 
     def infer(
@@ -142,6 +149,9 @@ class Detector(Checkpointed):
         x = next(stream for stream in streams if stream is not None)
         if lengths is not None and x.ndim == 3:
             check_lengths(type(self).__name__, lengths, x.shape[0], x.shape[1], x.device)
+        for name, stream in zip(self.streams(), streams, strict=True):
+            if stream is not None and stream.ndim == x.ndim == 3 and stream.shape[:2] != x.shape[:2]:
+                raise ValueError(f"{name} must have B={len(x)} videos of T={x.shape[1]}; got {list(stream.shape)}")
         if self.padding == "masked" and lengths is not None and groups.pays(x) and not spares(x):
             return groups.by_length(function, streams, lengths)
         return function(*streams, lengths)
@@ -176,7 +186,7 @@ class AVadCLIP(Detector):
     visual, audio: (B, T, D), in the parameters' dtype, float32 by default; lengths: (B,) int32 or int64
     Returns an `Output` of tensors in that dtype.
     Raises ValueError on invalid settings, shapes or lengths, TextWeightsError if the text weights are unavailable,
-    DataError if a class name is too long for CLIP.
+    DataError if a class name is too long for CLIP, or "normal" is not the first.
     Precision and backends: see the ops; `use_backend` forces a backend.
     """
 
