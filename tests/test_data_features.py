@@ -143,7 +143,10 @@ BAD = {
     "objects": (lambda p: saved(p, np.array([[1, "a"]], object), allow_pickle=True), "pickled object array"),
     "integers": (lambda p: saved(p, np.ones((2, 8), int)), "int64"),
     "a vector": (lambda p: saved(p, np.ones(8, np.float32)), "two dimensions"),
-    "three dimensions": (lambda p: saved(p, np.ones((4, 1, 8), np.float32)), "two dimensions"),
+    "three dimensions": (
+        lambda p: saved(p, np.ones((4, 1, 8), np.float32)),
+        "two dimensions, snippets x width; save every crop",
+    ),
     "no rows": (lambda p: saved(p, np.ones((0, 8), np.float32)), "empty"),
     "width": (lambda p: saved(p, np.ones((4, 7), np.float32)), "width 7, expected 8"),
 }

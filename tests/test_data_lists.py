@@ -83,7 +83,8 @@ def test_sound_is_optional_where_it_is_not_wanted(tmp_path):
         ("path,audio_path,label\na.npy,b.npy\n", ["line 2", "label empty"]),
         ("path,audio_path,label\na.npy,b.npy,A\n ,b.npy,A\n", ["line 3", "path empty"]),
         ("path,audio_path,label\na.npy,b.npy,A\nc.npy,b.npy,A\na.npy,d.npy,A\n", ["line 4", "line 2", "a.npy"]),
-        ('path,audio_path,label\n"a.npy"x,b.npy,A\n', ["not a CSV"]),
+        ('path,audio_path,label\n"a.npy"x,b.npy,A\n', ["line 2: not a CSV"]),
+        ("path,label\na.npy,A\n", ["no column audio_path", "found path,label; without sound, train --student"]),
         ("path,audio_path,label\na.npy,b.npy,A\nc\0.npy,d.npy,A\n", ["line 3", "NUL"]),
         ("path,audio_path,label\na.npy,b\0.npy,A\n", ["line 2", "NUL"]),
     ],
@@ -154,6 +155,11 @@ def test_split_at_the_edges():
     assert {row.label for row in train} == {"A", "B1-0-0"}
     with pytest.raises(ValueError, match="fraction"):
         split(rows, 1, 0, CODES)
+
+
+def test_quotes_may_follow_a_blank(tmp_path):
+    rows = read_list(write(tmp_path, 'path, audio_path, label\n "a, b.npy", "c.npy", "A"\n'))
+    assert rows == [Row(tmp_path / "a, b.npy", tmp_path / "c.npy", "A", 2)]
 
 
 def test_write_and_read_again(tmp_path):

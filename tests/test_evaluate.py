@@ -98,7 +98,9 @@ def test_segments_that_the_model_does_not_know_are_named():
     scores = [VideoScores("a", np.array([0.5]), np.array([[0.5, 0.5]]))]
     codes = {"A": "normal", "B1": "fighting", "G": "explosion"}
     for code in ("G", "X"):  # of no class of the model, and no code at all
-        with pytest.raises(DataError, match=f"the segments name {code}, which"):
+        with pytest.raises(
+            DataError, match=rf"the segments name {code}, which .* cover: A \(normal\), B1 \(fighting\)$"
+        ):
             evaluate(scores, np.array([0, 1]), ["normal", "fighting"], 2, [[(0, 1, code)]], codes)
 
 

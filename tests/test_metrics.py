@@ -277,7 +277,7 @@ def test_evaluate_scores_gathers_every_number(frames_per_snippet):
     assert cells[-3] == f"{detection.per_class[:, 2].mean():.2f}"  # its average over the IoUs
     table = format_table(result)
     assert f"{100 * result['align']['ap']:.2f}" in table and f"{detection.average:.2f}" in table
-    assert max(map(len, table.splitlines())) <= 120
+    assert max(map(len, table.splitlines())) <= 120 and "no span" not in table
 
 
 def test_evaluate_scores_without_spans_and_with_one_class():
@@ -290,6 +290,8 @@ def test_evaluate_scores_without_spans_and_with_one_class():
     assert result["detection"]["average"] == 0 and set(result["class_ap"].values()) == {None}
     json.dumps(result, allow_nan=False)
     assert " - " in format_table(result)
+    named = ", ".join(result["detection"]["truths"])
+    assert format_table(result).endswith(f"\nthe mean counts as 0 what has no span: {named}")
 
 
 def test_evaluate_scores_errors():

@@ -62,7 +62,8 @@ def _open(path: str | Path, width: int | None) -> Iterator[tuple[IO[bytes], tupl
         if dtype not in _DTYPES:
             raise DataError(f"{path}: dtype {dtype}; expected float16, float32 or float64")
         if len(shape) != 2:
-            raise DataError(f"{path}: shape {shape}; expected two dimensions, snippets x width")
+            crops = "; save every crop as a file of its own, NAME__0.npy ..." if len(shape) == 3 else ""
+            raise DataError(f"{path}: shape {shape}; expected two dimensions, snippets x width{crops}")
         if min(shape) < 1:
             raise DataError(f"{path}: empty, shape {shape}; extract this video again, or take it off the list")
         if width is not None and shape[1] != width:

@@ -84,7 +84,7 @@ def read_cells(path: Path, expected: Sequence[str]) -> list[tuple[int, dict[str,
     try:
         # utf-8-sig: spreadsheets write a byte order mark
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, skipinitialspace=True)
             header = [name.strip() for name in next(reader, [])]
             lines = [(reader.line_num, cells) for cells in reader if cells]
     except FileNotFoundError as error:
@@ -94,13 +94,15 @@ def read_cells(path: Path, expected: Sequence[str]) -> list[tuple[int, dict[str,
     except (UnicodeDecodeError, csv.Error) as error:
         if str(path).endswith(PACKED):
             raise DataError(f"{path}: a packed file, for check, train and distill alone; give the list") from error
-        raise DataError(f"{path}: not a CSV file in UTF-8: {error}") from error
+        where = f", line {reader.line_num}" if isinstance(error, csv.Error) else ""
+        raise DataError(f"{path}{where}: not a CSV file in UTF-8: {error}") from error
     if not header:
         raise DataError(f"{path}: the file is empty")
     if missing := [name for name in expected if name not in header]:
+        silent = "; without sound, train --student, check --no-audio" if missing == ["audio_path"] else ""
         raise DataError(
             f"{path}: no column {', '.join(missing)}: the header must be {','.join(expected)}, "
-            f"found {','.join(header)}{_other_separator(header)}"
+            f"found {','.join(header)}{_other_separator(header)}{silent}"
         )
     blank = dict.fromkeys(("path", "audio_path", "label"), "")
     return [(line, blank | {n: c.strip() for n, c in zip(header, cells, strict=False)}) for line, cells in lines]

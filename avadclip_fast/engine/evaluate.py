@@ -266,5 +266,6 @@ def _class_spans(spans: Sequence, classes: list[str], codes: dict[str, str]) -> 
     unknown = {code for video in spans for _, _, code in video if codes.get(code) not in classes}
     if unknown:
         names = ", ".join(sorted(unknown))
-        raise DataError(f"the segments name {names}, which the model's classes do not cover: {', '.join(classes)}")
+        known = ", ".join(f"{code} ({name})" for code, name in codes.items() if name in classes)
+        raise DataError(f"the segments name {names}, which the model's classes do not cover: {known}")
     return [[(start, end, classes.index(codes[code])) for start, end, code in video] for video in spans]

@@ -320,4 +320,6 @@ def format_table(result: dict) -> str:
         truths = f"{detection['truths'][name]:>9}"
         lines.append(f"{shown:<16}" + cells([*row, average]) + truths + cells([ap if ap is None else 100 * ap]))
     lines.append(f"{'mean':<16}" + cells([*detection["map"], detection["average"]]))
+    if without := [name for name, truths in detection["truths"].items() if not truths]:
+        lines.append(f"the mean counts as 0 what has no span: {', '.join(without)}")
     return "\n".join(lines)

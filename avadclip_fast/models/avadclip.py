@@ -350,7 +350,7 @@ def objective(
     model: Detector,
     out: Output,
     labels: Tensor,
-    lengths: Tensor,
+    lengths: Tensor | None = None,
     teacher_features: Tensor | None = None,
     distill_weight: float | Tensor = 1e-8,
     text_weight: float = 1e-4,
@@ -359,11 +359,15 @@ def objective(
 
         total = L_mil + L_align + text_weight · L_text  [+ distill_weight · L_ukd]
 
-    labels: (B, C) multi-hot, class 0 is normal; lengths: (B,) int
+    model: the teacher or student itself, where a wrapper made `out` (`ddp.module`)
+    labels: (B, C) multi-hot, class 0 is normal, and every video has a class
+    lengths: (B,) int, or None if all snippets are valid
     teacher_features: (B, T, D) from the frozen teacher, to distil a student, or None
     Returns float32 scalars: total, mil, align, text, and distill if teacher features are given.
     Raises ValueError on invalid shapes or lengths, or teacher features for a teacher's output.
     """
+    if lengths is None:
+        lengths = labels.new_full((len(labels),), out.anomaly_logits.shape[1], dtype=torch.int64)
     losses = {
         "mil": model.mil_loss(out.anomaly_logits, labels, lengths),
         "align": model.align_loss(out.class_logits, labels, lengths),
