@@ -145,7 +145,7 @@ BAD = {
     "a vector": (lambda p: saved(p, np.ones(8, np.float32)), "two dimensions"),
     "three dimensions": (
         lambda p: saved(p, np.ones((4, 1, 8), np.float32)),
-        "two dimensions, snippets x width; save every crop",
+        "x width; save every crop as a file",
     ),
     "no rows": (lambda p: saved(p, np.ones((0, 8), np.float32)), "empty"),
     "width": (lambda p: saved(p, np.ones((4, 7), np.float32)), "width 7, expected 8"),
