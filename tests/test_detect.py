@@ -160,6 +160,14 @@ def test_sound_that_nothing_decodes_is_left_out_and_told(pair, tmp_path, capsys)
         assert not made.streams.audio and len(list(made.decode(video=0))) == 150
 
 
+def test_snippets_longer_than_events_are_told(pair, tmp_path, capsys):
+    path = make_video(tmp_path / "slow.mkv", frames=20, rate=2, grey=lambda i: 30)
+    for options, told in (("--every", 5), 1), (("--every", 2), 0), (("--fps", 0.4), 0):
+        given = [path, "-m", pair / "student", "-o", tmp_path / "out", *NAMED, *options, "--no-plot", "-q"]
+        assert call("detect", *given) == 0
+        assert capsys.readouterr().err.count(f"note: {path}: a snippet of 5 frames lasts 2.5 s") == told
+
+
 @pytest.mark.parametrize("width, height", [(2000, 3), (64, 1), (1, 64), (1, 1), (3, 2000)])
 def test_frames_of_few_pixels_are_annotated(pair, tmp_path, width, height):
     path = make_video(tmp_path / "a.mkv", frames=10, width=width, height=height, codec="rawvideo", grey=lambda i: 220)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:  # imported when a command runs, so that other commands start 
     from ..media.encoders import AudioEncoder, Encoders, VisualEncoder
 
 
+LONG_SNIPPET = 1.5  # seconds: twice those of XD-Violence's videos, of 24 frames a second
+
 Every = Annotated[
     int | None,
     Option("--every", min=1, help="Frames per snippet: 16 (default) for XD-Violence, 4 for CCTV-Fights."),
@@ -351,6 +353,9 @@ def detect(
                 tqdm.write(summary(detection))
                 if found.damaged:
                     tqdm.write(f"note: {source.path}: {lost_frames(found.damaged)}", file=sys.stderr)
+                if fps is None and found.seconds > LONG_SNIPPET:
+                    told = f"a snippet of {every} frames lasts {found.seconds:.1f} s, and short events are lost in it"
+                    tqdm.write(f"note: {source.path}: {told}: give --fps 1.5, or a smaller --every", file=sys.stderr)
                 if per_frame:
                     with extra(source.path, target(".frames.csv")):
                         write_frame_scores(target(".frames.csv"), detection, frames, every)

@@ -46,9 +46,9 @@ def encode(label: str, codes: dict[str, str]) -> np.ndarray:
     found = {code.strip() for code in label.split("-")} - {FILLER, ""}
     unknown = sorted(found - set(order))
     if unknown:
+        known = ", ".join(f"{code} ({name})" for code, name in codes.items())
         raise LabelError(
-            f"label {label!r} has the unknown code {', '.join(unknown)}; "
-            f"known: {', '.join(f'{code} ({name})' for code, name in codes.items())}"
+            f"label {label!r} has the unknown code {', '.join(unknown)}; known: {known}; --preset or --classes sets others"
         )
     if not found:
         raise LabelError(f"label {label!r} holds zero labels; a normal video is labelled {order[0]}")
