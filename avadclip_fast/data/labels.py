@@ -48,7 +48,7 @@ def encode(label: str, codes: dict[str, str]) -> np.ndarray:
     if unknown:
         known = ", ".join(f"{code} ({name})" for code, name in codes.items())
         raise LabelError(
-            f"label {label!r} has the unknown code {', '.join(unknown)}; known: {known}; --preset or --classes sets others"
+            f"label {label!r} has the unknown code {', '.join(unknown)}; known: {known}; --classes sets others"
         )
     if not found:
         raise LabelError(f"label {label!r} holds zero labels; a normal video is labelled {order[0]}")
