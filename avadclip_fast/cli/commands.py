@@ -390,9 +390,9 @@ def evaluate_(
 ) -> None:
     """Score the videos of a list, and print AP, AUC and, with --segments, detection mAP against the ground truth.
 
-    Scores use the temperatures that training fitted on held-out videos, if any (or see --uncalibrated). With --missing-
-    sound: also print the frame AP of the teacher (--model), of --student, and of the student replacing the teacher for
-    videos without sound.
+    Scores use the temperatures that training fitted on held-out videos, if any (see --uncalibrated).
+    With --missing-sound: also print the frame AP of the teacher (--model), of --student, and of the student replacing
+    the teacher for videos without sound.
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     detector = _load(model, codes, window, beside=student)
