@@ -550,9 +550,10 @@ def test_memory_is_kept_between_steps():
 import resource, sys, torch
 from avadclip_fast.cli import commands
 if "kept" in sys.argv: commands._device("cpu")
-def step(): [torch.empty(2**24 // 4).fill_(1) for _ in range(4)]
-step(); before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20): step()
+def step(): [torch.empty(2**26 // 4).fill_(1) for _ in range(2)]  # 64 MiB, which glibc never keeps by itself
+for _ in range(5): step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5): step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     plain, kept = (
