@@ -159,6 +159,10 @@ def test_damaged_official_files_are_errors_of_ours(tmp_path):
         ([[[5, 5]]], [["B1"]], r"\(5, 5\)"),
         ([[[-1, 5]]], [["B1"]], r"\(-1, 5\)"),
         ([[5]], [["B1"]], "video 0"),
+        ([[[0, 12.7]]], [["B1"]], "12.7 is no frame number"),  # seconds, say
+        ([[[0, float("inf")]]], [["B1"]], "inf is no frame number"),
+        ([[[0, 10**24]]], [["B1"]], "0 is no frame number"),
+        ([[[0, True]]], [["B1"]], "True is no frame number"),
     ],
 )
 def test_spans_refused(tmp_path, segments, labels, words):

@@ -348,6 +348,8 @@ def test_a_model_that_hears_needs_sound(make, tmp_path):
     deaf = dataclasses.replace(features(), audio=None)
     with pytest.raises(RecipeError, match="takes sound, and the set has none"):
         fit(make(CLASSES, **SMALL), deaf, RECIPE, tmp_path, progress=False)
+    with pytest.raises(RecipeError, match="takes sound, and the set has none"):
+        fit(make(CLASSES, **SMALL), features(), RECIPE, tmp_path, held_out=deaf, progress=False)
     with pytest.raises(ValueError, match="'audio'"):
         make(CLASSES, standardize=["audio"], **SMALL).fit_inputs(deaf.batches())
 

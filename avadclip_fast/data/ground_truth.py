@@ -65,7 +65,9 @@ def _spans(segments: Sequence, labels: Sequence, source: str) -> list[list[Span]
     result = []
     for video, (pairs, codes) in enumerate(zip(segments, labels, strict=True)):
         try:
-            spans = [Span(int(start), int(end), str(code)) for (start, end), code in zip(pairs, codes, strict=True)]
+            spans = [
+                Span(_frame(start), _frame(end), str(code)) for (start, end), code in zip(pairs, codes, strict=True)
+            ]
         except (ValueError, TypeError) as error:
             raise DataError(
                 f"{source}: video {video}, from 0: expected a label and [start, end] per span: {error}"
@@ -74,6 +76,14 @@ def _spans(segments: Sequence, labels: Sequence, source: str) -> list[list[Span]
             raise DataError(f"{source}: video {video}, from 0: span {bad[0][:2]} is not 0 <= start < end")
         result.append(spans)
     return result
+
+
+def _frame(number: str | int) -> int:
+    """A frame number, which the official files hold as text. Raises ValueError on another one."""
+    frame = int(number) if type(number) is str else number
+    if type(frame) is not int or abs(frame) >= 1 << 62:
+        raise ValueError(f"{number!r} is no frame number")
+    return frame
 
 
 def read_object_array(path: str | Path) -> list:

@@ -147,14 +147,14 @@ def fit(
         if main:
             for left in (folder, folder / MODEL):
                 remove_left(left)
-    for one in (model, teacher):
-        if one is None:
+    for one, videos in ((model, data), (teacher, data), (model, held_out)):
+        if one is None or videos is None:
             continue
-        if "audio" in one.streams() and data.audio is None:
+        if "audio" in one.streams() and videos.audio is None:
             raise RecipeError(f"{type(one).__name__} takes sound, and the set has none: load it with audio=True")
-        if "visual" in one.streams() and data.visual.shape[2] != one.width_of("visual"):
+        if "visual" in one.streams() and videos.visual.shape[2] != one.width_of("visual"):
             wanted = f"{one.width_of('visual')}, {'with' if one.motion else 'without'} motion"
-            raise RecipeError(f"sight has {data.visual.shape[2]} numbers a row; the model takes {wanted}")
+            raise RecipeError(f"sight has {videos.visual.shape[2]} numbers a row; the model takes {wanted}")
     if teacher is not None and not isinstance(model, AVadCLIPStudent):
         raise RecipeError(f"a teacher distils a student; the model is an {type(model).__name__}")
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
