@@ -95,3 +95,21 @@ def test_truth_in_another_order(made):
     write_list(made / "other.csv", rows[::-1])
     problems = check(made, "other.csv", frame_gt=made / "gt.npy")
     assert problems and all("order" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(("label", "positive"), [("A", 3), ("B1", 0)])
+def test_a_label_that_the_truth_contradicts(tmp_path, label, positive):
+    """Either way round: an anomaly in a normal video, and none in another."""
+    np.save(tmp_path / "x.npy", np.ones((2, 64), np.float32))
+    np.save(tmp_path / "gt.npy", np.arange(32) < positive)
+    (tmp_path / "l.csv").write_text(f"path,label\nx.npy,{label}\n")
+    (problem,) = check(tmp_path, "l.csv", audio=False, frame_gt=tmp_path / "gt.npy")
+    assert f"line 2: labelled {label}, but {positive} frames are anomalous" in problem
+
+
+def test_a_row_that_is_refused_does_not_count_against_the_truth(made):
+    text = (made / "test.csv").read_text()
+    (made / "twice.csv").write_text(text + text.splitlines()[1] + "\n")
+    np.save(made / "gt.npy", np.append(np.load(made / "gt.npy"), np.zeros(16)))
+    (problem,) = check(made, "twice.csv", frame_gt=made / "gt.npy")
+    assert "line 6" in problem and "line 2 already" in problem

@@ -245,6 +245,16 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, error):
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_atomic_write_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Else a crash of the machine could leave neither the old file nor the new one."""
+    done, sync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_size) or sync(file))
+    monkeypatch.setattr(os, "replace", lambda *paths: done.append("named") or replace(*paths))
+    with atomic_write(tmp_path / "x") as file:
+        file.write(b"12345")
+    assert done == [5, "named"]
+
+
 def test_atomic_write_is_an_ordinary_file(tmp_path):
     name = "n" * 255  # as long as a name can be
     with atomic_write(tmp_path / name, "w") as file:

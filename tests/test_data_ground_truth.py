@@ -38,6 +38,8 @@ def test_spans_in_both_forms(tmp_path):
     assert data.read_spans(*pair) == data.read_spans(tmp_path / "t.json") == expected
     with pytest.raises(DataError, match="second file"):
         data.read_spans(pair[0])
+    with pytest.raises(DataError, match="leave out .*l.npy"):
+        data.read_spans(tmp_path / "t.json", pair[1])
 
 
 @pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))  # numpy.save on Python 3 wrote 3, now 4
@@ -216,7 +218,8 @@ def test_read_frame_gt(tmp_path, dtype):
     np.save(tmp_path / "a.npy", truth)
     np.savez(tmp_path / "b.npz", other=truth)
     np.savez_compressed(tmp_path / "c.npz", gt=truth, note=np.ones(2))
-    for name in ("a.npy", "b.npz", "c.npz"):
+    np.savez(tmp_path / "d.npz", note=np.ones(2), gt=truth)
+    for name in ("a.npy", "b.npz", "c.npz", "d.npz"):
         vector = data.read_frame_gt(tmp_path / name)
         assert vector.dtype == np.float32 and vector.tolist() == [0, 1, 1, 0]
 

@@ -51,6 +51,10 @@ def test_paths_start_from_the_root_and_stay_there(tmp_path):
     write(tmp_path, "path,audio_path,label\n../a.npy,b.npy,A\n")
     with pytest.raises(DataError, match=r"line 2: \.\./a.npy leads out of"):
         read_list(path)
+    (tmp_path / "set").mkdir()
+    path = write(tmp_path / "set", "path,audio_path,label\n../set2/a.npy,b.npy,A\n")
+    with pytest.raises(DataError, match=r"line 2: \.\./set2/a.npy leads out of"):
+        read_list(path)
 
 
 def test_blank_lines_keep_the_numbering(tmp_path):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -187,6 +188,47 @@ def test_a_disk_that_fills_up_leaves_rows_to_go_on_from(tmp_path):
         write(tmp_path / "a.safetensors", filling)
 
 
+def test_a_write_that_stops_short_goes_on(tmp_path, monkeypatch):
+    """As Linux stops at 2 GB."""
+    write(tmp_path / "whole.safetensors")
+    plain = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, x, at: plain(file, x[:1000], at))  # of the rows' 1200 bytes
+    write_packed(tmp_path / "short.safetensors", FIELDS, ROWS, block, {"of": "sines"})
+    assert (tmp_path / "short.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_rows_are_on_the_disk_before_they_count(tmp_path, monkeypatch):
+    """Before the journal tells of them, and before the file has its name: else a crash could leave zeros in them."""
+    unsynced, named = set(), []
+
+    def noted(name, note):
+        plain = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given: note(given[0]) or plain(*given))
+
+    noted("pwrite", unsynced.add)
+    noted("fsync", unsynced.discard)
+    noted("fdatasync", unsynced.discard)
+    noted("replace", lambda _: named.append(not unsynced))
+    write(tmp_path / "a.safetensors")
+    assert named == [True] * 8  # of seven blocks, and of the whole
+
+
+def test_a_smaller_file_is_begun_where_a_larger_one_was_left(tmp_path):
+    def cut(start, stop):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_packed(tmp_path / "a.safetensors", FIELDS, 100 * ROWS, cut, {})
+    write(tmp_path / "a.safetensors")
+    check_packed(tmp_path / "a.safetensors")
+
+
+def test_tensors_are_aligned(tmp_path):
+    for n in range(8):
+        write(tmp_path / "a.safetensors", info={"of": "x" * n})
+        assert int.from_bytes((tmp_path / "a.safetensors").read_bytes()[:8], "little") % 8 == 0  # the header's length
+
+
 def test_two_writers_of_one_file(tmp_path):
     def twice(start, stop):
         with pytest.raises(DataError, match="another process is writing"):
@@ -214,7 +256,8 @@ def test_a_packed_list_is_the_list(made, tmp_path, audio):
     packed, listed = FeatureSet.open(tmp_path / "a.safetensors", CODES, 16, audio=audio)
     assert [(row.visual, row.label, row.line) for row in listed] == [(row.visual, row.label, row.line) for row in rows]
     order = torch.tensor([5, 0, 11, 3])
-    for one, two in ((plain, packed), (plain.subset(order), packed.subset(order))):
+    part = plain.subset(order)
+    for one, two in ((plain, packed), (part, packed.subset(order)), (part, packed.subset(order).to("cpu"))):
         assert len(one) == len(two) and torch.equal(one.valid(), two.valid())
         for a, b in zip(one.batch(torch.tensor([2, 1])), two.batch(torch.tensor([2, 1])), strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
@@ -223,6 +266,7 @@ def test_a_packed_list_is_the_list(made, tmp_path, audio):
     )
     for one in (plain, packed):
         assert one.fingerprint() != one.subset(order).fingerprint() == one.subset(order).fingerprint()
+        assert one.subset(order).fingerprint() == one.subset(order).to("cpu").fingerprint()
     data.pack(tmp_path / "half.safetensors", rows, 16, audio=audio)
     half, _ = FeatureSet.open(tmp_path / "half.safetensors", CODES, 16, audio=audio)
     torch.testing.assert_close(half.visual.float(), plain.visual, rtol=2**-11, atol=1e-7)  # float16's half ulp
@@ -241,12 +285,14 @@ def test_columns_are_those_of_the_classes_asked_for(made, tmp_path):
     assert len(prints) == 2  # a run is not gone on with under other classes
 
 
-def test_what_float16_cannot_hold(made, tmp_path):
+@pytest.mark.parametrize("stream", ["visual", "audio"])
+@pytest.mark.parametrize("value", [1e5, -1e5])
+def test_what_float16_cannot_hold(made, tmp_path, stream, value):
     rows = data.read_list(made / "train.csv")
-    large = data.load_features(rows[3].visual).copy()
-    large[5, 7] = 1e5
+    large = data.load_features(getattr(rows[3], stream)).copy()
+    large[5, 7] = value
     data.write_features(tmp_path / "large.npy", large)
-    rows[3] = data.Row(tmp_path / "large.npy", rows[3].audio, rows[3].label, rows[3].line)
+    rows[3] = replace(rows[3], **{stream: tmp_path / "large.npy"})
     with pytest.raises(DataError, match="large.npy holds 100000, and float16 nothing beyond 65504; .*--float32"):
         data.pack(tmp_path / "a.safetensors", rows, 16)
     data.pack(tmp_path / "a.safetensors", rows, 16, dtype="float32")
