@@ -16,6 +16,7 @@ from avadclip_fast.engine.calibrate import (
     best_threshold,
     calibrate,
     fit_calibration,
+    has_both_kinds,
     held_out_logits,
     log_loss,
     reliability,
@@ -67,6 +68,12 @@ def test_calibration_needs_both_kinds():
         fit_calibration({"binary": [np.zeros(3)], "align": [np.zeros((3, 2))]}, np.array([True]))
 
 
+def test_abnormal_is_what_is_not_of_the_first_class():
+    held = FeatureSet(*batch([5, 5, 5], 5)[:2], torch.tensor([5, 5, 5]), torch.eye(3))
+    for videos, both in (([0, 1, 2], True), ([2, 0], True), ([1, 2], False), ([0], False)):
+        assert has_both_kinds(held.subset(torch.tensor(videos))) == both
+
+
 def test_snippet_scores_are_those_of_softmax_and_sigmoid():
     x = torch.randn(50, 4, dtype=torch.float64) * 5
     expected = 1 - (x / 2.5).softmax(-1)[:, 0]
@@ -84,6 +91,8 @@ def test_best_threshold():
     assert best_threshold(np.array([0.1, 0.2, 0.8, 0.9]), np.array([False, False, True, True])) == pytest.approx(0.5)
     assert best_threshold(np.array([0.1, 0.9, 0.4, 0.95]), np.array([False, False, True, True])) < 0.4
     assert best_threshold(np.array([0.7, 0.7]), np.array([False, True])) == 0.7
+    # one alarm of one, two of five and three of nine all have an F1 of a half: the middle one
+    assert best_threshold(np.arange(1, 10) / 10, np.arange(9) % 4 == 0) == pytest.approx(0.45)
 
 
 def test_reliability_weighs_its_bins():

@@ -13,7 +13,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from small_models import CLASSES, teacher
+from small_models import CLASSES, student, teacher
 from standins import AXES, NAMED, Sight, overlap, seen
 from test_cli import call, mistake
 from videos import BAD, bad_videos, damage, forbid, joined, make_video
@@ -594,7 +594,7 @@ def test_plot_names_each_kind_of_part_once_and_keeps_names_inside(monkeypatch):
     ]
     for seconds in (12.6, 0.5, 0.004):
         times = np.arange(n) * seconds
-        arguments = ["normal", "fighting, $long$ name"], times, seconds, 1 - normal, probabilities, np.full(n, 0.5)
+        arguments = ["normal", "fighting, $long$ name"], times, seconds, np.zeros(n), probabilities, np.full(n, 0.5)
         timeline.timeline("x.png", detect.Detection("x", *arguments, parts), {1: np.zeros((9, 16, 3), np.uint8)})
     for figure, last in zip(drawn, ("3:30:00", "8:00", "0:04.0"), strict=True):
         figure.draw_without_rendering()
@@ -643,6 +643,20 @@ def test_what_is_written_is_what_was_found(tmp_path):
     np.testing.assert_allclose(written["anomaly"], found.anomaly, atol=1e-6)
 
 
+def test_a_record_is_of_what_was_found():
+    found = by_hand()
+    found.thresholds = np.array([0.5, 0.4, 0.3, 0.6, 0.7])
+    record = detect.as_record(found, "x.mkv")
+    assert record["snippets"]["threshold"] == found.thresholds.tolist()
+    assert record["snippets"]["probabilities"] == found.probabilities.tolist()
+    assert record["snippets"]["time"] == [0, 0.5, 1, 1.5, 2]
+    assert record["parts"] == [{"start": 0, "end": 2.5, "by": "student", "why": "no sound track"}]
+    assert record["events"][0] == {
+        "start": 0.5, "end": 1.5, "start_code": "00:00:00.500", "end_code": "00:00:01.500", "class": "fighting",
+        "score": 0.8, "probability": 0.45,
+    }  # fmt: skip
+
+
 def test_the_snippets_that_are_shown():
     found = by_hand()
     assert detect.best_snippets(found) == [2, 4] and detect.best_snippets(found, 1) == [4]
@@ -657,6 +671,28 @@ def test_models_of_other_classes_do_not_go_together(pair, tmp_path):
     (tmp_path / "student" / "config.json").write_text(json.dumps(config))
     with pytest.raises(data.DataError, match="know other classes"):
         detect.load_scorers(pair / "teacher", tmp_path / "student")
+
+
+def test_two_models_that_hear_do_not_go_together(pair):
+    with pytest.raises(data.DataError, match="must be a model that hears, and .* one that does not"):
+        detect.load_scorers(pair / "teacher", pair / "teacher")
+
+
+def test_a_student_of_the_sound_alone_looks_at_no_video():
+    with pytest.raises(data.DataError, match="a student of the sound alone cannot look at videos"):
+        detect.check_widths(student(modality="audio"), 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("late", "wait", "gap"),
+    [(-0.1, None, False), (0.1, None, True), (0.1, -0.1, False), (0.1, 0.1, True), (-0.1, 0.1, False)],
+)
+def test_a_gap_is_a_pause_after_the_end_of_a_snippet(late, wait, gap):
+    """Of two seconds, by how much more than a pause: the next one comes late, and there is no frame."""
+    waits = None if wait is None else np.array([0, 0, detect.PAUSE + wait])
+    times = np.array([0, 2, 4 + detect.PAUSE + late])
+    found = VideoFeatures(np.zeros((1, 3, 4)), None, times, 2.0, np.zeros(3, bool), waits=waits)
+    assert detect.cuts_of(found) == ([2] if gap else [])
 
 
 def test_gaps_are_left_out_of_what_is_shown():

@@ -239,6 +239,16 @@ def test_each_process_drops_out_on_its_own(both):
     assert len(first) == len(second) == 5 and not set(first) & set(second)
 
 
+@pytest.mark.parametrize(("rank", "order"), [(0, ["block", "met"]), (1, ["met", "block"])])
+def test_the_main_process_goes_first(monkeypatch, rank, order):
+    done = []
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "agreed", lambda value: done.append("met"))
+    with distributed.main_first():
+        done.append("block")
+    assert done == order
+
+
 def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)  # there may be no GPU here to ask

@@ -14,6 +14,7 @@ def test_who_loses_its_sound():
     assert np.array_equal(half, mute(80, 50, 7)) and not np.array_equal(half, mute(80, 50, 8))
     assert not mute(80, 0, 0).any() and mute(80, 100, 0).all()
     assert mute(3, 60, 0).sum() == 2  # the nearest number
+    assert mute(80, 50, -7).sum() == 40  # any seed
     for wrong in (-1, 101, float("nan")):
         with pytest.raises(DataError, match="0 to 100"):
             mute(80, wrong, 0)

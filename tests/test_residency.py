@@ -1,13 +1,14 @@
 """Where features lie: the choice, and that batches are the same wherever they come from."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from test_train import features
 
 from avadclip_fast.engine import residency
-from avadclip_fast.engine.residency import STEP_TENSORS, choose, decide, fetched, free_memory, place, told
+from avadclip_fast.engine.residency import STEP_TENSORS, Place, choose, decide, fetched, free_memory, place, told
 
 GB = 10**9
 
@@ -48,6 +49,24 @@ def test_on_a_processor_nothing_moves_and_that_is_told():
         assert placed is given and where in line and line.startswith("features: 0.0 MB in")
         assert where in told(1, decide(1, mapped, (16, 32), torch.device("cpu"), 96))
     assert 1 << 20 < free_memory() < 1 << 50
+
+
+def test_a_mapped_set_is_copied_to_memory(monkeypatch):
+    monkeypatch.setattr(residency, "decide", lambda *_: Place("memory", "it fits"))
+    given = replace(features(6), mapped=True)
+    placed, _ = place(given, torch.device("cpu"), 4)
+    assert not placed.mapped and placed.visual is not given.visual
+    for a, b in zip(placed.batch(torch.arange(6)), given.batch(torch.arange(6)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_containers_limit_is_the_hosts(monkeypatch):
+    meminfo = "MemTotal: 9 kB\nMemAvailable: 1000 kB\n"
+    files = {"meminfo": meminfo, "memory.max": "600000\n", "memory.current": "200000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
+    assert free_memory() == 400_000
+    files["memory.max"] = "max\n"
+    assert free_memory() == 1_024_000
 
 
 @pytest.mark.parametrize("ahead", [True, False])

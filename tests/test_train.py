@@ -21,6 +21,8 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from avadclip_fast import data
 from avadclip_fast.data import FeatureSet
+from avadclip_fast.engine import train
+from avadclip_fast.engine.calibrate import Calibration, calibrate
 from avadclip_fast.engine.recipe import Recipe, RecipeError
 from avadclip_fast.engine.state import StateError, frozen_digest
 from avadclip_fast.engine.stop import Stopped, listening
@@ -106,8 +108,6 @@ class Killed(Exception):
 @contextlib.contextmanager
 def killed(after):
     """A run inside the block is killed after the save for which after(number, *arguments) holds."""
-    from avadclip_fast.engine import train
-
     plain, numbers = train.save_state, itertools.count(1)
 
     def save_state(*args):
@@ -139,10 +139,10 @@ def read(folder) -> tuple[dict, dict]:
         return load_file(folder / STATE), json.loads(file.metadata()["info"])
 
 
-def curve(folder) -> list[tuple[int, float]]:
-    """(step, held-out loss) as TensorBoard shows it."""
+def curve(folder, name="epoch/val") -> list[tuple[int, float]]:
+    """(step, value) as TensorBoard shows it."""
     events = event_accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
-    return [(event.step, event.value) for event in events.Scalars("epoch/val")]
+    return [(event.step, event.value) for event in events.Scalars(name)]
 
 
 @pytest.mark.parametrize("select", ["last", "val", "test"])
@@ -175,6 +175,19 @@ def test_more_epochs_are_those_of_the_longer_run(tmp_path, select, after):
     assert same(tensors, expected) and info == of
     assert same(load_file(tmp_path / "whole" / BEST), load_file(tmp_path / "short" / BEST))
     assert curve(tmp_path / "whole") == curve(tmp_path / "short") and len(curve(tmp_path / "whole")) == 5
+
+
+def test_tensorboard_goes_on_where_the_run_does(tmp_path):
+    """Each step once, and each epoch's held-out loss at its last step, also after a kill in the middle of an epoch."""
+    recipe = dataclasses.replace(RECIPE, epochs=2, batch_size=1, checkpoint_every=12)
+    how = {"held_out": features(4, 1), "progress": False}
+    fit(teacher(), features(22), recipe, tmp_path / "whole", **how)
+    with killed(lambda number, *_: number == 1):  # after 12 of 22 steps
+        fit(teacher(), features(22), recipe, tmp_path / "cut", **how)
+    fit(teacher(), features(22), recipe, tmp_path / "cut", resume=True, **how)
+    whole, cut = (curve(tmp_path / run, "train/total") for run in ("whole", "cut"))
+    assert cut == whole and [step for step, _ in cut] == [10, 20, 22, 32, 42, 44]
+    assert [step for step, _ in curve(tmp_path / "cut")] == [22, 44]
 
 
 def test_fewer_epochs_than_a_run_has(tmp_path):
@@ -229,8 +242,6 @@ def test_sigterm_saves_and_ends(tmp_path, monkeypatch):
     """Asked to end in the middle of an epoch, a run saves after the step at hand, wherever its next state was due."""
     recipe = dataclasses.replace(RECIPE, checkpoint_every=100)
     fit(teacher(), features(), recipe, tmp_path / "whole", progress=False)
-    from avadclip_fast.engine import train
-
     plain, calls = train.objective, 0
 
     def asked(*args):
@@ -246,6 +257,24 @@ def test_sigterm_saves_and_ends(tmp_path, monkeypatch):
     assert calls == 4 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     fit(teacher(seed=9), features(), recipe, tmp_path / "cut", resume=True, progress=False)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize(("at", "stops"), [(1, True), (2, True), (3, False)])
+def test_sigterm_in_epochs_of_one_step(tmp_path, monkeypatch, at, stops):
+    """It is seen between epochs; after the last one only the model is left to write."""
+    plain, calls = train.objective, 0
+
+    def asked(*args):
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(train, "objective", asked)
+    with pytest.raises(Stopped) if stops else contextlib.nullcontext():
+        fit(teacher(), features(), dataclasses.replace(RECIPE, batch_size=12), tmp_path, progress=False)
+    assert calls == at and (tmp_path / MODEL).exists() == (not stops)
 
 
 @pytest.fixture
@@ -316,6 +345,13 @@ def test_noise_is_of_the_training_rows_spread_and_spares_sound_and_padding():
     assert abs(moved[valid].mean()) < 0.05 and abs(moved[valid].std() - 1) < 0.05  # of some 10,000 numbers
 
 
+def test_noise_is_as_loud_as_the_recipe_says(tmp_path, monkeypatch):
+    scales = []
+    monkeypatch.setattr(train, "add_noise", lambda batch, scale, *_: scales.append(scale) or batch)
+    fit(teacher(), features(), dataclasses.replace(RECIPE, epochs=1, noise=0.25), tmp_path, progress=False)
+    torch.testing.assert_close(scales[0], 0.25 * feature_std(features()))
+
+
 def test_the_temporal_encoder_has_a_rate_of_its_own(tmp_path):
     model = teacher()
     before = {name: p.clone() for name, p in model.state_dict().items()}
@@ -382,6 +418,18 @@ def test_float32_is_float32_also_to_cudnn():
         cudnn.allow_tf32 = before == "tf32"
 
 
+def test_precision_is_as_before_after_a_run():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, other in (("high", "fp32"), ("highest", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            with float32_products(other, torch.device("cuda")):
+                assert torch.get_float32_matmul_precision() != setting
+            assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
     fit(teacher(), features(), RECIPE, tmp_path, progress=False)
     with pytest.raises(StateError, match="--resume"):
@@ -392,6 +440,9 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
     other.text.randomize(seed=5)
     with pytest.raises(StateError, match="frozen"):
         fit(other, features(), RECIPE, tmp_path, resume=True, progress=False)
+    longer = AVadCLIP(CLASSES, **{**SMALL, "length": 20})
+    with pytest.raises(StateError, match="belongs to a model of other settings"):
+        fit(longer, features(), RECIPE, tmp_path, resume=True, progress=False)
     student = AVadCLIPStudent(CLASSES, **SMALL)
     with pytest.raises(StateError, match="other settings"):
         fit(student, features(), RECIPE, tmp_path, resume=True, progress=False)
@@ -442,8 +493,6 @@ def test_the_best_epoch_so_far_is_known_after_a_resume(tmp_path):
 
 def test_steps_have_their_epochs_rate_and_order_and_train(tmp_path, monkeypatch):
     """Also after a held-out loss, for which the model leaves training."""
-    from avadclip_fast.engine import train
-
     plain, rates, orders = train.train_step, [], []
 
     def noted(model, optimizer, batch, *rest):
@@ -454,10 +503,27 @@ def test_steps_have_their_epochs_rate_and_order_and_train(tmp_path, monkeypatch)
 
     monkeypatch.setattr(train, "train_step", noted)
     recipe = dataclasses.replace(RECIPE, epochs=2, milestones=(1,), temporal_lr=0.5, weight_decay=0.3)
-    fit(teacher(), features(), recipe, tmp_path, held_out=features(4, seed=1), progress=False)
+    history = fit(teacher(), features(), recipe, tmp_path, held_out=features(4, seed=1), progress=False)
+    assert [epoch["lr"] for epoch in history] == pytest.approx([1e-3, 1e-4])
     assert np.array(rates) == pytest.approx(np.array([[1e-3, 5e-4]] * 3 + [[1e-4, 5e-5]] * 3))
     first, second = (sum(orders[epoch : epoch + 3], []) for epoch in (0, 3))
     assert first != second and sorted(first) == sorted(second) == sorted(features().visual[:, 0, 0].tolist())
+
+
+def test_every_step_of_every_seed_draws_numbers_of_its_own(tmp_path, monkeypatch):
+    """Of dropout and of the order of videos."""
+    plain, seeds, orders = train.train_step, [], []
+
+    def noted(model, optimizer, batch, *rest):
+        seeds.append(torch.initial_seed())
+        orders.append(batch.visual[:, 0, 0].tolist())
+        return plain(model, optimizer, batch, *rest)
+
+    monkeypatch.setattr(train, "train_step", noted)
+    for seed in (1, 2):
+        recipe = dataclasses.replace(RECIPE, epochs=2, seed=seed)
+        fit(teacher(), features(), recipe, tmp_path / str(seed), progress=False)
+    assert len(set(seeds)) == len(seeds) == 12 and orders[:6] != orders[6:]
 
 
 def test_losses_that_are_told_are_means_over_videos(tmp_path):
@@ -477,6 +543,22 @@ def test_losses_that_are_told_are_means_over_videos(tmp_path):
     assert record["total"] == pytest.approx(record["mil"] + record["align"] + 0.5 * record["text"], rel=1e-5)
 
 
+def test_the_losses_of_a_student_have_their_weights(tmp_path):
+    torch.manual_seed(0)
+    guide = teacher()
+    recipe = dataclasses.replace(RECIPE, epochs=1, distill_weight=0.5, text_weight=0.25)
+    (r,) = fit(AVadCLIPStudent.beside(guide), features(), recipe, tmp_path, teacher=guide, progress=False)
+    assert r["total"] == pytest.approx(r["mil"] + r["align"] + 0.25 * r["text"] + 0.5 * r["distill"], rel=1e-4)
+
+
+def test_a_student_has_a_calibration_of_its_own(tmp_path):
+    """Neither its teacher's, nor one of the videos that it was trained on."""
+    guide, held_out = teacher(), features(7, seed=1)
+    student, recipe = AVadCLIPStudent.beside(guide), dataclasses.replace(RECIPE, epochs=1)
+    fit(student, features(), recipe, tmp_path, teacher=guide, held_out=held_out, progress=False)
+    assert Calibration.load(tmp_path) == calibrate(student, held_out, 5, "cpu")
+
+
 def test_a_held_out_loss_drops_nothing_out():
     model = AVadCLIP(CLASSES, **SMALL, dropout=0.5)
     first, again = (validation_loss(model.train(), features(4), 5, "cpu") for _ in range(2))
@@ -485,8 +567,6 @@ def test_a_held_out_loss_drops_nothing_out():
 
 def test_teacher_features_are_made_block_by_block_and_without_noise(tmp_path, monkeypatch):
     """By a teacher that comes as training left it."""
-    from avadclip_fast.engine import train
-
     recipe = dataclasses.replace(RECIPE, noise=0.5)
 
     def run(folder):
@@ -520,8 +600,6 @@ def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
     cached = run(tmp_path / "cached")
     assert "distill" in cached[0]
     assert same(before, guide.state_dict())
-    from avadclip_fast.engine import train
-
     monkeypatch.setattr(train, "CACHE_LIMIT", 0)
     assert run(tmp_path / "on disk") == cached
     kept = tmp_path / "on disk" / train.TEACHER_FEATURES
@@ -546,8 +624,6 @@ def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
 @pytest.mark.parametrize("settings", [{"padding": "official"}, {"window": 8}, {"prompt": "paper"}])
 def test_a_teacher_is_known_by_its_settings_too(tmp_path, monkeypatch, settings):
     """Of the same weights: neither is a run resumed with another one, nor are its features taken for the other's."""
-    from avadclip_fast.engine import train
-
     monkeypatch.setattr(train, "CACHE_LIMIT", 0)
     other = AVadCLIP(CLASSES, **SMALL, **settings)
     other.load_state_dict(teacher().state_dict())
@@ -564,6 +640,19 @@ def test_a_teacher_is_known_by_its_settings_too(tmp_path, monkeypatch, settings)
     (tmp_path / STATE).unlink()
     with pytest.raises(StateError, match="another teacher or other data; remove it"):
         run(other)
+
+
+def test_teacher_features_of_other_videos_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CACHE_LIMIT", 0)
+    guide, recipe = teacher(), dataclasses.replace(RECIPE, epochs=1)
+
+    def run(videos):
+        fit(AVadCLIPStudent.beside(guide), videos, recipe, tmp_path, teacher=guide, progress=False)
+
+    run(features())
+    (tmp_path / STATE).unlink()
+    with pytest.raises(StateError, match="another teacher or other data; remove it"):
+        run(features(seed=1))
 
 
 def test_a_student_learns_from_a_teacher_that_takes_motion(tmp_path):
@@ -610,6 +699,22 @@ def test_an_official_teacher_has_its_padding():
     assert torch.equal(teacher_features(guide, batch), guide.fuse(batch.visual, batch.audio, batch.lengths))
 
 
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_nothing_is_trimmed_in_a_run_where_one_of_the_two_is_official(tmp_path, monkeypatch, who):
+    plain, rows = train.train_step, set()
+
+    def noted(model, optimizer, batch, known, *rest):
+        rows.update((batch.visual.shape[1], known.shape[1]))
+        return plain(model, optimizer, batch, known, *rest)
+
+    monkeypatch.setattr(train, "train_step", noted)
+    guide = AVadCLIP(CLASSES, **SMALL, padding="official" if who == "teacher" else "masked")
+    student = AVadCLIPStudent.beside(guide, padding="official" if who == "student" else "masked")
+    short = features().subset(torch.nonzero(features().lengths < 12).flatten())
+    fit(student, short, dataclasses.replace(RECIPE, epochs=1), tmp_path, teacher=guide, progress=False)
+    assert rows == {16}
+
+
 def test_trimming_changes_nothing_in_masked_mode():
     guide, data = teacher().eval(), features()
     batch = data.batch(torch.arange(6))
@@ -641,8 +746,6 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     """The step after the last saved one goes wrong: its loss was that of the weights before."""
-    from avadclip_fast.engine import train
-
     plain, steps = train.train_step, 0
 
     def spoilt(model, *rest):
