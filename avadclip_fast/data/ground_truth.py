@@ -78,9 +78,10 @@ def _spans(segments: Sequence, labels: Sequence, source: str) -> list[list[Span]
     return result
 
 
-def _frame(number: str | int) -> int:
+def _frame(number: str | float) -> int:
     """A frame number, which the official files hold as text. Raises ValueError on another one."""
-    frame = int(number) if type(number) is str else number
+    whole = isinstance(number, str) or (isinstance(number, float) and number.is_integer())
+    frame = int(number) if whole else number
     if type(frame) is not int or abs(frame) >= 1 << 62:
         raise ValueError(f"{number!r} is no frame number")
     return frame
