@@ -428,15 +428,15 @@ def evaluate_(
         if folder is not None:
             make_folder(folder)
 
+    where = _device(device)
+
     def fitted(path: Path) -> Calibration:
         return Calibration() if uncalibrated else Calibration.load(path)
 
     def scored(of, path: Path, silent: bool = silent):
-        return score_rows(
-            of, rows, _device(device), audio=hears, silent=silent, calibration=fitted(path), progress=not quiet
-        )
+        return score_rows(of, rows, where, audio=hears, silent=silent, calibration=fitted(path), progress=not quiet)
 
-    with distributed.joined(_device(device)):
+    with distributed.joined(where):
         scores = scored(detector, model)
         if missing is not None and student is not None:
             deaf, others = scored(detector, model, silent=True), scored(other, student)

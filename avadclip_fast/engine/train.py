@@ -136,9 +136,8 @@ def fit(
     of every batch; only rank 0 writes, and it broadcasts its weights. All ranks must see `folder`.
 
     Returns one record per epoch. Raises StateError if the state in `folder` does not match, would be overwritten, or
-    cannot be written; RecipeError on settings that do not fit; FloatingPointError if losses
-    or weights are no longer finite; Stopped after SIGTERM or SIGINT, once the state is
-    saved; PeerLost if another process of the run ends.
+    cannot be written; RecipeError on settings that do not fit; FloatingPointError if losses or weights are no longer
+    finite; Stopped after SIGTERM or SIGINT, once the state is saved; PeerLost if another process of the run ends.
     """
     folder, device = Path(folder), torch.device(device)
     main, progress = distributed.is_main(), progress and distributed.is_main()

@@ -321,13 +321,18 @@ def _options(settings: dict) -> dict:
     return {**flat, "--float32": settings["dtype"]}
 
 
+def _differing(theirs: dict, ours: dict) -> set[str]:
+    """The options by which settings differ."""
+    given = _options(theirs)
+    return {name for name, value in _options(ours).items() if given.get(name) != value}
+
+
 def check_settings(sources: Sequence[Source], output: Path, settings: dict) -> None:
     """Raises DataError if features of these videos, made with other settings, would be replaced."""
     records = [_read_record(_paths(output, source.name, 0)[2]) for source in sources]
     others = [record["settings"] for record in records if record is not None and record["settings"] != settings]
     if others:
-        theirs, ours = _options(others[0]), _options(settings)
-        differ = ", ".join(name for name in sorted(ours) if theirs.get(name) != ours[name])
+        differ = ", ".join(sorted(set.union(*(_differing(given, settings) for given in others))))
         raise DataError(
             f"{output} holds features of {len(others)} of these videos, made with another {differ}: give another "
             "folder, or --overwrite to replace them"
@@ -417,8 +422,7 @@ def write_lists(output: str | Path, settings: dict) -> Listing:
         if record is None:
             continue
         if record["settings"] != settings:
-            theirs, ours = _options(record["settings"]), _options(settings)
-            found.options.update(name for name in ours if theirs.get(name) != ours[name])
+            found.options.update(_differing(record["settings"], settings))
             found = found._replace(others=found.others + 1)
             continue
         name = str(path.relative_to(output / "done").with_suffix(""))
