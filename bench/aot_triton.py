@@ -26,6 +26,7 @@ from avadclip_fast.kernels import (
     attention_pool,
     distill_loss,
     gated_fusion,
+    layer_norm,
     linear_act,
     prompt_similarity,
     similarity_graph,
@@ -44,6 +45,7 @@ MODULES = (
     attention_pool,
     distill_loss,
     gated_fusion,
+    layer_norm,
     linear_act,
     prompt_similarity,
     similarity_graph,
@@ -60,6 +62,7 @@ GEMMS = (  # kernels that multiply matrices as large as a tile of the tensor cor
 TENSOR_CORE = {"sm_80": "HMMA", "sm_89": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 SAMPLE = (
     "mlp",
+    "norm",
     "uncertainty, lengths",
     "fusion",
     "windows of 64",
@@ -103,7 +106,8 @@ def recorded(chip: str) -> Iterator[list]:
             for name, value in list(vars(module).items()):
                 if isinstance(value, JITFunction) and name.endswith("_kernel"):
                     stack.enter_context(mock.patch.object(module, name, Launches(value, seen)))
-        stack.enter_context(mock.patch.object(linear_act, "_chip", lambda device: (chip, CHIPS[chip])))
+        for module in (layer_norm, linear_act):
+            stack.enter_context(mock.patch.object(module, "_chip", lambda device: (chip, CHIPS[chip])))
         yield seen
 
 

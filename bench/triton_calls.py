@@ -7,7 +7,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from avadclip_fast.kernels import attention_pool, distill_loss, prompt_similarity, similarity_graph, window_attention
+from avadclip_fast.kernels import (
+    attention_pool,
+    distill_loss,
+    layer_norm,
+    prompt_similarity,
+    similarity_graph,
+    window_attention,
+)
 from torch import Tensor
 
 from avadclip_fast.engine.tune import B, C, D, T, gemms
@@ -22,6 +29,12 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
         return torch.randn(shape, device=device, dtype=dtype)
 
     lengths = torch.full((B,), T, device=device)
+
+    def norm() -> None:
+        x, weight, bias = draw(B, T, D), *draw(2, D).float()
+        out, stats = layer_norm.forward(x, weight, bias, dtype)
+        layer_norm.backward(out, x, weight, stats, [True, True, True])
+        layer_norm.backward(out, x, weight, stats, [True, False, False])
 
     def windows(window: int, ragged: Tensor | None) -> None:
         q, k, v, residual = (draw(B, T, D) for _ in range(4))
@@ -44,6 +57,7 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
     def distillation(ragged: Tensor | None) -> None:
         distill_loss.forward(draw(B, T, D), draw(B, T, D), draw(B, T, D), ragged)
 
+    yield "norm", norm
     for window in dict.fromkeys((4, 64, longest(dtype))):
         yield f"windows of {window}", partial(windows, window, None)
         yield f"windows of {window}, lengths", partial(windows, window, lengths)

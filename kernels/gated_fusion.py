@@ -35,13 +35,11 @@ def gates_kernel(
         for k in range(0, width, DEPTH):
             if segment == 0:
                 z = load_rows(
-                    v, 0, first_t, k, count, count, width, 0, stride_vt, stride_vd,
-                    None, None, None, None, ROWS, DEPTH, TMA, False,
+                    v, 0, first_t, k, count, width, 0, stride_vt, stride_vd, ROWS, DEPTH, TMA
                 )  # [ROWS, DEPTH]  # fmt: skip
             else:
                 z = load_rows(
-                    a, 0, first_t, k, count, count, width, 0, stride_at, stride_ad,
-                    None, None, None, None, ROWS, DEPTH, TMA, False,
+                    a, 0, first_t, k, count, width, 0, stride_at, stride_ad, ROWS, DEPTH, TMA
                 )  # [ROWS, DEPTH]  # fmt: skip
             gw = load_weight(
                 gate_weight, segment, first_n, k, width, width, stride_gs, stride_gn, stride_gk, COLS, DEPTH, TMA, True
@@ -103,7 +101,7 @@ def gates(
     """Launches gates_kernel: v, a [1, M, D] -> gate, hidden and y [M, D]."""
     _, count, width = v.shape
     halves = [w.unflatten(1, (2, width)).transpose(0, 1) for w in (gate_weight, hidden_weight)]  # [2, D, D]
-    c = config("gates", v, a, count, width, 2 * width)
+    c = config("gates", v, count, width, 2 * width)
     tma = c["tma"] and all(describable(x) for x in (v, a, *halves))
     gates_kernel[(triton.cdiv(count, c["rows"]) * triton.cdiv(width, c["cols"]),)](
         *(describe(x, c["rows"], c["depth"]) if tma else x for x in (v, a)),

@@ -1,11 +1,13 @@
 """linear_act on Triton: one GEMM family over [B, T, D] with a prologue, taps over time, and an epilogue.
 
-    out[b, t, n] = E( sum_tap sum_k P(x)[b, t + first + tap·step, k] · w[tap, n, k] )
+    out[b, t, n] = E( sum_tap sum_k x[b, t + first + tap·step, k] · w[tap, n, k] ),   x zero outside the video
 
-The prologue P is LayerNorm or the identity, and zero outside the video. The epilogue E applies bias, activation, gate
-or dropout, and residual, each optional, or takes a dot product with a vector. The forward pass, the gradient of x (taps
-in reverse order) and gated_fusion all use this kernel. The weight gradient is its transpose, a sum over rows in a fixed
-order. There are no atomics.
+The epilogue E applies bias, activation, gate or dropout, and residual, each optional, or takes a dot product with a
+vector. The forward pass, the gradient of x (taps in reverse order) and gated_fusion all use this kernel. The weight
+gradient is its transpose, a sum over rows in a fixed order. There are no atomics.
+
+LayerNorm is a pass of its own, which writes its rows in the dtype of the product. As a prologue it would save that, but
+blocks that pass through registers cannot be copied ahead: on an H200 such a product took three times as long.
 """
 
 import functools
@@ -18,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-EPS = tl.constexpr(1e-5)  # of LayerNorm
 CONFIGS = Path(__file__).parent / "configs" / "linear_act.json"
 SMALL = ("sm_86", "sm_89", "sm_12")  # RTX 30, 40, 50 and such: 99 KB of shared memory a block, others have 163 or 227
 
@@ -52,30 +53,21 @@ def activate_grad(y, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    x, video, first_row, first_col, valid, rows, width, stride_b, stride_t, stride_d,
-    mean, rstd, scale, shift,
-    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr, NORM: tl.constexpr,
+    x, video, first_row, first_col, valid, width, stride_b, stride_t, stride_d,
+    ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """P(x)[video, first_row.., first_col..] as [ROWS, COLS]; zero outside the `valid` rows and the width."""
-    t = first_row + tl.arange(0, ROWS)  # [ROWS]
-    d = first_col + tl.arange(0, COLS)  # [COLS]
-    inside = ((t >= 0) & (t < valid))[:, None] & (d < width)[None, :]
+    """x[video, first_row.., first_col..] as [ROWS, COLS]; zero outside the `valid` rows and the width."""
     if TMA:  # TMA zero-fills out-of-bounds elements, including rows before the first
         tile = x.load([video, first_row, first_col]).reshape(ROWS, COLS)
     else:
+        t = first_row + tl.arange(0, ROWS)  # [ROWS]
+        d = first_col + tl.arange(0, COLS)  # [COLS]
+        inside = ((t >= 0) & (t < valid))[:, None] & (d < width)[None, :]
         # 64-bit offset for the tile's corner, 32-bit within the tile: 64-bit offsets per element cost registers.
         corner = tl.cast(video, tl.int64) * stride_b + tl.cast(first_row, tl.int64) * stride_t
         corner += tl.cast(first_col, tl.int64) * stride_d
         at = tl.arange(0, ROWS)[:, None] * stride_t + tl.arange(0, COLS)[None, :] * stride_d
         tile = tl.load(x + corner + at, mask=inside, other=0.0)
-    if NORM:
-        row = tl.cast(video, tl.int64) * rows + t
-        row_inside = (t >= 0) & (t < valid)
-        mu = tl.load(mean + row, mask=row_inside, other=0.0)[:, None]
-        rs = tl.load(rstd + row, mask=row_inside, other=0.0)[:, None]
-        g = tl.load(scale + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
-        s = tl.load(shift + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
-        tile = tl.where(inside, (tile.to(tl.float32) - mu) * rs * g + s, 0.0)  # float32
     return tile
 
 
@@ -101,10 +93,10 @@ def load_weight(
 
 @triton.jit
 def _tile(
-    tile, x, w, out, bias, y, gate, residual, dot, mean, rstd, scale, shift, lengths,
+    tile, x, w, out, bias, y, gate, residual, dot, lengths,
     videos, rows, width, outputs, taps, first, step, gain,
     stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
-    ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
 ):  # fmt: skip
     tiles_n, tiles_t = tl.cdiv(outputs, COLS), tl.cdiv(rows, ROWS)
@@ -119,13 +111,13 @@ def _tile(
     for i in range(taps * steps):  # a single loop over taps and channels keeps loads pipelined across taps
         tap, k = i // steps, i % steps * DEPTH
         a = load_rows(
-            x, video, first_t + first + tap * step, k, valid, rows, width, stride_xb, stride_xt, stride_xd,
-            mean, rstd, scale, shift, ROWS, DEPTH, TMA, NORM,
+            x, video, first_t + first + tap * step, k, valid, width, stride_xb, stride_xt, stride_xd,
+            ROWS, DEPTH, TMA,
         )  # [ROWS, DEPTH]  # fmt: skip
         b = load_weight(
             w, tap, first_n, k, outputs, width, stride_wtap, stride_wn, stride_wk, COLS, DEPTH, TMA, K_LAST
         )  # [DEPTH, COLS]
-        acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     t, n = first_t + tl.arange(0, ROWS), first_n + tl.arange(0, COLS)
     inside = (t < rows)[:, None] & (n < outputs)[None, :]
@@ -169,12 +161,10 @@ def gemm_kernel(
     gate,  # [B, T, N], of which `gain` times is a factor of the activation
     residual,  # [B, T, N], last dimension contiguous
     dot,  # [N]
-    mean, rstd,  # [B, T] float32, LayerNorm statistics of x
-    scale, shift,  # [I], LayerNorm weight and bias
     lengths,  # [B]; MASK selects whether rows of the "input" or the "output" are zero beyond the length
     videos, rows, width, outputs, taps, first, step, gain,
     stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
-    ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
@@ -183,17 +173,17 @@ def gemm_kernel(
         tiles = videos * tl.cdiv(rows, ROWS) * tl.cdiv(outputs, COLS)
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _tile(
-                tile, x, w, out, bias, y, gate, residual, dot, mean, rstd, scale, shift, lengths,
+                tile, x, w, out, bias, y, gate, residual, dot, lengths,
                 videos, rows, width, outputs, taps, first, step, gain,
                 stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
-                ACTIVATION, Y, MASK, NORM, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
+                ACTIVATION, Y, MASK, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
             )  # fmt: skip
     else:
         _tile(
-            tl.program_id(0), x, w, out, bias, y, gate, residual, dot, mean, rstd, scale, shift, lengths,
+            tl.program_id(0), x, w, out, bias, y, gate, residual, dot, lengths,
             videos, rows, width, outputs, taps, first, step, gain,
             stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
-            ACTIVATION, Y, MASK, NORM, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
+            ACTIVATION, Y, MASK, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
         )  # fmt: skip
 
 
@@ -201,14 +191,14 @@ def gemm_kernel(
 def weight_grad_kernel(
     g,  # [B, T, N] gradient of the output, a tensor descriptor with TMA, otherwise a pointer
     x,  # [B, T, I], likewise
-    out,  # [splits, N, I, taps] float32
-    mean, rstd, scale, shift, lengths,  # of x, as in gemm_kernel
+    out,  # [splits, taps, N, I] float32: were taps last, the stores of a warp would be scattered
+    lengths,  # [B]: rows of x beyond them count as zero
     videos, rows, width, outputs, taps, first, step,
     stride_gb, stride_gt, stride_gd, stride_xb, stride_xt, stride_xd,
-    NORM: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """out[split, n, k, tap] = sum of g[b, t, n] · P(x)[b, t + first + tap·step, k] over the split's blocks of rows."""
+    """out[split, tap, n, k] = sum of g[b, t, n] · x[b, t + first + tap·step, k] over the split's blocks of rows."""
     tiles_k = tl.cdiv(width, COLS)
     tap = tl.program_id(0) % taps  # taps vary fastest: they read nearly the same rows of x
     first_k = tl.program_id(0) // taps % tiles_k * COLS
@@ -220,36 +210,36 @@ def weight_grad_kernel(
         video, t = block // tiles_t, block % tiles_t * DEPTH
         valid = rows if lengths is None else tl.minimum(tl.load(lengths + video).to(tl.int32), rows)
         a = load_rows(
-            g, video, t, first_n, rows, rows, outputs, stride_gb, stride_gt, stride_gd,
-            mean, rstd, scale, shift, DEPTH, ROWS, TMA, False,
-        )  # [DEPTH, ROWS]  # fmt: skip
+            g, video, t, first_n, rows, outputs, stride_gb, stride_gt, stride_gd, DEPTH, ROWS, TMA
+        )  # [DEPTH, ROWS]
         b = load_rows(
-            x, video, t + first + tap * step, first_k, valid, rows, width, stride_xb, stride_xt, stride_xd,
-            mean, rstd, scale, shift, DEPTH, COLS, TMA, NORM,
-        )  # [DEPTH, COLS]  # fmt: skip
-        acc = tl.dot(a.T, b.to(a.dtype), acc, input_precision=PRECISION)
+            x, video, t + first + tap * step, first_k, valid, width, stride_xb, stride_xt, stride_xd, DEPTH, COLS, TMA
+        )  # [DEPTH, COLS]
+        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
     n, k = first_n + tl.arange(0, ROWS)[:, None], first_k + tl.arange(0, COLS)[None, :]
-    at = ((split * outputs + n).to(tl.int64) * width + k) * taps + tap
+    at = ((split * taps + tap) * outputs + n).to(tl.int64) * width + k
     tl.store(out + at, acc, mask=(n < outputs) & (k < width))
 
 
 @triton.jit
 def activation_grad_kernel(
     g,  # [M, N] gradient of the output, contiguous; [M] with dot
-    y,  # [M, N] pre-activation; not needed without an activation and dot
+    y,  # [M, N] pre-activation, or None: no activation
     dot,  # [N]
     gate,  # [M, N], of which `gain` times is a factor of the activation
-    dy,  # [M, N]
-    bias_sums, dot_sums,  # [M groups, N] float32
+    dy,  # [M, N], or None: it is g
+    bias_sums, dot_sums,  # [M groups, N] float32, or None
     count, outputs, gain,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dy = act'(y) · g (· dot, or gate), its column sums, and the column sums of act(y) · g for the gradient of dot.
 
-    Each program processes GROUP rows, ROWS at a time.
+    Each program processes GROUP rows, ROWS at a time, and sums across threads only once.
     """
     n = tl.program_id(1) * COLS + tl.arange(0, COLS)
-    bias_sum, dot_sum = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
+    by_bias, by_dot = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    if dot is not None:
+        u = tl.load(dot + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
     for start in range(0, GROUP, ROWS):
         m = tl.program_id(0) * GROUP + start + tl.arange(0, ROWS)
         inside = (m < count)[:, None] & (n < outputs)[None, :]
@@ -257,73 +247,37 @@ def activation_grad_kernel(
         if y is not None:
             value = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
         if dot is not None:
-            grad = tl.load(g + m, mask=m < count, other=0.0).to(tl.float32)[:, None]
-            dot_sum += tl.sum(activate(value, ACTIVATION) * grad, 0)
-            grad = grad * tl.load(dot + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+            result = tl.load(g + m, mask=m < count, other=0.0).to(tl.float32)[:, None]
+            by_dot += activate(value, ACTIVATION) * result
+            result = result * u
         else:
-            grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+            result = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
         if gate is not None:
-            grad *= tl.load(gate + at, mask=inside, other=0).to(tl.float32) * gain
-        result = grad if y is None else grad * activate_grad(value, ACTIVATION)
-        tl.store(dy + at, result.to(dy.dtype.element_ty), mask=inside)
-        bias_sum += tl.sum(result, 0)
-    sums = tl.program_id(0).to(tl.int64) * outputs + n
-    tl.store(bias_sums + sums, bias_sum, mask=n < outputs)
+            result *= tl.load(gate + at, mask=inside, other=0).to(tl.float32) * gain
+        if y is not None:
+            result *= activate_grad(value, ACTIVATION)
+        if dy is not None:
+            tl.store(dy + at, result.to(dy.dtype.element_ty), mask=inside)
+        by_bias += result
+    sums = tl.program_id(0) * outputs + n
+    if bias_sums is not None:
+        tl.store(bias_sums + sums, tl.sum(by_bias, 0), mask=n < outputs)
     if dot is not None:
-        tl.store(dot_sums + sums, dot_sum, mask=n < outputs)
+        tl.store(dot_sums + sums, tl.sum(by_dot, 0), mask=n < outputs)
 
 
 @triton.jit
-def norm_stats_kernel(
-    x, mean, rstd, rows, width, count, stride_b, stride_t, stride_d, ROWS: tl.constexpr, COLS: tl.constexpr
-):
-    """LayerNorm mean and 1/std of each row of x [B, T, I], as float32 [B, T]. COLS covers the full width."""
-    m, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLS)
-    at = (m // rows).to(tl.int64) * stride_b + (m % rows).to(tl.int64) * stride_t
-    inside = (m < count)[:, None] & (d < width)[None, :]
-    value = tl.load(x + at[:, None] + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0).to(tl.float32)
-    mu = tl.sum(value, 1) / width  # [ROWS]
-    centred = tl.where(inside, value - mu[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / width
-    tl.store(mean + m, mu, mask=m < count)
-    tl.store(rstd + m, 1 / tl.sqrt(variance + EPS), mask=m < count)
-
-
-@triton.jit
-def norm_grad_kernel(
-    g,  # [M, I] gradient of LayerNorm(x), contiguous
-    x, mean, rstd, scale, lengths,
-    dx,  # [M, I]
-    scale_sums, shift_sums,  # [programs, I] float32
-    rows, width, count, stride_b, stride_t, stride_d,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """dx = rstd (g·scale - mean(g·scale) - x̂ mean(g·scale·x̂)), and column sums of g·x̂ and g over its rows."""
-    d = tl.arange(0, COLS)
-    w = tl.load(scale + d, mask=d < width, other=0.0).to(tl.float32)[None, :]
-    scale_sum, shift_sum = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0)):
-        m = block * ROWS + tl.arange(0, ROWS)
-        inside = (m < count)[:, None] & (d < width)[None, :]
-        valid = m < count  # rows beyond the length are not read: they may hold NaN, and their gradient is 0
-        if lengths is not None:
-            valid = valid & (m % rows < tl.load(lengths + m // rows, mask=valid, other=0))
-        at = (m // rows).to(tl.int64) * stride_b + (m % rows).to(tl.int64) * stride_t
-        there = x + at[:, None] + d.to(tl.int64)[None, :] * stride_d
-        value = tl.load(there, mask=inside & valid[:, None], other=0.0).to(tl.float32)
-        mu = tl.load(mean + m, mask=valid, other=0.0)[:, None]
-        rs = tl.load(rstd + m, mask=valid, other=0.0)[:, None]
-        normed = tl.where(inside, (value - mu) * rs, 0.0)
-        grad = tl.load(g + m.to(tl.int64)[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        scale_sum += tl.sum(grad * normed, 0)
-        shift_sum += tl.sum(grad, 0)
-        grad = grad * w
-        along = tl.sum(grad * normed, 1)[:, None] / width
-        result = rs * (grad - tl.sum(grad, 1)[:, None] / width - normed * along)
-        tl.store(dx + m.to(tl.int64)[:, None] * width + d[None, :], result.to(dx.dtype.element_ty), mask=inside)
-    at = tl.program_id(0).to(tl.int64) * width + d
-    tl.store(scale_sums + at, scale_sum, mask=d < width)
-    tl.store(shift_sums + at, shift_sum, mask=d < width)
+def column_sums_kernel(parts, out, groups, width, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """out[s, n] = sum_g parts[s, g, n]: parts [S, G, N] float32, out [S, N]."""
+    n = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    parts += tl.program_id(1).to(tl.int64) * groups * width
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, groups, ROWS):
+        g = start + tl.arange(0, ROWS)
+        total += tl.load(
+            parts + g[:, None] * width + n[None, :], mask=(g < groups)[:, None] & (n < width)[None, :], other=0.0
+        )
+    tl.store(out + tl.program_id(1) * width + n, tl.sum(total, 0).to(out.dtype.element_ty), mask=n < width)
 
 
 @functools.cache
@@ -363,22 +317,20 @@ def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs:
     return {"rows": 128, "cols": 64 * wide, "depth": 64, "warps": 8} | common
 
 
-def bucket(kind: str, dtype: torch.dtype, x_dtype: torch.dtype, rows: int, outputs: int, width: int) -> str:
+def bucket(kind: str, dtype: torch.dtype, rows: int, outputs: int, width: int) -> str:
     """The problem's key in the configuration table, with rows rounded up to a power of two.
 
-    x's dtype is part of the key: under autocast, the input of a fused LayerNorm is float32 and takes twice the shared
-    memory of the half-precision weight. tf32 products take other tiles than exact ones.
+    tf32 products take other tiles than exact ones.
     """
-    dtypes = "-".join(str(d).removeprefix("torch.") for d in dict.fromkeys((x_dtype, dtype)))
-    dtypes = "tf32" if precision(dtype) == "tf32" else dtypes
-    return f"{kind} {dtypes} {triton.next_power_of_2(rows)}x{outputs}x{width}"
+    name = "tf32" if precision(dtype) == "tf32" else str(dtype).removeprefix("torch.")
+    return f"{kind} {name} {triton.next_power_of_2(rows)}x{outputs}x{width}"
 
 
-def config(kind: str, w: Tensor, x: Tensor, rows: int, outputs: int, width: int) -> dict:
-    """Launch configuration on w's device, in w's dtype. kind: gemm, weight_grad or gates; width: of the reduction."""
-    chip, _ = _chip(w.device)
-    measured = _table().get(chip, {}).get(bucket(kind, w.dtype, x.dtype, rows, outputs, width))
-    return measured or default_config(kind, chip, w.dtype, rows, outputs)
+def config(kind: str, x: Tensor, rows: int, outputs: int, width: int) -> dict:
+    """Launch configuration on x's device, in x's dtype. kind: gemm, weight_grad or gates; width: of the reduction."""
+    chip, _ = _chip(x.device)
+    measured = _table().get(chip, {}).get(bucket(kind, x.dtype, rows, outputs, width))
+    return measured or default_config(kind, chip, x.dtype, rows, outputs)
 
 
 def describable(x: Tensor) -> bool:
@@ -402,7 +354,6 @@ def gemm(
     gain: float = 1.0,
     residual: Tensor | None = None,
     dot: Tensor | None = None,
-    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
     mask: str = "none",
     first: int = 0,
@@ -411,14 +362,13 @@ def gemm(
 ) -> Tensor:
     """Launches gemm_kernel: x [B, T, I], w [taps, N, I], any strides -> [B, T, N], or float32 [B, T] with dot.
 
-    With a norm, x may have a wider dtype than w: the normalised tile is cast to w's. The result takes the promoted
-    dtype of w and residual.
+    The result takes the promoted dtype of w and residual.
 
     out: optional [B·T, N] tensor to write the result to, last dimension contiguous.
     """
     videos, rows, width = x.shape
     taps, outputs, _ = w.shape
-    c = config("gemm", w, x, videos * rows, outputs, width * taps)
+    c = config("gemm", x, videos * rows, outputs, width * taps)
     tiles_n = triton.cdiv(outputs, c["cols"])
     tiles = videos * triton.cdiv(rows, c["rows"]) * tiles_n
     if dot is not None:
@@ -437,10 +387,10 @@ def gemm(
     gemm_kernel[grid](
         describe(x, c["rows"], c["depth"]) if tma else x,
         describe(by_k, *block) if tma else w,
-        out, bias, y, gate, residual, dot, *(norm or (None,) * 4), lengths,
+        out, bias, y, gate, residual, dot, lengths,
         videos, rows, width, outputs, taps, first, step, gain,
         *x.stride(), *w.stride(), *((0, 0) if residual is None else residual.stride()[:2]), out.stride(-2),
-        ACTIVATION=activation, Y=y_use, MASK=mask, NORM=norm is not None, PRECISION=precision(w.dtype),
+        ACTIVATION=activation, Y=y_use, MASK=mask, PRECISION=precision(w.dtype),
         ROWS=c["rows"], COLS=c["cols"], DEPTH=c["depth"], TMA=tma, K_LAST=k_last, PERSISTENT=c["persistent"],
         num_warps=c["warps"], num_stages=c["stages"],
     )  # fmt: skip
@@ -453,24 +403,23 @@ def weight_grad(
     taps: int = 1,
     first: int = 0,
     step: int = 0,
-    norm: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Launches weight_grad_kernel: g [B, T, N], x [B, T, I] -> float32 [N, I, taps], summed in a fixed order."""
+    """Launches weight_grad_kernel: g [B, T, N], x [B, T, I] -> float32 [taps, N, I], summed in a fixed order."""
     videos, rows, width = x.shape
     outputs = g.shape[2]
-    c = config("weight_grad", g, x, videos * rows, outputs, width * taps)
+    c = config("weight_grad", x, videos * rows, outputs, width * taps)
     tiles = taps * triton.cdiv(outputs, c["rows"]) * triton.cdiv(width, c["cols"])
     blocks = videos * triton.cdiv(rows, c["depth"])
     splits = max(1, min(2 * _chip(x.device)[1] // tiles, blocks))  # about two programs per SM
-    out = x.new_empty(splits, outputs, width, taps, dtype=torch.float32)
+    out = x.new_empty(splits, taps, outputs, width, dtype=torch.float32)
     tma = c["tma"] and lengths is None and describable(x) and describable(g)
     weight_grad_kernel[tiles, splits](
         describe(g, c["depth"], c["rows"]) if tma else g,
         describe(x, c["depth"], c["cols"]) if tma else x,
-        out, *(norm or (None,) * 4), lengths,
+        out, lengths,
         videos, rows, width, outputs, taps, first, step, *g.stride(), *x.stride(),
-        NORM=norm is not None, PRECISION=precision(g.dtype),
+        PRECISION=precision(g.dtype),
         ROWS=c["rows"], COLS=c["cols"], DEPTH=c["depth"], TMA=tma,
         num_warps=c["warps"], num_stages=c["stages"],
     )  # fmt: skip
@@ -478,54 +427,39 @@ def weight_grad(
 
 
 def activation_grad(
-    g: Tensor, y: Tensor | None, activation: str, dot: Tensor | None, gate: Tensor | None, gain: float, like: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launches activation_grad_kernel: g, y [M, N] -> dy [M, N]; float32 [N] column sums and dot gradient.
+    g: Tensor, y: Tensor | None, activation: str, dot: Tensor | None, gate: Tensor | None, gain: float, like: Tensor,
+    summed: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Launches activation_grad_kernel: g, y [M, N] -> dy [M, N], [N] its column sums if `summed`, and dot's gradient.
 
-    like: (N, ·) in the dtype of dy
+    like: (N, ·) in the dtype of the results
     """
     count, outputs = g.shape[0], like.shape[0]
-    rows, cols, group = 16, 128, 64
+    same = dot is None and y is None and gate is None and g.dtype == like.dtype  # dy is g
+    if same and not summed:
+        return g, None, None
+    rows, cols, group = 16, 128, 128
     groups = triton.cdiv(count, group)
-    dy = like.new_empty(count, outputs)
-    bias_sums = like.new_empty(groups, outputs, dtype=torch.float32)
-    dot_sums = None if dot is None else torch.empty_like(bias_sums)
+    dy = None if same else like.new_empty(count, outputs)
+    sums = g.new_empty(summed + (dot is not None), groups, outputs, dtype=torch.float32)
     activation_grad_kernel[groups, triton.cdiv(outputs, cols)](
-        g, y, dot, gate, dy, bias_sums, dot_sums, count, outputs, gain,
+        g, y, dot, gate, dy, sums[0] if summed else None, None if dot is None else sums[-1], count, outputs, gain,
         ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group,
     )  # fmt: skip
-    return dy, bias_sums.sum(0), None if dot is None else dot_sums.sum(0)
-
-
-def norm_grad(
-    g: Tensor, x: Tensor, norm: tuple[Tensor, Tensor, Tensor, Tensor], lengths: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Launches norm_grad_kernel: g [M, I], x [B, T, I] -> dx [M, I], and float32 gradients [I] of weight and bias."""
-    count, width = g.shape
-    cols = triton.next_power_of_2(width)
-    side = max(1, 4096 // cols)
-    programs = min(4 * _chip(x.device)[1], triton.cdiv(count, side))
-    mean, rstd, scale, _ = norm
-    dx = torch.empty_like(g, dtype=x.dtype)
-    sums = g.new_empty(2, programs, width, dtype=torch.float32)
-    norm_grad_kernel[(programs,)](
-        g,
-        x,
-        mean,
-        rstd,
-        scale,
-        lengths,
-        dx,
-        sums[0],
-        sums[1],
-        x.shape[1],
-        width,
-        count,
-        *x.stride(),
-        ROWS=side,
-        COLS=cols,
+    totals = column_sums(sums, like.dtype) if len(sums) else sums
+    return (
+        g if dy is None else dy,
+        totals[0].clone() if summed else None,
+        None if dot is None else totals[-1].clone(),
     )
-    return dx, sums[0].sum(0), sums[1].sum(0)
+
+
+def column_sums(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Launches column_sums_kernel: float32 [S, G, N] -> [S, N] in `dtype`, in a fixed order."""
+    sets, groups, width = parts.shape
+    out, cols = parts.new_empty(sets, width, dtype=dtype), 16
+    column_sums_kernel[triton.cdiv(width, cols), sets](parts, out, groups, width, ROWS=256, COLS=cols)
+    return out
 
 
 def _videos(x: Tensor, weight: Tensor) -> Tensor:
@@ -559,8 +493,6 @@ def forward(
     bias: Tensor | None,
     activation: str,
     residual: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
     dilation: int,
     causal: bool,
     lengths: Tensor | None,
@@ -568,34 +500,25 @@ def forward(
     save_y: bool,
     mask: Tensor | None,
     gain: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The op: (out, y, stats), with y the pre-activation, empty unless save_y, and stats those of LayerNorm."""
+) -> tuple[Tensor, Tensor]:
+    """The op: (out, y), with y the pre-activation, empty unless save_y."""
     h, w = _videos(x, weight), _taps(weight)
-    (videos, rows, width), outputs = h.shape, w.shape[1]
+    (videos, rows, _), outputs = h.shape, w.shape[1]
     shape = x.shape[:-1] if dot is not None else (*x.shape[:-1], outputs)
     y = w.new_empty((videos, rows, outputs) if save_y else 0)
-    stats = x.new_empty((2, videos, rows) if norm_weight is not None else 0, dtype=torch.float32)
     if x.numel() == 0:
         dtype = w.dtype if residual is None else torch.promote_types(w.dtype, residual.dtype)
-        return w.new_empty(shape, dtype=dtype), y, stats
-    norm = None
-    if norm_weight is not None:
-        cols = triton.next_power_of_2(width)
-        side = max(1, 4096 // cols)
-        norm_stats_kernel[(triton.cdiv(videos * rows, side),)](
-            h, stats[0], stats[1], rows, width, videos * rows, *h.stride(), ROWS=side, COLS=cols
-        )
-        norm = (stats[0], stats[1], norm_weight, norm_bias)
+        return w.new_empty(shape, dtype=dtype), y
     first, step = _offsets(weight, dilation, causal)
     masked = weight.ndim == 3 and lengths is not None
     out = gemm(
         h, w, bias, activation,
         y=y if save_y else None, y_use="write" if save_y else "none",
         gate=_bytes(mask), gain=gain,
-        residual=None if residual is None else _videos(residual, weight), dot=dot, norm=norm,
+        residual=None if residual is None else _videos(residual, weight), dot=dot,
         lengths=lengths if masked else None, mask="input" if masked else "none", first=first, step=step,
     )  # fmt: skip
-    return (out if dot is None else out.to(w.dtype)).view(shape), y, stats
+    return (out if dot is None else out.to(w.dtype)).view(shape), y
 
 
 def backward(
@@ -603,59 +526,48 @@ def backward(
     x: Tensor,
     weight: Tensor,
     activation: str,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
     dilation: int,
     causal: bool,
     lengths: Tensor | None,
     dot: Tensor | None,
     y: Tensor,
-    stats: Tensor,
     needs: list[bool],
     mask: Tensor | None,
     gain: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, norm weight, norm bias and dot; empty where `needs` is False.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and dot; empty where `needs` is False.
 
     y: the pre-activation saved by the forward pass. For relu, the output works as well, since it has the same sign.
     """
-    need_x, need_weight, need_bias, need_scale, need_shift, need_dot = needs
+    need_x, need_weight, need_bias, need_dot = needs
     h, w = _videos(x, weight), _taps(weight)
     (videos, rows, width), (taps, outputs, _) = h.shape, w.shape
     count = videos * rows
-    dx = dw = db = d_scale = d_shift = d_dot = None
+    dx = dw = None
     if x.numel() == 0:
-        like = (x, weight, w[0, :, 0], norm_weight, norm_bias, dot)
+        like = (x, weight, w[0, :, 0], dot)
         return tuple(torch.zeros_like(t) if need else w.new_empty(0) for t, need in zip(like, needs, strict=True))
     g = g.reshape(count, *(() if dot is not None else (outputs,))).contiguous()
-    if activation != "none" or dot is not None or mask is not None:
-        before = y.view(count, outputs) if y.numel() else None
-        dy, db, d_dot = activation_grad(g, before, activation, dot, _bytes(mask), gain, w[0])
-    else:
-        dy = g.to(w.dtype)
-        db = g.sum(0) if need_bias else None  # accumulates in float32
+    before = y.view(count, outputs) if y.numel() else None
+    dy, db, d_dot = activation_grad(g, before, activation, dot, _bytes(mask), gain, w[0], need_bias)
     first, step = _offsets(weight, dilation, causal)
     masked = weight.ndim == 3 and lengths is not None
-    norm = None if norm_weight is None else (stats[0], stats[1], norm_weight, norm_bias)
-    plain = taps == 1 and norm is None and not masked  # two plain matrix products: cuBLAS
+    plain = taps == 1 and not masked  # two plain matrix products: cuBLAS
     if need_weight and plain:
-        dw = dy.T @ h.reshape(count, width)
+        dw = (dy.T @ h.reshape(count, width)).view(weight.shape)
     elif need_weight:
-        dw = weight_grad(dy.view(videos, rows, outputs), h, taps, first, step, norm, lengths if masked else None)
+        by_tap = weight_grad(dy.view(videos, rows, outputs), h, taps, first, step, lengths if masked else None)
+        dw = weight.new_empty(weight.shape).copy_(by_tap.permute(1, 2, 0))
     if need_x and plain:
         dx = dy @ w[0]
-    elif need_x or need_scale or need_shift:
+    elif need_x:
         dx = gemm(
             dy.view(videos, rows, outputs), w.transpose(1, 2), lengths=lengths if masked else None,
             mask="output" if masked else "none", first=-first, step=-step,
         )  # fmt: skip
-        if norm is not None:
-            dx, d_scale, d_shift = norm_grad(dx.view(count, width), h, norm, lengths if masked else None)
     return (
         dx.view(x.shape) if need_x else x.new_empty(0),
-        dw.to(w.dtype).view(weight.shape) if need_weight else w.new_empty(0),
-        db.to(w.dtype) if need_bias else w.new_empty(0),
-        d_scale.to(norm_weight.dtype) if need_scale else w.new_empty(0),
-        d_shift.to(norm_weight.dtype) if need_shift else w.new_empty(0),
-        d_dot.to(dot.dtype) if need_dot else w.new_empty(0),
+        dw if need_weight else w.new_empty(0),
+        db if need_bias else w.new_empty(0),
+        d_dot if need_dot else w.new_empty(0),
     )

@@ -112,17 +112,18 @@ def test_a_second_run_gives_the_same_bits():
 
 def test_registration_passes_opcheck():
     x, conv, matrix, bias, residual = draw(B, 5, 8), draw(6, 8, 3), draw(6, 8), draw(6), draw(B, 5, 6)
-    scale, shift, dot, lengths = draw(8), draw(8), draw(6), torch.tensor([3, 5], device=DEVICE)
+    dot, lengths = draw(6), torch.tensor([3, 5], device=DEVICE)
     op = torch.ops.avadclip_fast.linear_act.default
     for args in (
-        (x, conv, bias, "quick_gelu", residual, None, None, 1, False, lengths, None, True, None, 1.0),
-        (x, matrix, bias, "gelu", residual, scale, shift, 1, False, None, None, True, residual > 0, 2.0),
-        (x, matrix, None, "quick_gelu", None, None, None, 1, False, None, dot, True, None, 1.0),
-        (x, conv, bias, "relu", None, None, None, 2, True, None, None, False, residual > 0, 2.0),
-        (x.detach(), matrix.detach(), bias, "none", residual, None, None, 1, False, None, None, False, None, 1.0),
+        (x, conv, bias, "quick_gelu", residual, 1, False, lengths, None, True, None, 1.0),
+        (x, matrix, bias, "gelu", residual, 1, False, None, None, True, residual > 0, 2.0),
+        (x, matrix, None, "quick_gelu", None, 1, False, None, dot, True, None, 1.0),
+        (x, conv, bias, "relu", None, 2, True, None, None, False, residual > 0, 2.0),
+        (x.detach(), matrix.detach(), bias, "none", residual, 1, False, None, None, False, None, 1.0),
     ):
         torch.library.opcheck(op, args)
     torch.library.opcheck(torch.ops.avadclip_fast.gated_fusion.default, (*fusion_arguments(), True))
+    torch.library.opcheck(torch.ops.avadclip_fast.layer_norm.default, (x, draw(8), draw(8), torch.float32))
 
 
 def test_compiles_whole():

@@ -29,43 +29,41 @@ GAIN = 1.02  # repeated timings of one kernel differ by this factor
 
 TILES = {  # rows, cols, depth, warps
     "gemm": (
-        (128, 128, 64, 8), (128, 256, 64, 8), (256, 128, 64, 8), (128, 64, 64, 4), (64, 128, 64, 4), (64, 256, 64, 4),
+        (128, 128, 64, 8), (128, 128, 64, 4), (128, 256, 64, 8), (256, 128, 64, 8), (64, 256, 64, 4), (64, 128, 64, 4),
+        (64, 64, 64, 4),
     ),
-    "weight_grad": ((128, 128, 64, 8), (128, 128, 64, 4), (128, 256, 64, 8), (64, 128, 64, 4), (128, 128, 128, 8)),
+    "weight_grad": (
+        (128, 128, 64, 8), (128, 128, 64, 4), (128, 256, 64, 8), (256, 128, 64, 8), (64, 128, 64, 4),
+        (128, 128, 128, 8),
+    ),
     "gates": ((128, 64, 64, 8), (128, 128, 64, 8), (64, 64, 64, 4), (64, 128, 64, 8)),
 }  # fmt: skip
 
 
 def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yields (name, forward and backward pass) of each call; device "meta" allocates no memory.
+    """Yields (name, forward and backward pass) of each call; device "meta" allocates no memory."""
 
-    As under autocast, the input of a norm and the residual stream of an encoder are float32.
-    """
-
-    def draw(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
 
     def linear(
-        outputs: int, width: int = D, taps: int = 0, activation="none", norm=False, residual=False, dot=False,
+        outputs: int, width: int = D, taps: int = 0, activation="none", residual=False, dot=False,
         dilation=1, causal=False, lengths=False, transposed=False, dropout=False, shape=(B, T),
     ) -> Callable[[], None]:  # fmt: skip
         def run() -> None:
-            x = draw(*shape, width, dtype=torch.float32 if norm else dtype)
+            x = draw(*shape, width)
             weight = draw(width, outputs).T if transposed else draw(outputs, width, *((taps,) if taps else ()))
             u = draw(outputs) if dot else None
-            r = draw(*shape, outputs, dtype=dtype if taps else torch.float32) if residual else None
-            scale, shift = draw(2, width, dtype=torch.float32) if norm else (None, None)
+            r = draw(*shape, outputs) if residual else None
             n = torch.full((B,), T, device=device) if lengths else None
             mask = torch.ones(*shape, outputs, device=device, dtype=torch.bool) if dropout else None
             keep = dot or activation == "quick_gelu" or (activation == "relu" and residual)
-            out, y, stats = linear_act.forward(
-                x, weight, draw(outputs), activation, r, scale, shift, dilation, causal, n, u, keep, mask, 1.1
+            out, y = linear_act.forward(
+                x, weight, draw(outputs), activation, r, dilation, causal, n, u, keep, mask, 1.1
             )
-            needs = [True, True, True, norm, norm, dot]
-            y = y if keep else out
             linear_act.backward(
-                torch.ones_like(out), x, weight, activation, scale, shift, dilation, causal, n, u, y, stats, needs,
-                mask, 1.1,
+                torch.ones_like(out), x, weight, activation, dilation, causal, n, u, y if keep else out,
+                [True, True, True, dot], mask, 1.1,
             )  # fmt: skip
 
         return run
@@ -76,10 +74,10 @@ def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], N
         out, *saved = gated_fusion.forward(visual, audio, *weights, True)
         gated_fusion.backward(torch.ones_like(out), visual, audio, *weights[::2], *saved)
 
-    yield "qkv", linear(3 * D, norm=True)
+    yield "qkv", linear(3 * D)
     yield "queries", linear(D)
     yield "projection", linear(D, residual=True)
-    yield "mlp", linear(4 * D, activation="quick_gelu", norm=True)
+    yield "mlp", linear(4 * D, activation="quick_gelu")
     yield "mlp projection", linear(D, 4 * D, residual=True)
     yield "binary head", linear(4 * D, activation="quick_gelu", dot=True)
     yield "prompt layer", linear(4 * D, activation="quick_gelu", shape=(B, C))
@@ -93,14 +91,14 @@ def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], N
 
 
 def candidates(kind: str, default: dict) -> Iterator[dict]:
-    """Yields the candidates: each tile with two prefetch depths, and for large GEMM tiles also persistent programs."""
+    """Yields the candidates: each tile with two prefetch depths, large GEMM tiles also with persistent programs."""
     narrow = 64 // default["depth"]  # float32 blocks have half the channels
     for rows, cols, depth, warps in TILES[kind]:
         tile = {"rows": rows, "cols": cols, "depth": depth // narrow, "warps": warps}
         for stages in (3, 4):
             yield {**default, **tile, "stages": stages}
-        if kind == "gemm" and rows * cols >= 128 * 128:
-            yield {**default, **tile, "stages": 3, "persistent": True}
+            if kind == "gemm" and rows * cols >= 128 * 128:
+                yield {**default, **tile, "stages": stages, "persistent": True}
 
 
 def launches(dtype: torch.dtype, only: str) -> dict[str, tuple[str, dict, Callable[[], object]]]:
@@ -108,10 +106,10 @@ def launches(dtype: torch.dtype, only: str) -> dict[str, tuple[str, dict, Callab
     found: dict[str, tuple[str, dict, Callable]] = {}
     asked: list[tuple[str, str, dict]] = []
 
-    def note(kind, w, x, rows, outputs, width):
-        chip, _ = linear_act._chip(w.device)
-        default = linear_act.default_config(kind, chip, w.dtype, rows, outputs)
-        asked.append((linear_act.bucket(kind, w.dtype, x.dtype, rows, outputs, width), kind, default))
+    def note(kind, x, rows, outputs, width):
+        chip, _ = linear_act._chip(x.device)
+        default = linear_act.default_config(kind, chip, x.dtype, rows, outputs)
+        asked.append((linear_act.bucket(kind, x.dtype, rows, outputs, width), kind, default))
         return default
 
     def keep(launcher):

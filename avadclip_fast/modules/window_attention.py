@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._check import check_tensors
+from ..ops._layer_norm import layer_norm
 from .linear_act import unnormed
 
 
@@ -59,7 +60,8 @@ class WindowAttention(nn.Module):
             q, k, v = layer(h, self.in_proj_weight, self.in_proj_bias, norm=affine).chunk(3, dim=-1)
             mixed = ops.window_attention(q, k, v, self.window, self.heads, lengths, backend=self.backend)
             return layer(mixed, self.out_proj.weight, self.out_proj.bias, residual=residual)
-        keys = x if norm is None else norm(x)
+        h, affine = unnormed(x, norm)
+        keys = h if affine is None else layer_norm(h, *affine, backend=self.backend)
         if torch.is_autocast_enabled(x.device.type):
             keys = keys.to(torch.get_autocast_dtype(x.device.type))
         query, value = fold(self.in_proj_weight, self.in_proj_bias, self.out_proj)

@@ -9,6 +9,8 @@ from .. import reference
 from . import _dispatch, _linear_act_cpu, _linear_act_onednn
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable_once
+from ._layer_norm import layer_norm
+from ._padding import zero_padding
 from ._triton import implement, triton_reason
 
 
@@ -25,10 +27,11 @@ def _triton(
         dtype = torch.get_autocast_dtype(x.device.type)
         weight, bias, dot = (None if t is None else t.to(dtype) for t in (weight, bias, dot))
         x = x if norm is not None else x.to(dtype)
-    scale, shift = norm or (None, None)
-    save_y = _linear_act_cpu.saves_y(activation, residual, dot, x, weight, bias, residual, scale, shift)
+    if norm is not None:  # a convolution's padding may hold NaN, which a gradient of 0 does not undo
+        x = layer_norm(zero_padding(x, lengths) if weight.ndim == 3 else x, *norm, backend="triton")
+    save_y = _linear_act_cpu.saves_y(activation, residual, dot, x, weight, bias, residual)
     return torch.ops.avadclip_fast.linear_act(
-        x, weight, bias, activation, residual, scale, shift, dilation, causal, lengths, dot, save_y,
+        x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y,
         *_linear_act_cpu.mask_and_gain(dropout),
     )[0]  # fmt: skip
 
@@ -59,18 +62,15 @@ _dispatch.register(
 )
 
 # y: the pre-activation if save_y, else empty (the backward pass then needs nothing, or relu's sign from out).
-# stats: mean and 1/std of LayerNorm, float32 (2, B, T), empty without norm.
 torch.library.define(
     "avadclip_fast::linear_act",
-    "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, Tensor? norm_weight, Tensor? norm_bias,"
-    " int dilation, bool causal, Tensor? lengths, Tensor? dot, bool save_y, Tensor? mask, float gain)"
-    " -> (Tensor out, Tensor y, Tensor stats)",
+    "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual, int dilation, bool causal,"
+    " Tensor? lengths, Tensor? dot, bool save_y, Tensor? mask, float gain) -> (Tensor out, Tensor y)",
 )
 torch.library.define(
     "avadclip_fast::linear_act_backward",
-    "(Tensor grad, Tensor x, Tensor weight, str activation, Tensor? norm_weight, Tensor? norm_bias, int dilation,"
-    " bool causal, Tensor? lengths, Tensor? dot, Tensor y, Tensor stats, bool[] needs, Tensor? mask, float gain)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor weight, str activation, int dilation, bool causal, Tensor? lengths, Tensor? dot,"
+    " Tensor y, bool[] needs, Tensor? mask, float gain) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 implement("linear_act", "linear_act", "forward")
@@ -78,47 +78,40 @@ implement("linear_act_backward", "linear_act", "backward")
 
 
 @torch.library.register_fake("avadclip_fast::linear_act")
-def _(
-    x, weight, bias, activation, residual, norm_weight, norm_bias, dilation, causal, lengths, dot, save_y, mask, gain
-):
+def _(x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y, mask, gain):
     outputs = weight.shape[0]
     dtype = weight.dtype if residual is None else torch.promote_types(weight.dtype, residual.dtype)
     shape = x.shape[:-1] if dot is not None else (*x.shape[:-1], outputs)
     videos, rows = (x.shape[0], x.shape[1]) if weight.ndim == 3 else (1, x.shape[:-1].numel())
-    y = (videos, rows, outputs) if save_y else 0
-    stats = (2, videos, rows) if norm_weight is not None else 0
-    return weight.new_empty(shape, dtype=dtype), weight.new_empty(y), x.new_empty(stats, dtype=torch.float32)
+    return weight.new_empty(shape, dtype=dtype), weight.new_empty((videos, rows, outputs) if save_y else 0)
 
 
 @torch.library.register_fake("avadclip_fast::linear_act_backward")
-def _(grad, x, weight, activation, norm_weight, norm_bias, dilation, causal, lengths, dot, y, stats, needs, mask, gain):
-    bias = weight.new_empty(weight.shape[0])
-    like = (x, weight, bias, norm_weight, norm_bias, dot)
+def _(grad, x, weight, activation, dilation, causal, lengths, dot, y, needs, mask, gain):
+    like = (x, weight, weight.new_empty(weight.shape[0]), dot)
     return tuple(t.new_empty(t.shape) if need else weight.new_empty(0) for t, need in zip(like, needs, strict=True))
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, ctx.activation, _, scale, shift, ctx.dilation, ctx.causal, lengths, dot, save_y, mask, gain = inputs
-    ctx.gain = gain
-    out, y, stats = output
-    ctx.mark_non_differentiable(y, stats)
+    x, weight, _, ctx.activation, _, ctx.dilation, ctx.causal, lengths, dot, save_y, mask, ctx.gain = inputs
+    out, y = output
+    ctx.mark_non_differentiable(y)
     ctx.set_materialize_grads(False)
     kept = y if save_y or ctx.activation == "none" else out
-    ctx.save_for_backward(x, weight, scale, shift, lengths, dot, kept, stats, mask)
+    ctx.save_for_backward(x, weight, lengths, dot, kept, mask)
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx, grad, _):
     if grad is None:
-        return (None,) * 14
-    x, weight, scale, shift, lengths, dot, y, stats, mask = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 5, 6, 10)]
+        return (None,) * 12
+    x, weight, lengths, dot, y, mask = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
     grads = torch.ops.avadclip_fast.linear_act_backward(
-        grad, x, weight, ctx.activation, scale, shift, ctx.dilation, ctx.causal, lengths, dot, y, stats, needs,
-        mask, ctx.gain,
-    )  # fmt: skip
-    dx, dw, db, d_scale, d_shift, d_dot = (g if need else None for g, need in zip(grads, needs, strict=True))
+        grad, x, weight, ctx.activation, ctx.dilation, ctx.causal, lengths, dot, y, needs, mask, ctx.gain
+    )
+    dx, dw, db, d_dot = (g if need else None for g, need in zip(grads, needs, strict=True))
     residual = grad if ctx.needs_input_grad[4] else None
-    return dx, dw, db, None, residual, d_scale, d_shift, None, None, None, d_dot, None, None, None
+    return dx, dw, db, None, residual, None, None, None, d_dot, None, None, None
 
 
 torch.library.register_autograd("avadclip_fast::linear_act", _backward, setup_context=_save)

@@ -1,0 +1,67 @@
+"""LayerNorm before products: on Triton, rows are normalised in float32 and written in the dtype of the product."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference.linear_act import LAYER_NORM_EPS
+from . import _dispatch
+from ._derivatives import differentiable_once
+from ._triton import implement, triton_reason
+
+torch.library.define(
+    "avadclip_fast::layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, ScalarType dtype) -> (Tensor out, Tensor stats)",
+)
+torch.library.define(
+    "avadclip_fast::layer_norm_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor stats, bool[] needs) -> (Tensor, Tensor, Tensor)",
+)
+
+implement("layer_norm", "layer_norm", "forward")
+implement("layer_norm_backward", "layer_norm", "backward")
+
+
+@torch.library.register_fake("avadclip_fast::layer_norm")
+def _(x, weight, bias, dtype):
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(2, x.shape[:-1].numel(), dtype=torch.float32)
+
+
+@torch.library.register_fake("avadclip_fast::layer_norm_backward")
+def _(grad, x, weight, stats, needs):
+    like = (x, weight, weight)
+    return tuple(t.new_empty(t.shape) if need else weight.new_empty(0) for t, need in zip(like, needs, strict=True))
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return None, None, None, None
+    needs = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.avadclip_fast.layer_norm_backward(grad, *ctx.saved_tensors, needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+
+
+torch.library.register_autograd("avadclip_fast::layer_norm", _backward, setup_context=_save)
+differentiable_once("linear_act", "layer_norm_backward")
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
+    """(x - mean) / sqrt(var + 1e-5) · weight + bias over the last dimension, in the dtype that products of it have.
+
+    backend: as of an op; torch serves what Triton does not.
+    """
+    lowered = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if lowered else x.dtype
+    wanted = backend or _dispatch.forced()
+    if wanted not in _dispatch.TABLE["linear_act"]:
+        wanted = None  # it has no say here
+    if wanted in (None, "triton") and not _dispatch.transformed() and triton_reason(x, weight, bias) is None:
+        return torch.ops.avadclip_fast.layer_norm(x, weight, bias, dtype)[0]
+    return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS).to(dtype)
