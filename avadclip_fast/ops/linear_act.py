@@ -9,7 +9,7 @@ from .. import reference
 from . import _dispatch, _linear_act_cpu, _linear_act_onednn
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable_once
-from ._triton import implement, triton_reason
+from ._triton import declines_exact, implement, triton_reason
 
 
 def _reference(
@@ -41,7 +41,7 @@ def _supports(
 
 
 _dispatch.register("linear_act", "reference", _reference)
-_dispatch.register("linear_act", "triton", _triton, _supports)
+_dispatch.register("linear_act", "triton", _triton, _supports, lambda x, weight, *_, **__: declines_exact(x, weight))
 for _backend, _amx in (("amx", True), ("cpp", False)):
     _dispatch.register(
         "linear_act",
