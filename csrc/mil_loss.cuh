@@ -18,11 +18,16 @@ HD LossAndSlope<A> clamped_log(A p) {
   return {value, A(1) / p};
 }
 
-// Binary cross-entropy of p against target, and d/dp.
+// Binary cross-entropy of p against target, and d/dp. rest: 1 - p, which a p that is close to 1 no longer knows well.
+template <class A>
+HD LossAndSlope<A> binary_cross_entropy(A p, A rest, A target) {
+  const auto yes = clamped_log(p), no = clamped_log(rest);
+  return {-(target * yes.loss + (A(1) - target) * no.loss), (A(1) - target) * no.slope - target * yes.slope};
+}
+
 template <class A>
 HD LossAndSlope<A> binary_cross_entropy(A p, A target) {
-  const auto yes = clamped_log(p), no = clamped_log(A(1) - p);
-  return {-(target * yes.loss + (A(1) - target) * no.loss), (A(1) - target) * no.slope - target * yes.slope};
+  return binary_cross_entropy(p, A(1) - p, target);
 }
 
 //   y = labels / sum(labels),   ce = -sum y log_softmax(s),   q = sum y softmax(s),   focal = (sum y alpha)(1 - q)^2 ce
@@ -67,12 +72,13 @@ HD float mil_video(const Team& team, const T* logits, int n, int k, int rows, fl
   read_aligned(team, logits, n, [&](int64_t t, T x) { probability[t] = sigmoid(widen(x)); });
   const Keys<float> key{probability, 1, nullptr};
   const auto top = key.select(team, n, k);
-  const float p = team.sum([&](int rank) {
-    float sum = 0;
-    for (int t = rank; t < n; t += team.size()) sum += top.has(key(t), t) ? probability[t] : 0.f;
+  // In float64: where p is 0.98, log(1 - p) has fifty times the error of p.
+  const double mean = team.sum([&](int rank) {
+    double sum = 0;
+    for (int t = rank; t < n; t += team.size()) sum += top.has(key(t), t) ? double(probability[t]) : 0.;
     return sum;
-  }) / float(k);
-  const auto bce = binary_cross_entropy(p, target);
+  }) / k;
+  const auto bce = binary_cross_entropy(float(mean), float(1 - mean), target);
   const float share = bce.slope * scale / float(k);
   write_aligned(team, slope, rows, [&](int64_t t) {
     if (t >= n) return 0.f;

@@ -159,6 +159,23 @@ static void test_mil() {
   }
 }
 
+// log(1 - p) of hundreds of scores close to 1: their sum must not be rounded to float32.
+static void test_mil_of_a_long_video() {
+  const int n = 12000, k = top_count(n, 16);
+  std::vector<float> logits(n), slope(n), room(n);
+  std::vector<double> p(n);
+  for (int round = 0; round < 4; ++round) {
+    for (auto& x : logits) x = float(normal() * 2);
+    for (int t = 0; t < n; ++t) p[t] = 1 / (1 + std::exp(-double(logits[t])));
+    std::sort(p.rbegin(), p.rend());
+    double mean = 0;
+    for (int t = 0; t < k; ++t) mean += p[t] / k;
+    const double loss = -std::log(1 - mean);
+    const double got = mil_video(Emulated{256}, logits.data(), n, k, n, 0.f, 1.f, room.data(), slope.data());
+    CHECK(std::abs(got - loss) < 4e-7 * loss, "loss %.9g, expected %.9g", got, loss);
+  }
+}
+
 static void test_align() {
   for (int C : {1, 2, 7, 40}) {
     std::vector<double> s(C), y(C), alpha(C), slope(C), alpha_slope(C), unused(C);
@@ -332,6 +349,7 @@ int main() {
   test_topk<bf16>();
   test_topk<f16>();
   test_mil();
+  test_mil_of_a_long_video();
   test_align();
   for (double scale : {2.718281828, 0.5, 40.0, 1e6})
     for (int rows : {1, 7, 8, 255, 256, 257, 700}) {

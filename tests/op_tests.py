@@ -31,6 +31,7 @@ DEVICES = {
     "cuda": ("cuda",),
 }
 VANISHES = 1e-14  # a gradient this small in float64, of summands of about 1, is zero
+ON_CHIP = ("triton", "cuda")  # backend and device where Triton compiles; its interpreter rounds every operation
 ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
 ON_TILES = pytest.mark.skipif(not HAS_AMX, reason="needs a processor with tile units (AMX)")
 ON_AVX512 = pytest.mark.skipif(not HAS_AVX512, reason="needs a processor with AVX-512")
@@ -216,14 +217,18 @@ class OpTests:
             assert "gradient" in str(error)
 
     def test_runs_alike(self, case: Case, backend: str, device: str):
-        """Run twice; under inference mode; with int32 lengths; each gradient wanted alone: the same bits."""
+        """Run twice; with int32 lengths: the same bits. Under inference mode; each gradient wanted alone: the same."""
         arguments = self.make(case, backend, device=device)
         out, grads = self.run(arguments, backend)
         again, grads_again = self.run(arguments, backend)
         assert torch.equal(out, again)
         assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
         with torch.inference_mode():
-            assert torch.equal(out, self.call(arguments, backend))
+            inferred = self.call(arguments, backend)
+        # Where nothing is kept for a backward pass, Triton compiles another kernel, in which the last product and sum
+        # may be two instructions and not one: a rounding more, of the product and so of the sum.
+        rounded = 2 * torch.finfo(out.dtype).eps * out.abs().max().item() if (backend, device) == ON_CHIP else 0
+        torch.testing.assert_close(inferred, out, rtol=0, atol=rounded)
         if arguments.get("lengths") is not None:
             short = {**arguments, "lengths": arguments["lengths"].int()}
             assert torch.equal(out, self.run(short, backend)[0])
@@ -253,9 +258,11 @@ class OpTests:
 
         strided = {name: column(value) for name, value in arguments.items()}
         (out, grads), (other, other_grads) = self.run(arguments, backend), self.run(strided, backend)
-        torch.testing.assert_close(other, out, rtol=0, atol=0, equal_nan=True)
+        # cuBLAS takes another kernel where a bias has a stride; ours read the same numbers in the same order.
+        alike = {"rtol": 1e-5, "atol": 1e-6} if (backend, device) == ("reference", "cuda") else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(other, out, **alike, equal_nan=True)
         for name, grad in grads.items():
-            torch.testing.assert_close(other_grads[name], grad, rtol=0, atol=0)
+            torch.testing.assert_close(other_grads[name], grad, **alike)
 
     @pytest.mark.parametrize("garbage", [1e4, float("inf"), float("nan")])
     def test_padding_has_no_effect(self, case: Case, backend: str, device: str, garbage: float):
@@ -311,15 +318,16 @@ class OpTests:
     def test_a_length_past_the_rows_is_that_of_all(self, case: Case, backend: str, device: str, monkeypatch):
         """A GPU's lengths are not looked at before a kernel has them: it must not read on into the next video."""
         arguments = self.make(case, backend, device=device)
-        if backend not in ("triton", "cuda") or arguments.get("lengths") is None or self.packed:
+        lengths = arguments.get("lengths")
+        if backend not in ("triton", "cuda") or lengths is None or self.packed:
             pytest.skip("lengths are looked at, or there are none")
-        monkeypatch.setattr(sys.modules[f"avadclip_fast.ops.{self.op}"], "check_lengths", lambda *_: None)
+        module = sys.modules[getattr(ops, self.op).__module__]
+        monkeypatch.setattr(module, "check_lengths", lambda *_, **__: None)
         rows = arguments[ROWS[self.op][0]].shape[1]
-        results = []
-        for length in (rows, rows + 3):
-            lengths = arguments["lengths"].clone()
-            lengths[0] = length
-            results.append(self.run({**arguments, "lengths": lengths}, backend))
+        whole, past = (torch.cat([lengths.new_tensor([n]), lengths[1:]]) for n in (rows, rows + 3))
+        if self.op == "pack_rows":
+            arguments["total"] = int(whole.sum())
+        results = [self.run({**arguments, "lengths": given}, backend) for given in (whole, past)]
         (whole, grads), (past, others) = results
         assert torch.equal(past, whole) and all(torch.equal(others[name], grad) for name, grad in grads.items())
 

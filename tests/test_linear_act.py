@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import LARGE
+from cases import CASES, LARGE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_tests import ON_TILES, OpTests, on_both_units
+from op_tests import ON_GPU, ON_TILES, OpTests, Recorder, on_both_units
 
 from avadclip_fast import ops
-from avadclip_fast.ops import _dispatch
+from avadclip_fast.ops import _dispatch, _triton
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -201,6 +201,65 @@ class TestTiles:
         assert "float32" in _dispatch.why_not("linear_act", backend, *double)
         with torch.autocast("cpu", torch.bfloat16):
             assert "float32" in _dispatch.why_not("linear_act", backend, *layer)
+
+
+class TestExactFloat32:
+    """On a GPU, it is multiplied faster by cuBLAS: Triton leaves it to the reference, and nothing else."""
+
+    @pytest.fixture(autouse=True)
+    def settings(self, monkeypatch):
+        monkeypatch.setattr(_triton, "INTERPRETED", False)
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        yield
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+    @staticmethod
+    def declined(op: str, dtype: torch.dtype, taps: bool = False) -> bool:
+        row = _dispatch.TABLE[op]["triton"]
+        if op == "linear_act":
+            weight = torch.zeros(8, 8, 3, dtype=dtype) if taps else torch.zeros(8, 8, dtype=dtype)
+            return row.declines(torch.zeros(1, 4, 8, dtype=dtype), weight, *_LAYER) is not None
+        (case,) = (case for case in CASES[op] if case.name == "seven")
+        given = case.make(dtype, "cpu", 0)
+        needed = given.pop("needed")
+        return row.declines(*given.values(), needed=needed) is not None
+
+    @pytest.mark.parametrize("op", ["linear_act", "gated_fusion"])
+    def test_alone_is_declined(self, op):
+        assert self.declined(op, torch.float32)
+        assert not self.declined(op, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not self.declined(op, torch.float32)
+        torch.set_float32_matmul_precision("high")
+        assert not self.declined(op, torch.float32)
+
+    def test_a_convolution_is_not_left_to_one_in_tf32(self):
+        """cuDNN's is by default, whatever is said of matrix products."""
+        assert self.declined("linear_act", torch.float32, taps=True)
+        torch.backends.cudnn.allow_tf32 = True
+        assert not self.declined("linear_act", torch.float32, taps=True)
+        assert self.declined("linear_act", torch.float32)
+
+    def test_is_chosen_anew_in_compiled_code(self):
+        def function(x):
+            return x if _triton.declines_exact(x, x) is None else -x
+
+        compiled, x = torch.compile(function, fullgraph=True, backend="eager"), torch.ones(2, 2)
+        for precision, sign in (("highest", -1), ("high", 1), ("highest", -1)):
+            torch.set_float32_matmul_precision(precision)
+            assert torch.equal(compiled(x), sign * x)
+
+    @ON_GPU[0]
+    @ON_GPU[1]
+    def test_is_served_by_the_reference(self):
+        x, weight = torch.randn(2, 4, 8, device="cuda"), torch.randn(8, 8, device="cuda")
+        with Recorder() as recorder:
+            ops.linear_act(x, weight)
+        assert not recorder.calls
+        with Recorder() as recorder, torch.autocast("cuda", torch.bfloat16):
+            ops.linear_act(x, weight)
+        assert list(recorder.calls) == ["avadclip_fast.linear_act.default"]
 
 
 @pytest.fixture

@@ -38,6 +38,30 @@ def _too_old(device: torch.device) -> str | None:
     return f"it needs compute capability {oldest}, and {device} has {own}"
 
 
+def declines_exact(x: Tensor, weight: Tensor) -> str | None:
+    """Returns why the automatic choice leaves the products of x and a weight to the reference, or None.
+
+    In exact float32 no tensor core helps, and cuBLAS is several times faster. A convolution is left to cuDNN only where
+    that is exact too: of its own accord, it multiplies float32 in tf32.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if INTERPRETED or dtype != torch.float32 or not _torch_is_exact(weight.ndim == 3):
+        return None
+    return "float32 without tf32 is multiplied faster by cuBLAS and cuDNN"
+
+
+def _torch_is_exact(convolution: bool) -> bool:
+    """Whether torch's own products in float32 are exact ones."""
+    # fp32_precision reflects both settings; reading allow_tf32 raises once fp32_precision has been set.
+    backends = (torch.backends.cuda.matmul, *([torch.backends.cudnn.conv] if convolution else []))
+    return all(backend.fp32_precision != "tf32" for backend in backends)
+
+
+# torch.compile cannot look inside, takes the answer for a constant, and compiles anew where the setting changes.
+_torch_is_exact._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _addressable(x):
     """Returns an argument as kernels can read it: vectors without strides, and a video by offsets of 32 bits."""
     if not isinstance(x, Tensor) or x.is_contiguous():

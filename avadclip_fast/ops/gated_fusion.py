@@ -9,7 +9,7 @@ from .. import reference
 from . import _dispatch, _linear_act_cpu
 from ._check import check_lengths, check_tensors
 from ._derivatives import differentiable_once
-from ._triton import implement, triton_reason
+from ._triton import declines_exact, implement, triton_reason
 
 # Rows are independent: only the products on a processor make use of `needed`.
 
@@ -27,6 +27,10 @@ def _triton(visual: Tensor, audio: Tensor, *weights: Tensor, needed: Tensor | No
 
 def _triton_supports(*tensors: Tensor, needed: Tensor | None = None) -> str | None:
     return triton_reason(*tensors)
+
+
+def _triton_declines(visual: Tensor, audio: Tensor, gate_weight: Tensor, *_: Tensor, **__: Tensor | None) -> str | None:
+    return declines_exact(visual, gate_weight)
 
 
 def _cpu(visual: Tensor, audio: Tensor, *weights: Tensor, needed: Tensor | None = None, amx: bool) -> Tensor:
@@ -50,7 +54,7 @@ def _cpu_declines(visual: Tensor, audio: Tensor, gate_weight: Tensor, *_: Tensor
 
 
 _dispatch.register("gated_fusion", "reference", _reference)
-_dispatch.register("gated_fusion", "triton", _triton, _triton_supports)
+_dispatch.register("gated_fusion", "triton", _triton, _triton_supports, _triton_declines)
 for _backend, _amx in (("amx", True), ("cpp", False)):
     _dispatch.register(
         "gated_fusion", _backend, partial(_cpu, amx=_amx), partial(_cpu_supports, amx=_amx), _cpu_declines

@@ -11,7 +11,7 @@ from ._check import check_are_tensors, check_counts, check_lengths, check_tensor
 from ._derivatives import differentiable_once
 from ._layer_norm import layer_norm
 from ._padding import zero_padding
-from ._triton import implement, triton_reason
+from ._triton import declines_exact, implement, triton_reason
 
 
 def _reference(
@@ -44,7 +44,7 @@ def _supports(
 
 
 _dispatch.register("linear_act", "reference", _reference)
-_dispatch.register("linear_act", "triton", _triton, _supports)
+_dispatch.register("linear_act", "triton", _triton, _supports, lambda x, weight, *_, **__: declines_exact(x, weight))
 for _backend, _amx in (("amx", True), ("cpp", False)):
     _dispatch.register(
         "linear_act",
