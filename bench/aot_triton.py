@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 import triton
 from avadclip_fast.kernels import (
+    add_act,
     attention_pool,
     distill_loss,
     gated_fusion,
@@ -41,6 +42,7 @@ from bench.triton_calls import calls
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "bench/aot_report.json"
 MODULES = (
+    add_act,
     attention_pool,
     distill_loss,
     gated_fusion,

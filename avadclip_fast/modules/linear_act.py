@@ -4,7 +4,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import ops
 from ..ops._linear_act_cpu import LAYER_NORM_EPS, spares
@@ -146,7 +145,7 @@ class TemporalBlock(nn.Module):
 
     def __init__(self, dim: int, taps: int, dilation: int, dropout: float, backend: str | None = None):
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.backend = dropout, backend
         self.conv1 = CausalConv(dim, taps, dilation, backend)
         self.conv2 = CausalConv(dim, taps, dilation, backend)
 
@@ -155,7 +154,7 @@ class TemporalBlock(nn.Module):
         for conv, until in ((self.conv1, ends), (self.conv2, None)):
             dropout = (keep(x, self.dropout), self.dropout) if self.training and self.dropout else None
             h = conv(h, "relu", dropout, lengths, until)
-        return F.relu(h + x)
+        return ops.add_act(h, x, "relu", backend=self.backend)
 
 
 class TemporalConvNet(nn.Module):
