@@ -34,5 +34,3 @@ class TestAddAct(OpTests):
 def test_refuses_unknown_activations():
     with pytest.raises(ValueError, match="add_act: activation must be one of none, relu, gelu, quick_gelu; got 'tanh'"):
         ops.add_act(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), "tanh")
-
-

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._keep import keep
 from ..ops._linear_act_cpu import LAYER_NORM_EPS, spares
 from ..ops._padding import ends_of
 
@@ -125,16 +126,6 @@ class CausalConv(nn.Module):
             needed=lengths,
             backend=self.backend,
         )
-
-
-def keep(x: Tensor, p: float) -> Tensor:
-    """A random mask of x's shape and device, False for a share p of the elements (on a CPU rounded to 1/65536)."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < p < 1:
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
-    # Torch draws one number after the other on a CPU; here each draw of 64 bits serves four elements.
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    uniform = draws.view(torch.int16)[: x.numel()].view(x.shape)  # over all of int16
-    return uniform >= min(round(p * 2**16), 2**16 - 1) - 2**15
 
 
 class TemporalBlock(nn.Module):
