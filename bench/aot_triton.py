@@ -23,9 +23,11 @@ from unittest import mock
 import torch
 import triton
 from avadclip_fast.kernels import (
+    add_act,
     attention_pool,
     distill_loss,
     gated_fusion,
+    keep,
     layer_norm,
     linear_act,
     prompt_similarity,
@@ -42,9 +44,11 @@ from bench.triton_calls import calls
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "bench/aot_report.json"
 MODULES = (
+    add_act,
     attention_pool,
     distill_loss,
     gated_fusion,
+    keep,
     layer_norm,
     linear_act,
     prompt_similarity,

@@ -8,8 +8,10 @@ from functools import partial
 
 import torch
 from avadclip_fast.kernels import (
+    add_act,
     attention_pool,
     distill_loss,
+    keep,
     layer_norm,
     prompt_similarity,
     similarity_graph,
@@ -54,6 +56,11 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
         out, *norms = prompt_similarity.forward(x, p, 0.07)
         prompt_similarity.backward(out, out, x, p, *norms, 0.07)
 
+    def sums(activation: str, width: int) -> None:
+        x, residual = draw(B, T, width), draw(B, T, width)
+        out = add_act.forward(x, residual, activation)
+        add_act.backward(out, *((out, None) if activation == "relu" else (x, residual)), activation)
+
     def distillation(ragged: Tensor | None) -> None:
         distill_loss.forward(draw(B, T, D), draw(B, T, D), draw(B, T, D), ragged)
 
@@ -65,6 +72,9 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
     yield "prompts", partial(prompts, None)
     yield "prompts, lengths", partial(prompts, lengths)
     yield "prompts of many classes", partial(prompts, None, MOST_CLASSES)
+    yield "sums, relu", partial(sums, "relu", D)
+    yield "sums, quick_gelu", partial(sums, "quick_gelu", D // 2)
+    yield "dropout", lambda: keep.forward(torch.zeros((), device=device, dtype=torch.int64), [B, T, D], 0.1)
     yield "distillation", partial(distillation, None)
     yield "distillation, lengths", partial(distillation, lengths)
 

@@ -25,6 +25,7 @@ class Case:
 # The arguments with a row per snippet, (B, T, ...), of which `lengths` hides rows; in uniform_pool and unpack_rows they
 # come packed, (N, D).
 ROWS = {
+    "add_act": ("x", "residual"),
     "attention_pool": ("features", "logits"),
     "distance_graph": ("values",),
     "distill_loss": ("teacher", "student", "log_variance"),
@@ -113,6 +114,11 @@ def shifted(x: Tensor) -> Tensor:
 
 def same(x: Tensor) -> Tensor:
     return x
+
+
+def _add_act(dtype, device, seed, *, shape, activation, layout=same):
+    draw = Draw(dtype, device, seed)
+    return {"x": layout(draw(*shape)), "residual": layout(draw(*shape)), "activation": activation}
 
 
 def _attention_pool(dtype, device, seed, *, shape, lengths=None, layout=same, zeros=False):
@@ -277,6 +283,16 @@ def _cases(make: Callable, **settings: dict[str, Any]) -> list[Case]:
 _RAGGED = [1, 17, 33]  # of T = 33
 
 CASES: dict[str, list[Case]] = {
+    "add_act": _cases(
+        _add_act,
+        one_row={"shape": (1, 1, 8), "activation": "relu"},
+        relu={"shape": (2, 64, 64), "activation": "relu"},
+        quick_gelu={"shape": (3, 33, 48), "activation": "quick_gelu"},
+        gelu_wide={"shape": (2, 16, 32), "activation": "gelu", "layout": wide},
+        relu_wide={"shape": (2, 16, 300), "activation": "relu", "layout": wide},
+        time_last={"shape": (3, 7, 32), "activation": "quick_gelu", "layout": time_last},
+        plain_sum={"shape": (2, 9, 5), "activation": "none", "layout": shifted},
+    ),
     "attention_pool": _cases(
         _attention_pool,
         one_row={"shape": (1, 1, 8)},
@@ -504,6 +520,11 @@ _FULL, _CUT = [256] * 4, [256, 17, 133, 1]
 _BTD = (4, 256, 512)
 
 LARGE: dict[str, list[Case]] = {
+    "add_act": _cases(
+        _add_act,
+        tcn={"shape": _BTD, "activation": "relu"},
+        graph={"shape": (4, 256, 256), "activation": "quick_gelu", "layout": wide},
+    ),
     "attention_pool": _cases(_attention_pool, full={"shape": _BTD}, ragged={"shape": _BTD, "lengths": _CUT}),
     "distance_graph": _cases(
         _distance_graph,

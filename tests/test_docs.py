@@ -244,6 +244,8 @@ def symbols_of(op: str, module, case: harness.Bench, dtype: torch.dtype) -> dict
         found |= {"I": inputs[1].shape[1], "O": inputs[1].shape[0], "K": taps[0], "r": len(inputs) - 3}
     if op == "topk_mean":
         found["C"] = inputs[0].shape[2]
+    if op == "add_act":
+        found["k"] = 1 if case.case.startswith("relu") else 2
     if op == "distance_graph":
         found["E"] = inputs[0].shape[2]
     if op == "window_attention":

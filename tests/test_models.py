@@ -4,12 +4,14 @@ import ast
 import importlib.util
 import inspect
 import itertools
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import plain_model
 import pytest
 import torch
+from op_tests import ON_GPU
 from small_models import CLASSES, TOKENS, batch, draw, student, teacher
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +22,7 @@ from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.models import avadclip, groups
 from avadclip_fast.models.checkpoints import official_state
 from avadclip_fast.models.text import TextEncoder, tokenize
+from avadclip_fast.ops import _autocast
 from avadclip_fast.ops._linear_act_cpu import HAS_AVX512, spares
 
 
@@ -561,6 +564,37 @@ def test_autocast(make):
     losses["total"].backward()
     for name, p in model.named_parameters():
         assert name not in exact_grads or p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all())
+
+
+@pytest.mark.parametrize("padding", ["masked", "official"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("make", [teacher, student])
+def test_layers_of_a_gpu_pass_on_autocasts_dtype(make, device, padding, monkeypatch):
+    """No layer makes float32 of rows that came in bf16. A CPU passes on float32, and is taken for a GPU here."""
+    monkeypatch.setattr(_autocast, "LOWERING", (device,))
+    monkeypatch.setattr(groups, "pays", lambda x: False)
+    model = make(padding=padding).to(device)
+    visual, audio, labels, lengths = (x.to(device) for x in batch([9, 16, 5], 16))
+    seen: dict[str, torch.dtype] = {}
+
+    def note(module, inputs: tuple, out: Tensor | tuple, name: str) -> None:
+        for place, found in (("before", inputs), ("after", out if isinstance(out, tuple) else (out,))):
+            for x in found:
+                if isinstance(x, Tensor) and x.shape == visual.shape:
+                    seen[f"{place} {name}"] = x.dtype
+
+    for name, module in model.named_modules():
+        if name and not isinstance(module, torch.nn.LayerNorm):  # the model itself takes float32
+            module.register_forward_hook(partial(note, name=name))
+    with torch.autocast(device, torch.bfloat16):
+        out = model(visual, audio, lengths) if make is teacher else model(visual, lengths)
+        losses = objective(model, out, labels, lengths)
+    losses["total"].backward()
+    wide = [name for name, dtype in seen.items() if dtype != torch.bfloat16]
+    assert not wide, wide
+    assert len(seen) > 10 and out.features.dtype == torch.bfloat16
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 
 @pytest.mark.parametrize("make", [teacher, student])

@@ -1,6 +1,5 @@
 """Modules: the official parameter names, the formulas they stand for, what they refuse, and which backend serves."""
 
-import itertools
 import math
 import os
 import pickle
@@ -34,7 +33,6 @@ from avadclip_fast import (
 )
 from avadclip_fast.models.encoder import TemporalEncoder
 from avadclip_fast.modules import MLP, TemporalConvNet
-from avadclip_fast.modules.linear_act import keep
 from avadclip_fast.ops import _dispatch
 from avadclip_fast.ops._linear_act_cpu import spares
 
@@ -418,22 +416,6 @@ def test_dropout_works_in_training_alone():
     assert not torch.equal(net(X), net(X))
     net.eval()
     assert torch.equal(net(X), net(X))
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_keeps_elements_independently(p):
-    torch.manual_seed(0)
-    x = torch.zeros(3, 7, 4999)  # an odd count, whose last draw serves three elements
-    kept = keep(x, p)
-    assert kept.dtype == torch.bool and kept.shape == x.shape
-    elements = kept.flatten()[:-3].reshape(-1, 4).double().unbind(1)  # which share a draw
-    shares = [(one, 1 - p) for one in elements]
-    shares += [(one * other, (1 - p) ** 2) for one, other in itertools.combinations(elements, 2)]
-    for share, expected in shares:
-        deviation = math.sqrt(expected * (1 - expected) / len(share))
-        assert abs(share.mean() - expected) < 4 * deviation
-    torch.manual_seed(0)
-    assert torch.equal(keep(x, p), kept)
 
 
 def test_dropout_follows_both_convolutions_of_a_level():

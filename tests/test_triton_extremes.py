@@ -79,6 +79,7 @@ for call in (
     lambda b: ops.prompt_similarity(far(1, 2, 3, to=2), few, backend=b),
     lambda b: ops.similarity_graph(far(1, 2, 3, to=2), few, backend=b)[0],
     lambda b: ops.window_attention(far(1, 2, 3, to=2), few, few, 2, backend=b),
+    lambda b: ops.add_act(far(1, 2, 3, to=2), far(1, 2, 3, to=2), "relu", backend=b),
     lambda b: ops.distill_loss(*[far(1, 2, 3, to=2)] * 3, backend=b),
     lambda b: ops.linear_act(far(1, 3, 2, to=1), weight, backend=b),
     lambda b: ops.linear_act(torch.ones(1, 3, 2).half(), weight, residual=far(1, 3, 2, to=1), backend=b),

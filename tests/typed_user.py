@@ -60,6 +60,7 @@ def modules(x: Tensor, lengths: Tensor, labels: Tensor) -> None:
 
 
 def functions(x: Tensor, lengths: Tensor, labels: Tensor) -> None:
+    assert_type(ops.add_act(x, x, "relu"), Tensor)
     assert_type(ops.attention_pool(x, x, lengths), Tensor)
     assert_type(ops.distance_graph(x, 2.0, lengths, backend="reference"), Tensor)
     assert_type(ops.distill_loss(x, x, x, lengths), Tensor)

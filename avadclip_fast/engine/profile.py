@@ -200,6 +200,7 @@ def _arguments(name: str, setting: Setting) -> dict:
             "x": x(), "weight": draw(4 * D, D), "bias": draw(4 * D), "activation": "quick_gelu",
             "norm": (draw(D), draw(D)),
         },
+        "add_act": lambda: {"x": x(), "residual": x(), "activation": "relu"},
         "window_attention": lambda: {
             "q": x(), "k": x(), "v": x(), "window": 64, "heads": 1, "lengths": lengths, "residual": x(),
         },

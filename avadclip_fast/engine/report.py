@@ -123,6 +123,7 @@ def _examples(device: str) -> dict[str, tuple]:
     return {
         "gated_fusion": (x, x, double, bias, double, bias, square, bias),
         "linear_act": (x, square, bias, "none", None, None, 1, False, None),
+        "add_act": (x, x, "relu"),
         "window_attention": (x, x, x, 64, 1, lengths, None),
         "similarity_graph": (x, x, lengths, 0.7, None),
         "distance_graph": (x, torch.e, lengths),

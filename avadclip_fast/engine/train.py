@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from tqdm import tqdm
 
 from ..data import Batch, FeatureSet, epoch_order
@@ -30,6 +31,7 @@ from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
 from .distributed import WHOLE, Part
 from .graph import StepGraph, changed_by, refusal
+from .lowering import lowered
 from .recipe import Recipe, RecipeError
 from .state import STATE, StateError, frozen_digest, load_state, model_digest, save_state, shape_of, trained, writing
 from .stop import Request, Stopped, listening
@@ -325,7 +327,8 @@ def _backward(
     distill, share, relative = weights or (1.0, 1.0, recipe.distill_weight)
     with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         with span("forward"):
-            out = model(*model.inputs(batch), batch.lengths)
+            cast, inputs = lowered(model, batch.visual.device.type), (*model.inputs(batch), batch.lengths)
+            out = functional_call(model, cast, inputs) if cast else model(*inputs)
         with span("losses"):
             losses = objective(model, out, batch.labels, batch.lengths, known, relative, recipe.text_weight)
     with span("backward"):

@@ -19,6 +19,7 @@ from ..modules import (
     UncertaintyHead,
 )
 from ..modules.linear_act import binary_head
+from ..ops._autocast import activations
 from ..ops._check import check_lengths
 from ..ops._linear_act_cpu import spares
 from ..ops._padding import zero_padding
@@ -125,8 +126,8 @@ class Detector(Checkpointed):
         if stream in self.standardize:
             x = self.standardize[stream](x, lengths)
         elif x.ndim == 3:  # what is not finite there would reach the gradients of weights, as 0 * NaN
-            x = zero_padding(x, self.valid(lengths))
-        return x[..., : self.width] + x[..., self.width :] if moves else x
+            x = zero_padding(activations(x), self.valid(lengths))
+        return activations(x[..., : self.width] + x[..., self.width :] if moves else x)
 
     def infer(
         self, *streams: Tensor | None, lengths: Tensor | None = None, text_features: Tensor | None = None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import MLP, TemporalAggregator, WindowAttention
+from ..ops._autocast import activations
 from ..ops._linear_act_cpu import spares
 from ..ops._padding import ends_of, zero_padding
 from . import groups
@@ -99,7 +100,8 @@ class TemporalEncoder(nn.Module):
         if official and rows % self.window == 0 and groups.pays(x) and not x.requires_grad:
             x, alike = self._distinct(x)
             return self.aggregator(x, lengths, alike if spares(x) else None)
-        x = self._blocks(x + self.positions.weight[:rows], None if official else lengths)
+        x = activations(x) + activations(self.positions.weight[:rows])
+        x = self._blocks(x, None if official else lengths)
         return self.aggregator(x, lengths)
 
     def _blocks(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -4,9 +4,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import ops
+from ..ops._keep import keep
 from ..ops._linear_act_cpu import LAYER_NORM_EPS, spares
 from ..ops._padding import ends_of
 
@@ -128,16 +128,6 @@ class CausalConv(nn.Module):
         )
 
 
-def keep(x: Tensor, p: float) -> Tensor:
-    """A random mask of x's shape and device, False for a share p of the elements (on a CPU rounded to 1/65536)."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or not 0 < p < 1:
-        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p)
-    # Torch draws one number after the other on a CPU; here each draw of 64 bits serves four elements.
-    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    uniform = draws.view(torch.int16)[: x.numel()].view(x.shape)  # over all of int16
-    return uniform >= min(round(p * 2**16), 2**16 - 1) - 2**15
-
-
 class TemporalBlock(nn.Module):
     """One level of the audio TCN: out = ReLU(h2 + x), h1 = drop(ReLU(conv1 x)), h2 = drop(ReLU(conv2 h1)).
 
@@ -146,7 +136,7 @@ class TemporalBlock(nn.Module):
 
     def __init__(self, dim: int, taps: int, dilation: int, dropout: float, backend: str | None = None):
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.backend = dropout, backend
         self.conv1 = CausalConv(dim, taps, dilation, backend)
         self.conv2 = CausalConv(dim, taps, dilation, backend)
 
@@ -155,7 +145,7 @@ class TemporalBlock(nn.Module):
         for conv, until in ((self.conv1, ends), (self.conv2, None)):
             dropout = (keep(x, self.dropout), self.dropout) if self.training and self.dropout else None
             h = conv(h, "relu", dropout, lengths, until)
-        return F.relu(h + x)
+        return ops.add_act(h, x, "relu", backend=self.backend)
 
 
 class TemporalConvNet(nn.Module):

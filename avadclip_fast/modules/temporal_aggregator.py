@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -83,13 +84,14 @@ class TemporalAggregator(nn.Module):
                 needed=needed,
             )
         )
+        add_quick_gelu = partial(ops.add_act, activation="quick_gelu")
         (xw1, xw3), (skip1, skip3) = projected.chunk(2, dim=-1), skipped.chunk(2, dim=-1)
         mixed, weights = self.simAdj(x, xw1, lengths)
-        h = _quick_gelu(mixed + skip1)
+        h = add_quick_gelu(mixed, skip1)
         mixed, _ = self.simAdj(x, self.gc2.project(h, lengths), lengths, weights)  # A hides padded rows in any case
-        x1 = _quick_gelu(mixed + h)
-        h = _quick_gelu(self.disAdj(xw3, valid) + skip3)
-        x2 = _quick_gelu(self.disAdj(self.gc4.project(h, valid), valid) + h)
+        x1 = add_quick_gelu(mixed, h)
+        h = add_quick_gelu(self.disAdj(xw3, valid), skip3)
+        x2 = add_quick_gelu(self.disAdj(self.gc4.project(h, valid), valid), h)
         return ops.linear_act(torch.cat([x1, x2], dim=-1), self.linear.weight, self.linear.bias, needed=valid)
 
     def extra_repr(self) -> str:
@@ -110,7 +112,3 @@ def _shared(alike: Tensor, rows: int) -> tuple[Tensor, Callable[[Tensor], Tensor
     needed[longest] = rows
     own = (torch.arange(rows, device=needed.device) < needed[:, None])[..., None]  # [B, T, 1]
     return needed, lambda x: torch.where(own, x, x[longest])
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)

@@ -1,6 +1,7 @@
 """The ops as functions: arguments are checked and a backend is chosen per call. Most users want the modules."""
 
 from ._dispatch import BackendError, use_backend
+from .add_act import add_act
 from .attention_pool import attention_pool
 from .distance_graph import distance_graph
 from .distill_loss import distill_loss
@@ -16,6 +17,7 @@ from .window_attention import window_attention
 
 __all__ = [
     "BackendError",
+    "add_act",
     "attention_pool",
     "distance_graph",
     "distill_loss",

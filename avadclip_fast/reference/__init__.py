@@ -1,5 +1,6 @@
 """Every op in plain PyTorch: the definition of correct. Imported by `ops` and by tests only."""
 
+from .add_act import add_act
 from .attention_pool import attention_pool
 from .distance_graph import distance_graph
 from .distill_loss import distill_loss
@@ -15,6 +16,7 @@ from .window_attention import window_attention
 
 __all__ = [
     "ACTIVATIONS",
+    "add_act",
     "attention_pool",
     "distance_graph",
     "distill_loss",

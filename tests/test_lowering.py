@@ -1,0 +1,95 @@
+"""Weights cast once a step: what is cast, what is computed from it, and that no weight is cast again."""
+
+import pytest
+import torch
+from op_tests import ON_GPU
+from small_models import batch, student, teacher
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from avadclip_fast.data import Batch
+from avadclip_fast.engine import lowering, train
+from avadclip_fast.engine.recipe import Recipe
+from avadclip_fast.models import groups
+from avadclip_fast.ops import _autocast
+
+on_both = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+both = pytest.mark.parametrize("make", [teacher, student])
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of whole weights, by the names of their storage."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        super().__init__()
+        self.names, self.seen = {p.untyped_storage().data_ptr(): name for name, p in weights.items()}, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::_to_copy":
+            self.seen.append(self.names.get(args[0].untyped_storage().data_ptr()))
+        return function(*args, **(kwargs or {}))
+
+
+def gradients(model, given, known, precision="bf16") -> dict[str, torch.Tensor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    losses = train._backward(model, optimizer, given, known, Recipe(precision=precision, distill_weight=0.1))
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def given_on(device: str) -> tuple[Batch, torch.Tensor]:
+    visual, audio, labels, lengths = (x.to(device) for x in batch([9, 16, 5], 16))
+    return Batch(visual, audio, lengths, labels), torch.ones_like(visual)
+
+
+@on_both
+@both
+def test_gradients_are_those_of_casts_at_every_use(make, device, monkeypatch):
+    monkeypatch.setattr(_autocast, "LOWERING", (device,))
+    monkeypatch.setattr(groups, "pays", lambda x: False)
+    model = make().to(device)
+    given, known = given_on(device)
+    known = None if make is teacher else known
+    found = gradients(model, given, known)
+    monkeypatch.setattr(train, "lowered", lambda *_: {})
+    expected = gradients(model, given, known)
+    assert found.keys() == expected.keys() and len(found) > 20
+    exact = gradients(model, given, known, "fp32")
+    largest = max(x.norm() for x in exact.values())
+    for name, x in exact.items():
+        assert found[name].dtype == torch.float32 and found[name].shape == x.shape
+        error, known_error = ((grads[name] - x).norm() for grads in (found, expected))
+        assert error <= 2 * known_error + 2**-7 * max(x.norm(), 1e-3 * largest), name
+
+
+@on_both
+@both
+def test_no_weight_is_cast_alone(make, device, monkeypatch):
+    monkeypatch.setattr(_autocast, "LOWERING", (device,))
+    monkeypatch.setattr(groups, "pays", lambda x: False)
+    model = make().to(device)
+    with torch.autocast(device, torch.bfloat16):
+        chosen = dict(model.named_parameters()).keys() & lowering.lowered(model, device).keys()
+    assert {"temporal.positions.weight", "mlp2.c_fc.weight", "classifier.weight"} <= chosen
+    kept = {"classifier.bias", "temporal.resblocks.0.ln_1.weight", "text.prompt.weight"}
+    kept |= {"audio.network.0.conv1.weight_v"} if make is teacher else set()
+    assert kept <= dict(model.named_parameters()).keys() - chosen
+    given, known = given_on(device)
+    with Casts({name: p for name, p in model.named_parameters() if name in chosen}) as casts:
+        gradients(model, given, None if make is teacher else known)
+    assert casts.seen and not [name for name in casts.seen if name is not None]
+
+
+def test_a_cpu_and_other_precisions_cast_nothing():
+    model = teacher()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert lowering.lowered(model, "cpu") == {}
+    assert lowering.lowered(model, "cuda") == {}
+
+
+def test_gradients_of_any_strides_and_none():
+    weights = [torch.randn(3, 5, requires_grad=True) for _ in range(3)]
+    a, b, c = lowering.Lowered.apply(torch.bfloat16, *weights)
+    assert all(torch.equal(x, w.bfloat16()) for x, w in zip((a, b, c), weights, strict=True))
+    upstream = torch.randn(5, 6).bfloat16()[:, ::2].T
+    got = torch.autograd.grad([a, c], weights, [upstream, torch.ones(3, 5).bfloat16()], allow_unused=True)
+    assert torch.equal(got[0], upstream.float()) and got[1] is None and torch.equal(got[2], torch.ones(3, 5))
