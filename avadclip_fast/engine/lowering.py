@@ -44,10 +44,10 @@ def copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def lowered(model: nn.Module, device: str) -> dict[str, Tensor]:
     """The float32 weights by name in autocast's dtype, for `torch.func.functional_call`; none on a CPU.
 
-    Call it under autocast. A CPU's products cast what they take themselves. A compiled model is left alone: it fuses its
-    casts, and would compile anew for tensors that are others in every step.
+    Call it under autocast. A CPU's products cast what they take themselves. A model of torch.compile is left alone: it
+    fuses its casts, and would compile anew for tensors that are others in every step.
     """
-    compiled = isinstance(model, torch._dynamo.OptimizedModule)
+    compiled = hasattr(model, "_orig_mod")
     if device not in _autocast.LOWERING or not torch.is_autocast_enabled(device) or compiled:
         return {}
     norms = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
