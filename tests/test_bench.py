@@ -323,6 +323,7 @@ def test_every_stage_is_there(tmp_path):
         if stage.name.startswith("bench_"):
             assert (gpu.ROOT / f"bench/{stage.name.removesuffix(gpu.COMPILED)}.py").exists()
     commands = {stage.name: stage.command for stage in stages}
+    assert commands["env"][-2:] == ["avadclip_fast.cli", "env"]  # what the records are of
     for name in ("step", "inference"):  # long ones
         assert "--rounds 4" in " ".join(commands[f"bench_{name}"])
     names = {stage.name for stage in stages}

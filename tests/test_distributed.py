@@ -140,6 +140,7 @@ def recorded(folder: Path) -> None:
 
 def recorded_on_gpu(folder: Path) -> None:
     """On one GPU, which both processes share (by gloo: NCCL wants a GPU for each)."""
+    torch.backends.cudnn.deterministic = True  # it makes the convolutions of float32, as in conftest.py
     plain_and_recorded(folder, "cuda:0")
 
 

@@ -209,10 +209,12 @@ class TestExactFloat32:
     @pytest.fixture(autouse=True)
     def settings(self, monkeypatch):
         monkeypatch.setattr(_triton, "INTERPRETED", False)
-        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        cudnn = torch.backends.cudnn
+        before = torch.get_float32_matmul_precision()
+        convolutions = cudnn.conv.fp32_precision == "tf32"  # reading allow_tf32 raises if both APIs were used
         yield
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.set_float32_matmul_precision(before)
+        cudnn.allow_tf32 = convolutions
 
     @staticmethod
     def declined(op: str, dtype: torch.dtype, taps: bool = False) -> bool:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,14 +49,15 @@ def declines_exact(x: Tensor, weight: Tensor) -> str | None:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     if INTERPRETED or dtype != torch.float32 or not _torch_is_exact(weight.ndim == 3):
         return None
-    return "float32 without tf32 is multiplied faster by cuBLAS and cuDNN"
+    return "in float32 without tf32, cuBLAS and cuDNN multiply faster"
 
 
 def _torch_is_exact(convolution: bool) -> bool:
     """Whether torch's own products in float32 are exact ones."""
     # fp32_precision reflects both settings; reading allow_tf32 raises once fp32_precision has been set.
-    backends = (torch.backends.cuda.matmul, *([torch.backends.cudnn.conv] if convolution else []))
-    return all(backend.fp32_precision != "tf32" for backend in backends)
+    cudnn: Any = torch.backends.cudnn
+    settings = [torch.backends.cuda.matmul, *([cudnn.conv] if convolution else [])]
+    return all(setting.fp32_precision != "tf32" for setting in settings)
 
 
 # torch.compile cannot look inside, takes the answer for a constant, and compiles anew where the setting changes.
