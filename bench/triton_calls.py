@@ -55,7 +55,8 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
         add_act.backward(out, *((out, None) if activation == "relu" else (x, residual)), activation)
 
     def distillation(ragged: Tensor | None) -> None:
-        distill_loss.forward(draw(B, T, D), draw(B, T, D), draw(B, T, D), ragged)
+        loss, *by, terms = distill_loss.forward(draw(B, T, D), draw(B, T, D), draw(B, T, D), ragged)
+        distill_loss.backward(loss, *by, terms)
 
     for window in dict.fromkeys((4, 64, longest(dtype))):
         yield f"windows of {window}", partial(windows, window, None)
