@@ -25,6 +25,7 @@ import triton
 from avadclip_fast.kernels import (
     add_act,
     attention_pool,
+    column_sums,
     distill_loss,
     gated_fusion,
     keep,
@@ -46,6 +47,7 @@ REPORT = ROOT / "bench/aot_report.json"
 MODULES = (
     add_act,
     attention_pool,
+    column_sums,
     distill_loss,
     gated_fusion,
     keep,

@@ -10,6 +10,7 @@ import torch
 from avadclip_fast.kernels import (
     add_act,
     attention_pool,
+    column_sums,
     distill_loss,
     keep,
     layer_norm,
@@ -62,7 +63,8 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
         add_act.backward(out, *((out, None) if activation == "relu" else (x, residual)), activation)
 
     def distillation(ragged: Tensor | None) -> None:
-        distill_loss.forward(draw(B, T, D), draw(B, T, D), draw(B, T, D), ragged)
+        loss, *by, terms = distill_loss.forward(draw(B, T, D), draw(B, T, D), draw(B, T, D), ragged)
+        distill_loss.backward(loss, *by, terms)
 
     yield "norm", norm
     for window in dict.fromkeys((4, 64, longest(dtype))):
@@ -74,6 +76,7 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
     yield "prompts of many classes", partial(prompts, None, MOST_CLASSES)
     yield "sums, relu", partial(sums, "relu", D)
     yield "sums, quick_gelu", partial(sums, "quick_gelu", D // 2)
+    yield "column sums", lambda: column_sums.column_sums(draw(B * T, 2 * D)[:, D:], dtype)
     yield "dropout", lambda: keep.forward(torch.zeros((), device=device, dtype=torch.int64), [B, T, D], 0.1)
     yield "distillation", partial(distillation, None)
     yield "distillation, lengths", partial(distillation, lengths)

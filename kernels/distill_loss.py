@@ -3,7 +3,8 @@
     term = d² w + θ,   d = teacher - student,   w = 1 / (1e-6 + 2 exp(θ))
     d term / d student = -2 d w,   d term / d θ = 1 - 2 exp(θ) (d w)²
 
-Traffic: three tensors read and two written, B·T·D each. The backward pass only scales the two gradients written here.
+Traffic: three tensors read and two written, B·T·D each. The backward pass only scales the two gradients written here,
+in one launch.
 """
 
 import torch
@@ -51,6 +52,22 @@ def distill_kernel(
     tl.store(sums + tl.program_id(0), tl.sum(tl.sum(total, 1), 0))
 
 
+@triton.jit
+def scale_kernel(
+    grad, terms,  # [] float32
+    d_student, d_theta,  # [N], gradients of the sum of all terms
+    by_student, by_theta,  # [N]
+    count, SIZE: tl.constexpr,
+):  # fmt: skip
+    """by_x = d_x grad / terms, rounded once."""
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    scale = tl.div_rn(tl.load(grad).to(tl.float32), tl.load(terms))
+    student = tl.load(d_student + i, mask=i < count, other=0.0).to(tl.float32) * scale
+    theta = tl.load(d_theta + i, mask=i < count, other=0.0).to(tl.float32) * scale
+    tl.store(by_student + i, student.to(by_student.dtype.element_ty), mask=i < count)
+    tl.store(by_theta + i, theta.to(by_theta.dtype.element_ty), mask=i < count)
+
+
 def kept(x: Tensor) -> torch.dtype:
     """The dtype of the saved gradients: float16 would overflow before they are divided by the number of terms."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
@@ -78,3 +95,14 @@ def forward(
         *teacher.stride(), *student.stride(), *theta.stride(), ROWS=tile[0], COLS=tile[1], num_warps=4,
     )  # fmt: skip
     return sums.sum() / terms, d_student, d_theta, terms
+
+
+def backward(grad: Tensor, d_student: Tensor, d_theta: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of student and theta, from those of the sum of terms and the gradient of the loss."""
+    by_student, by_theta = torch.empty_like(d_student), torch.empty_like(d_theta)
+    if count := d_student.numel():
+        size = 2048
+        scale_kernel[(triton.cdiv(count, size),)](
+            grad, terms, d_student, d_theta, by_student, by_theta, count, SIZE=size
+        )
+    return by_student, by_theta

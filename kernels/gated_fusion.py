@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .column_sums import column_sums
 from .linear_act import activate, config, describable, describe, gemm, load_rows, load_weight, precision
 
 
@@ -177,7 +178,6 @@ def backward(
     by_v, by_a = dz.T @ v, dz.T @ a  # [2D, D]; plain matrix products: cuBLAS
     d_gate = torch.cat([by_v[:width], by_a[:width]], dim=1)
     d_hidden = torch.cat([by_v[width:], by_a[width:]], dim=1)
-    bias_sums = sums.sum(0).to(dtype)
-    return (
-        dv, da, d_gate, bias_sums[0].clone(), d_hidden, dz[:, width:].sum(0), dr.T @ hidden, bias_sums[1].clone()
-    )  # fmt: skip
+    d_gate_bias, d_residual_bias = (column_sums(sums[:, i], dtype) for i in range(2))
+    d_hidden_bias = column_sums(dz[:, width:], dtype)
+    return dv, da, d_gate, d_gate_bias, d_hidden, d_hidden_bias, dr.T @ hidden, d_residual_bias

@@ -597,6 +597,23 @@ def test_layers_of_a_gpu_pass_on_autocasts_dtype(make, device, padding, monkeypa
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.parametrize("settings", [{}, {"standardize": ["visual"], "motion": True}], ids=["plain", "motion"])
+@pytest.mark.parametrize("padding", ["masked", "official"])
+@pytest.mark.parametrize("make", [teacher, student])
+def test_a_gpu_takes_stored_float16_as_it_is(make, padding, settings, monkeypatch):
+    """What casts its inputs gives the same bits whether they were float32 in between or not."""
+    monkeypatch.setattr(_autocast, "LOWERING", ("cpu",))
+    monkeypatch.setattr(groups, "pays", lambda x: False)
+    model = make(padding=padding, **settings).eval()
+    visual, audio, _, lengths = batch([9, 16, 5], 16, dtype=torch.float16)
+    if settings:
+        visual = torch.cat([visual, visual.flip(1)], dim=-1)
+    streams = (visual, audio) if make is teacher else (visual,)
+    with torch.autocast("cpu", torch.bfloat16):
+        stored, wide = (model(*given, lengths) for given in (streams, [x.float() for x in streams]))
+    assert torch.equal(stored.class_logits, wide.class_logits) and torch.equal(stored.features, wide.features)
+
+
 @pytest.mark.parametrize("make", [teacher, student])
 def test_compiles_and_exports_whole(make):
     model = make().eval()

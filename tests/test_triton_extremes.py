@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from op_tests import ON_GPU
 
 from avadclip_fast import ops
 from avadclip_fast.ops._triton import INTERPRETED
@@ -26,12 +27,16 @@ def test_the_default_dtype_is_not_that_of_a_loss(dtype):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
-def test_the_scale_of_bf16_gradients_is_not_rounded():
-    pytest.importorskip("triton")
-    by = torch.randn(1 << 16).bfloat16()
-    grad, terms = torch.tensor(1e-8), torch.tensor(12.583e6)
-    found, _ = torch.ops.avadclip_fast.distill_loss_backward(grad, by, by, terms)
-    assert torch.equal(found, (by.double() * (grad / terms).double()).bfloat16())
+@pytest.mark.parametrize(
+    "dtype, device",  # the interpreter cuts float32 off to bfloat16
+    [pytest.param(torch.float32, "cpu", marks=interpreted), pytest.param(torch.bfloat16, "cuda", marks=ON_GPU)],
+)
+def test_the_scale_of_gradients_is_not_rounded(dtype, device):
+    by = torch.randn(2, 5000, device=device).to(dtype)
+    grad, terms = torch.tensor([1e-8, 12.583e6], device=device).unbind()
+    found = torch.ops.avadclip_fast.distill_loss_backward(grad, by, -by, terms)
+    expected = (by.double() * (grad / terms).double()).to(dtype)
+    assert torch.equal(found[0], expected) and torch.equal(found[1], -expected)
 
 
 @interpreted

@@ -24,6 +24,7 @@ from ..device import current
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.avadclip import Detector
 from ..models.encoder import moments
+from ..ops._autocast import LOWERING
 from ..ops._linear_act_cpu import HAS_AMX
 from ..ops._padding import valid_mask, zero_padding
 from ..profiling import span, trace
@@ -448,7 +449,9 @@ class _Loop:
     def _batch(self, given: tuple[Tensor, ...]) -> tuple[Batch, Tensor | None]:
         if len(given) == 1:
             batch, known = self._gather(*given, self.longest)
-            return batch.float(), known
+            # Where the model casts its inputs itself, a float32 copy of what is stored would be traffic alone.
+            casts = self.recipe.precision == "bf16" and self.device.type in LOWERING
+            return batch if casts else batch.float(), known
         rest, known = (given, None) if self.cache is None else (given[:-1], given[-1])
         visual, *audio, lengths, labels = rest
         return Batch(visual, audio[0] if audio else None, lengths, labels), known
