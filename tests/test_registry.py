@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STEMS = {"mil_align_loss": "mil_loss", "unpack_rows": "pack_rows"}
 # One file of kernels for all that moves rows between packed and padded, and one for all that is matrix products.
 NATIVE = STEMS | {"pack_rows": "uniform_pool", "unpack_rows": "uniform_pool", "gated_fusion": "linear_act"}
-# Steps of data handling: no module is made of them.
-NO_MODULE = {"uniform_pool", "pack_rows"}
+# Steps of data handling, and of the text encoder: no module is made of them.
+NO_MODULE = {"uniform_pool", "pack_rows", "prefix_attention"}
 
 every_op = pytest.mark.parametrize("op", _dispatch.TABLE)
 

@@ -124,6 +124,7 @@ def _examples(device: str) -> dict[str, tuple]:
         "gated_fusion": (x, x, double, bias, double, bias, square, bias),
         "linear_act": (x, square, bias, "none", None, None, 1, False, None),
         "window_attention": (x, x, x, 64, 1, lengths, None),
+        "prefix_attention": (x[0, :102].repeat(1, 3), 11, 13, 8),
         "similarity_graph": (x, x, lengths, 0.7, None),
         "distance_graph": (x, torch.e, lengths),
         "attention_pool": (x, x[..., 0], lengths),
