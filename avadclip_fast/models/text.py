@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..data.errors import DataError
 from ..modules import MLP
+from .frozen import lowered
 
 CONTEXT = 77  # CLIP's sequence length
 VOCABULARY = 49408
@@ -45,7 +46,10 @@ def tokenize(names: list[str]) -> list[list[int]]:
 
 
 class TextBlock(nn.Module):
-    """Pre-norm transformer block of CLIP's text tower; rows are the prefix, then S rows per class."""
+    """Pre-norm transformer block of CLIP's text tower; rows are the prefix, then S rows per class.
+
+    Its weights are taken as frozen: those of the products are converted for autocast once, not in every call.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -71,7 +75,7 @@ class TextBlock(nn.Module):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", **named) -> Tensor:
-    return ops.linear_act(x, weight, bias, activation, **named)
+    return ops.linear_act(x, lowered(weight), lowered(bias), activation, **named)
 
 
 class Transformer(nn.Module):
@@ -166,7 +170,7 @@ class TextEncoder(nn.Module):
             x = block(x, self.rows)
         x = last(x, self.rows, only=self.eos)  # [C, W]
         norm = (self.ln_final.weight, self.ln_final.bias)
-        return ops.linear_act(x, self.text_projection.T, norm=norm)
+        return ops.linear_act(x, lowered(self.text_projection).T, norm=norm)
 
     @torch.no_grad()
     def randomize(self, seed: int = 0) -> None:
