@@ -41,8 +41,8 @@ LIMITS = {"step": 120, "training": 120}  # seconds, of benches that take longer 
 # Whole steps come first, so that only small ops are missing if time runs out.
 BENCHES = (
     "step", "training", "inference", "similarity_graph", "linear_act", "gated_fusion", "window_attention",
-    "add_act", "distill_loss", "prompt_similarity", "attention_pool", "distance_graph", "mil_loss", "topk_mean",
-    "uniform_pool", "pack_rows", "folds", "spans",
+    "add_act", "prefix_attention", "distill_loss", "prompt_similarity", "attention_pool", "distance_graph", "mil_loss",
+    "topk_mean", "uniform_pool", "pack_rows", "folds", "spans",
 )  # fmt: skip
 NOT_COMPILED = ("training", "inference", "pack_rows", "folds", "spans")  # have no torch.compile beside them
 COMPILED = "_compiled"  # ends the names of stages with torch.compile

@@ -14,6 +14,7 @@ from avadclip_fast.kernels import (
     distill_loss,
     keep,
     layer_norm,
+    prefix_attention,
     prompt_similarity,
     similarity_graph,
     window_attention,
@@ -21,6 +22,8 @@ from avadclip_fast.kernels import (
 from torch import Tensor
 
 from avadclip_fast.engine.tune import B, C, D, T, gemms
+from avadclip_fast.models.text import PREFIX
+from avadclip_fast.ops.prefix_attention import LONGEST
 from avadclip_fast.ops.prompt_similarity import MOST_CLASSES
 from avadclip_fast.ops.window_attention import longest
 
@@ -43,6 +46,11 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
         q, k, v, residual = (draw(B, T, D) for _ in range(4))
         out = window_attention.forward(q, k, v, window, 1, ragged, residual.float())  # as under autocast
         window_attention.backward(out, q, k, v, window, 1, ragged)
+
+    def names(rows: int) -> None:
+        qkv = draw(PREFIX + C * rows, 3 * D)
+        out, lse = prefix_attention.forward(qkv, PREFIX, rows, D // 64)
+        prefix_attention.backward(out, qkv, out, lse, PREFIX, rows, D // 64)
 
     def graph() -> None:
         x, values = draw(B, T, D), draw(B, T, D // 2)
@@ -70,6 +78,8 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
     for window in dict.fromkeys((4, 64, longest(dtype))):
         yield f"windows of {window}", partial(windows, window, None)
         yield f"windows of {window}, lengths", partial(windows, window, lengths)
+    yield "class names", partial(names, 13)
+    yield "class names as long as they may be", partial(names, LONGEST)
     yield "graph", graph
     yield "prompts", partial(prompts, None)
     yield "prompts, lengths", partial(prompts, lengths)

@@ -34,6 +34,7 @@ ROWS = {
     "mil_align_loss": ("logits",),
     "mil_loss": ("logits",),
     "pack_rows": ("padded",),
+    "prefix_attention": ("qkv",),
     "prompt_similarity": ("features",),
     "similarity_graph": ("features", "values"),
     "topk_mean": ("scores",),
@@ -246,6 +247,12 @@ def _similarity_graph(dtype, device, seed, *, shape, width, lengths=None, thresh
     }
 
 
+def _prefix_attention(dtype, device, seed, *, prefix, rows, count, width, heads=1, layout=same):
+    draw = Draw(dtype, device, seed)
+    qkv = layout(draw(prefix + count * rows, 3 * width))
+    return {"qkv": qkv, "prefix": prefix, "rows": rows, "heads": heads}
+
+
 def _topk_mean(dtype, device, seed, *, shape, lengths, divisor=16, tied=False, layout=same):
     draw = Draw(dtype, device, seed)
     scores = draw(*shape)
@@ -442,6 +449,17 @@ CASES: dict[str, list[Case]] = {
         wide={"rows": 7, "lengths": [7, 3], "classes": 8, "divisor": 1, "layout": wide},
         many_pooled={"rows": 64, "lengths": [64, 17, 31], "classes": 7, "divisor": 3, "scale": 14.0},
     ),
+    "prefix_attention": _cases(
+        _prefix_attention,
+        one_row={"prefix": 1, "rows": 1, "count": 1, "width": 8},
+        alone={"prefix": 5, "rows": 3, "count": 0, "width": 16},
+        text={"prefix": 11, "rows": 13, "count": 7, "width": 48, "heads": 2},
+        long={"prefix": 3, "rows": 30, "count": 3, "width": 32, "heads": 4},
+        long_prefix={"prefix": 29, "rows": 2, "count": 20, "width": 16},
+        longer={"prefix": 7, "rows": 33, "count": 2, "width": 16},
+        wide={"prefix": 2, "rows": 7, "count": 3, "width": 64, "heads": 2, "layout": wide},
+        time_last={"prefix": 17, "rows": 16, "count": 2, "width": 24, "heads": 3, "layout": time_last},
+    ),
     "prompt_similarity": _cases(
         _prompt_similarity,
         one_row={"shape": (1, 1, 8), "classes": 1},
@@ -570,6 +588,11 @@ LARGE: dict[str, list[Case]] = {
         full={"rows": 256, "lengths": _FULL, "classes": 7},
         ragged={"rows": 256, "lengths": _CUT, "classes": 7},
         long={"rows": 3000, "lengths": [3000, 700], "classes": 7},
+    ),
+    "prefix_attention": _cases(
+        _prefix_attention,
+        text={"prefix": 11, "rows": 13, "count": 7, "width": 512, "heads": 8},
+        longest={"prefix": 11, "rows": 32, "count": 14, "width": 512, "heads": 8},
     ),
     "prompt_similarity": _cases(_prompt_similarity, full={"shape": _BTD, "classes": 7}),
     "similarity_graph": _cases(

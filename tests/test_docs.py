@@ -250,6 +250,10 @@ def symbols_of(op: str, module, case: harness.Bench, dtype: torch.dtype) -> dict
         found["E"] = inputs[0].shape[2]
     if op == "window_attention":
         found["w"] = int(re.search(r"windows of (\d+)", case.case)[1])
+    if op == "prefix_attention":
+        count, classes, first = len(inputs[0]), int(re.match(r"\d+", case.case)[0]), module.PREFIX
+        rows = (count - first) // classes
+        found |= {"N": count, "e": first * (first + 1) / 2 + classes * rows * (first + (rows + 1) / 2)}
     if op == "similarity_graph":
         found["pairs"] = int((inputs[2] ** 2).sum())
     if op == "uniform_pool":

@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STEMS = {"mil_align_loss": "mil_loss", "unpack_rows": "pack_rows"}
 # One file of kernels for all that moves rows between packed and padded, and one for all that is matrix products.
 NATIVE = STEMS | {"pack_rows": "uniform_pool", "unpack_rows": "uniform_pool", "gated_fusion": "linear_act"}
-# Steps of data handling, and a step inside other modules: no module is made of them.
-NO_MODULE = {"uniform_pool", "pack_rows", "add_act"}
+# Steps of data handling, and steps inside other modules: no module is made of them.
+NO_MODULE = {"uniform_pool", "pack_rows", "add_act", "prefix_attention"}
 
 every_op = pytest.mark.parametrize("op", _dispatch.TABLE)
 

@@ -69,6 +69,7 @@ def functions(x: Tensor, lengths: Tensor, labels: Tensor) -> None:
     assert_type(ops.mil_align_loss(x, labels, lengths, x), Tensor)
     assert_type(ops.mil_loss(x, labels, lengths), Tensor)
     assert_type(ops.pack_rows(x, lengths), Tensor)
+    assert_type(ops.prefix_attention(x, prefix=11, rows=13, heads=8), Tensor)
     assert_type(ops.prompt_similarity(x, x), Tensor)
     assert_type(ops.similarity_graph(x, x), tuple[Tensor, Tensor])
     assert_type(ops.topk_mean(x, lengths), Tensor)

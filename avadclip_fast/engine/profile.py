@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops, profiling
 from ..data import XD_VIOLENCE, Batch, DataError
 from ..models import AVadCLIP, AVadCLIPStudent
+from ..models.text import PREFIX
 from ..ops import _dispatch
 from .recipe import Recipe
 from .train import float32_products, teacher_features, train_step
@@ -20,6 +21,7 @@ from .train import float32_products, teacher_features, train_step
 T, D = 256, 512
 CLASSES = list(XD_VIOLENCE.values())
 BATCH = {"cuda": 96, "cpu": 4}  # the paper's batch size; a step takes about 0.1 s on a CPU
+NAME = 13  # rows of a class after the prefix: the longest of the names, and the learnable rows
 ROWS = 15  # rows of the operator table
 Step = Callable[[], object]
 
@@ -203,6 +205,9 @@ def _arguments(name: str, setting: Setting) -> dict:
         "add_act": lambda: {"x": x(), "residual": x(), "activation": "relu"},
         "window_attention": lambda: {
             "q": x(), "k": x(), "v": x(), "window": 64, "heads": 1, "lengths": lengths, "residual": x(),
+        },
+        "prefix_attention": lambda: {
+            "qkv": draw(PREFIX + len(CLASSES) * NAME, 3 * D), "prefix": PREFIX, "rows": NAME, "heads": D // 64,
         },
         "similarity_graph": lambda: {"features": x(), "values": x(), "lengths": lengths},
         "distance_graph": lambda: {"values": x(), "lengths": lengths},

@@ -125,6 +125,7 @@ def _examples(device: str) -> dict[str, tuple]:
         "linear_act": (x, square, bias, "none", None, None, 1, False, None),
         "add_act": (x, x, "relu"),
         "window_attention": (x, x, x, 64, 1, lengths, None),
+        "prefix_attention": (x[0, :102].repeat(1, 3), 11, 13, 8),
         "similarity_graph": (x, x, lengths, 0.7, None),
         "distance_graph": (x, torch.e, lengths),
         "attention_pool": (x, x[..., 0], lengths),

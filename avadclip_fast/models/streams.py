@@ -14,7 +14,8 @@ def aside(function: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """
     if torch.compiler.is_compiling() or not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
         return function
-    main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    # Its kernels are small and depend on each other: before others they wait for few blocks of the main branch's.
+    main, side = torch.cuda.current_stream(), torch.cuda.Stream(priority=-1)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         result = function()

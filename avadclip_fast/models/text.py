@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..data.errors import DataError
 from ..modules import MLP
+from .frozen import lowered
 
 CONTEXT = 77  # CLIP's sequence length
 VOCABULARY = 49408
@@ -45,7 +46,10 @@ def tokenize(names: list[str]) -> list[list[int]]:
 
 
 class TextBlock(nn.Module):
-    """Pre-norm transformer block of CLIP's text tower; rows are the prefix, then S rows per class."""
+    """Pre-norm transformer block of CLIP's text tower; rows are the prefix, then S rows per class.
+
+    Its weights are taken as frozen: those of the products are converted for autocast once, not in every call.
+    """
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -55,32 +59,23 @@ class TextBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width)
 
-    def forward(self, x: Tensor, classes: int, mask: Tensor, only: Tensor | None = None) -> Tensor:
-        """x (11 + C·S, W), mask (S, 11 + S) True where a class row may attend -> (11 + C·S, W).
+    def forward(self, x: Tensor, rows: int, only: Tensor | None = None) -> Tensor:
+        """x (11 + C·S, W), rows S -> (11 + C·S, W).
 
-        only: (C,) int or None; the one row of each class to compute -> (C, W)
+        only: (C,) int or None; the rows of x to compute -> (C, W)
         """
-        norm = (self.ln_1.weight, self.ln_1.bias)
-        qkv = ops.linear_act(x, self.attn.in_proj_weight, self.attn.in_proj_bias, norm=norm)
-        first = self._heads(qkv[:PREFIX].unsqueeze(0))  # 3 x [1, H, 11, W/H]
-        own = self._heads(qkv[PREFIX:].unflatten(0, (classes, -1)))  # 3 x [C, H, S, W/H]
-        keys, values = (torch.cat([first[i].expand(classes, -1, -1, -1), own[i]], dim=2) for i in (1, 2))
-        if only is None:
-            parts = [
-                F.scaled_dot_product_attention(first[0], first[1], first[2], is_causal=True),
-                F.scaled_dot_product_attention(own[0], keys, values, attn_mask=mask),
-            ]
-        else:
-            rows = torch.arange(classes, device=x.device), only
-            queries = own[0].transpose(1, 2)[rows].unsqueeze(2)  # [C, H, 1, W/H]
-            parts = [F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[only][:, None, None])]
-            x = x[PREFIX:].unflatten(0, (classes, -1))[rows]
-        mixed = torch.cat([part.transpose(1, 2).flatten(0, 1).flatten(1) for part in parts])  # as x
-        x = ops.linear_act(mixed, self.attn.out_proj.weight, self.attn.out_proj.bias, residual=x)
-        return self.mlp(x, residual=x, norm=self.ln_2)
+        attn, mlp = self.attn, self.mlp
+        qkv = _linear(x, attn.in_proj_weight, attn.in_proj_bias, norm=(self.ln_1.weight, self.ln_1.bias))
+        mixed = ops.prefix_attention(qkv, PREFIX, rows, self.heads)  # as x
+        if only is not None:
+            x, mixed = x.index_select(0, only), mixed.index_select(0, only)
+        x = _linear(mixed, attn.out_proj.weight, attn.out_proj.bias, residual=x)
+        h = _linear(x, mlp.c_fc.weight, mlp.c_fc.bias, "quick_gelu", norm=(self.ln_2.weight, self.ln_2.bias))
+        return _linear(h, mlp.c_proj.weight, mlp.c_proj.bias, residual=x)
 
-    def _heads(self, qkv: Tensor) -> list[Tensor]:
-        return [part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1)]
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", **named) -> Tensor:
+    return ops.linear_act(x, lowered(weight), lowered(bias), activation, **named)
 
 
 class Transformer(nn.Module):
@@ -106,10 +101,10 @@ class TextEncoder(nn.Module):
     Raises DataError if a name has more than 55 tokens.
     """
 
-    codes: Tensor  # (C, S) int64
-    fixed: Tensor  # (C, S, 1) bool
-    mask: Tensor  # (S, 11 + S) bool
-    eos: Tensor  # (C,) int64
+    codes: Tensor  # (11 + C·S,) int64, CLIP's token of each row
+    fixed: Tensor  # (11 + C·S, 1) bool, True for tokens, False for learnable rows
+    positions: Tensor  # (11 + C·S,) int64, of the rows in their sequences
+    eos: Tensor  # (C,) int64, the row of each class that ends it
 
     def __init__(self, tokens: list[list[int]], dim: int = 512, width: int = 512, layers: int = 12):
         super().__init__()
@@ -141,18 +136,24 @@ class TextEncoder(nn.Module):
             )
         rows = max(eos) + LEARNABLE  # S: the longest name's tokens, 10 learnable rows, EOS
         codes = torch.zeros(len(tokens), rows, dtype=torch.long)
-        fixed = torch.zeros(len(tokens), rows, dtype=torch.bool)  # True for tokens, False for learnable rows
+        fixed = torch.zeros(len(tokens), rows, dtype=torch.bool)
         for c, t in enumerate(tokens):
             name, end = t[1:-1], LEARNABLE + eos[c] - 1
             codes[c, : len(name)] = torch.tensor(name, dtype=torch.long)
             codes[c, end] = t[-1]
             fixed[c, : len(name)] = True
             fixed[c, end] = True
-        mask = torch.ones(rows, PREFIX + rows, dtype=torch.bool).tril(PREFIX)  # full prefix, then causal
+        sos = torch.tensor([tokens[0][0]] + [0] * LEARNABLE)
+        positions = torch.arange(PREFIX + rows)
+        rows_of = {
+            "codes": torch.cat([sos, codes.flatten()]),
+            "fixed": torch.cat([torch.arange(PREFIX) == 0, fixed.flatten()])[:, None],
+            "positions": torch.cat([positions[:PREFIX], positions[PREFIX:].repeat(len(tokens))]),
+            "eos": PREFIX + torch.arange(len(tokens)) * rows + LEARNABLE - 1 + torch.tensor(eos),
+        }
         device = self.positional_embedding.device
         self.tokens = tokens
-        self.sos = tokens[0][0]
-        rows_of = {"codes": codes, "fixed": fixed[..., None], "mask": mask, "eos": torch.tensor(eos) + LEARNABLE - 1}
+        self.rows = rows
         for buffer, value in rows_of.items():
             there = getattr(self, buffer, None)
             if there is not None and there.shape == value.shape and there.device == device:
@@ -162,20 +163,14 @@ class TextEncoder(nn.Module):
 
     def forward(self) -> Tensor:
         """Class features, (C, D)."""
-        classes, rows = self.codes.shape
-        learned, positions = self.prompt.weight, self.positional_embedding
-        prefix = (
-            torch.cat([self.token_embedding.weight[self.sos : self.sos + 1], learned[1:PREFIX]]) + positions[:PREFIX]
-        )
-        after = slice(PREFIX, PREFIX + rows)
-        suffix = torch.where(self.fixed, self.token_embedding(self.codes), learned[after]) + positions[after]
-        x = torch.cat([prefix, suffix.flatten(0, 1)])  # [11 + C·S, W]
+        x = torch.where(self.fixed, self.token_embedding(self.codes), self.prompt(self.positions))
+        x = x + F.embedding(self.positions, self.positional_embedding)  # [11 + C·S, W]
         *blocks, last = self.transformer.blocks()
         for block in blocks:
-            x = block(x, classes, self.mask)
-        x = last(x, classes, self.mask, only=self.eos)  # [C, W]
+            x = block(x, self.rows)
+        x = last(x, self.rows, only=self.eos)  # [C, W]
         norm = (self.ln_final.weight, self.ln_final.bias)
-        return ops.linear_act(x, self.text_projection.T, norm=norm)
+        return ops.linear_act(x, lowered(self.text_projection).T, norm=norm)
 
     @torch.no_grad()
     def randomize(self, seed: int = 0) -> None:

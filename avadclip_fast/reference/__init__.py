@@ -8,6 +8,7 @@ from .gated_fusion import gated_fusion
 from .linear_act import ACTIVATIONS, linear_act
 from .mil_loss import mil_align_loss, mil_loss
 from .pack_rows import pack_rows, unpack_rows
+from .prefix_attention import prefix_attention
 from .prompt_similarity import prompt_similarity
 from .similarity_graph import similarity_graph
 from .topk_mean import topk_mean
@@ -25,6 +26,7 @@ __all__ = [
     "mil_align_loss",
     "mil_loss",
     "pack_rows",
+    "prefix_attention",
     "prompt_similarity",
     "similarity_graph",
     "topk_mean",

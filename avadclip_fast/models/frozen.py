@@ -1,0 +1,42 @@
+"""Frozen weights in the dtype of autocast, converted when they change instead of in every call."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..ops._dispatch import transformed
+
+# weight -> dtype -> (its state when it was converted, the result). Beside the modules, so that neither state dicts nor
+# copies nor pickles hold it; a weight that is gone takes its entry along.
+_lowered = WeakTensorKeyDictionary()
+
+
+def lowered(weight: Tensor) -> Tensor:
+    """A frozen weight in the dtype of autocast; without autocast, or where the weight needs a gradient, itself.
+
+    weight: any shape, floating point, -> the same shape
+    The result is kept until the weight moves or changes in place, whereupon the next call renews it, in place too: a
+    CUDA graph may read it, and sees the change from that call on. Writing to `weight.data` goes unnoticed by torch.
+    """
+    device = weight.device.type
+    if weight.requires_grad or device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return weight
+    if torch.compiler.is_compiling() or transformed() or type(weight) not in (Tensor, nn.Parameter):
+        return weight  # what is traced or wrapped has no address
+    if weight.is_inference():  # torch does not count its changes
+        return weight
+    dtype = torch.get_autocast_dtype(device)
+    state = (weight.data_ptr(), weight.device, weight._version)
+    kept = _lowered.setdefault(weight, {})
+    before, result = kept.get(dtype, (None, None))
+    if before == state:
+        return result
+    if device == "cuda" and torch.cuda.is_current_stream_capturing():
+        return weight  # what is made in a capture is filled by the graph alone
+    with torch.inference_mode(False), torch.no_grad():
+        if result is not None and (result.device, result.shape) == (weight.device, weight.shape):
+            result.copy_(weight)
+        else:
+            result = weight.to(dtype, copy=True)
+    kept[dtype] = (state, result)
+    return result
