@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from op_tests import OpTests
+from cases import CASES, Draw
+from op_tests import INTERPRETED, OpTests
 from torch.nn import functional as F
 
 from avadclip_fast import ops
@@ -104,3 +105,52 @@ def test_no_lengths_means_all_rows():
     x = torch.randn(2, 5, 4)
     full, _ = ops.similarity_graph(x, x, torch.tensor([5, 5]))
     assert torch.equal(ops.similarity_graph(x, x)[0], full)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("case", CASES["similarity_graph"], ids=lambda case: case.name)
+def test_gradients_agree_where_products_truncate(case, monkeypatch):
+    """Hopper's tf32 products drop the last 13 bits of float32, which the interpreter's keep."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    whole = InterpreterBuilder.create_dot
+
+    def truncate(x):
+        return TensorHandle((x.data.view(np.int32) & -0x2000).view(np.float32), x.dtype)
+
+    def create_dot(self, a, b, d, input_precision, *rest):
+        if input_precision.name == "TF32":
+            a, b = truncate(a), truncate(b)
+        return whole(self, a, b, d, input_precision, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    test = TestSimilarityGraph()
+    test.agree(test.make(case, "triton", torch.float16), "triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_a_long_video_takes_several_tiles():
+    """float16 tiles have 256 columns; the second video ends within the first of two."""
+    draw = Draw(torch.float16)
+    arguments = {"features": draw.clustered(2, 300, 16), "values": draw(2, 300, 8), "lengths": draw.ints([290, 100])}
+    TestSimilarityGraph().agree(arguments | {"threshold": 0.7}, "triton")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_rounding_to_tf32_keeps_what_is_no_number():
+    import triton
+    import triton.language as tl
+    from avadclip_fast.kernels.similarity_graph import to_tf32
+
+    @triton.jit
+    def round_kernel(x, out, to_tf32: tl.constexpr, COUNT: tl.constexpr):
+        at = tl.arange(0, COUNT)
+        tl.store(out + at, to_tf32(tl.load(x + at)))
+
+    bits = [0x3F800000, 0x3F800FFF, 0x3F801000, -0x40800000 + 0x1000, 0x7F800000, 0x7FFFFFFF, -1, 0]
+    x = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    out = torch.empty_like(x)
+    round_kernel[(1,)](x, out, to_tf32, len(bits))
+    step = 2.0**-10
+    expected = torch.tensor([1, 1, 1 + step, -1 - step, float("inf"), float("nan"), float("nan"), 0])
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
