@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear_act import _chip, column_sums
+from .column_sums import column_sums
 
 EPS = tl.constexpr(1e-5)
 
@@ -45,7 +45,7 @@ def norm_grad_kernel(
     weight,  # [I]
     mean, rstd,  # [M] float32
     dx,  # [M, I], contiguous, or None
-    sums,  # [2, programs, I] float32: those of g·x̂ and of g over the program's rows, or None
+    sums,  # [programs, 2, I] float32: those of g·x̂ and of g over the program's rows, or None
     count, width, stride_m, stride_d,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
@@ -71,9 +71,9 @@ def norm_grad_kernel(
             result = scale * (grad - tl.sum(grad, 1)[:, None] / width - normed * along)
             tl.store(dx + at * width + d[None, :], result.to(dx.dtype.element_ty), mask=inside)
     if sums is not None:
-        at = tl.program_id(0) * width + d
-        tl.store(sums + at, tl.sum(by_weight, 0), mask=d < width)
-        tl.store(sums + tl.num_programs(0) * width + at, tl.sum(by_bias, 0), mask=d < width)
+        at = sums + tl.program_id(0) * 2 * width + d
+        tl.store(at, tl.sum(by_weight, 0), mask=d < width)
+        tl.store(at + width, tl.sum(by_bias, 0), mask=d < width)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -98,24 +98,18 @@ def backward(g: Tensor, x: Tensor, weight: Tensor, stats: Tensor, needs: list[bo
     count = rows.shape[0]
     need_x, summed = needs[0], needs[1] or needs[2]
     dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if need_x else None
-    found = weight.new_empty(2, width)
+    sums = x.new_zeros(1, 2, width, dtype=torch.float32) if summed else None
     if x.numel():
         cols = triton.next_power_of_2(width)
         side = max(1, 2048 // cols)
         blocks = triton.cdiv(count, side)
-        programs = min(8 * _chip(x.device)[1], blocks) if summed else blocks
-        sums = x.new_empty(2, programs, width, dtype=torch.float32) if summed else None
+        programs = min(1024, blocks) if summed else blocks
+        sums = x.new_empty(programs, 2, width, dtype=torch.float32) if summed else None
         norm_grad_kernel[programs,](
             g.reshape(-1, width).contiguous(), rows, weight, stats[0], stats[1], dx, sums,
             count, width, *rows.stride(), ROWS=side, COLS=cols,
         )  # fmt: skip
-        if sums is not None:
-            found = column_sums(sums, weight.dtype)
-    else:
-        found.zero_()
-    nothing = weight.new_empty(0)
     return (
-        nothing if dx is None else dx.view(x.shape),
-        found[0].clone() if needs[1] else nothing,  # outputs of an operator share no memory
-        found[1].clone() if needs[2] else nothing,
+        weight.new_empty(0) if dx is None else dx.view(x.shape),
+        *(column_sums(sums[:, i], weight.dtype) if needs[1 + i] else weight.new_empty(0) for i in range(2)),
     )

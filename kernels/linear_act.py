@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .column_sums import column_sums
+
 CONFIGS = Path(__file__).parent / "configs" / "linear_act.json"
 SMALL = ("sm_86", "sm_89", "sm_12")  # RTX 30, 40, 50 and such: 99 KB of shared memory a block, others have 163 or 227
 
@@ -227,9 +229,9 @@ def activation_grad_kernel(
     y,  # [M, N] pre-activation, or None: no activation
     dot,  # [N]
     gate,  # [M, N], of which `gain` times is a factor of the activation
-    dy,  # [M, N], or None: it is g
-    bias_sums, dot_sums,  # [M groups, N] float32, or None
-    count, outputs, gain,
+    dy,  # [M, N]
+    bias_sums, dot_sums,  # [M groups, N] float32 with row stride stride_s, or None
+    count, outputs, gain, stride_s,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dy = act'(y) · g (· dot, or gate), its column sums, and the column sums of act(y) · g for the gradient of dot.
@@ -256,28 +258,13 @@ def activation_grad_kernel(
             result *= tl.load(gate + at, mask=inside, other=0).to(tl.float32) * gain
         if y is not None:
             result *= activate_grad(value, ACTIVATION)
-        if dy is not None:
-            tl.store(dy + at, result.to(dy.dtype.element_ty), mask=inside)
+        tl.store(dy + at, result.to(dy.dtype.element_ty), mask=inside)
         by_bias += result
-    sums = tl.program_id(0) * outputs + n
+    sums = tl.program_id(0) * stride_s + n
     if bias_sums is not None:
         tl.store(bias_sums + sums, tl.sum(by_bias, 0), mask=n < outputs)
     if dot is not None:
         tl.store(dot_sums + sums, tl.sum(by_dot, 0), mask=n < outputs)
-
-
-@triton.jit
-def column_sums_kernel(parts, out, groups, width, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """out[s, n] = sum_g parts[s, g, n]: parts [S, G, N] float32, out [S, N]."""
-    n = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    parts += tl.program_id(1).to(tl.int64) * groups * width
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, groups, ROWS):
-        g = start + tl.arange(0, ROWS)
-        total += tl.load(
-            parts + g[:, None] * width + n[None, :], mask=(g < groups)[:, None] & (n < width)[None, :], other=0.0
-        )
-    tl.store(out + tl.program_id(1) * width + n, tl.sum(total, 0).to(out.dtype.element_ty), mask=n < width)
 
 
 @functools.cache
@@ -435,31 +422,20 @@ def activation_grad(
     like: (N, ·) in the dtype of the results
     """
     count, outputs = g.shape[0], like.shape[0]
-    same = dot is None and y is None and gate is None and g.dtype == like.dtype  # dy is g
-    if same and not summed:
-        return g, None, None
+    if dot is None and y is None and gate is None and g.dtype == like.dtype:
+        return g, column_sums(g, like.dtype) if summed else None, None
     rows, cols, group = 16, 128, 128
-    groups = triton.cdiv(count, group)
-    dy = None if same else like.new_empty(count, outputs)
-    sums = g.new_empty(summed + (dot is not None), groups, outputs, dtype=torch.float32)
+    groups, sets = triton.cdiv(count, group), summed + (dot is not None)
+    dy, sums = like.new_empty(count, outputs), g.new_empty(groups, sets, outputs, dtype=torch.float32)
     activation_grad_kernel[groups, triton.cdiv(outputs, cols)](
-        g, y, dot, gate, dy, sums[0] if summed else None, None if dot is None else sums[-1], count, outputs, gain,
-        ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group,
+        g, y, dot, gate, dy, sums[:, 0] if summed else None, None if dot is None else sums[:, -1],
+        count, outputs, gain, sets * outputs, ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group,
     )  # fmt: skip
-    totals = column_sums(sums, like.dtype) if len(sums) else sums
     return (
-        g if dy is None else dy,
-        totals[0].clone() if summed else None,
-        None if dot is None else totals[-1].clone(),
+        dy,
+        column_sums(sums[:, 0], like.dtype) if summed else None,
+        None if dot is None else column_sums(sums[:, -1], like.dtype),
     )
-
-
-def column_sums(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Launches column_sums_kernel: float32 [S, G, N] -> [S, N] in `dtype`, in a fixed order."""
-    sets, groups, width = parts.shape
-    out, cols = parts.new_empty(sets, width, dtype=dtype), 16
-    column_sums_kernel[triton.cdiv(width, cols), sets](parts, out, groups, width, ROWS=256, COLS=cols)
-    return out
 
 
 def _videos(x: Tensor, weight: Tensor) -> Tensor:
