@@ -54,6 +54,20 @@ def activate_grad(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def add_product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a · b. Exact float32 products are summed over one block of channels first, then added.
+
+    A sum of thousands of them one by one has several times the error of short sums that are added, as in cuBLAS.
+    """
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        # Triton would add to acc one by one all the same, but for max_num_imprecise_acc, which nothing here reads.
+        acc += tl.dot(a, b, input_precision=PRECISION, max_num_imprecise_acc=a.shape[1])
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def load_rows(
     x, video, first_row, first_col, valid, width, stride_b, stride_t, stride_d,
     ROWS: tl.constexpr, COLS: tl.constexpr, TMA: tl.constexpr,
@@ -119,7 +133,7 @@ def _tile(
         b = load_weight(
             w, tap, first_n, k, outputs, width, stride_wtap, stride_wn, stride_wk, COLS, DEPTH, TMA, K_LAST
         )  # [DEPTH, COLS]
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = add_product(a, b, acc, PRECISION)
 
     t, n = first_t + tl.arange(0, ROWS), first_n + tl.arange(0, COLS)
     inside = (t < rows)[:, None] & (n < outputs)[None, :]
@@ -217,7 +231,7 @@ def weight_grad_kernel(
         b = load_rows(
             x, video, t + first + tap * step, first_k, valid, width, stride_xb, stride_xt, stride_xd, DEPTH, COLS, TMA
         )  # [DEPTH, COLS]
-        acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
+        acc = add_product(a.T, b, acc, PRECISION)
     n, k = first_n + tl.arange(0, ROWS)[:, None], first_k + tl.arange(0, COLS)[None, :]
     at = ((split * taps + tap) * outputs + n).to(tl.int64) * width + k
     tl.store(out + at, acc, mask=(n < outputs) & (k < width))
@@ -295,8 +309,9 @@ def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs:
     tma = chip.startswith("sm_") and int(chip.removeprefix("sm_")) >= 90
     common = {"stages": 2 if chip.startswith(SMALL) else 3, "tma": tma, "persistent": False}
     wide = 1 if kind == "gates" else 2  # gates keeps two accumulators
-    if dtype == torch.float32 and precision(dtype) == "ieee":  # every product is an FMA instruction of its own
-        return {"rows": 64, "cols": 32 * wide, "depth": 32, "warps": 8} | common
+    if dtype == torch.float32 and precision(dtype) == "ieee":  # every product is an FMA instruction of its own, and a
+        # block of them is summed beside acc (add_product): with a depth of 32, registers spill
+        return {"rows": 64, "cols": 32 * wide, "depth": 16, "warps": 8} | common
     if dtype == torch.float32:
         return {"rows": 128, "cols": 64, "depth": 32, "warps": 8} | common
     if rows * outputs < 128 * 128 * 128:  # fewer large tiles than SMs

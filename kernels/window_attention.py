@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear_act import precision
+from .linear_act import add_product, precision
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def window_kernel(
         d = channel + tl.arange(0, DEPTH)
         queries = load_slice(q, video, t, valid, first, d, head_width, stride_qb, stride_qt, stride_qd)  # [ROWS, DEPTH]
         keys = load_slice(k, video, t, valid, first, d, head_width, stride_kb, stride_kt, stride_kd)
-        scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        scores = add_product(queries, tl.trans(keys), scores, PRECISION)
     p = softmax(scores, t, valid, window, head_width).to(v.dtype.element_ty)
     for channel in range(0, head_width, DEPTH):
         d = channel + tl.arange(0, DEPTH)
@@ -105,10 +105,10 @@ def window_grad_kernel(
         d = channel + tl.arange(0, DEPTH)
         queries = load_slice(q, video, t, valid, first, d, head_width, stride_qb, stride_qt, stride_qd)  # [ROWS, DEPTH]
         keys = load_slice(k, video, t, valid, first, d, head_width, stride_kb, stride_kt, stride_kd)
-        scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
+        scores = add_product(queries, tl.trans(keys), scores, PRECISION)
         values = load_slice(v, video, t, valid, first, d, head_width, stride_vb, stride_vt, stride_vd)
         grad = load_slice(g, video, t, valid, first, d, head_width, stride_gb, stride_gt, stride_gd)
-        dp = tl.dot(grad.to(values.dtype), tl.trans(values), dp, input_precision=PRECISION)
+        dp = add_product(grad.to(values.dtype), tl.trans(values), dp, PRECISION)
     p = softmax(scores, t, valid, window, head_width)
     ds = p * (dp - tl.sum(dp * p, 1)[:, None]) / tl.sqrt(head_width.to(tl.float32))
     p, ds = p.to(v.dtype.element_ty), ds.to(v.dtype.element_ty)
