@@ -158,9 +158,9 @@ def features_grad_kernel(
     weights, sums, along, norms, x, lengths,
     dx,  # [B, T, D]
     rows, width, threshold, stride_b, stride_t, stride_d,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Each program computes a block of rows and a slice of channels.
+    """Each program computes a block of rows and a slice of channels, all of them if WHOLE.
 
     m_ij / |x_j| is rounded before it is both multiplied by x_j and projected on s_ij: rows alike have sums that nearly
     cancel, and a rounding in one of them alone would be large against what is left.
@@ -201,10 +201,14 @@ def features_grad_kernel(
         else:
             m = to_tf32(m) if PRECISION == "tf32" else m
             factor, x_j = m, x_j.to(tl.float32)
-        slope += tl.sum(m * size_j[None, :] * tl.log(tl.where(edge, w, 1.0)), 1)
+        if not WHOLE:
+            slope += tl.sum(m * size_j[None, :] * tl.log(tl.where(edge, w, 1.0)), 1)
         pull = tl.dot(factor, x_j, pull, input_precision=PRECISION)
-    there = (own < valid)[:, None] & (d < width)[None, :]
-    x_i = tl.load(tile(x, i, first, stride_t, stride_d, ROWS, DEPTH), mask=there, other=0.0).to(tl.float32)
+    at_i, there = tile(x, i, first, stride_t, stride_d, ROWS, DEPTH), (own < valid)[:, None] & (d < width)[None, :]
+    if WHOLE:
+        slope = tl.sum(pull * tl.load(at_i, mask=there, other=0.0), 1) * inverse_i  # s_ij = <x_i, x_j> / (|x_i| |x_j|)
+        tl.debug_barrier()  # x_i is read again: keeping it takes more registers than there are
+    x_i = tl.load(at_i, mask=there, other=0.0)
     grad = (pull - x_i * (inverse_i * slope)[:, None]) * inverse_i[:, None]
     grad = tl.where((own < valid)[:, None], grad, 0.0)  # masked loads are not enough: 0 · NaN = NaN
     at = tile(dx + video * rows * width, i, first, width, 1, ROWS, DEPTH)
@@ -301,7 +305,7 @@ def backward(
         side, depth = 32, 128
     features_grad_kernel[batch * triton.cdiv(rows, side), triton.cdiv(width, depth)](
         g, weights, sums, along, norms, x, lengths, dx, rows, width, threshold, *x.stride(),
-        PRECISION=exact, ROWS=side, COLS=32, DEPTH=depth, num_warps=8, num_stages=3,
+        PRECISION=exact, ROWS=side, COLS=32, DEPTH=depth, WHOLE=width <= depth, num_warps=8, num_stages=3,
     )  # fmt: skip
     return dx
 
