@@ -28,7 +28,8 @@ def _triton(
         weight, bias, dot = (None if t is None else t.to(dtype) for t in (weight, bias, dot))
         x = x if norm is not None else x.to(dtype)
     if norm is not None:  # a convolution's padding may hold NaN, which a gradient of 0 does not undo
-        x = layer_norm(zero_padding(x, lengths) if weight.ndim == 3 else x, *norm, backend="triton")
+        h = zero_padding(x, lengths) if weight.ndim == 3 else x
+        x = layer_norm(h, norm[0], norm[1], backend="triton")
     save_y = _linear_act_cpu.saves_y(activation, residual, dot, x, weight, bias, residual)
     return torch.ops.avadclip_fast.linear_act(
         x, weight, bias, activation, residual, dilation, causal, lengths, dot, save_y,
