@@ -23,7 +23,6 @@ def _heads(qkv: Tensor, heads: int) -> list[Tensor]:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The last query sees every key, each one before it sees one fewer. q [C, H, S, D], k and v [C, H, P + S, D]."""
-    queries, keys = at_least_float32(q).flatten(0, 1), at_least_float32(k).flatten(0, 1)
-    hidden = queries.new_full((q.shape[2], k.shape[2]), -torch.inf).triu(k.shape[2] - q.shape[2] + 1)
-    weights = torch.baddbmm(hidden, queries, keys.mT, alpha=q.shape[3] ** -0.5).softmax(dim=-1)  # [C·H, S, P + S]
-    return (weights.to(v.dtype) @ v.flatten(0, 1)).unflatten(0, q.shape[:2])
+    q, k = at_least_float32(q) * q.shape[3] ** -0.5, at_least_float32(k)
+    hidden = q.new_full((q.shape[2], k.shape[2]), -torch.inf).triu(k.shape[2] - q.shape[2] + 1)
+    return (q @ k.transpose(2, 3) + hidden).softmax(dim=-1).to(v.dtype) @ v
