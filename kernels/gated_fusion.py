@@ -12,7 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .column_sums import column_sums
-from .linear_act import activate, config, describable, describe, gemm, load_rows, load_weight, precision
+from .linear_act import (
+    activate,
+    activation_grad,
+    config,
+    describable,
+    describe,
+    gemm,
+    load_rows,
+    load_weight,
+    precision,
+)
 
 
 @triton.jit
@@ -68,24 +78,32 @@ def gate_grad_kernel(
     gate, r,  # [M, D], with r = Wr h + br, the gated value
     dr,  # [M, D]
     dz,  # [M, 2D]; the left half is written, the gradient before the sigmoid
-    sums,  # [M blocks, 2, D] float32: column sums of dz's left half and of dr
+    sums,  # [M groups, 2, D] float32: column sums of dz's left half and of dr
     count, width,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """dr = g ⊙ gate,   dz = g ⊙ r ⊙ gate (1 - gate), and their column sums for the two bias gradients."""
-    m, n = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLS + tl.arange(0, COLS)
-    inside = (m < count)[:, None] & (n < width)[None, :]
-    at = m.to(tl.int64)[:, None] * width + n[None, :]  # [ROWS, COLS]
-    grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
-    open_ = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    through = grad * open_
-    before = through * (1 - open_) * tl.load(r + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dr + at, through.to(dr.dtype.element_ty), mask=inside)
-    left = m.to(tl.int64)[:, None] * (2 * width) + n[None, :]
-    tl.store(dz + left, before.to(dz.dtype.element_ty), mask=inside)
+    """dr = g ⊙ gate,   dz = g ⊙ r ⊙ gate (1 - gate), and their column sums for the two bias gradients.
+
+    Each program processes GROUP rows, ROWS at a time, and sums across threads only once.
+    """
+    n = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    by_gate, by_r = tl.zeros((ROWS, COLS), tl.float32), tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, GROUP, ROWS):
+        m = tl.program_id(0) * GROUP + start + tl.arange(0, ROWS)
+        inside = (m < count)[:, None] & (n < width)[None, :]
+        at = m.to(tl.int64)[:, None] * width + n[None, :]  # [ROWS, COLS]
+        grad = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+        open_ = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+        through = grad * open_
+        before = through * (1 - open_) * tl.load(r + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dr + at, through.to(dr.dtype.element_ty), mask=inside)
+        left = m.to(tl.int64)[:, None] * (2 * width) + n[None, :]
+        tl.store(dz + left, before.to(dz.dtype.element_ty), mask=inside)
+        by_gate += before
+        by_r += through
     column = tl.program_id(0).to(tl.int64) * (2 * width) + n
-    tl.store(sums + column, tl.sum(before, 0), mask=n < width)
-    tl.store(sums + width + column, tl.sum(through, 0), mask=n < width)
+    tl.store(sums + column, tl.sum(by_gate, 0), mask=n < width)
+    tl.store(sums + width + column, tl.sum(by_r, 0), mask=n < width)
 
 
 def gates(
@@ -137,7 +155,7 @@ def forward(
     y, r = (v.new_empty(count, width), v.new_empty(count, width)) if save else (None, None)
     gates(v, a, gate_weight, gate_bias, hidden_weight, hidden_bias, gate, hidden, y)
     out = gemm(
-        hidden[None], residual_weight[None], residual_bias, y=r, y_use="write" if save else "none",
+        hidden[None], residual_weight[None], residual_bias, y=r,
         gate=gate, residual=visual.reshape(1, -1, width),
     ).view(visual.shape)  # fmt: skip
     return (out, gate, hidden, y, r) if save else (out, *(v.new_empty(0) for _ in range(4)))
@@ -164,20 +182,21 @@ def backward(
     if count == 0:
         weights = ((w, w[:, 0]) for w in (gate_weight, hidden_weight, residual_weight))
         return tuple(torch.zeros_like(t) for t in (visual, audio, *(t for pair in weights for t in pair)))
-    side = (32, 128)
-    blocks = triton.cdiv(count, side[0])
+    side, group = (8, 128), 64
+    groups = triton.cdiv(count, group)
     dr, dz = v.new_empty(count, width), v.new_empty(count, 2 * width)  # dz: gate half, hidden half
-    sums = v.new_empty(blocks, 2, width, dtype=torch.float32)
-    gate_grad_kernel[blocks, triton.cdiv(width, side[1])](
-        g, gate, r, dr, dz, sums, count, width, ROWS=side[0], COLS=side[1]
+    sums = v.new_empty(groups, 2, width, dtype=torch.float32)
+    gate_grad_kernel[groups, triton.cdiv(width, side[1])](
+        g, gate, r, dr, dz, sums, count, width, ROWS=side[0], COLS=side[1], GROUP=group, num_warps=2
     )
-    gemm(dr[None], residual_weight.T[None], activation="gelu", y=y, y_use="grad", out=dz[:, width:])
+    # Apart: with the slope of GELU in its epilogue, which takes all registers, the product takes three times as long.
+    dh, half = dr @ residual_weight, dz[:, width:]
+    _, d_hidden_bias, _ = activation_grad(dh, y, "gelu", None, None, 1.0, residual_weight.T, True, out=half)
     weight = torch.cat([gate_weight, hidden_weight])  # [2D, 2D]: dz's columns x those of [v | a]
     dv = gemm(dz[None], weight[:, :width].T[None], residual=g[None]).to(visual.dtype).view(visual.shape)
-    da = gemm(dz[None], weight[:, width:].T[None]).to(audio.dtype).view(audio.shape)
+    da = (dz @ weight[:, width:]).to(audio.dtype).view(audio.shape)
     by_v, by_a = dz.T @ v, dz.T @ a  # [2D, D]; plain matrix products: cuBLAS
     d_gate = torch.cat([by_v[:width], by_a[:width]], dim=1)
     d_hidden = torch.cat([by_v[width:], by_a[width:]], dim=1)
     d_gate_bias, d_residual_bias = (column_sums(sums[:, i], dtype) for i in range(2))
-    d_hidden_bias = column_sums(dz[:, width:], dtype)
     return dv, da, d_gate, d_gate_bias, d_hidden, d_hidden_bias, dr.T @ hidden, d_residual_bias

@@ -101,15 +101,17 @@ def backward(g: Tensor, x: Tensor, weight: Tensor, stats: Tensor, needs: list[bo
     sums = x.new_zeros(1, 2, width, dtype=torch.float32) if summed else None
     if x.numel():
         cols = triton.next_power_of_2(width)
-        side = max(1, 2048 // cols)
+        side = max(1, 1024 // cols)
         blocks = triton.cdiv(count, side)
         programs = min(1024, blocks) if summed else blocks
         sums = x.new_empty(programs, 2, width, dtype=torch.float32) if summed else None
         norm_grad_kernel[programs,](
             g.reshape(-1, width).contiguous(), rows, weight, stats[0], stats[1], dx, sums,
-            count, width, *rows.stride(), ROWS=side, COLS=cols,
+            count, width, *rows.stride(), ROWS=side, COLS=cols, num_warps=2,
         )  # fmt: skip
+    nothing = weight.new_empty(0)
+    totals = column_sums(sums.flatten(1), weight.dtype).view(2, width) if summed else [nothing, nothing]
     return (
-        weight.new_empty(0) if dx is None else dx.view(x.shape),
-        *(column_sums(sums[:, i], weight.dtype) if needs[1 + i] else weight.new_empty(0) for i in range(2)),
+        nothing if dx is None else dx.view(x.shape),
+        *(totals[i].clone() if needs[1 + i] else nothing for i in range(2)),  # outputs share no memory
     )

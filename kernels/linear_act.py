@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -111,8 +112,8 @@ def load_weight(
 def _tile(
     tile, x, w, out, bias, y, gate, residual, dot, lengths,
     videos, rows, width, outputs, taps, first, step, gain,
-    stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
-    ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt,
+    ACTIVATION: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
 ):  # fmt: skip
     tiles_n, tiles_t = tl.cdiv(outputs, COLS), tl.cdiv(rows, ROWS)
@@ -145,12 +146,9 @@ def _tile(
     corner, at = row * outputs, i * outputs + j  # of y and gate
     if bias is not None:
         acc += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    if Y == "write":
+    if y is not None:
         tl.store(y + corner + at, acc.to(y.dtype.element_ty), mask=inside)
-    if Y == "grad":
-        acc *= activate_grad(tl.load(y + corner + at, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
-    else:
-        acc = activate(acc, ACTIVATION)
+    acc = activate(acc, ACTIVATION)
     if gate is not None:
         acc *= tl.load(gate + corner + at, mask=inside, other=0).to(tl.float32) * gain
     if dot is not None:  # one value per row and column tile; the caller sums over the column tiles
@@ -164,23 +162,23 @@ def _tile(
             acc += tl.load(residual + there + i * stride_rt + j, mask=inside, other=0.0).to(tl.float32)
         if MASK == "output":
             acc = tl.where((t < length)[:, None], acc, 0.0)
-        tl.store(out + row * stride_o + i * stride_o + j, acc.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + corner + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def gemm_kernel(
     x,  # [B, T, I], a tensor descriptor with TMA, otherwise a pointer
     w,  # [taps, N, I], likewise; the descriptor is [taps, I, N] unless K_LAST
-    out,  # [B·T, N] with row stride stride_o, or with dot float32 [N tiles, B, T]
+    out,  # [B, T, N], or with dot float32 [N tiles, B, T]
     bias,  # [N]
-    y,  # [B, T, N] pre-activation: written (Y="write"), or read to apply the activation's gradient (Y="grad")
+    y,  # [B, T, N] pre-activation, or None
     gate,  # [B, T, N], of which `gain` times is a factor of the activation
     residual,  # [B, T, N], last dimension contiguous
     dot,  # [N]
     lengths,  # [B]; MASK selects whether rows of the "input" or the "output" are zero beyond the length
     videos, rows, width, outputs, taps, first, step, gain,
-    stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
-    ACTIVATION: tl.constexpr, Y: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt,
+    ACTIVATION: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, TMA: tl.constexpr, K_LAST: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):  # fmt: skip
@@ -191,15 +189,15 @@ def gemm_kernel(
             _tile(
                 tile, x, w, out, bias, y, gate, residual, dot, lengths,
                 videos, rows, width, outputs, taps, first, step, gain,
-                stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
-                ACTIVATION, Y, MASK, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
+                stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt,
+                ACTIVATION, MASK, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), x, w, out, bias, y, gate, residual, dot, lengths,
             videos, rows, width, outputs, taps, first, step, gain,
-            stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt, stride_o,
-            ACTIVATION, Y, MASK, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
+            stride_xb, stride_xt, stride_xd, stride_wtap, stride_wn, stride_wk, stride_rb, stride_rt,
+            ACTIVATION, MASK, PRECISION, ROWS, COLS, DEPTH, TMA, K_LAST,
         )  # fmt: skip
 
 
@@ -243,9 +241,9 @@ def activation_grad_kernel(
     y,  # [M, N] pre-activation, or None: no activation
     dot,  # [N]
     gate,  # [M, N], of which `gain` times is a factor of the activation
-    dy,  # [M, N]
+    dy,  # [M, N] with row stride stride_y
     bias_sums, dot_sums,  # [M groups, N] float32 with row stride stride_s, or None
-    count, outputs, gain, stride_s,
+    count, outputs, gain, stride_y, stride_s,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """dy = act'(y) · g (· dot, or gate), its column sums, and the column sums of act(y) · g for the gradient of dot.
@@ -272,7 +270,8 @@ def activation_grad_kernel(
             result *= tl.load(gate + at, mask=inside, other=0).to(tl.float32) * gain
         if y is not None:
             result *= activate_grad(value, ACTIVATION)
-        tl.store(dy + at, result.to(dy.dtype.element_ty), mask=inside)
+        there = m.to(tl.int64)[:, None] * stride_y + n[None, :]
+        tl.store(dy + there, result.to(dy.dtype.element_ty), mask=inside)
         by_bias += result
     sums = tl.program_id(0) * stride_s + n
     if bias_sums is not None:
@@ -351,7 +350,6 @@ def gemm(
     bias: Tensor | None = None,
     activation: str = "none",
     y: Tensor | None = None,
-    y_use: str = "none",
     gate: Tensor | None = None,
     gain: float = 1.0,
     residual: Tensor | None = None,
@@ -360,13 +358,10 @@ def gemm(
     mask: str = "none",
     first: int = 0,
     step: int = 0,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Launches gemm_kernel: x [B, T, I], w [taps, N, I], any strides -> [B, T, N], or float32 [B, T] with dot.
 
     The result takes the promoted dtype of w and residual.
-
-    out: optional [B·T, N] tensor to write the result to, last dimension contiguous.
     """
     videos, rows, width = x.shape
     taps, outputs, _ = w.shape
@@ -375,7 +370,7 @@ def gemm(
     tiles = videos * triton.cdiv(rows, c["rows"]) * tiles_n
     if dot is not None:
         out = x.new_empty(tiles_n, videos, rows, dtype=torch.float32)
-    elif out is None:
+    else:
         dtype = w.dtype if residual is None else torch.promote_types(w.dtype, residual.dtype)
         out = x.new_empty(videos, rows, outputs, dtype=dtype)
     if residual is not None and residual.stride(-1) != 1:
@@ -391,8 +386,8 @@ def gemm(
         describe(by_k, *block) if tma else w,
         out, bias, y, gate, residual, dot, lengths,
         videos, rows, width, outputs, taps, first, step, gain,
-        *x.stride(), *w.stride(), *((0, 0) if residual is None else residual.stride()[:2]), out.stride(-2),
-        ACTIVATION=activation, Y=y_use, MASK=mask, PRECISION=precision(w.dtype),
+        *x.stride(), *w.stride(), *((0, 0) if residual is None else residual.stride()[:2]),
+        ACTIVATION=activation, MASK=mask, PRECISION=precision(w.dtype),
         ROWS=c["rows"], COLS=c["cols"], DEPTH=c["depth"], TMA=tma, K_LAST=k_last, PERSISTENT=c["persistent"],
         num_warps=c["warps"], num_stages=c["stages"],
     )  # fmt: skip
@@ -413,7 +408,8 @@ def weight_grad(
     c = config("weight_grad", x, videos * rows, outputs, width * taps)
     tiles = taps * triton.cdiv(outputs, c["rows"]) * triton.cdiv(width, c["cols"])
     blocks = videos * triton.cdiv(rows, c["depth"])
-    splits = max(1, min(2 * _chip(x.device)[1] // tiles, blocks))  # about two programs per SM
+    each = 2 if c["rows"] * c["cols"] <= 128 * 128 else 1  # programs per SM, of which shared memory holds so many
+    splits = max(1, min(each * _chip(x.device)[1] // tiles, blocks))
     out = x.new_empty(splits, taps, outputs, width, dtype=torch.float32)
     tma = c["tma"] and lengths is None and describable(x) and describable(g)
     weight_grad_kernel[tiles, splits](
@@ -431,20 +427,23 @@ def weight_grad(
 def activation_grad(
     g: Tensor, y: Tensor | None, activation: str, dot: Tensor | None, gate: Tensor | None, gain: float, like: Tensor,
     summed: bool,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Launches activation_grad_kernel: g, y [M, N] -> dy [M, N], [N] its column sums if `summed`, and dot's gradient.
 
-    like: (N, ·) in the dtype of the results
+    like: (N, ·) in the dtype of the results; out: optional [M, N] to write dy to, last dimension contiguous
     """
     count, outputs = g.shape[0], like.shape[0]
     if dot is None and y is None and gate is None and g.dtype == like.dtype:
         return g, column_sums(g, like.dtype) if summed else None, None
-    rows, cols, group = 16, 128, 128
+    rows, cols, group = 8, 128, 64
     groups, sets = triton.cdiv(count, group), summed + (dot is not None)
-    dy, sums = like.new_empty(count, outputs), g.new_empty(groups, sets, outputs, dtype=torch.float32)
+    dy = like.new_empty(count, outputs) if out is None else out
+    sums = g.new_empty(groups, sets, outputs, dtype=torch.float32)
     activation_grad_kernel[groups, triton.cdiv(outputs, cols)](
         g, y, dot, gate, dy, sums[:, 0] if summed else None, None if dot is None else sums[:, -1],
-        count, outputs, gain, sets * outputs, ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group,
+        count, outputs, gain, dy.stride(0), sets * outputs,
+        ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group, num_warps=2,
     )  # fmt: skip
     return (
         dy,
@@ -502,9 +501,12 @@ def forward(
         return w.new_empty(shape, dtype=dtype), y
     first, step = _offsets(weight, dilation, causal)
     masked = weight.ndim == 3 and lengths is not None
+    added = residual is not None or mask is not None or dot is not None
+    if w.shape[0] == 1 and activation == "none" and not masked and not added:  # nothing to fuse: cuBLAS
+        return F.linear(h, w[0], bias).view(shape), y
     out = gemm(
         h, w, bias, activation,
-        y=y if save_y else None, y_use="write" if save_y else "none",
+        y=y if save_y else None,
         gate=_bytes(mask), gain=gain,
         residual=None if residual is None else _videos(residual, weight), dot=dot,
         lengths=lengths if masked else None, mask="input" if masked else "none", first=first, step=step,

@@ -9,7 +9,7 @@ Traffic: the features are read twice (then from L2), A is written once and read 
 is dA.
 
     dA -> r_i = sum_j A_ij dA_ij
-    m_ij = w_ij ((dA_ij - r_i) / sum_j w_ij + (dA_ji - r_j) / sum_i w_ij) on edges, else 0
+    m_ij = w_ij ((dA_ij - r_i) / sum_j w_ij + (dA_ji - r_j) / sum_i w_ij) on edges between two rows, else 0
     dx_i = (sum_j m_ij x_j / |x_j|  -  x_i / |x_i| sum_j m_ij s_ij) / |x_i|
 """
 
@@ -188,7 +188,8 @@ def features_grad_kernel(
         w = tl.load(tile(weights, i, j, rows, 1, ROWS, COLS), mask=there, other=0.0) * total_i[:, None]
         forth = tl.load(tile(g, i, j, rows, 1, ROWS, COLS), mask=there, other=0.0)
         m = (forth - along_i[:, None]) * (1 / total_i)[:, None] + (back - along_j[None, :]) * (1 / total_j)[None, :]
-        edge = (w > least) & (own < valid)[:, None] & (columns < valid)[None, :]
+        # A row's cosine with itself is 1 whatever the row is: it has no gradient, and here is none that cancels.
+        edge = (w > least) & (own[:, None] != columns[None, :]) & (own < valid)[:, None] & (columns < valid)[None, :]
         m = tl.where(edge, m * w * (1 / tl.where(size_j == 0.0, 1.0, size_j))[None, :], 0.0)
         x_j = tl.load(
             tile(x, j, first, stride_t, stride_d, COLS, DEPTH),

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..modules import MLP, TemporalAggregator, WindowAttention
 from ..ops._autocast import activations
 from ..ops._linear_act_cpu import spares
@@ -100,7 +101,8 @@ class TemporalEncoder(nn.Module):
         if official and rows % self.window == 0 and groups.pays(x) and not x.requires_grad:
             x, alike = self._distinct(x)
             return self.aggregator(x, lengths, alike if spares(x) else None)
-        x = activations(x) + activations(self.positions.weight[:rows])
+        x, positions = activations(x), activations(self.positions.weight[:rows])
+        x = ops.add_act(x, positions.expand_as(x), "none")
         x = self._blocks(x, None if official else lengths)
         return self.aggregator(x, lengths)
 

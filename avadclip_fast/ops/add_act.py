@@ -41,13 +41,15 @@ def _save(ctx, inputs, output):
     x, residual, ctx.activation = inputs
     ctx.set_materialize_grads(False)
     ctx.dtypes = x.dtype, residual.dtype
-    ctx.save_for_backward(*((output, None) if ctx.activation == "relu" else (x, residual)))
+    kept = {"none": (None, None), "relu": (output, None)}
+    ctx.save_for_backward(*kept.get(ctx.activation, (x, residual)))
 
 
 def _backward(ctx, grad):
     if grad is None:
         return None, None, None
-    grad = torch.ops.avadclip_fast.add_act_backward(grad, *ctx.saved_tensors, ctx.activation)
+    if ctx.activation != "none":
+        grad = torch.ops.avadclip_fast.add_act_backward(grad, *ctx.saved_tensors, ctx.activation)
     return *(grad.to(dtype) for dtype in ctx.dtypes), None
 
 
