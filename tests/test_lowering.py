@@ -39,7 +39,7 @@ def gradients(model, given, known, precision="bf16") -> dict[str, torch.Tensor]:
 def given_on(device: str) -> tuple[Batch, torch.Tensor]:
     # A seed whose highest scores are not close to the next ones, nor cosines to the threshold: rounded to bf16, close
     # ones change places, and the gradients with them.
-    visual, audio, labels, lengths = (x.to(device) for x in batch([9, 16, 5], 16, seed=71))
+    visual, audio, labels, lengths = (x.to(device) for x in batch([9, 16, 5], 16, seed=326))
     return Batch(visual, audio, lengths, labels), torch.ones_like(visual)
 
 
