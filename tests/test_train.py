@@ -369,6 +369,12 @@ def test_a_precision_that_is_not_to_be_had(tmp_path, monkeypatch):
         fit(teacher(), features(), dataclasses.replace(RECIPE, precision="tf32"), tmp_path, progress=False)
 
 
+def test_a_gpu_saves_less_often():
+    """There a step takes milliseconds, and a checkpoint a second."""
+    assert [Recipe().steps_between_checkpoints(device) for device in ("cpu", "cuda")] == [100, 500]
+    assert [Recipe(checkpoint_every=7).steps_between_checkpoints(device) for device in ("cpu", "cuda")] == [7, 7]
+
+
 @pytest.mark.parametrize(
     "wrong", [{"select": "best"}, {"epochs": 0}, {"batch_size": 0}, {"checkpoint_every": 0}, {"precision": "fp8"}]
 )

@@ -400,7 +400,7 @@ class _Loop:
         # Sums stay on the device between checkpoints: reading a loss every step would stall the host.
         sums = torch.tensor(list(info["sums"].values()) or 0.0, dtype=torch.float64, device=self.device)
         inputs = self._inputs(chunks[info["step"] :])
-        shown = time.monotonic()
+        shown, every = time.monotonic(), recipe.steps_between_checkpoints(self.device.type)
         for step in range(info["step"], len(chunks)):
             index, number = chunks[step], epoch * len(chunks) + step
             with span("data"):
@@ -411,7 +411,7 @@ class _Loop:
             if self.progress and time.monotonic() - shown > 1:
                 shown = time.monotonic()
                 bar.set_postfix(loss=f"{losses[self.names.index('total')].item():.4f}")
-            last, due = step + 1 == len(chunks), (step + 1) % recipe.checkpoint_every == 0
+            last, due = step + 1 == len(chunks), (step + 1) % every == 0
             if self.board is not None and ((step + 1) % 10 == 0 or last):
                 self.board.note(self.names, losses.clone(), number + 1)
             if (due or self._stops(asked, due)) and not last:
