@@ -309,8 +309,10 @@ def default_config(kind: str, chip: str, dtype: torch.dtype, rows: int, outputs:
     common = {"stages": 2 if chip.startswith(SMALL) else 3, "tma": tma, "persistent": False}
     wide = 1 if kind == "gates" else 2  # gates keeps two accumulators
     if dtype == torch.float32 and precision(dtype) == "ieee":  # every product is an FMA instruction of its own, and a
-        # block of them is summed beside acc (add_product): with a depth of 32, registers spill
-        return {"rows": 64, "cols": 32 * wide, "depth": 16, "warps": 8} | common
+        # block of them is summed beside acc (add_product, but for gates), for which larger tiles have no registers
+        tiles = {"gates": (32, 32), "weight_grad": (32, 16), "gemm": (64, 16)}
+        cols, depth = tiles[kind]
+        return {"rows": 64, "cols": cols, "depth": depth, "warps": 8} | common
     if dtype == torch.float32:
         return {"rows": 128, "cols": 64, "depth": 32, "warps": 8} | common
     if rows * outputs < 128 * 128 * 128:  # fewer large tiles than SMs
@@ -436,14 +438,14 @@ def activation_grad(
     count, outputs = g.shape[0], like.shape[0]
     if dot is None and y is None and gate is None and g.dtype == like.dtype:
         return g, column_sums(g, like.dtype) if summed else None, None
-    rows, cols, group = 8, 128, 64
+    rows, cols, group, warps = 8, 128, 64, 4 if activation == "gelu" else 2  # whose slope takes many registers
     groups, sets = triton.cdiv(count, group), summed + (dot is not None)
     dy = like.new_empty(count, outputs) if out is None else out
     sums = g.new_empty(groups, sets, outputs, dtype=torch.float32)
     activation_grad_kernel[groups, triton.cdiv(outputs, cols)](
         g, y, dot, gate, dy, sums[:, 0] if summed else None, None if dot is None else sums[:, -1],
         count, outputs, gain, dy.stride(0), sets * outputs,
-        ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group, num_warps=2,
+        ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group, num_warps=warps,
     )  # fmt: skip
     return (
         dy,

@@ -303,7 +303,7 @@ def backward(
         deepest = 512 if linear_act._chip(x.device)[0] == "sm_90" else 256
         side, depth = 64, min(deepest, max(64, triton.next_power_of_2(width)))
     else:
-        side, depth = 32, 128
+        side, depth = 32, 64 if exact == "ieee" else 128
     features_grad_kernel[batch * triton.cdiv(rows, side), triton.cdiv(width, depth)](
         g, weights, sums, along, norms, x, lengths, dx, rows, width, threshold, *x.stride(),
         PRECISION=exact, ROWS=side, COLS=32, DEPTH=depth, WHOLE=width <= depth, num_warps=8, num_stages=3,

@@ -162,8 +162,9 @@ def backward(
     if q.numel():
         sizes = tile(window, width // heads, q.dtype)
         strides = (x.stride() for x in (g, q, k, v))
+        exact = q.dtype == torch.float32 and precision(q.dtype) == "ieee"  # copies ahead would take spilled registers
         window_grad_kernel[batch * heads * triton.cdiv(rows, sizes["step"]),](
             g, q, k, v, *grads, lengths, rows, width, heads, window, sizes.pop("step"), *chain(*strides),
-            PRECISION=precision(q.dtype), **sizes, num_warps=8, num_stages=2,
+            PRECISION=precision(q.dtype), **sizes, num_warps=8, num_stages=1 if exact else 2,
         )  # fmt: skip
     return grads
