@@ -45,7 +45,8 @@ def heads(qkv: Tensor) -> list[Tensor]:
 def whole(classes: int, qkv: Tensor) -> Tensor:
     """The prefix is part of every sequence, as in CLIP's own transformer."""
     sequences = torch.cat([qkv[:PREFIX].expand(classes, -1, -1), qkv[PREFIX:].unflatten(0, (classes, -1))], dim=1)
-    return F.scaled_dot_product_attention(*heads(sequences), is_causal=True).transpose(1, 2).flatten(2)
+    out = F.scaled_dot_product_attention(*heads(sequences), is_causal=True).transpose(1, 2).flatten(2)
+    return torch.cat([out[0, :PREFIX], out[:, PREFIX:].flatten(0, 1)])
 
 
 def masked(classes: int, rows: int):
