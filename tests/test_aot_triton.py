@@ -30,7 +30,7 @@ def test_the_report_has_every_kernel_and_breaks_no_rule(chip):
 @pytest.mark.parametrize(
     "name",
     [
-        "bfloat16 mlp 1 gemm_kernel",
+        "bfloat16 mlp 0 gemm_kernel",
         "bfloat16 uncertainty, lengths 0 gemm_kernel",
         "bfloat16 fusion 0 gates_kernel",
         "bfloat16 windows of 64 1 window_grad_kernel",
@@ -68,7 +68,7 @@ def test_a_copy_into_what_is_still_multiplied_is_found(slots, pendings, found):
 
 def test_a_call_is_compiled_by_its_name_and_its_error_told(monkeypatch):
     with aot_triton.recorded("sm_90") as seen:
-        assert compile_kernels.compile_call(torch.bfloat16, "mlp", "meta") is None
+        assert compile_kernels.compile_call(torch.bfloat16, "graph convolution", "meta") is None
     assert {kernel.__name__ for kernel, *_ in seen} >= {"gemm_kernel", "weight_grad_kernel"}
     monkeypatch.setattr(triton_calls, "calls", lambda *_: [("broken", lambda: 1 / 0)])
     assert "ZeroDivisionError" in compile_kernels.compile_call(torch.bfloat16, "broken", "meta")
