@@ -81,7 +81,6 @@ def test_reads_are_noticed():
 @pytest.fixture(scope="module")
 def curves(tmp_path_factory):
     """The mean losses of each epoch, 60 steps in all, by (kind, backend, precision, seed)."""
-    folder = tmp_path_factory.mktemp("curves")
     data, guide = features(18), teacher()
 
     @functools.cache
@@ -91,7 +90,7 @@ def curves(tmp_path_factory):
             model = AVadCLIP(CLASSES, **SMALL, dropout=0.0)
         else:
             model = AVadCLIPStudent.beside(guide)
-        run = folder / f"{kind} {backend} {precision} {seed}"
+        run = tmp_path_factory.mktemp("curve")
         with use_backend(backend):
             return fit(
                 model, data, replace(RECIPE, precision=precision), run,
