@@ -39,10 +39,12 @@ def operations() -> str:
     return "\n".join(lines) + _where(*records)
 
 
-def steps(name: str) -> str:
+def steps(name: str, unit: str = "s") -> str:
+    """Returns a table of whole steps against the official code. unit: of times, "s" or "ms"."""
     record = read(name)
+    columns = ("official code", "this library", "in bfloat16", "masked", "masked, bfloat16")
     lines = [
-        "| step | official code, s | this library, s | in bfloat16, s | masked, s | masked, bfloat16, s | ratios |",
+        f"| step | {' | '.join(f'{column}, {unit}' for column in columns)} | ratios |",
         "|---|---|---|---|---|---|---|",
     ]
     for case in dict.fromkeys(row["case"] for row in record["rows"]):
@@ -50,7 +52,8 @@ def steps(name: str) -> str:
         if "official" not in rows:
             continue  # a comparison of bfloat16 steps on a GPU
         ours = ("ours", "ours, bfloat16", "ours, masked", "ours, masked, bfloat16")
-        times = " | ".join(f"{rows[name]['median_ms'] / 1e3:.2f}" for name in ("official", *ours))
+        scale = {"s": 1e-3, "ms": 1}[unit]
+        times = " | ".join(f"{rows[name]['median_ms'] * scale:.2f}" for name in ("official", *ours))
         ratios = ", ".join(f"{rows['official']['over_ours'] / rows[name]['over_ours']:.2f}" for name in ours)
         lines.append(f"| {case} | {times} | {ratios} |")
     return "\n".join(lines) + _where(record)
@@ -103,22 +106,6 @@ def gpu() -> str:
     return "\n".join(lines) + where + "\n![roofline](performance-roofline.png)\n"
 
 
-def gpu_steps() -> str:
-    """Returns a table of the whole steps of a run of bench.gpu, ours in bfloat16 against the official code."""
-    records = gpu_records("gpu")
-    if "bench_step" not in records:
-        return "No GPU has timed them yet.\n"
-    columns = {"official": "official code, ms", "ours": "this library, ms", "ours, bfloat16": "in bfloat16, ms",
-               "ours, masked, bfloat16": "masked, bfloat16, ms"}  # fmt: skip
-    lines = [f"| step | {' | '.join(columns.values())} | ratios |", "|---" * (len(columns) + 2) + "|"]
-    rows = records["bench_step"]["rows"]
-    for case in dict.fromkeys(row["case"] for row in rows if row["alternative"] == "official"):
-        ms = [next(r["median_ms"] for r in rows if (r["case"], r["alternative"]) == (case, name)) for name in columns]
-        ratios = ", ".join(f"{ms[0] / x:.1f}" for x in ms[1:])
-        lines.append(f"| {case} | {' | '.join(f'{x:.1f}' for x in ms)} | {ratios} |")
-    return "\n".join(lines) + _where(records["bench_step"])
-
-
 def gpu_records(folder: str) -> dict[str, dict]:
     """Returns the records in a folder of the results by bench, whole steps and models first."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("bench_*.json"))}
@@ -150,7 +137,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "inference-amx": lambda: inference("bench_inference_amx"),
     "demo": demo,
     "gpu": gpu,
-    "gpu-steps": gpu_steps,
+    "gpu-steps": lambda: steps("gpu/bench_step", "ms"),
     "fightsurv": lambda: fightsurv.table(read("fightsurv")) + "\n",
     "fightsurv-heads": lambda: fightsurv.heads_table(read("fightsurv")) + "\n",
     "fightsurv-missing": lambda: fightsurv.missing_table(read("fightsurv")) + "\n",
