@@ -43,12 +43,17 @@ def given_on(device: str) -> tuple[Batch, torch.Tensor]:
     return Batch(visual, audio, lengths, labels), torch.ones_like(visual)
 
 
-@on_both
-@both
-def test_gradients_are_those_of_casts_at_every_use(make, device, monkeypatch):
+@pytest.fixture
+def model(make, device, monkeypatch):
+    """As on a GPU: weights are cast together, and videos are not grouped by length."""
     monkeypatch.setattr(_autocast, "LOWERING", (device,))
     monkeypatch.setattr(groups, "pays", lambda x: False)
-    model = make().to(device)
+    return make().to(device)
+
+
+@on_both
+@both
+def test_gradients_are_those_of_casts_at_every_use(model, make, device, monkeypatch):
     given, known = given_on(device)
     known = None if make is teacher else known
     found = gradients(model, given, known)
@@ -65,10 +70,7 @@ def test_gradients_are_those_of_casts_at_every_use(make, device, monkeypatch):
 
 @on_both
 @both
-def test_no_weight_is_cast_alone(make, device, monkeypatch):
-    monkeypatch.setattr(_autocast, "LOWERING", (device,))
-    monkeypatch.setattr(groups, "pays", lambda x: False)
-    model = make().to(device)
+def test_no_weight_is_cast_alone(model, make, device):
     with torch.autocast(device, torch.bfloat16):
         chosen = dict(model.named_parameters()).keys() & lowering.lowered(model, device).keys()
     assert {"temporal.positions.weight", "mlp2.c_fc.weight", "classifier.weight"} <= chosen

@@ -37,7 +37,7 @@ class Recipe:
                 raise RecipeError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "checkpoint_every"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise RecipeError(f"{name} must be at least 1; got {getattr(self, name)!r}")
+                raise RecipeError(f"{name} must be at least 1; got {value!r}")
 
     def steps_between_checkpoints(self, device: str) -> int:
         """Returns `checkpoint_every`, or its default: on a GPU ("cuda"), 100 steps take less time than saving them."""
