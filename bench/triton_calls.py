@@ -44,7 +44,7 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
 
     def windows(window: int, ragged: Tensor | None) -> None:
         q, k, v, residual = (draw(B, T, D) for _ in range(4))
-        out = window_attention.forward(q, k, v, window, 1, ragged, residual.float())  # as under autocast
+        out = window_attention.forward(q, k, v, window, 1, ragged, residual)
         window_attention.backward(out, q, k, v, window, 1, ragged)
 
     def names(rows: int) -> None:

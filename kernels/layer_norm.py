@@ -93,24 +93,26 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tupl
 
 def backward(g: Tensor, x: Tensor, weight: Tensor, stats: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; those of x, or of the other two, are empty where `needs` is False."""
+    nothing = weight.new_empty(0)
+    if x.numel() == 0:
+        return tuple(
+            torch.zeros_like(t) if need else nothing for t, need in zip((x, weight, weight), needs, strict=True)
+        )
     width = x.shape[-1]
     rows = x.reshape(-1, width)
     count = rows.shape[0]
-    need_x, summed = needs[0], needs[1] or needs[2]
-    dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if need_x else None
-    sums = x.new_zeros(1, 2, width, dtype=torch.float32) if summed else None
-    if x.numel():
-        cols = triton.next_power_of_2(width)
-        side = max(1, 1024 // cols)
-        blocks = triton.cdiv(count, side)
-        programs = min(1024, blocks) if summed else blocks
-        sums = x.new_empty(programs, 2, width, dtype=torch.float32) if summed else None
-        norm_grad_kernel[programs,](
-            g.reshape(-1, width).contiguous(), rows, weight, stats[0], stats[1], dx, sums,
-            count, width, *rows.stride(), ROWS=side, COLS=cols, num_warps=2,
-        )  # fmt: skip
-    nothing = weight.new_empty(0)
-    totals = column_sums(sums.flatten(1), weight.dtype).view(2, width) if summed else [nothing, nothing]
+    summed = needs[1] or needs[2]
+    dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if needs[0] else None
+    cols = triton.next_power_of_2(width)
+    side = max(1, 1024 // cols)
+    blocks = triton.cdiv(count, side)
+    programs = min(1024, blocks) if summed else blocks
+    sums = x.new_empty(programs, 2, width, dtype=torch.float32) if summed else None
+    norm_grad_kernel[programs,](
+        g.reshape(-1, width).contiguous(), rows, weight, stats[0], stats[1], dx, sums,
+        count, width, *rows.stride(), ROWS=side, COLS=cols, num_warps=2,
+    )  # fmt: skip
+    totals = column_sums(sums.flatten(1), weight.dtype).view(2, width) if summed else None
     return (
         nothing if dx is None else dx.view(x.shape),
         *(totals[i].clone() if needs[1 + i] else nothing for i in range(2)),  # outputs share no memory
