@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import small_models
 import torch
 from op_tests import ON_GPU
+from test_evaluate import videos
 from test_train import CLASSES, SMALL, features, killed, same, teacher, weights
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
-from avadclip_fast.engine import graph, train
+from avadclip_fast.engine import evaluate, graph, train
 from avadclip_fast.engine.recipe import Recipe, RecipeError
 from avadclip_fast.engine.residency import Place
 
@@ -36,7 +39,8 @@ def let_a_processor_record(patch: pytest.MonkeyPatch) -> list:
 
     patch.setattr(graph, "capture", capture)
     patch.setattr(graph, "rehearse", rehearse)
-    patch.setattr(train, "refusal", lambda device: None)
+    for where in (train, evaluate):
+        patch.setattr(where, "refusal", lambda device: None)
     adamw = train.adamw  # with a tensor for a rate, as every GPU has it
     patch.setattr(train, "adamw", lambda model, recipe, device, graph: adamw(model, recipe, device, True))
     return found
@@ -100,6 +104,22 @@ def test_recording_leaves_what_it_changes_as_it_was(recordings):
     step.record(torch.ones(1))  # another shape, when there is something to lose
     assert weight.tolist() == [4, 4, 4] and moments["sum"].tolist() == [3, 3, 3]
     assert step(torch.ones(1)).tolist() == [24]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("padding", ["masked", "official"])
+@pytest.mark.parametrize(("make", "silent"), [("teacher", False), ("teacher", True), ("student", False)])
+def test_passes_of_scoring_are_replays(make, silent, padding, device, recordings):
+    model = getattr(small_models, make)(padding=padding).to(device)
+    plain = list(evaluate.stream_scores(model, videos(), device, silent=silent, chunks=100))
+    assert recordings == []  # all in the first pass
+    packed = evaluate.stream_scores(model, videos(), device, silent=silent, chunks=3)
+    for of, expected in zip(packed, plain, strict=True):
+        assert of.name == expected.name
+        np.testing.assert_allclose(of.anomaly, expected.anomaly, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(of.probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
+    if device == "cpu":
+        assert recordings == [None]  # one shape for all
 
 
 def test_what_is_asked_for_and_cannot_be_is_told(tmp_path):

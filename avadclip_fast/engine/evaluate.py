@@ -1,5 +1,6 @@
 """Evaluation: scores whole videos chunk by chunk, and computes metrics of the scores."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..data import DataError, Row, TestVideo, snippet_count, test_videos
@@ -16,6 +19,7 @@ from ..models.avadclip import Detector
 from ..models.checkpoints import CONFIG, read_official
 from . import distributed
 from .calibrate import Calibration, reliability
+from .graph import StepGraph, refusal
 from .metrics import evaluate_scores, positive_frames
 from .state import STATE
 
@@ -149,14 +153,14 @@ def stream_scores(
     *,
     silent: bool = False,
     calibration: Calibration | None = None,
-    text: torch.Tensor | None = None,
+    text: Tensor | None = None,
     chunks: int = PACKED_CHUNKS,
 ) -> Iterator[VideoScores]:
     """Yields the scores of every snippet of every video, in order.
 
     Each chunk is scored independently. Videos are packed until they have `chunks` chunks together, so that short videos
     fill a batch. At most `chunks` chunks are computed in one pass, so that a long video needs little more memory than
-    its features.
+    its features. On a GPU, passes from the second on are replays of one CUDA graph.
 
     silent: withhold the audio from a teacher. calibration: its temperatures divide the logits. text: the result of
     `model.encode_text` if already computed.
@@ -166,6 +170,16 @@ def stream_scores(
     text = model.encode_text() if text is None else text.to(device)
     calibration = calibration or Calibration()
     hears = "audio" in model.streams() and not silent
+
+    def scored(lengths: Tensor, *streams: Tensor) -> Tensor:
+        absent = [None] * (len(model.streams()) - len(streams))
+        out = model.infer(*streams, *absent, lengths=lengths, text_features=text)
+        anomaly = (out.anomaly_logits / calibration.binary.temperature).sigmoid()
+        classes = (out.class_logits / calibration.align.temperature).softmax(-1)
+        return torch.cat([anomaly[..., None], classes], -1)  # [B, T, 1 + C]
+
+    # A recording takes as long as some passes without it: from the second pass on there may be many more.
+    graph, passes = StepGraph(scored) if refusal(torch.device(device)) is None else None, itertools.count()
     for pack in _packs(videos, lambda video: len(video.lengths), chunks):
         if hears and (deaf := [video.name for video in pack if video.audio is None]):
             raise DataError(f"{deaf[0]}: the model hears, but the list gives no sound; score without it by --silent")
@@ -175,20 +189,31 @@ def stream_scores(
         streams = {"visual": [video.visual[:, :rows] for video in pack], "audio": []}
         if hears:
             streams["audio"] = [video.audio[:, :rows] for video in pack if video.audio is not None]
-        inputs = [np.concatenate(streams[name]) if streams[name] else None for name in model.streams()]
+        inputs = [lengths, *(np.concatenate(streams[name]) for name in model.streams() if streams[name])]
         parts = []
         for start in range(0, len(lengths), chunks):
             now = slice(start, start + chunks)
-            until = torch.as_tensor(lengths[now], device=device)
-            given = (None if x is None else torch.as_tensor(x[now], device=device) for x in inputs)
-            out = model.infer(*given, lengths=until, text_features=text)
-            valid = torch.arange(out.anomaly_logits.shape[1], device=device) < until[:, None]
-            binary = (out.anomaly_logits[valid] / calibration.binary.temperature).sigmoid().cpu().numpy()
-            parts.append((binary, (out.class_logits[valid] / calibration.align.temperature).softmax(-1).cpu().numpy()))
-        anomaly, probabilities = (np.concatenate(part) for part in zip(*parts, strict=True))
+            given = [torch.as_tensor(x[now], device=device) for x in inputs]
+            if graph is None or next(passes) == 0:
+                found = scored(*given)
+            else:  # of one shape, that of a full pass
+                padded = [_filled(x, chunks, pack[0].visual.shape[1]) for x in given]
+                graph.record(*padded)
+                found = graph(*padded)[: len(given[0]), : given[1].shape[1]]
+            found = found.cpu().numpy()
+            parts.append(found[np.arange(found.shape[1]) < lengths[now, None]])
+        found = np.concatenate(parts)
+        anomaly, probabilities = found[:, 0], found[:, 1:]
         ends = np.cumsum([video.snippets for video in pack])[:-1]
         for video, *of in zip(pack, np.split(anomaly, ends), np.split(probabilities, ends), strict=True):
             yield VideoScores(video.name, *of)
+
+
+def _filled(x: Tensor, chunks: int, rows: int) -> Tensor:
+    """Features (B, T, D) or lengths (B,) filled up to (chunks, rows, D) with zeros, or (chunks,) with ones."""
+    if x.ndim == 1:
+        return F.pad(x, (0, chunks - len(x)), value=1)
+    return F.pad(x, (0, 0, 0, rows - x.shape[1], 0, chunks - len(x)))
 
 
 def _packs(items: Iterable[Item], size: Callable[[Item], int], full: int) -> Iterator[list[Item]]:

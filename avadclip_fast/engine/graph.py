@@ -1,4 +1,4 @@
-"""Runs a training step as one CUDA graph, recorded once per batch size and replayed for every batch.
+"""Runs a step of training or scoring as one CUDA graph, recorded once per batch size and replayed for every batch.
 
 A step launches hundreds of kernels, many of which take less time than their launch. A graph launches them all at once.
 """
@@ -36,11 +36,11 @@ class StepGraph:
 
     function: must not synchronize with the device, must change tensors in place, and must draw from the default
     generator.
-    changed: returns the tensors that the function changes. Recording has no net effect on them: existing tensors get
+    changed: returns the tensors that the function changes, by default none. Recording has no net effect on them: existing tensors get
     their values back, and tensors that the first call creates, such as AdamW's moments, are set to zero.
     """
 
-    def __init__(self, function: Callable[..., Tensor], changed: Callable[[], Iterable[Tensor]]):
+    def __init__(self, function: Callable[..., Tensor], changed: Callable[[], Iterable[Tensor]] = tuple):
         self.function, self.changed = function, changed
         self.recorded: dict[tuple, tuple[tuple[Tensor, ...], Callable[[], None], Tensor]] = {}
         self.pool: tuple[int, int] | None = None  # memory pool, shared by graphs that never run at the same time
