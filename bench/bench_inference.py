@@ -2,11 +2,12 @@
 
 The official code scores one video at a time and computes text features and uncertainty for each. This library packs
 videos into passes of several chunks, computes text features once, and skips the uncertainty, which only training needs.
-The logits of both are checked to be equal first.
+On a GPU it also replays a pass as a CUDA graph. The logits are checked to be equal first.
 """
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from avadclip_fast import AVadCLIPStudent
 from avadclip_fast.data import TestVideo
 from avadclip_fast.data.features import chunk
 from avadclip_fast.engine.evaluate import stream_scores
+from avadclip_fast.engine.graph import StepGraph
 
 from . import eager_model, harness
 from .bench_step import CLASSES, ROWS, WIDTH, official_weights
@@ -41,6 +43,11 @@ def run(options: argparse.Namespace) -> Iterator[list[dict]]:
             out = student.infer(visual, lengths=lengths, text_features=text)
         return out.anomaly_logits, out.class_logits
 
+    def recorded(dtype: torch.dtype, *inputs: Tensor) -> StepGraph:
+        graph = StepGraph(partial(ours, dtype=dtype))
+        graph.record(*inputs)
+        return graph
+
     for chunks in CHUNKS[device]:
         lengths = torch.full((chunks,), ROWS, device=device)
         visual = torch.randn(chunks, ROWS, WIDTH, device=device)
@@ -49,8 +56,14 @@ def run(options: argparse.Namespace) -> Iterator[list[dict]]:
             "ours": lambda x=(visual, lengths): ours(*x),
             "ours, bfloat16": lambda x=(visual, lengths): ours(*x, torch.bfloat16),
         }
-        for got, expected in zip(ours(visual, lengths), official(visual, lengths), strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        found = [ours(visual, lengths)]
+        if device == "cuda":
+            for name, dtype in (("ours, graph", torch.float32), ("ours, bfloat16, graph", torch.bfloat16)):
+                calls[name] = partial(recorded(dtype, visual, lengths), visual, lengths)
+            found.append(calls["ours, graph"]())
+        for logits in found:
+            for got, expected in zip(logits, official(visual, lengths), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         yield timed(options, f"student, {chunks} chunk{'s' * (chunks > 1)} of {ROWS}", calls)
 
     videos = [drawn(i) for i in range(VIDEOS[device])]

@@ -200,10 +200,10 @@ def stream_scores(
                 padded = [_filled(x, chunks, pack[0].visual.shape[1]) for x in given]
                 graph.record(*padded)
                 found = graph(*padded)[: len(given[0]), : given[1].shape[1]]
-            found = found.cpu().numpy()
-            parts.append(found[np.arange(found.shape[1]) < lengths[now, None]])
-        found = np.concatenate(parts)
-        anomaly, probabilities = found[:, 0], found[:, 1:]
+            valid = np.arange(found.shape[1]) < lengths[now, None]
+            parts.append(found.cpu().numpy()[valid])
+        scores = np.concatenate(parts)
+        anomaly, probabilities = scores[:, 0], scores[:, 1:]
         ends = np.cumsum([video.snippets for video in pack])[:-1]
         for video, *of in zip(pack, np.split(anomaly, ends), np.split(probabilities, ends), strict=True):
             yield VideoScores(video.name, *of)

@@ -6,11 +6,14 @@ A step launches hundreds of kernels, many of which take less time than their lau
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 REHEARSALS = 2  # warm-up calls: the first compiles kernels and creates moments, the second allocates like later steps
+
+Result = TypeVar("Result")
 
 
 def refusal(device: torch.device) -> str | None:
@@ -27,7 +30,7 @@ def changed_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 class StepGraph:
-    """Runs function(*inputs) -> Tensor as a CUDA graph, one for each set of input shapes.
+    """Runs function(*inputs) as a CUDA graph, one for each set of input shapes.
 
         step = StepGraph(train_on, changed=lambda: changed_by(optimizer))
         step.record(index)                   # before the first step, once for every shape
@@ -35,14 +38,15 @@ class StepGraph:
         losses = step(index)                 # overwritten by the next replay of this shape
 
     function: must not synchronize with the device, must change tensors in place, and must draw from the default
-    generator.
-    changed: returns the tensors that the function changes, by default none. Recording has no net effect on them: existing tensors get
-    their values back, and tensors that the first call creates, such as AdamW's moments, are set to zero.
+    generator; what it returns is that of every replay, with new values.
+    changed: returns the tensors that the function changes, by default none. Recording has no net effect on them:
+    existing tensors get their values back, and tensors that the first call creates, such as AdamW's moments, are set to
+    zero.
     """
 
-    def __init__(self, function: Callable[..., Tensor], changed: Callable[[], Iterable[Tensor]] = tuple):
+    def __init__(self, function: Callable[..., Any], changed: Callable[[], Iterable[Tensor]] = tuple):
         self.function, self.changed = function, changed
-        self.recorded: dict[tuple, tuple[tuple[Tensor, ...], Callable[[], None], Tensor]] = {}
+        self.recorded: dict[tuple, tuple[tuple[Tensor, ...], Callable[[], None], Any]] = {}
         self.pool: tuple[int, int] | None = None  # memory pool, shared by graphs that never run at the same time
 
     def record(self, *inputs: Tensor) -> None:
@@ -55,7 +59,7 @@ class StepGraph:
         replay, result, self.pool = capture(lambda: self.function(*kept), self.pool)
         self.recorded[_shapes(inputs)] = kept, replay, result
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Any:
         kept, replay, result = self.recorded[_shapes(inputs)]
         for own, given in zip(kept, inputs, strict=True):
             own.copy_(given, non_blocking=True)
@@ -74,8 +78,8 @@ def rehearse(function: Callable[[], object]) -> None:
     torch.cuda.current_stream().wait_stream(side)
 
 
-def capture(function: Callable[[], Tensor], pool) -> tuple[Callable[[], None], Tensor, tuple[int, int]]:
-    """Captures a call. Returns the replay function, the result tensor, and the memory pool."""
+def capture(function: Callable[[], Result], pool) -> tuple[Callable[[], None], Result, tuple[int, int]]:
+    """Captures a call. Returns the replay function, the result, and the memory pool."""
     graph = torch.cuda.CUDAGraph()
     # Other threads may use the GPU meanwhile: their work is neither captured nor an error.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
