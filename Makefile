@@ -19,7 +19,7 @@ test: $(VENV)/installed
 # Triton's kernels without a GPU: the tests of the ops that have one, in Triton's interpreter.
 test-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) -k triton tests/test_triton_*.py \
-		$(addprefix tests/test_,$(addsuffix .py,$(notdir $(basename $(filter-out %__init__.py,$(wildcard kernels/*.py)))))) $(ARGS)
+		$(addprefix tests/test_,$(addsuffix .py,$(notdir $(basename $(filter-out kernels/_%,$(wildcard kernels/*.py)))))) $(ARGS)
 
 # The authors' numbers of both whole models by the Triton kernels, in the interpreter: ten minutes. Needs ../shared.
 golden-triton: $(VENV)/installed

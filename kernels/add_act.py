@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._sizes import cdiv, next_power_of_2
 from .linear_act import activate, activate_grad
 
 
@@ -59,9 +60,9 @@ def add_act_grad_kernel(
 
 def tile(count: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid, and a tile's sides: 2048 elements, of which a thread has 16, two loads of 16 bytes in bf16."""
-    cols = min(triton.next_power_of_2(width), 256)
+    cols = min(next_power_of_2(width), 256)
     side = 2048 // cols
-    return (triton.cdiv(count, side), triton.cdiv(width, cols)), {"ROWS": side, "COLS": cols}
+    return (cdiv(count, side), cdiv(width, cols)), {"ROWS": side, "COLS": cols}
 
 
 def forward(x: Tensor, residual: Tensor, activation: str) -> Tensor:

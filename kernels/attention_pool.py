@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._sizes import cdiv
+
 TINY = tl.constexpr(1e-12)
 
 
@@ -109,7 +111,7 @@ def forward(x: Tensor, logits: Tensor, lengths: Tensor | None) -> tuple[Tensor, 
     out, pooled = x.new_empty(batch, width), x.new_empty(batch, width, dtype=torch.float32)
     if out.numel():
         tile = (32, 64)
-        pool_kernel[batch, triton.cdiv(width, tile[1])](
+        pool_kernel[batch, cdiv(width, tile[1])](
             x, logits, pooled, lengths, rows, width, *x.stride(), *logits.stride(), ROWS=tile[0], COLS=tile[1]
         )
         direction_kernel[batch,](pooled, out, width, COLS=512)
@@ -123,7 +125,7 @@ def backward(g: Tensor, pooled: Tensor, x: Tensor, logits: Tensor, lengths: Tens
         return torch.zeros_like(x), torch.zeros_like(logits)
     dx, d_logits = x.new_empty(x.shape), logits.new_empty(logits.shape)
     tile = (8, 256)
-    pool_grad_kernel[batch * triton.cdiv(rows, tile[0]),](
+    pool_grad_kernel[batch * cdiv(rows, tile[0]),](
         g.contiguous(), pooled, x, logits, dx, d_logits, lengths, rows, width, *x.stride(), *logits.stride(),
         ROWS=tile[0], COLS=tile[1],
     )  # fmt: skip

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._sizes import cdiv
+
 GROUP = 256  # rows of a block
 
 
@@ -39,12 +41,10 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     if not x.numel():
         return x.new_zeros(width, dtype=dtype)
     if count > 4 * GROUP:
-        groups = triton.cdiv(count, GROUP)
+        groups = cdiv(count, GROUP)
         sums = x.new_empty(groups, width, dtype=torch.float32)
-        column_sums_kernel[groups, triton.cdiv(width, 128)](
-            x, sums, count, width, GROUP, *x.stride(), ROWS=32, COLS=128
-        )
+        column_sums_kernel[groups, cdiv(width, 128)](x, sums, count, width, GROUP, *x.stride(), ROWS=32, COLS=128)
         x, count = sums, groups
     out = x.new_empty(width, dtype=dtype)
-    column_sums_kernel[1, triton.cdiv(width, 32)](x, out, count, width, count, *x.stride(), ROWS=128, COLS=32)
+    column_sums_kernel[1, cdiv(width, 32)](x, out, count, width, count, *x.stride(), ROWS=128, COLS=32)
     return out

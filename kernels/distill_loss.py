@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._sizes import cdiv
+
 EPS = tl.constexpr(1e-6)
 
 
@@ -88,7 +90,7 @@ def forward(
     if count == 0 or width == 0:
         return student.new_zeros((), dtype=torch.float32) / terms, d_student, d_theta, terms
     tile = (8, 128)
-    programs = triton.cdiv(count, tile[0])
+    programs = cdiv(count, tile[0])
     sums = student.new_empty(programs, dtype=torch.float32)
     distill_kernel[programs,](
         teacher, student, theta, d_student, d_theta, sums, lengths, count, rows, width,
@@ -102,7 +104,5 @@ def backward(grad: Tensor, d_student: Tensor, d_theta: Tensor, terms: Tensor) ->
     by_student, by_theta = torch.empty_like(d_student), torch.empty_like(d_theta)
     if count := d_student.numel():
         size = 2048
-        scale_kernel[(triton.cdiv(count, size),)](
-            grad, terms, d_student, d_theta, by_student, by_theta, count, SIZE=size
-        )
+        scale_kernel[(cdiv(count, size),)](grad, terms, d_student, d_theta, by_student, by_theta, count, SIZE=size)
     return by_student, by_theta

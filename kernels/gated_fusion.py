@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._sizes import cdiv
 from .column_sums import column_sums
 from .linear_act import (
     activate,
@@ -122,7 +123,7 @@ def gates(
     halves = [w.unflatten(1, (2, width)).transpose(0, 1) for w in (gate_weight, hidden_weight)]  # [2, D, D]
     c = config("gates", v, count, width, 2 * width)
     tma = c["tma"] and all(describable(x) for x in (v, a, *halves))
-    gates_kernel[(triton.cdiv(count, c["rows"]) * triton.cdiv(width, c["cols"]),)](
+    gates_kernel[(cdiv(count, c["rows"]) * cdiv(width, c["cols"]),)](
         *(describe(x, c["rows"], c["depth"]) if tma else x for x in (v, a)),
         *(describe(w, c["cols"], c["depth"]) if tma else w for w in halves),
         gate_bias, hidden_bias, gate, hidden, y, count, width,
@@ -183,10 +184,10 @@ def backward(
         weights = ((w, w[:, 0]) for w in (gate_weight, hidden_weight, residual_weight))
         return tuple(torch.zeros_like(t) for t in (visual, audio, *(t for pair in weights for t in pair)))
     side, group = (8, 128), 64
-    groups = triton.cdiv(count, group)
+    groups = cdiv(count, group)
     dr, dz = v.new_empty(count, width), v.new_empty(count, 2 * width)  # dz: gate half, hidden half
     sums = v.new_empty(groups, 2, width, dtype=torch.float32)
-    gate_grad_kernel[groups, triton.cdiv(width, side[1])](
+    gate_grad_kernel[groups, cdiv(width, side[1])](
         g, gate, r, dr, dz, sums, count, width, ROWS=side[0], COLS=side[1], GROUP=group, num_warps=2
     )
     # Apart: with the slope of GELU in its epilogue, which takes all registers, the product takes three times as long.

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._sizes import cdiv
+
 ROUNDS = tl.constexpr(7)  # of Philox4x32: the fewest that pass every test of BigCrush (Salmon et al., SC11)
 
 
@@ -35,10 +37,10 @@ def keep_kernel(
 def forward(seed: Tensor, shape: list[int], p: float) -> Tensor:
     """The op: a bool mask of that shape, False for a share p of the elements, rounded to 1/65536."""
     count = torch.Size(shape).numel()
-    words = triton.cdiv(count, 8)
+    words = cdiv(count, 8)
     out = seed.new_empty(words)
     if words:
         dropped = min(round(p * 2**16), 2**16 - 1) if p < 1 else 2**16
         side = 1024
-        keep_kernel[(triton.cdiv(words, side),)](seed, out, words, dropped, WORDS=side, num_warps=8)
+        keep_kernel[(cdiv(words, side),)](seed, out, words, dropped, WORDS=side, num_warps=8)
     return out.view(torch.bool)[:count].view(shape)

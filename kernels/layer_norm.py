@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._sizes import cdiv, next_power_of_2
 from .column_sums import column_sums
 
 EPS = tl.constexpr(1e-5)
@@ -83,9 +84,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tupl
     count = rows.shape[0]
     out, stats = x.new_empty(x.shape, dtype=dtype), x.new_empty(2, count, dtype=torch.float32)
     if x.numel():
-        cols = triton.next_power_of_2(width)
+        cols = next_power_of_2(width)
         side = max(1, 4096 // cols)
-        norm_kernel[triton.cdiv(count, side),](
+        norm_kernel[cdiv(count, side),](
             rows, weight, bias, out, stats[0], stats[1], count, width, *rows.stride(), ROWS=side, COLS=cols
         )
     return out, stats
@@ -103,9 +104,9 @@ def backward(g: Tensor, x: Tensor, weight: Tensor, stats: Tensor, needs: list[bo
     count = rows.shape[0]
     summed = needs[1] or needs[2]
     dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if needs[0] else None
-    cols = triton.next_power_of_2(width)
+    cols = next_power_of_2(width)
     side = max(1, 1024 // cols)
-    blocks = triton.cdiv(count, side)
+    blocks = cdiv(count, side)
     programs = min(1024, blocks) if summed else blocks
     sums = x.new_empty(programs, 2, width, dtype=torch.float32) if summed else None
     norm_grad_kernel[programs,](

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._sizes import cdiv, next_power_of_2
 from .column_sums import column_sums
 
 CONFIGS = Path(__file__).parent / "configs" / "linear_act.json"
@@ -326,7 +327,7 @@ def bucket(kind: str, dtype: torch.dtype, rows: int, outputs: int, width: int) -
     tf32 products take other tiles than exact ones.
     """
     name = "tf32" if precision(dtype) == "tf32" else str(dtype).removeprefix("torch.")
-    return f"{kind} {name} {triton.next_power_of_2(rows)}x{outputs}x{width}"
+    return f"{kind} {name} {next_power_of_2(rows)}x{outputs}x{width}"
 
 
 def config(kind: str, x: Tensor, rows: int, outputs: int, width: int) -> dict:
@@ -368,8 +369,8 @@ def gemm(
     videos, rows, width = x.shape
     taps, outputs, _ = w.shape
     c = config("gemm", x, videos * rows, outputs, width * taps)
-    tiles_n = triton.cdiv(outputs, c["cols"])
-    tiles = videos * triton.cdiv(rows, c["rows"]) * tiles_n
+    tiles_n = cdiv(outputs, c["cols"])
+    tiles = videos * cdiv(rows, c["rows"]) * tiles_n
     if dot is not None:
         out = x.new_empty(tiles_n, videos, rows, dtype=torch.float32)
     else:
@@ -408,8 +409,8 @@ def weight_grad(
     videos, rows, width = x.shape
     outputs = g.shape[2]
     c = config("weight_grad", x, videos * rows, outputs, width * taps)
-    tiles = taps * triton.cdiv(outputs, c["rows"]) * triton.cdiv(width, c["cols"])
-    blocks = videos * triton.cdiv(rows, c["depth"])
+    tiles = taps * cdiv(outputs, c["rows"]) * cdiv(width, c["cols"])
+    blocks = videos * cdiv(rows, c["depth"])
     each = 2 if c["rows"] * c["cols"] <= 128 * 128 else 1  # programs per SM, of which shared memory holds so many
     splits = max(1, min(each * _chip(x.device)[1] // tiles, blocks))
     out = x.new_empty(splits, taps, outputs, width, dtype=torch.float32)
@@ -439,10 +440,10 @@ def activation_grad(
     if dot is None and y is None and gate is None and g.dtype == like.dtype:
         return g, column_sums(g, like.dtype) if summed else None, None
     rows, cols, group, warps = 8, 128, 64, 4 if activation == "gelu" else 2  # whose slope takes many registers
-    groups, sets = triton.cdiv(count, group), summed + (dot is not None)
+    groups, sets = cdiv(count, group), summed + (dot is not None)
     dy = like.new_empty(count, outputs) if out is None else out
     sums = g.new_empty(groups, sets, outputs, dtype=torch.float32)
-    activation_grad_kernel[groups, triton.cdiv(outputs, cols)](
+    activation_grad_kernel[groups, cdiv(outputs, cols)](
         g, y, dot, gate, dy, sums[:, 0] if summed else None, None if dot is None else sums[:, -1],
         count, outputs, gain, dy.stride(0), sets * outputs,
         ACTIVATION=activation, ROWS=rows, COLS=cols, GROUP=group, num_warps=warps,

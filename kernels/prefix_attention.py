@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._sizes import next_power_of_2
 from .linear_act import precision
 
 
@@ -138,12 +139,12 @@ def _launch(qkv: Tensor, prefix: int, rows: int, heads: int) -> tuple[tuple[int,
     """The grid, the sizes and the tiles of both kernels."""
     total, width = qkv.shape[0], qkv.shape[1] // 3
     sequences = (total - prefix) // rows
-    tile = max(16, triton.next_power_of_2(max(prefix, rows)))  # 16: the least that tl.dot takes
+    tile = max(16, next_power_of_2(max(prefix, rows)))  # 16: the least that tl.dot takes
     tiles = {
         "PRECISION": precision(qkv.dtype),
         "ROWS": tile,
-        "FIRST": max(16, triton.next_power_of_2(prefix)),
-        "DEPTH": max(16, triton.next_power_of_2(width // heads)),
+        "FIRST": max(16, next_power_of_2(prefix)),
+        "DEPTH": max(16, next_power_of_2(width // heads)),
         "num_warps": 4 if tile == 16 and qkv.dtype != torch.float32 else 8,  # else registers would spill
         "num_stages": 1,  # loops are too short to load ahead, which takes registers
     }

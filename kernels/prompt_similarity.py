@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._sizes import cdiv, next_power_of_2
 from .linear_act import precision
 
 TINY = tl.constexpr(1e-12)
@@ -96,7 +97,7 @@ def cosine_grad_kernel(
 def tile(classes: int) -> dict[str, int]:
     """Tile sizes of both passes: with more classes, larger ones spill."""
     rows, depth = (32, 64) if classes <= 32 else (16, 32)
-    return {"ROWS": rows, "DEPTH": depth, "CLASSES": max(16, triton.next_power_of_2(classes))}
+    return {"ROWS": rows, "DEPTH": depth, "CLASSES": max(16, next_power_of_2(classes))}
 
 
 def forward(x: Tensor, p: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +107,7 @@ def forward(x: Tensor, p: Tensor, temperature: float) -> tuple[Tensor, Tensor, T
     x_norm, p_norm = (y.new_empty(y.shape[:2], dtype=torch.float32) for y in (x, p))
     if out.numel():
         sizes = tile(classes)
-        cosine_kernel[batch * triton.cdiv(rows, sizes["ROWS"]),](
+        cosine_kernel[batch * cdiv(rows, sizes["ROWS"]),](
             x, p, out, x_norm, p_norm, rows, width, classes, temperature, *x.stride(), *p.stride(),
             PRECISION=precision(x.dtype), **sizes, num_warps=4 if classes <= 32 else 8,
         )  # fmt: skip
@@ -123,7 +124,7 @@ def backward(
         sizes = tile(classes)
         # tf32 loses nothing on a half-precision result: its mantissa is as long as float16's.
         exact = precision(x.dtype) if x.dtype == torch.float32 else "tf32"
-        cosine_grad_kernel[batch, triton.cdiv(width, sizes["DEPTH"])](
+        cosine_grad_kernel[batch, cdiv(width, sizes["DEPTH"])](
             g.contiguous(), out, x, p, x_norm, p_norm, dx, dp, rows, width, classes, temperature,
             *x.stride(), *p.stride(), PRECISION=exact, **sizes, num_warps=4,
         )  # fmt: skip

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import linear_act
+from ._sizes import cdiv, next_power_of_2
 from .linear_act import precision
 
 EPS = tl.constexpr(1e-20)
@@ -268,9 +269,9 @@ def forward(x: Tensor, lengths: Tensor, threshold: float) -> tuple[Tensor, Tenso
         # Before the weights: were a tile of features both multiplied and squared, Triton would keep it in one buffer,
         # which the next copy may overwrite while sm_90's asynchronous products still read it (bench/aot_triton.py
         # looks). It also brings the features into the L2 cache.
-        cols = triton.next_power_of_2(max(1, width))
+        cols = next_power_of_2(max(1, width))
         side = max(1, 4096 // cols)
-        norms_kernel[triton.cdiv(batch * rows, side),](
+        norms_kernel[cdiv(batch * rows, side),](
             x, norms, lengths, rows, width, batch * rows, *x.stride(), ROWS=side, COLS=cols
         )
         exact = precision(x.dtype)
@@ -278,9 +279,9 @@ def forward(x: Tensor, lengths: Tensor, threshold: float) -> tuple[Tensor, Tenso
             side, cols, depth, warps, stages = 32, 32, 32, 4, 2
         else:  # up to 256 rows in one tile, two programs a multiprocessor; in a loop, so wide a tile's registers spill
             side, depth, warps, stages = 64, 64 // x.element_size(), 8, 4
-            cols = max(64, triton.next_power_of_2(rows)) if rows <= 256 else 128
-        depth = min(depth, max(16, triton.next_power_of_2(width)))
-        weights_kernel[batch * triton.cdiv(rows, side),](
+            cols = max(64, next_power_of_2(rows)) if rows <= 256 else 128
+        depth = min(depth, max(16, next_power_of_2(width)))
+        weights_kernel[batch * cdiv(rows, side),](
             x, norms, weights, sums, lengths, rows, width, threshold, *x.stride(),
             PRECISION=exact, ROWS=side, COLS=cols, DEPTH=depth, WHOLE=rows <= cols, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -296,15 +297,15 @@ def backward(
     if not dx.numel():
         return dx
     g, along = g.contiguous(), torch.empty_like(sums)
-    side, cols = 16, min(256, triton.next_power_of_2(rows))
-    along_kernel[batch * triton.cdiv(rows, side),](g, weights, lengths, along, rows, ROWS=side, COLS=cols, num_warps=4)
+    side, cols = 16, min(256, next_power_of_2(rows))
+    along_kernel[batch * cdiv(rows, side),](g, weights, lengths, along, rows, ROWS=side, COLS=cols, num_warps=4)
     exact = "tf32" if x.dtype == torch.float16 else precision(x.dtype)  # tf32 has float16's mantissa and m's range
     if x.dtype == torch.bfloat16:  # as many channels as registers hold: every slice makes m anew
         deepest = 512 if linear_act._chip(x.device)[0] == "sm_90" else 256
-        side, depth = 64, min(deepest, max(64, triton.next_power_of_2(width)))
+        side, depth = 64, min(deepest, max(64, next_power_of_2(width)))
     else:
         side, depth = 32, 64 if exact == "ieee" else 128
-    features_grad_kernel[batch * triton.cdiv(rows, side), triton.cdiv(width, depth)](
+    features_grad_kernel[batch * cdiv(rows, side), cdiv(width, depth)](
         g, weights, sums, along, norms, x, lengths, dx, rows, width, threshold, *x.stride(),
         PRECISION=exact, ROWS=side, COLS=32, DEPTH=depth, WHOLE=width <= depth, num_warps=8, num_stages=3,
     )  # fmt: skip
@@ -326,8 +327,8 @@ def _product(a, b, lengths, columns, dtype, inner_valid=False, columns_valid=Fal
     batch, rows, inner = a.shape
     out = b.new_empty(batch, rows, columns, dtype=dtype)
     if out.numel():
-        cols = 32 if b.dtype == torch.float32 else min(256, max(64, triton.next_power_of_2(columns)))
-        product_kernel[batch * triton.cdiv(rows, 64), triton.cdiv(columns, cols)](
+        cols = 32 if b.dtype == torch.float32 else min(256, max(64, next_power_of_2(columns)))
+        product_kernel[batch * cdiv(rows, 64), cdiv(columns, cols)](
             a, b, out, lengths, rows, inner, columns, *a.stride(), *b.stride(),
             INNER_VALID=inner_valid, COLUMNS_VALID=columns_valid,
             PRECISION=precision(b.dtype), ROWS=64, COLS=cols, DEPTH=32, num_warps=8, num_stages=4,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import linear_act
+from ._sizes import cdiv, next_power_of_2
 from .linear_act import add_product, precision
 
 
@@ -130,9 +131,9 @@ def window_grad_kernel(
 
 def tile(window: int, head_width: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes, and the rows (step) that whole windows fill. With 4 warps or deeper slices, registers spill."""
-    rows = max(32 if dtype == torch.float32 else 64, triton.next_power_of_2(window))
+    rows = max(32 if dtype == torch.float32 else 64, next_power_of_2(window))
     deepest = 16 if dtype == torch.float32 or rows > 64 else 64
-    depth = min(deepest, max(16, triton.next_power_of_2(head_width)))
+    depth = min(deepest, max(16, next_power_of_2(head_width)))
     return {"step": rows // window * window, "ROWS": rows, "DEPTH": depth}
 
 
@@ -146,7 +147,7 @@ def forward(
     if out.numel():
         sizes = tile(window, width // heads, q.dtype)
         strides = (x.stride() for x in (q, k, v, q if residual is None else residual))
-        window_kernel[batch * heads * triton.cdiv(rows, sizes["step"]),](
+        window_kernel[batch * heads * cdiv(rows, sizes["step"]),](
             q, k, v, residual, out, lengths, rows, width, heads, window, sizes.pop("step"), *chain(*strides),
             PRECISION=precision(q.dtype), **sizes, num_warps=8, num_stages=3,
         )  # fmt: skip
@@ -166,7 +167,7 @@ def backward(
         # Copies ahead would make exact products spill registers. On sm_100 it is two stages that spill, not three.
         exact = q.dtype == torch.float32 and precision(q.dtype) == "ieee"
         stages = 1 if exact else 3 if linear_act._chip(q.device)[0] == "sm_100" else 2
-        window_grad_kernel[batch * heads * triton.cdiv(rows, sizes["step"]),](
+        window_grad_kernel[batch * heads * cdiv(rows, sizes["step"]),](
             g, q, k, v, *grads, lengths, rows, width, heads, window, sizes.pop("step"), *chain(*strides),
             PRECISION=precision(q.dtype), **sizes, num_warps=8, num_stages=stages,
         )  # fmt: skip

@@ -57,7 +57,7 @@ def test_gradients_are_those_of_casts_at_every_use(model, make, device, monkeypa
     given, known = given_on(device)
     known = None if make is teacher else known
     found = gradients(model, given, known)
-    monkeypatch.setattr(train, "lowered", lambda *_: {})
+    monkeypatch.setattr(train, "lowered_weights", lambda *_: {})
     expected = gradients(model, given, known)
     assert found.keys() == expected.keys() and len(found) > 20
     exact = gradients(model, given, known, "fp32")
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_casts_at_every_use(model, make, device, monkeypa
 @both
 def test_no_weight_is_cast_alone(model, make, device):
     with torch.autocast(device, torch.bfloat16):
-        chosen = dict(model.named_parameters()).keys() & lowering.lowered(model, device).keys()
+        chosen = dict(model.named_parameters()).keys() & lowering.lowered_weights(model, device).keys()
     assert {"temporal.positions.weight", "mlp2.c_fc.weight", "classifier.weight"} <= chosen
     kept = {"classifier.bias", "temporal.resblocks.0.ln_1.weight", "text.prompt.weight"}
     kept |= {"audio.network.0.conv1.weight_v"} if make is teacher else set()
@@ -86,8 +86,8 @@ def test_no_weight_is_cast_alone(model, make, device):
 def test_a_cpu_and_other_precisions_cast_nothing():
     model = teacher()
     with torch.autocast("cpu", torch.bfloat16):
-        assert lowering.lowered(model, "cpu") == {}
-    assert lowering.lowered(model, "cuda") == {}
+        assert lowering.lowered_weights(model, "cpu") == {}
+    assert lowering.lowered_weights(model, "cuda") == {}
 
 
 def test_gradients_of_any_strides_and_none():

@@ -41,7 +41,7 @@ def copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [copy.view(x.shape) for copy, x in zip(copies, tensors, strict=True)]
 
 
-def lowered(model: nn.Module, device: str) -> dict[str, Tensor]:
+def lowered_weights(model: nn.Module, device: str) -> dict[str, Tensor]:
     """The float32 weights by name in autocast's dtype, for `torch.func.functional_call`; none on a CPU.
 
     Call it under autocast. A CPU's products cast what they take themselves. A model of torch.compile is left alone: it

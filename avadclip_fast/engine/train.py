@@ -32,7 +32,7 @@ from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
 from .distributed import WHOLE, Part
 from .graph import StepGraph, changed_by, refusal
-from .lowering import lowered
+from .lowering import lowered_weights
 from .recipe import Recipe, RecipeError
 from .state import STATE, StateError, frozen_digest, load_state, model_digest, save_state, shape_of, trained, writing
 from .stop import Request, Stopped, listening
@@ -328,7 +328,7 @@ def _backward(
     distill, share, relative = weights or (1.0, 1.0, recipe.distill_weight)
     with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         with span("forward"):
-            cast, inputs = lowered(model, batch.visual.device.type), (*model.inputs(batch), batch.lengths)
+            cast, inputs = lowered_weights(model, batch.visual.device.type), (*model.inputs(batch), batch.lengths)
             out = functional_call(model, cast, inputs) if cast else model(*inputs)
         with span("losses"):
             losses = objective(model, out, batch.labels, batch.lengths, known, relative, recipe.text_weight)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..reference.linear_act import LAYER_NORM_EPS
 from . import _dispatch
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
 torch.library.define(
@@ -48,7 +48,7 @@ def _backward(ctx, grad, _):
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
 
 
-torch.library.register_autograd("avadclip_fast::layer_norm", _backward, setup_context=_save)
+differentiable("layer_norm", _backward, _save)
 differentiable_once("linear_act", "layer_norm_backward")
 
 

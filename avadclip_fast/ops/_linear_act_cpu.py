@@ -8,7 +8,7 @@ from .. import _build
 from ..reference._numerics import zero_padding
 from ..reference.linear_act import LAYER_NORM_EPS, epilogue, gain
 from . import _dispatch
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 
 ROWS, WIDTH = 512, 256  # below these torch is as fast, because every call packs the weights
 
@@ -163,5 +163,5 @@ def _backward(ctx, grad, _):
     return dx, dw, db, None, residual, None, None, None, None, d_dot, None, None, None, None
 
 
-torch.library.register_autograd("avadclip_fast::linear_act_cpu", _backward, setup_context=_save)
+differentiable("linear_act_cpu", _backward, _save)
 differentiable_once("linear_act", "linear_act_cpu_backward")

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.linear_act import LAYER_NORM_EPS, epilogue
+from ._derivatives import differentiable
 from ._linear_act_cpu import float32_reason
 
 WIDTH = 512  # in a narrower layer torch is as fast
@@ -64,4 +65,4 @@ def _backward(ctx, grad):
     )
 
 
-torch.library.register_autograd("avadclip_fast::linear_act_onednn", _backward, setup_context=_save)
+differentiable("linear_act_onednn", _backward, _save)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _build
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 
 
 def similarity_graph(
@@ -87,7 +87,7 @@ def _mix_backward(ctx, grad):
     return *torch.ops.avadclip_fast.similarity_mix_backward(grad, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd("avadclip_fast::similarity_graph", _backward, setup_context=_save)
-torch.library.register_autograd("avadclip_fast::similarity_mix", _mix_backward, setup_context=_save_mix)
+differentiable("similarity_graph", _backward, _save)
+differentiable("similarity_mix", _mix_backward, _save_mix)
 differentiable_once("similarity_graph", "similarity_graph_backward")
 differentiable_once("similarity_graph", "similarity_mix_backward")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
 LOWEST = 0.01  # below it, an edge's weight exp(s) is indistinguishable from a missing edge's weight of 1
@@ -90,7 +90,7 @@ def _product_backward(ctx, grad):
     return *torch.ops.avadclip_fast.similarity_product_backward(grad, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd("avadclip_fast::similarity_weights", _backward, setup_context=_save)
-torch.library.register_autograd("avadclip_fast::similarity_product", _product_backward, setup_context=_save_product)
+differentiable("similarity_weights", _backward, _save)
+differentiable("similarity_product", _product_backward, _save_product)
 differentiable_once("similarity_graph", "similarity_weights_backward")
 differentiable_once("similarity_graph", "similarity_product_backward")

@@ -1,8 +1,10 @@
 """Triton support: availability checks, and kernels registered as operators."""
 
+import functools
 import importlib.util
 import os
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -75,10 +77,14 @@ def _addressable(x):
 def implement(operator: str, kernel: str, function: str) -> None:
     """Registers `function` of kernels/`kernel`.py as an operator's implementation; the first call imports Triton."""
 
+    @functools.cache
+    def module() -> ModuleType:
+        return import_module(f"avadclip_fast.kernels.{kernel}")
+
     def run(*args):
         # Triton launches on the current GPU, which is not always that of the tensors.
         with torch.cuda.device_of(args[0]):
-            return getattr(import_module(f"avadclip_fast.kernels.{kernel}"), function)(*map(_addressable, args))
+            return getattr(module(), function)(*map(_addressable, args))
 
     devices = ("CPU", "CUDA")  # CPU: Triton's interpreter
     torch.library.impl(f"avadclip_fast::{operator}", devices, run)

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch
 from ._check import check_tensors
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
 
@@ -53,7 +53,7 @@ def _backward(ctx, grad):
     return *(grad.to(dtype) for dtype in ctx.dtypes), None
 
 
-torch.library.register_autograd("avadclip_fast::add_act", _backward, setup_context=_save)
+differentiable("add_act", _backward, _save)
 differentiable_once("add_act", "add_act_backward")
 
 

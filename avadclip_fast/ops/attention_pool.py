@@ -7,7 +7,7 @@ from .. import reference
 from . import _dispatch
 from ._autocast import without_autocast
 from ._check import check_lengths, check_tensors
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
 
@@ -54,7 +54,7 @@ def _backward(ctx, grad, _):
     return *torch.ops.avadclip_fast.attention_pool_backward(grad, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd("avadclip_fast::attention_pool", _backward, setup_context=_save)
+differentiable("attention_pool", _backward, _save)
 differentiable_once("attention_pool", "attention_pool_backward")
 
 

@@ -7,6 +7,7 @@ from .. import _build, reference
 from . import _dispatch
 from ._autocast import without_autocast
 from ._check import check_lengths, check_positive, check_tensors
+from ._derivatives import differentiable
 
 
 def _compiled(values: Tensor, scale: float, lengths: Tensor | None) -> Tensor:
@@ -35,7 +36,7 @@ def _backward(ctx, grad):
     return torch.ops.avadclip_fast.distance_graph(grad, ctx.scale, lengths), None, None
 
 
-torch.library.register_autograd("avadclip_fast::distance_graph", _backward, setup_context=_save)
+differentiable("distance_graph", _backward, _save)
 
 
 def distance_graph(

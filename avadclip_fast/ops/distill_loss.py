@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch
 from ._check import check_lengths, check_tensors
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
 
@@ -66,7 +66,7 @@ def _backward(ctx, grad, *_):
     return None, *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None
 
 
-torch.library.register_autograd("avadclip_fast::distill_loss", _backward, setup_context=_save)
+differentiable("distill_loss", _backward, _save)
 differentiable_once("distill_loss", "distill_loss_backward")
 
 

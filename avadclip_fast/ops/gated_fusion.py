@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch, _linear_act_cpu
 from ._check import check_lengths, check_tensors
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 from ._triton import declines_exact, implement, triton_reason
 
 # Rows are independent: only the products on a processor make use of `needed`.
@@ -108,7 +108,7 @@ def _backward(ctx, grad, *_):
     return *torch.ops.avadclip_fast.gated_fusion_backward(grad, *ctx.saved_tensors), None
 
 
-torch.library.register_autograd("avadclip_fast::gated_fusion", _backward, setup_context=_save)
+differentiable("gated_fusion", _backward, _save)
 differentiable_once("gated_fusion", "gated_fusion_backward")
 
 

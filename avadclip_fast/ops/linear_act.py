@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch, _linear_act_cpu, _linear_act_onednn
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 from ._layer_norm import layer_norm
 from ._padding import zero_padding
 from ._triton import declines_exact, implement, triton_reason
@@ -115,7 +115,7 @@ def _backward(ctx, grad, _):
     return dx, dw, db, None, residual, None, None, None, d_dot, None, None, None
 
 
-torch.library.register_autograd("avadclip_fast::linear_act", _backward, setup_context=_save)
+differentiable("linear_act", _backward, _save)
 differentiable_once("linear_act", "linear_act_backward")
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import _build, reference
 from . import _dispatch
 from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 
 CLASSES_MAX = 2047  # of mil_align_loss on CUDA: what csrc/mil_loss.cu refuses more of
 
@@ -107,8 +107,8 @@ def _align_backward(ctx, grad, *_):
     return logits.to(ctx.dtype), None, None, alpha, None
 
 
-torch.library.register_autograd("avadclip_fast::mil_loss", _backward, setup_context=_save)
-torch.library.register_autograd("avadclip_fast::mil_align_loss", _align_backward, setup_context=_save)
+differentiable("mil_loss", _backward, _save)
+differentiable("mil_align_loss", _align_backward, _save)
 differentiable_once("mil_loss", "mil_loss_backward")
 differentiable_once("mil_align_loss", "mil_align_loss_backward")
 

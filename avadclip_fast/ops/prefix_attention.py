@@ -7,7 +7,7 @@ from .. import reference
 from . import _dispatch
 from ._autocast import without_autocast
 from ._check import check_counts, check_tensors
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
 LONGEST, WIDTH = 32, 64  # of a prefix or sequence, and of a head: what a program holds without spilling registers
@@ -66,7 +66,7 @@ def _backward(ctx, grad, _):
     return dqkv, None, None, None
 
 
-torch.library.register_autograd("avadclip_fast::prefix_attention", _backward, setup_context=_save)
+differentiable("prefix_attention", _backward, _save)
 differentiable_once("prefix_attention", "prefix_attention_backward")
 
 

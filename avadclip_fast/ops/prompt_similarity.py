@@ -7,7 +7,7 @@ from .. import reference
 from . import _dispatch
 from ._autocast import without_autocast
 from ._check import check_positive, check_tensors
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
 MOST_CLASSES = 128  # a Triton program holds a video's prompts in registers
@@ -65,7 +65,7 @@ def _backward(ctx, grad, *_):
     return *grads, None
 
 
-torch.library.register_autograd("avadclip_fast::prompt_similarity", _backward, setup_context=_save)
+differentiable("prompt_similarity", _backward, _save)
 differentiable_once("prompt_similarity", "prompt_similarity_backward")
 
 

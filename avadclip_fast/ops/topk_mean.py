@@ -7,6 +7,7 @@ from .. import _build, reference
 from ..reference._numerics import at_least_float32
 from . import _dispatch
 from ._check import check_counts, check_lengths, check_tensors
+from ._derivatives import differentiable
 
 
 def _compiled(scores: Tensor, lengths: Tensor, divisor: int) -> Tensor:
@@ -57,8 +58,8 @@ def _twice(ctx, grad):
     return (chosen.sum(1) / (index >= 0).sum(1)).to(grad.dtype), None, None
 
 
-torch.library.register_autograd("avadclip_fast::topk_mean", _backward, setup_context=_save)
-torch.library.register_autograd("avadclip_fast::topk_mean_backward", _twice, setup_context=_save_backward)
+differentiable("topk_mean", _backward, _save)
+differentiable("topk_mean_backward", _twice, _save_backward)
 
 
 def topk_mean(scores: Tensor, lengths: Tensor, divisor: int = 16, backend: str | None = None) -> Tensor:

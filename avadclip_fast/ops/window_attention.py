@@ -7,7 +7,7 @@ from .. import reference
 from . import _dispatch
 from ._autocast import without_autocast
 from ._check import check_counts, check_lengths, check_tensors
-from ._derivatives import differentiable_once
+from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
 
@@ -66,7 +66,7 @@ def _backward(ctx, grad):
     return dq, dk, dv, None, None, None, grad if ctx.needs_input_grad[6] else None
 
 
-torch.library.register_autograd("avadclip_fast::window_attention", _backward, setup_context=_save)
+differentiable("window_attention", _backward, _save)
 differentiable_once("window_attention", "window_attention_backward")
 
 
