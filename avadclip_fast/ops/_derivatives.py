@@ -22,18 +22,17 @@ def differentiable(op: str, backward: Callable, save: Callable) -> None:
         with _C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    class Derivative(autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            result = plain(*args)
-            save(ctx, args, result)
-            return result
+    def forward(ctx, *args):
+        result = plain(*args)
+        save(ctx, args, result)
+        return result
 
-    Derivative.backward = staticmethod(backward)
-    Derivative.__name__ = op
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    derivative = type(op, (autograd.Function,), methods)
 
     def run(*args):
-        return (Derivative.apply if torch.is_grad_enabled() and _C._any_requires_grad(*args) else plain)(*args)
+        needed = torch.is_grad_enabled() and _C._any_requires_grad(*args)
+        return derivative.apply(*args) if needed else plain(*args)
 
     _library.impl(op, run, "Autograd")
 
