@@ -1,6 +1,7 @@
 """Derivatives of the operators."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import _C, autograd
@@ -28,7 +29,7 @@ def differentiable(op: str, backward: Callable, save: Callable) -> None:
         return result
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    derivative = type(op, (autograd.Function,), methods)
+    derivative: Any = type(op, (autograd.Function,), methods)
 
     def run(*args):
         needed = torch.is_grad_enabled() and _C._any_requires_grad(*args)
