@@ -5,8 +5,9 @@ the exit status and OUT/gpu.json report it at the end. Logs, the test report and
 build/gpu, and are packed into OUT/gpu.tar.gz after every stage, so that only two files need to be copied from the
 machine.
 
-torch.compile takes longer than everything that it is compared with: every benchmark runs without it first, and those
-that have it run once more, with it, in the time that is left. Their JSON is in the folder compiled/.
+torch.compile takes longer than everything that it is compared with: every benchmark runs without it first, those of
+operations in one process, and those that have it run once more, with it, in the time that is left. Their JSON is in the
+folder compiled/.
 """
 
 import argparse
@@ -37,12 +38,12 @@ THREADS = ["env", "OMP_NUM_THREADS=2"]
 # Every tensor is then an allocation of its own, so that memcheck sees an access that is just outside of it.
 UNCACHED = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
 FEW_ROUNDS = {"step": "4", "inference": "4"}  # for slow benches, as in `make bench-cpu`
-LIMITS = {"step": 120, "training": 120}  # seconds, of benches that take longer than 100
 # Whole steps come first, so that only small ops are missing if time runs out.
-BENCHES = (
-    "step", "training", "inference", "similarity_graph", "linear_act", "gated_fusion", "window_attention",
-    "add_act", "prefix_attention", "distill_loss", "prompt_similarity", "attention_pool", "distance_graph", "mil_loss",
-    "topk_mean", "uniform_pool", "pack_rows", "folds", "spans",
+WHOLE = ("step", "training", "inference")
+OPERATIONS = (
+    "similarity_graph", "linear_act", "gated_fusion", "window_attention", "add_act", "prefix_attention", "distill_loss",
+    "prompt_similarity", "attention_pool", "distance_graph", "mil_loss", "topk_mean", "uniform_pool", "pack_rows",
+    "folds", "spans",
 )  # fmt: skip
 NOT_COMPILED = ("training", "inference", "pack_rows", "folds", "spans")  # have no torch.compile beside them
 COMPILED = "_compiled"  # ends the names of stages with torch.compile
@@ -83,21 +84,24 @@ def stages(work: Path, tune: bool) -> list[Stage]:
     found.append(Stage("tests", tests, 190, group=UNTIMED))  # the longest of these, and so the last
     if tune:
         found.append(Stage("tune", [python, "-m", "avadclip_fast.cli", "tune"], 300))
+    timed = ["--device", "cuda", "--json"]
+    for name in WHOLE:
+        command = [python, "-m", f"bench.bench_{name}", *timed, str(work), "--compile", "without"]
+        found.append(Stage(f"bench_{name}", command + rounds(name), 120))
+    command = [python, "-m", "bench.operations", *OPERATIONS, "--", *timed, str(work), "--compile", "without"]
+    found.append(Stage("bench_operations", command, 240))
     with_compile = []
-    for name in BENCHES:
-        command = [python, "-m", f"bench.bench_{name}", "--device", "cuda"]
-        if name in FEW_ROUNDS:
-            command += ["--rounds", FEW_ROUNDS[name]]
-        if name in NOT_COMPILED:
-            found.append(Stage(f"bench_{name}", [*command, "--json", str(work)], LIMITS.get(name, 100)))
-            continue
-        plain = [*command, "--json", str(work), "--compile", "without"]
-        found.append(Stage(f"bench_{name}", plain, LIMITS.get(name, 100)))
-        limit = 200 if name == "step" else 120
-        command += ["--json", str(work / "compiled"), "--compile", "only"]
-        with_compile.append(Stage(f"bench_{name}{COMPILED}", command, limit))
+    for name in (*WHOLE, *OPERATIONS):
+        if name not in NOT_COMPILED:
+            command = [python, "-m", f"bench.bench_{name}", *timed, str(work / "compiled"), "--compile", "only"]
+            limit = 200 if name == "step" else 120
+            with_compile.append(Stage(f"bench_{name}{COMPILED}", command + rounds(name), limit))
     # After the tests, which have compiled these kernels: here it would take minutes.
     return [*found, sanitized("memcheck_triton", "memcheck", UNCACHED, "triton", 150), *with_compile]
+
+
+def rounds(name: str) -> list[str]:
+    return ["--rounds", FEW_ROUNDS[name]] if name in FEW_ROUNDS else []
 
 
 def together(stages: Iterable[Stage]) -> list[list[Stage]]:

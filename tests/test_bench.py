@@ -19,7 +19,7 @@ from torch import Tensor
 from avadclip_fast.data import FeatureSet
 from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.ops import _dispatch
-from bench import bench_step, bench_training, compare, gpu, harness, plots
+from bench import bench_step, bench_training, compare, gpu, harness, operations, plots
 from bench.harness import Bench, Work
 
 FOREVER = "import time; time.sleep(60)"
@@ -310,6 +310,25 @@ def test_stages_that_are_not_timed_run_side_by_side(tmp_path):
     assert [len(group) for group in gpu.together(alone)] == [1, 1, 1]
 
 
+def test_operations_share_a_process(monkeypatch, capsys):
+    """One that fails stops none; what follows -- is theirs."""
+    ran = []
+
+    def module(name, run_name):
+        ran.append((name, run_name, sys.argv))
+        if name == "bench.bench_two":
+            raise ValueError("no such case")
+
+    monkeypatch.setattr(operations.runpy, "run_module", module)
+    monkeypatch.setattr(sys, "argv", ["operations", "one", "two", "three", "--", "--rounds", "3"])
+    with pytest.raises(SystemExit, match="not well: two"):
+        operations.main()
+    expected = [
+        (f"bench.bench_{name}", "__main__", [f"bench_{name}", "--rounds", "3"]) for name in ("one", "two", "three")
+    ]
+    assert ran == expected and "no such case" in capsys.readouterr().err
+
+
 def test_nothing_is_measured_of_what_is_not_built(tmp_path):
     broken = gpu.Stage("build", [sys.executable, "-c", "raise SystemExit(1)"], 30)
     later = gpu.Stage("bench_step", [sys.executable, "-c", ""], 30)
@@ -320,14 +339,15 @@ def test_nothing_is_measured_of_what_is_not_built(tmp_path):
 def test_every_stage_is_there(tmp_path):
     stages = gpu.stages(tmp_path, tune=True)
     for stage in stages:
-        if stage.name.startswith("bench_"):
+        if stage.name.startswith("bench_") and stage.name != "bench_operations":
             assert (gpu.ROOT / f"bench/{stage.name.removesuffix(gpu.COMPILED)}.py").exists()
     commands = {stage.name: stage.command for stage in stages}
     assert commands["env"][-2:] == ["avadclip_fast.cli", "env"]  # what the records are of
     for name in ("step", "inference"):  # long ones
         assert "--rounds 4" in " ".join(commands[f"bench_{name}"])
-    names = {stage.name for stage in stages}
+    names = {stage.name for stage in stages} | {f"bench_{name}" for name in gpu.OPERATIONS}
     assert {path.stem for path in (gpu.ROOT / "bench").glob("bench_*.py")} <= names
+    assert commands["bench_operations"][3:].index("--") == len(gpu.OPERATIONS)
 
 
 @pytest.mark.parametrize("records", [True, False])
