@@ -1,6 +1,8 @@
 """Steps recorded as CUDA graphs: the same numbers as plain ones. Without a GPU a stand-in plays the graph's part."""
 
+import contextlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +106,45 @@ def test_recording_leaves_what_it_changes_as_it_was(recordings):
     step.record(torch.ones(1))  # another shape, when there is something to lose
     assert weight.tolist() == [4, 4, 4] and moments["sum"].tolist() == [3, 3, 3]
     assert step(torch.ones(1)).tolist() == [24]
+
+
+def test_a_graph_is_recorded_on_the_gpu_of_its_inputs(recordings, monkeypatch):
+    """Whichever is the current one: `eval --device cuda:1` got every pass of an empty graph alike."""
+    inside = []
+
+    @contextlib.contextmanager
+    def noted(device):
+        inside.append(device.type)
+        yield
+        inside.append("left")
+
+    plain = graph.capture
+    monkeypatch.setattr(graph, "current", noted)
+    monkeypatch.setattr(graph, "capture", lambda *given: inside.append("captured") or plain(*given))
+    graph.StepGraph(lambda x: inside.append("ran") or x + 1).record(torch.ones(3))
+    assert inside == ["cpu", "ran", "ran", "captured", "left"]
+
+
+def test_each_gpu_has_a_stream_for_its_captures(monkeypatch):
+    """torch's own is on the GPU of a process's first capture, and one on another GPU would record nothing."""
+    streams = []
+
+    def capturing(recorded, pool, stream, capture_error_mode):
+        streams.append((stream, pool))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None, pool=lambda: (0, 1)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: [device])
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    graph._capturing.cache_clear()
+    try:
+        for device in (0, 1, 1, 0):
+            monkeypatch.setattr(torch.cuda, "current_device", lambda: device)  # noqa: B023
+            graph.capture(lambda: None, None)
+    finally:
+        graph._capturing.cache_clear()
+    assert [stream for stream, _ in streams] == [[0], [1], [1], [0]]
+    assert streams[0][0] is streams[3][0] and streams[1][0] is streams[2][0]  # graphs of a pool share it
 
 
 @pytest.mark.parametrize("device", DEVICES)

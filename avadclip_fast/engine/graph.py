@@ -4,12 +4,15 @@ A step launches hundreds of kernels, many of which take less time than their lau
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..device import current
 
 REHEARSALS = 2  # warm-up calls: the first compiles kernels and creates moments, the second allocates like later steps
 
@@ -38,7 +41,8 @@ class StepGraph:
         losses = step(index)                 # overwritten by the next replay of this shape
 
     function: must not synchronize with the device, must change tensors in place, and must draw from the default
-    generator; what it returns is that of every replay, with new values.
+    generator; what it returns is that of every replay, with new values. It runs on the GPU of its first input, which
+    need not be the current one.
     changed: returns the tensors that the function changes, by default none. Recording has no net effect on them:
     existing tensors get their values back, and tensors that the first call creates, such as AdamW's moments, are set to
     zero.
@@ -54,9 +58,11 @@ class StepGraph:
         if _shapes(inputs) in self.recorded:
             return
         kept = tuple(x.clone() for x in inputs)
-        with _unchanged(self.changed):
-            rehearse(lambda: self.function(*kept))
-        replay, result, self.pool = capture(lambda: self.function(*kept), self.pool)
+        # A graph recorded on the current GPU would hold nothing of what runs on another, and its replays do nothing.
+        with current(inputs[0].device) if inputs else contextlib.nullcontext():
+            with _unchanged(self.changed):
+                rehearse(lambda: self.function(*kept))
+            replay, result, self.pool = capture(lambda: self.function(*kept), self.pool)
         self.recorded[_shapes(inputs)] = kept, replay, result
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -79,12 +85,18 @@ def rehearse(function: Callable[[], object]) -> None:
 
 
 def capture(function: Callable[[], Result], pool) -> tuple[Callable[[], None], Result, tuple[int, int]]:
-    """Captures a call. Returns the replay function, the result, and the memory pool."""
-    graph = torch.cuda.CUDAGraph()
+    """Captures a call on the current GPU. Returns the replay function, the result, and the memory pool."""
+    graph, stream = torch.cuda.CUDAGraph(), _capturing(torch.cuda.current_device())
     # Other threads may use the GPU meanwhile: their work is neither captured nor an error.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result, graph.pool()
+
+
+@functools.cache
+def _capturing(device: int) -> torch.cuda.Stream:
+    """The stream of a GPU's captures, one for all, as sharing a pool requires. torch's own stays on the first GPU."""
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
