@@ -12,7 +12,7 @@ from op_tests import ON_GPU
 from test_evaluate import videos
 from test_train import CLASSES, SMALL, features, killed, same, teacher, weights
 
-from avadclip_fast import AVadCLIP, AVadCLIPStudent
+from avadclip_fast import AVadCLIP, AVadCLIPStudent, data
 from avadclip_fast.engine import evaluate, graph, train
 from avadclip_fast.engine.recipe import Recipe, RecipeError
 from avadclip_fast.engine.residency import Place
@@ -161,6 +161,21 @@ def test_passes_of_scoring_are_replays(make, silent, padding, device, recordings
         np.testing.assert_allclose(of.probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
     if device == "cpu":
         assert recordings == [None]  # one shape for all
+
+
+def test_ranks_score_in_the_shapes_of_one_process(recordings, monkeypatch, tmp_path):
+    """In others, the scores would not be equal to the bit: a GPU picks its kernels by shape."""
+    data.make_synthetic(tmp_path, videos=0, test_videos=24, min_snippets=16, max_snippets=20, width=32)
+    rows, model, shapes = data.read_list(tmp_path / "test.csv"), small_models.teacher(), set()
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda x, *rest: shapes.add(x.shape) or forward(x, *rest))
+    evaluate.score_rows(model, rows, progress=False)
+    monkeypatch.setattr(evaluate.distributed, "world", lambda: 2)
+    monkeypatch.setattr(evaluate.distributed, "total", lambda x: x)
+    for rank in (0, 1):
+        monkeypatch.setattr(evaluate.distributed, "rank", lambda: rank)  # noqa: B023
+        evaluate.score_rows(model, rows, progress=False)
+    assert shapes == {(evaluate.PACKED_CHUNKS, 24, 32)}
 
 
 def test_what_is_asked_for_and_cannot_be_is_told(tmp_path):

@@ -83,9 +83,10 @@ def score_videos(
     calibration: Calibration | None = None,
     total: int | None = None,
     progress: bool = True,
+    plain: int = 1,
 ) -> list[VideoScores]:
     """Returns the `stream_scores` of all videos, with a progress bar."""
-    scores = stream_scores(model, videos, device, silent=silent, calibration=calibration)
+    scores = stream_scores(model, videos, device, silent=silent, calibration=calibration, plain=plain)
     return list(tqdm(scores, total=total, desc="scoring", unit="video", disable=not progress))
 
 
@@ -131,8 +132,9 @@ def score_rows(
         packs = list(_packs(own, lambda i: -(-snippets[i] // length), PACKED_CHUNKS))
         own = [i for pack in packs[rank::world] for i in pack]
     videos = test_videos([rows[i] for i in own], length, width, audio, model.motion)
-    scores = score_videos(
-        model, videos, device, silent=silent, calibration=calibration, total=len(own), progress=progress and rank == 0
+    shown = progress and rank == 0
+    scores = score_videos(  # a plain pass has another shape than a replay, and each rank has a first pass of its own
+        model, videos, device, silent=silent, calibration=calibration, total=len(own), progress=shown, plain=0
     )
     names = names_of(rows)
     if world == 1:
@@ -155,12 +157,13 @@ def stream_scores(
     calibration: Calibration | None = None,
     text: Tensor | None = None,
     chunks: int = PACKED_CHUNKS,
+    plain: int = 1,
 ) -> Iterator[VideoScores]:
     """Yields the scores of every snippet of every video, in order.
 
     Each chunk is scored independently. Videos are packed until they have `chunks` chunks together, so that short videos
     fill a batch. At most `chunks` chunks are computed in one pass, so that a long video needs little more memory than
-    its features. On a GPU, passes from the second on are replays of one CUDA graph.
+    its features. On a GPU, passes after the first `plain` are replays of one CUDA graph.
 
     silent: withhold the audio from a teacher. calibration: its temperatures divide the logits. text: the result of
     `model.encode_text` if already computed.
@@ -194,7 +197,7 @@ def stream_scores(
         for start in range(0, len(lengths), chunks):
             now = slice(start, start + chunks)
             given = [torch.as_tensor(x[now], device=device) for x in inputs]
-            if graph is None or next(passes) == 0:
+            if graph is None or next(passes) < plain:
                 found = scored(*given)
             else:  # of one shape, that of a full pass
                 padded = [_filled(x, chunks, pack[0].visual.shape[1]) for x in given]
