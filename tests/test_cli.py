@@ -16,6 +16,7 @@ import torch
 
 import avadclip_fast
 from avadclip_fast import cli, data, use_backend
+from avadclip_fast.cli import commands
 from avadclip_fast.data import make_synthetic
 from avadclip_fast.engine import demo
 from avadclip_fast.engine.calibrate import Calibration, Head
@@ -542,6 +543,30 @@ def test_without_pretrained_weights_it_says_so(videos, tmp_path, capsys, monkeyp
     monkeypatch.setattr(pretrained, "download_pretrained_from_url", refuse)
     message = mistake(capsys, "train", videos / "train.csv", "-o", tmp_path / "run", "--classes", CLASSES, "-q")
     assert "--text-weights random" in message and "no network" in message
+
+
+def test_too_little_memory_is_told_in_one_line(videos, tmp_path, capsys, monkeypatch):
+    ask = "train", videos / "train.csv", "-o", tmp_path / "run", *QUICK
+    message = mistake(capsys, *ask, "--length", 10**12)  # more than there are addresses
+    assert message.startswith("error: out of memory: can't allocate memory: you tried to allocate 2048000000000000 ")
+    assert message.endswith("; a smaller --batch-size or --length takes less\n")
+    of_torch = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free. If reserved memory is large"
+    for error, told in (
+        (torch.OutOfMemoryError(of_torch), "Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free; a smaller"),
+        (MemoryError(), "the system gives no more; a smaller"),
+    ):
+        monkeypatch.setattr(commands, "train_on_list", raiser(error))
+        assert told in mistake(capsys, *ask)
+    monkeypatch.setattr(commands, "train_on_list", raiser(RuntimeError("a mistake of the library's own")))
+    with pytest.raises(RuntimeError, match="of the library's own"):
+        call(*ask)
+
+
+def raiser(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what is kept is glibc's")

@@ -9,6 +9,10 @@ _RESUMES = {  # how commands go on after Ctrl-C
     "train": ", and --resume goes on from there",
     "distill": ", and --resume goes on from there",
 }
+_TAKES_LESS = {  # what helps where memory is short
+    "train": "; a smaller --batch-size or --length takes less",
+    "distill": "; a smaller --batch-size takes less",
+}
 
 
 def main() -> None:
@@ -26,6 +30,8 @@ def main() -> None:
 def _run() -> int:
     """Imports and runs the commands: Ctrl-C may come while the imports still take seconds. Returns the exit code."""
     import logging
+
+    import torch
 
     from ..data import DataError
     from ..engine.recipe import RecipeError
@@ -53,6 +59,14 @@ def _run() -> int:
         return _fail(stop, 128 + stop.number)
     except OSError as error:  # a full disk, a folder without permission
         return _fail(error, 2)
+    except (MemoryError, RuntimeError) as error:
+        said = str(error)
+        # torch has no type of error for a processor's memory
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said):
+            raise
+        said = said.partition(" If reserved")[0].rpartition("DefaultCPUAllocator: ")[2].rstrip(". ")
+        smaller = "".join(_TAKES_LESS.get(name, "") for name in sys.argv[1:2])
+        return _fail(f"out of memory: {said or 'the system gives no more'}{smaller}", 2)
     return 0
 
 
