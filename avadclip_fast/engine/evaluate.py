@@ -83,10 +83,9 @@ def score_videos(
     calibration: Calibration | None = None,
     total: int | None = None,
     progress: bool = True,
-    plain: int = 1,
 ) -> list[VideoScores]:
     """Returns the `stream_scores` of all videos, with a progress bar."""
-    scores = stream_scores(model, videos, device, silent=silent, calibration=calibration, plain=plain)
+    scores = stream_scores(model, videos, device, silent=silent, calibration=calibration)
     return list(tqdm(scores, total=total, desc="scoring", unit="video", disable=not progress))
 
 
@@ -132,9 +131,8 @@ def score_rows(
         packs = list(_packs(own, lambda i: -(-snippets[i] // length), PACKED_CHUNKS))
         own = [i for pack in packs[rank::world] for i in pack]
     videos = test_videos([rows[i] for i in own], length, width, audio, model.motion)
-    shown = progress and rank == 0
-    scores = score_videos(  # a plain pass has another shape than a replay, and each rank has a first pass of its own
-        model, videos, device, silent=silent, calibration=calibration, total=len(own), progress=shown, plain=0
+    scores = score_videos(
+        model, videos, device, silent=silent, calibration=calibration, total=len(own), progress=progress and rank == 0
     )
     names = names_of(rows)
     if world == 1:
@@ -157,13 +155,12 @@ def stream_scores(
     calibration: Calibration | None = None,
     text: Tensor | None = None,
     chunks: int = PACKED_CHUNKS,
-    plain: int = 1,
 ) -> Iterator[VideoScores]:
     """Yields the scores of every snippet of every video, in order.
 
     Each chunk is scored independently. Videos are packed until they have `chunks` chunks together, so that short videos
     fill a batch. At most `chunks` chunks are computed in one pass, so that a long video needs little more memory than
-    its features. On a GPU, passes after the first `plain` are replays of one CUDA graph.
+    its features. On a GPU all passes have one shape, and from the second on are replays of one CUDA graph.
 
     silent: withhold the audio from a teacher. calibration: its temperatures divide the logits. text: the result of
     `model.encode_text` if already computed.
@@ -197,12 +194,16 @@ def stream_scores(
         for start in range(0, len(lengths), chunks):
             now = slice(start, start + chunks)
             given = [torch.as_tensor(x[now], device=device) for x in inputs]
-            if graph is None or next(passes) < plain:
+            if graph is None:
                 found = scored(*given)
-            else:  # of one shape, that of a full pass
+            else:  # in the shape of a full pass: for others a GPU picks other kernels, whose last bits differ
                 padded = [_filled(x, chunks, pack[0].visual.shape[1]) for x in given]
-                graph.record(*padded)
-                found = graph(*padded)[: len(given[0]), : given[1].shape[1]]
+                if next(passes) == 0:
+                    found = scored(*padded)
+                else:
+                    graph.record(*padded)
+                    found = graph(*padded)
+                found = found[: len(given[0]), : given[1].shape[1]]
             valid = np.arange(found.shape[1]) < lengths[now, None]
             parts.append(found.cpu().numpy()[valid])
         scores = np.concatenate(parts)
