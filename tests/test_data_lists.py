@@ -86,6 +86,7 @@ def test_sound_is_optional_where_it_is_not_wanted(tmp_path):
         ("path\taudio_path\tlabel\na\tb\tA\n", ["columns are separated by commas, not by tabs"]),
         ("path,audio_path,label\na.npy,b.npy\n", ["line 2", "label empty"]),
         ("path,audio_path,label\na.npy,b.npy,A\n ,b.npy,A\n", ["line 3", "path empty"]),
+        ("path,audio_path,label\na.npy,b.npy,A,,\nc.npy,d.npy,B1,B2\n", ["line 3: B2 is beyond the 3 columns", "by -"]),
         ("path,audio_path,label\na.npy,b.npy,A\nc.npy,b.npy,A\na.npy,d.npy,A\n", ["line 4", "line 2", "a.npy"]),
         ('path,audio_path,label\n"a.npy"x,b.npy,A\n', ["line 2: not a CSV"]),
         ("path,label\na.npy,A\n", ["no column audio_path", "found path,label; without sound, train --student"]),

@@ -79,7 +79,8 @@ def is_inside(root: str | Path, name: str) -> bool:
 def read_cells(path: Path, expected: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
     """(line number, column -> stripped text, "" if missing) of each non-blank line.
 
-    Raises DataError if the file cannot be read, or one of the `expected` columns is missing.
+    Raises DataError if the file cannot be read, one of the `expected` columns is missing, or a line has more cells than
+    the header has columns.
     """
     try:
         # utf-8-sig: spreadsheets write a byte order mark
@@ -104,6 +105,12 @@ def read_cells(path: Path, expected: Sequence[str]) -> list[tuple[int, dict[str,
             f"{path}: no column {', '.join(missing)}: the header must be {','.join(expected)}, "
             f"found {','.join(header)}{_other_separator(header)}{silent}"
         )
+    for line, cells in lines:
+        if beyond := "".join(cells[len(header) :]).strip():  # blank ones are those of spreadsheets
+            raise DataError(
+                f"{path}, line {line}: {beyond} is beyond the {len(header)} columns of the header; join the codes of a "
+                "label by -, and put a name that holds a comma in quotes"
+            )
     blank = dict.fromkeys(("path", "audio_path", "label"), "")
     return [(line, blank | {n: c.strip() for n, c in zip(header, cells, strict=False)}) for line, cells in lines]
 
