@@ -494,6 +494,8 @@ def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):
     assert "--classes" in mistake(capsys, "train", train, "-o", run, "--classes", "A", "-q")
     for wrong in ("A=normal", "A=normal,B1=violence,B2=violence", "A=normal,B1=a,B1=b"):
         assert "each once" in mistake(capsys, "train", train, "-o", run, "--classes", wrong, "-q")
+    for wrong, code in (("0=normal,1=fighting", "0"), ("A=normal,B-1=fighting", "B-1")):  # no label can name them
+        assert f"{code} cannot be a code" in mistake(capsys, "check", train, "--classes", wrong, "-q")
     long = "--classes", "A=normal,B1=" + "very " * 60 + "odd", "--text-weights", "random", "-q"
     assert "number 2 has 61 tokens; at most 55" in mistake(capsys, "train", train, "-o", run, *long)
     assert "not a packed list" in mistake(capsys, "train", trained / "state.safetensors", "-o", run, *QUICK)

@@ -14,6 +14,7 @@ from typer import Argument, Option
 from .. import __version__, data
 from ..data import DataError, Row
 from ..data.atomic import atomic_write, make_folder
+from ..data.labels import FILLER
 from ..data.lists import names_of
 from ..data.packed import PACKED
 from ..device import device_of, keep_memory
@@ -597,6 +598,8 @@ def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[st
         codes = {code.strip(): label.strip() for code, _, label in pairs}
         if len(pairs) < 2 or not len(codes) == len(set(codes.values())) == len(pairs):
             raise DataError(f"--classes wants two classes or more, normal first, each once; got {classes!r}")
+        if unfit := [code for code in codes if code == FILLER or "-" in code]:
+            raise DataError(f"--classes: {unfit[0]} cannot be a code, since a label joins codes by -, and 0 is filler")
     return codes, frames or preset.frames_per_snippet, preset.distill_weight
 
 
