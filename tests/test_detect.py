@@ -118,7 +118,8 @@ def test_own_copies_are_not_taken_for_videos(pair, tmp_path, monkeypatch):
         assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
             "a.mkv", "detections/a.json", "detections/a.mkv", "detections/events.csv",
         ]  # fmt: skip
-    assert call("detect", "detections", *same[:-1]) == 0
+    assert call("detect", "detections", "-o", "again", *same[:-1]) == 0
+    assert (tmp_path / "again" / "a.json").is_file()
 
 
 SOUNDS = {  # that Matroska does not take: (suffix, codec, rate, channels)
@@ -367,6 +368,26 @@ def test_events_of_earlier_calls_stay(pair, tmp_path, capsys):
     capsys.readouterr()
     told = mistake(capsys, "detect", tmp_path / "b.mkv", "-o", out, *options)
     assert "events.csv was not written by detect" in told and (out / "events.csv").read_text().endswith("mine\n")
+
+
+def test_events_in_another_video_of_the_same_name_stay(pair, tmp_path, capsys, monkeypatch):
+    """Wherever the call is made; a video that was moved, or a record that is none, is in nobody's way."""
+    for day, at in (("monday", 10), ("tuesday", 20)):
+        (tmp_path / day).mkdir()
+        film(tmp_path / day / "a.mkv", [(at, at + 6, 220)])
+    given = ["detect", "a.mkv", "-m", pair / "student", "-o", tmp_path / "out", *QUICK, "--no-plot"]
+    monkeypatch.chdir(tmp_path / "monday")
+    assert call(*given) == call(*given) == 0
+    capsys.readouterr()
+    kept = [(tmp_path / "out" / name).read_bytes() for name in ("a.json", "events.csv")]
+    monkeypatch.chdir(tmp_path / "tuesday")
+    assert f"a.json is of {tmp_path / 'monday' / 'a.mkv'}, and would be replaced by" in mistake(capsys, *given)
+    assert kept == [(tmp_path / "out" / name).read_bytes() for name in ("a.json", "events.csv")]
+    (tmp_path / "monday").rename(tmp_path / "moved")
+    assert call(*given) == 0
+    for text in ("[]", "{}", "{"):
+        (tmp_path / "out" / "a.json").write_text(text)
+        assert call(*given) == 0
 
 
 def test_paths_of_a_list_have_a_root(pair, tmp_path, capsys):

@@ -266,6 +266,28 @@ def test_videos_of_other_settings_are_told(folder, tmp_path, capsys, monkeypatch
     assert f"\n2 videos {some}--audio-weights, --crops, --every, --float32) and" in said
 
 
+def test_features_of_another_video_of_the_same_name_stay(tmp_path, capsys, monkeypatch):
+    """And with them a label that was typed; the same file, changed or moved, is done again or known."""
+    out = tmp_path / "out"
+    for day, frames in (("monday", 40), ("tuesday", 70)):
+        (tmp_path / day).mkdir()
+        make_video(tmp_path / day / "camera.mp4", frames=frames)
+    monkeypatch.chdir(tmp_path / "monday")
+    assert call("extract", "camera.mp4", "-o", out, *QUICK) == 0
+    listed = (out / "list.csv").read_text().replace("__0.npy,", "__0.npy,B1")
+    (out / "list.csv").write_text(listed)
+    monkeypatch.chdir(tmp_path / "tuesday")
+    for given in ("camera.mp4", tmp_path / "tuesday"):
+        told = mistake(capsys, "extract", given, "-o", out, *QUICK)
+        assert f"features of another video called camera, {tmp_path / 'monday' / 'camera.mp4'}: rename" in told
+        assert (out / "list.csv").read_text() == listed and len(np.load(out / "visual" / "camera__0.npy")) == 2
+    (tmp_path / "monday").rename(tmp_path / "moved")
+    assert call("extract", tmp_path / "moved", "-o", out, *QUICK) == 0
+    assert "0 extracted, 1 were there" in capsys.readouterr().out
+    assert call("extract", tmp_path / "tuesday", "-o", out, *QUICK, "--overwrite") == 0
+    assert len(np.load(out / "visual" / "camera__0.npy")) == 4
+
+
 def test_labels_typed_into_the_list_stay(folder, tmp_path, capsys):
     """Whatever the next calls say; those that nobody typed are replaced as before."""
     out = tmp_path / "out"

@@ -149,7 +149,9 @@ def extract(
         Literal["threads", "ray"], Option(help="threads of this machine, or the machines of a ray cluster.")
     ] = "threads",
     full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace features made with other settings.")] = False,
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Replace features made with other settings, or of another video.")
+    ] = False,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -187,7 +189,7 @@ def extract(
     settings = media.settings_of(sampling, not full, named)
     media.read_labels(folder)  # to fail early
     if not overwrite:
-        media.check_settings(sources, folder, settings)
+        media.check_replaced(sources, folder, settings)
     chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
     by_ray = engine == "ray"
     # also loaded here with ray, so that their errors are reported once, not for every video
@@ -285,7 +287,15 @@ def detect(
     fail are reported at the end, and the exit code is 1. --every must match the snippets that the model was trained on.
     events.csv keeps the events that earlier calls found in other videos. If interrupted, it has those found so far.
     """
-    from ..engine.detect import best_snippets, read_events, summary, write_detection, write_events, write_frame_scores
+    from ..engine.detect import (
+        best_snippets,
+        check_video,
+        read_events,
+        summary,
+        write_detection,
+        write_events,
+        write_frame_scores,
+    )
     from ..engine.detect import detect as detect_in
     from ..engine.stop import Request, Stopped, listening
     from ..engine.timeline import timeline
@@ -307,6 +317,8 @@ def detect(
     results = [output / f"{source.name}{ending}" for source in sources for ending in endings]
     check_results(videos, sources, [events, *results])
     read_events(events)  # to fail early
+    for source in sources:
+        check_video(output / f"{source.name}.json", source.path)
     make_folder(output)
     scorers, seen, heard = watchers(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -341,7 +342,7 @@ def as_record(detection: Detection, source: str | Path) -> dict:
         return {"start": round(start, 3), "end": round(end, 3), "by": part.by, "why": part.why}
 
     return {
-        "video": str(source),
+        "video": os.path.abspath(source),
         "classes": detection.classes,
         "seconds_per_snippet": detection.seconds,
         "parts": [part_record(part) for part in detection.parts],
@@ -359,6 +360,20 @@ def as_record(detection: Detection, source: str | Path) -> dict:
 def write_detection(path: Path, detection: Detection, source: str | Path) -> None:
     with atomic_write(path, "w") as file:
         file.write(json.dumps(as_record(detection, source)) + "\n")
+
+
+def check_video(path: Path, source: str | Path) -> None:
+    """Raises DataError if `path` is what `write_detection` wrote of a video that is still there, but not `source`."""
+    try:
+        video = json.loads(path.read_text(encoding="utf-8"))["video"]
+        other = os.path.isfile(video) and not os.path.samefile(video, source)
+    except (OSError, ValueError, TypeError, KeyError):  # no such file, or none of ours
+        return
+    if other:
+        raise DataError(
+            f"{path} is of {video}, and would be replaced by what is found in {source}: give another folder with "
+            "--output, or their common folder as the videos"
+        )
 
 
 def read_events(path: Path) -> list[list[str]]:

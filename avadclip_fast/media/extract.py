@@ -26,7 +26,7 @@ from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
 from .features import Sampling, VideoFeatures, video_features
 
-RECORDED = {"file", "settings", "label", "crops", "audio"}  # keys required in OUTPUT/done/NAME.json
+RECORDED = {"source", "file", "settings", "label", "crops", "audio"}  # keys required in OUTPUT/done/NAME.json
 SUFFIXES = (
     ".mp4", ".mkv", ".avi", ".mov", ".webm", ".flv", ".mpg", ".mpeg", ".mpe", ".vob", ".ts", ".mts", ".m2ts", ".m4v",
     ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".mxf", ".dav",
@@ -327,9 +327,15 @@ def _differing(theirs: dict, ours: dict) -> set[str]:
     return {name for name, value in _options(ours).items() if given.get(name) != value}
 
 
-def check_settings(sources: Sequence[Source], output: Path, settings: dict) -> None:
-    """Raises DataError if features of these videos, made with other settings, would be replaced."""
+def check_replaced(sources: Sequence[Source], output: Path, settings: dict) -> None:
+    """Raises DataError if features of other videos, or of these made with other settings, would be replaced."""
     records = [_read_record(_paths(output, source.name, 0)[2]) for source in sources]
+    for source, record in zip(sources, records, strict=True):
+        if record is not None and source.path.is_file() and _is_other(source.path, record):
+            raise DataError(
+                f"{output} holds features of another video called {source.name}, {record['source']}: rename "
+                f"{source.path}, give their common folder, or another --output, or --overwrite to replace them"
+            )
     others = [record["settings"] for record in records if record is not None and record["settings"] != settings]
     if others:
         differ = ", ".join(sorted(set.union(*(_differing(given, settings) for given in others))))
@@ -337,6 +343,11 @@ def check_settings(sources: Sequence[Source], output: Path, settings: dict) -> N
             f"{output} holds features of {len(others)} of these videos, made with another {differ}: give another "
             "folder, or --overwrite to replace them"
         )
+
+
+def _is_other(path: Path, record: dict) -> bool:
+    """Whether a record is of another file than `path`: neither the same, changed or not, nor a copy of it."""
+    return os.path.realpath(path) != os.path.realpath(record["source"]) and _identity(path) != record["file"]
 
 
 def _done(output: Path, source: Source, settings: dict) -> dict | None:
@@ -375,7 +386,7 @@ def write_video(output: Path, source: Source, found: VideoFeatures, settings: di
     if found.audio is not None:
         write_features(audio, found.audio)
     record = {
-        "source": str(source.path),
+        "source": os.path.abspath(source.path),
         "file": identity,
         "label": source.label or (before["label"] if before["file"] == identity else ""),
         "listed": before.get("listed", before["label"]),  # label that `write_lists` wrote last
