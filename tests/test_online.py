@@ -245,6 +245,18 @@ def test_a_file_that_tells_no_duration_is_a_file(tmp_path):
     assert len(snippets) == 50 and (live.frames, live.dropped, live.reconnects) == (200, 0, 0) and not live.live
 
 
+def test_the_ticks_of_a_clock_are_no_frame_rate(tmp_path):
+    """Of frames as browsers record them, at odd times and without a rate, FFmpeg guesses 1000 a second."""
+    times = np.cumsum(np.random.default_rng(0).integers(20, 61, 300)) / 1000
+    path = make_video(tmp_path / "a.webm", frames=300, times=times, codec="libvpx")
+    data = path.read_bytes()
+    at = data.index(b"\x23\xe3\x83\x84")  # the rate, 4 bytes: void instead
+    path.write_bytes(data[:at] + b"\xec\x86" + bytes(6) + data[at + 8 :])
+    live = LiveSource(path)
+    frames = [snippet.frames for snippet in live]
+    assert live.seconds == pytest.approx(16 / 25) and len(frames) == int(times[-1] / 0.64) + 1 and sum(frames) == 300
+
+
 def test_a_stream_whose_time_stamps_begin_anew_goes_on(tmp_path):
     path = joined(tmp_path / "a.ts", 3, frames=100, audio=1, tone=(1.0, 1.6), sound_ends=4.5)
     snippets = list(LiveSource(path, every=5))

@@ -24,6 +24,7 @@ WAIT = 10.0  # read timeout of a live stream in seconds
 AT_ONCE = 2**22  # audio samples in memory: 17 MB
 JUMP = 1.0  # backward step in seconds that means a timestamp reset; smaller ones are disorder
 GAP = 0.1  # difference in seconds between a packet's time and the samples so far above which silence is inserted
+TICKS = 1000  # per second, the least of any container's clock that is no frame rate: of WebM; 90,000 of MPEG-TS
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
 FILES_ONLY = "files only; `avadclip-fast stream` takes URLs"
 Progress = Callable[[int], None]  # called with the number of frames decoded since the last call
@@ -136,8 +137,9 @@ class Clock:
 
 
 def rate_of(stream: Any) -> float:
-    """Average frames per second; 25 if the container does not say."""
-    return float(stream.average_rate or stream.guessed_rate or 25)
+    """Average frames per second; 25 if the container does not say, or FFmpeg guesses the ticks of its clock."""
+    guess = stream.guessed_rate
+    return float(stream.average_rate or (guess if guess and guess < TICKS else 25))
 
 
 class Beat:
