@@ -436,7 +436,7 @@ def test_the_folder_at_hand_is_looked_in_last_and_for_named_encoders_alone(tmp_p
     assert sys.path[-1] == str(tmp_path)
 
 
-def test_clip_with_random_weights(tmp_path):
+def test_clip_with_random_weights(tmp_path, caplog):
     from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     tower = encoders.visual_encoder("clip", "random", "cpu")
@@ -459,3 +459,7 @@ def test_clip_with_random_weights(tmp_path):
     ):
         with pytest.raises(MediaError, match=wrong):
             tower._load(path)
+    torch.save({f"visual.{name}": x.half() for name, x in tower.tower.state_dict().items()}, tmp_path / "visual.pt")
+    loaded = encoders.visual_encoder("clip", str(tmp_path / "visual.pt"), "cpu")
+    assert torch.equal(loaded.tower.proj, tower.tower.proj.half().float())
+    assert not caplog.records  # no word of random weights, least of all where they come from a file

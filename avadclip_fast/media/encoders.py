@@ -87,8 +87,11 @@ class ClipVisual(nn.Module):
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # for "random"
-                pretrained = "openai" if weights == "openai" else None
-                model = open_clip.create_model("ViT-B-16-quickgelu", pretrained=pretrained, device="cpu")
+                name = "ViT-B-16-quickgelu"
+                if weights == "openai":
+                    model = open_clip.create_model(name, pretrained="openai", device="cpu")
+                else:  # create_model would warn of random weights, also where a file follows
+                    model = open_clip.CLIP(**open_clip.get_model_config(name))
         except Exception as error:  # network, proxy, full disk: the remedy is the same
             raise MediaError(
                 f"CLIP's ViT-B/16 weights could not be loaded ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
