@@ -14,6 +14,7 @@ import torch
 from standins import NAMED, Hearing, Sight, overlap
 from test_cli import call, mistake
 from test_detect import film
+from test_docs import ROOT, examples
 from videos import BAD, bad_videos, joined, make_video
 
 from avadclip_fast.data import DataError
@@ -63,6 +64,19 @@ def test_a_long_event_is_told_in_parts_and_the_last_by_flush(pair):
     assert len(events) >= 4 and all(a.end == pytest.approx(b.start) for a, b in zip(events, events[1:], strict=False))
     assert all(e.end - e.start == pytest.approx(1.0) for e in events[:-1]) and events[-1].end == pytest.approx(23 * 0.2)
     assert detector.flush() == []
+
+
+def test_the_loop_of_the_docs_loses_no_event(pair, tmp_path, capsys, monkeypatch):
+    """Nor one that goes on as the snippets end."""
+    (tmp_path / "runs").symlink_to(pair)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("avadclip_fast.media.encoders.ClipVisual", lambda: Sight("cpu"))
+    monkeypatch.setattr("avadclip_fast.media.wav2clip.Wav2Clip", lambda path: Hearing("cpu"))
+    (code,) = [code for _, code, _ in examples(ROOT / "docs" / "videos.md") if "OnlineDetector" in code]
+    for levels in ([30] * 8 + [220] * 4, [30] * 8 + [220] * 4 + [30] * 8):
+        exec(code, {"snippets": [(grey(level), None) for level in levels]})  # noqa: S102
+        (line,) = capsys.readouterr().out.splitlines()
+        assert " explosion " in line
 
 
 def test_the_student_takes_over_after_a_pause(pair):

@@ -20,6 +20,7 @@ class OnlineDetector:
         for frame, audio in camera:                  # (H, W, 3) uint8 RGB; (n,) float32 mono at 16 kHz, or None
             for event in detector.push(frame, audio):
                 print(event)
+        print(*detector.flush())                     # what still goes on at the end
 
     The context of a snippet is at most the last `window` snippets (default: as many as the model takes), which include
     the snippet itself and the `delay` snippets after it. The teacher scores while there is sound; the student, if
