@@ -194,6 +194,9 @@ def test_a_held_out_list_takes_the_place_of_a_share(videos, tmp_path, capsys):
     separate = "--held-out-list", videos / "both.csv"
     said = mistake(capsys, "train", videos / "train.csv", "-o", tmp_path / "other", *separate, *QUICK)
     assert "both.csv: " in said and "and not held out" in said
+    for other in (separate, ("--select", "last")):  # which leave a share aside
+        said = mistake(capsys, "train", videos / "train.csv", "-o", tmp_path / "run", "--held-out", 0.3, *other, *QUICK)
+        assert f"--held-out 0.3 is for --select val, and {other[0]} " in said
 
 
 def test_a_video_is_known_for_the_same_in_a_file_packed_elsewhere(videos, tmp_path, capsys, monkeypatch):

@@ -168,7 +168,15 @@ SelectBy = Annotated[
     Literal["val", "last", "test"],
     Option(help="Epoch to keep: lowest held-out loss, the last, or best on the test list."),
 ]
-HeldOut = Annotated[float, Option(min=0.0, max=0.9, help="Share of the training videos held out for --select val.")]
+HeldOut = Annotated[
+    float | None,
+    Option(
+        min=0.0,
+        max=0.9,
+        help="Share of the training videos held out for --select val; default: 0.1.",
+        show_default=False,
+    ),
+]
 HeldOutList = Annotated[
     Path | None,
     Option(
@@ -233,7 +241,7 @@ def train(
     text_weights: TextWeights = "openai",
     text_layers: TextLayers = 12,
     select: SelectBy = "val",
-    held_out: HeldOut = 0.1,
+    held_out: HeldOut = None,
     held_out_list: HeldOutList = None,
     test_list: TestList = None,
     gt: TestTruth = None,
@@ -270,7 +278,7 @@ def train(
         recipe, seen, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
     )  # fmt: skip
-    files: dict[str, Any] = {"root": root, "held_out": held_out, "held_out_list": held_out_list}
+    files: dict[str, Any] = {"root": root, **_held_out(held_out, held_out_list, select)}
     files |= {"test_list": test_list, "gt": gt, "frames_per_snippet": frames}
     how: dict[str, Any] = {"device": _device(device), "progress": not quiet}
     how |= {"profile": profile, "graph": graph, "resume": resume}
@@ -316,7 +324,7 @@ def distill(
     prompt: PromptMode = "official",
     standardize: Standard = None,
     select: SelectBy = "val",
-    held_out: HeldOut = 0.1,
+    held_out: HeldOut = None,
     held_out_list: HeldOutList = None,
     test_list: TestList = None,
     gt: TestTruth = None,
@@ -352,7 +360,7 @@ def distill(
         temporal_lr=temporal_lr, noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every,
         precision=precision, distill_weight=distill_weight,
     )  # fmt: skip
-    files: dict[str, Any] = {"root": root, "held_out": held_out, "held_out_list": held_out_list}
+    files: dict[str, Any] = {"root": root, **_held_out(held_out, held_out_list, select)}
     files |= {"test_list": test_list, "gt": gt, "frames_per_snippet": frames}
     how: dict[str, Any] = {"device": _device(device), "progress": not quiet}
     how |= {"profile": profile, "graph": graph, "resume": resume}
@@ -649,6 +657,14 @@ def _scaled(
     if foreign := [stream for stream in standardize if stream not in streams]:
         raise DataError(f"--standardize {foreign[0]}: the student takes {streams[0]} alone")
     return [*standardize, *([Modality.visual] if motion and Modality.visual not in standardize else [])]
+
+
+def _held_out(share: float | None, list_: Path | None, select: str) -> dict[str, Any]:
+    """Returns what of `train_on_list` names held-out videos. Raises DataError on a share that would be left aside."""
+    if share and (list_ is not None or select != "val"):
+        instead = f"--select {select} holds no share out" if list_ is None else "--held-out-list holds others out"
+        raise DataError(f"--held-out {share:g} is for --select val, and {instead}: leave one of the two out")
+    return {"held_out_list": list_} if share is None else {"held_out": share, "held_out_list": list_}
 
 
 def _epochs(milestones: str) -> tuple[int, ...]:
