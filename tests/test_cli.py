@@ -293,6 +293,7 @@ def test_convert_there_and_back(trained, tmp_path, capsys):
     assert "nowhere.pth: no such file to take the image tower" in mistake(
         capsys, "convert", trained, tmp_path / "x.pth", "--classes", CLASSES, *tower
     )
+    assert "takes none" in mistake(capsys, "convert", tmp_path / "official.pth", tmp_path / "own", *tower)
     assert call("convert", tmp_path / "official.pth", tmp_path / "own", "--classes", CLASSES) == 0
     before, after = AVadCLIP.from_pretrained(trained / "model"), AVadCLIP.from_pretrained(tmp_path / "own")
     assert all(torch.equal(t, after.state_dict()[n]) for n, t in before.state_dict().items())

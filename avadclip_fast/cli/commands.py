@@ -570,6 +570,8 @@ def convert(
         raise CheckpointError(f"{target}: a folder is turned into an official checkpoint: a file that ends in .pth")
     if source.is_file() and (target.is_file() or named):
         raise CheckpointError(f"{target}: a .pth is turned into a folder; name a folder, new or to be written to")
+    if image_tower is not None and not source.is_dir():
+        raise CheckpointError("--image-tower is added to a .pth; a folder takes none: leave it out")
     model = load_model(source, list(codes.values()), window)
     if source.is_dir():
         model.to_official(target, image_tower)
