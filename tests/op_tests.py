@@ -247,6 +247,12 @@ class OpTests:
             for name, grad in self.run(arguments, backend, upstream)[1].items():
                 torch.testing.assert_close(grad, expected[name], rtol=1e-5, atol=1e-6)
 
+    def test_a_result_can_be_written_to(self, case: Case, backend: str, device: str):
+        """As in `y = layer(x); y += position`: torch refuses it of a view that an operator's own code has made."""
+        arguments = self.make(case, backend, device=device)
+        without = FIXED.get(self.op, ())
+        self.call(convert(arguments, lambda name, x: x.requires_grad_(name not in without)), backend).mul_(2)
+
     def test_vectors_of_any_stride(self, case: Case, backend: str, device: str):
         """Lengths, biases and other vectors may be columns of a matrix."""
         arguments = self.make(case, backend, device=device)

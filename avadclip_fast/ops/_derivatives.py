@@ -20,7 +20,8 @@ def differentiable(op: str, backward: Callable, save: Callable) -> None:
     operator = getattr(torch.ops.avadclip_fast, op).default
 
     def plain(*args):
-        with _C._AutoDispatchBelowAutograd():
+        # As torch's own operators, it does not note views: nobody may write to a result that is noted as one.
+        with _C._AutoDispatchBelowADInplaceOrView():
             return operator(*args)
 
     def forward(ctx, *args):
