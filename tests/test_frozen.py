@@ -3,6 +3,7 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -50,6 +51,16 @@ def test_another_tensor_behind_it_is_seen(weight):
         lowered(weight)
         weight.data = torch.randn(5, 3)  # what Module.to does
         assert torch.equal(lowered(weight), weight.bfloat16())
+
+
+def test_another_tensor_at_the_same_address_is_seen(weight):
+    """As after `model.half().float()`, or wherever an allocator hands out again what was just freed."""
+    memory = np.zeros((4, 3), np.float32)
+    with autocast:
+        for value in (1.0, 2.0):
+            memory[:] = value
+            weight.data = torch.from_numpy(memory)
+            assert (lowered(weight) == value).all()
 
 
 def test_what_inference_mode_makes_can_be_trained_through(weight):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..ops._dispatch import transformed
@@ -26,7 +27,8 @@ def lowered(weight: Tensor) -> Tensor:
     if weight.is_inference():  # torch does not count its changes
         return weight
     dtype = torch.get_autocast_dtype(device)
-    state = (weight.data_ptr(), weight.device, weight._version)
+    # An address is not enough: what replaces a tensor may lie where it lay. A storage that is referred to stays itself.
+    state = (StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), weight._version)
     kept = _lowered.setdefault(weight, {})
     before, result = kept.get(dtype, (None, None))
     if before == state:
