@@ -112,6 +112,22 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
     assert same(weights(tmp_path / "whole"), weights(run))
 
 
+def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
+    """Else the model of one got the weights of the other."""
+    from test_cli import QUICK, call, mistake
+
+    data.make_synthetic(tmp_path, videos=12, test_videos=1, min_snippets=16, max_snippets=20)
+    few = "train", tmp_path / "train.csv", "-o", tmp_path / "run", "--epochs", 1, "--select", "last", *QUICK
+    code = "import sys, pathlib; from avadclip_fast.engine.state import alone\nwith alone(pathlib.Path(sys.argv[1])):"
+    code += " print(flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdin=-1, stdout=-1)
+    other.stdout.readline()
+    assert "run: another process is training there; wait for that one" in mistake(capsys, *few)
+    other.kill()
+    other.communicate()
+    assert call(*few) == 0
+
+
 def test_it_is_told_in_one_line(tmp_path, capsys):
     from test_cli import QUICK, mistake  # a second of imports, which the process above need not spend
 

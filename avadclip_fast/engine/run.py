@@ -1,5 +1,6 @@
 """A complete training run, from list files to a model folder."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -18,6 +19,7 @@ from ..models import AVadCLIP, AVadCLIPStudent
 from . import distributed, report
 from .evaluate import check_truth, evaluate, score_rows
 from .recipe import Recipe
+from .state import alone
 from .train import MODEL, STATE, check_resumable, fit
 
 _log = logging.getLogger("avadclip_fast")
@@ -94,11 +96,12 @@ def train_on_list(
     if test_list is not None and gt is not None:
         test_ap, test_videos = _test_ap(model, test_list, root, gt, frames_per_snippet, device)
     model.fit_inputs(features.batches())
-    fit(
-        model, features, recipe, output,
-        teacher=teacher, held_out=held, test_ap=test_ap, test_videos=test_videos, device=device, progress=progress,
-        **how,
-    )  # fmt: skip
+    with alone(output) if distributed.is_main() else contextlib.nullcontext():
+        fit(
+            model, features, recipe, output,
+            teacher=teacher, held_out=held, test_ap=test_ap, test_videos=test_videos, device=device, progress=progress,
+            **how,
+        )  # fmt: skip
     return output / MODEL
 
 

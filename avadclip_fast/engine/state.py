@@ -1,8 +1,10 @@
 """The state of a training run in one atomically written file: weights, optimizer state, and progress."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,26 @@ def writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written: {error.strerror}; files that were there are as they were. Make room, or "
             "choose another folder; --resume goes on from the last state"
         ) from error
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Makes a run's folder, and holds it inside the block. Raises StateError if another process holds it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+        except BlockingIOError as error:
+            raise StateError(
+                f"{folder}: another process is training there; wait for that one, end it, or choose another folder"
+            ) from error
+        except OSError:  # a file system that locks no folders, such as NFS
+            pass
+        yield
+    finally:
+        os.close(held)
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
