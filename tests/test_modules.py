@@ -333,6 +333,15 @@ def test_a_model_made_on_meta_gets_all_with_its_weights(assign):
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("padding", ["masked", "official"])
+@pytest.mark.parametrize("make", [teacher, student])
+def test_a_model_computes_shapes_on_meta(make, padding):
+    model = make(padding=padding).to("meta")
+    visual, audio, _, lengths = (x.to("meta") for x in batch([24, 7], 24))
+    found = model(*(visual, audio)[: len(model.streams())], lengths)
+    assert found.features.shape == (2, 24, 32) and found.class_logits.shape == (2, 24, 3) and found.features.is_meta
+
+
 def test_a_model_is_pickled_and_loads_in_place():
     """A CUDA graph reads the same memory after weights were loaded."""
     model = teacher().eval()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._autocast import autocasts
 from ..ops._check import check_tensors
 from ..ops._layer_norm import layer_norm
 from .linear_act import unnormed
@@ -62,7 +63,7 @@ class WindowAttention(nn.Module):
             return layer(mixed, self.out_proj.weight, self.out_proj.bias, residual=residual)
         h, affine = unnormed(x, norm)
         keys = h if affine is None else layer_norm(h, *affine, backend=self.backend)
-        if torch.is_autocast_enabled(x.device.type):
+        if autocasts(x.device.type):
             keys = keys.to(torch.get_autocast_dtype(x.device.type))
         query, value = fold(self.in_proj_weight, self.in_proj_bias, self.out_proj)
         q, v = layer(keys, *query), layer(keys, *value)

@@ -9,12 +9,17 @@ from torch import Tensor
 LOWERING = ("cuda",)  # devices that pass activations on in autocast's dtype; a CPU casts them at each product
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is at work on a type of device. Torch raises where it is asked of "meta", which has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def without_autocast(reference: Callable) -> Callable:
     """Keeps a reference in the precision of its inputs, as the kernels are: a bf16 cosine would miss the threshold."""
 
     @functools.wraps(reference)
     def run(x: Tensor, *args, **kwargs):
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocasts(x.device.type):
             return reference(x, *args, **kwargs)
         with torch.autocast(x.device.type, enabled=False):
             return reference(x, *args, **kwargs)

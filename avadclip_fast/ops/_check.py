@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._autocast import autocasts
+
 _WHOLE = int | np.integer | torch.SymInt
 _REAL = _WHOLE | float | np.floating | torch.SymFloat
 
@@ -59,7 +61,7 @@ def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tup
             raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
         if x.device != like.device:
             raise ValueError(f"{op}: {name} is on {x.device}, but {first} is on {like.device}")
-        if x.dtype != like.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != like.dtype and not autocasts(x.device.type):
             raise ValueError(f"{op}: {name} is {x.dtype}, but {first} is {like.dtype}; cast one, or use torch.autocast")
     return sizes
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..reference.linear_act import LAYER_NORM_EPS
 from . import _dispatch
+from ._autocast import autocasts
 from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
@@ -57,7 +58,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = No
 
     backend: as of an op; torch serves what Triton does not.
     """
-    lowered = torch.is_autocast_enabled(x.device.type)
+    lowered = autocasts(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if lowered else x.dtype
     wanted = backend or _dispatch.forced()
     if wanted not in _dispatch.TABLE["linear_act"]:
