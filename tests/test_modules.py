@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_models import CLASSES, SIZES, TOKENS, batch, draw, student, teacher
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import avadclip_fast
 from avadclip_fast import (
@@ -340,6 +341,19 @@ def test_a_model_computes_shapes_on_meta(make, padding):
     visual, audio, _, lengths = (x.to("meta") for x in batch([24, 7], 24))
     found = model(*(visual, audio)[: len(model.streams())], lengths)
     assert found.features.shape == (2, 24, 32) and found.class_logits.shape == (2, 24, 3) and found.features.is_meta
+
+
+@pytest.mark.parametrize("padding", ["masked", "official"])
+@pytest.mark.parametrize("make", [teacher, student])
+def test_a_model_computes_shapes_of_fake_tensors(make, padding):
+    """Of 40 videos, which would be grouped by length, or told apart by what they hold."""
+    with FakeTensorMode():
+        model = make(padding=padding)
+        visual, audio = torch.randn(2, 40, 24, 32)
+        out = model(*(visual, audio)[: len(model.streams())], torch.randint(1, 25, (40,)))
+        out.class_logits.sum().backward()
+    assert out.features.shape == (40, 24, 32) and out.class_logits.shape == (40, 24, 3)
+    assert model.prompt.mlp1.c_fc.weight.grad.shape == model.prompt.mlp1.c_fc.weight.shape
 
 
 def test_a_model_is_pickled_and_loads_in_place():

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops._dispatch import transformed
@@ -32,8 +32,12 @@ def split(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def pays(x: Tensor) -> bool:
-    """Whether grouping pays off: on a GPU, reading the lengths would synchronise, and one shape is faster."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+    """Whether grouping pays off: on a GPU, reading the lengths would synchronise, and one shape is faster.
+
+    Beside a fake or wrapped tensor, there are no lengths to read.
+    """
+    read = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not transformed()
+    return x.device.type == "cpu" and read
 
 
 def by_length(
