@@ -133,6 +133,17 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path, after, settings):
     assert histories[0] == histories[1]
 
 
+def test_a_resumed_run_has_the_statistics_of_its_inputs(tmp_path):
+    """Also where the model is another object that nobody has fitted."""
+    model, data = AVadCLIP(CLASSES, standardize=["audio"], **SMALL), features()
+    model.fit_inputs(data.batches())
+    fit(model, data, dataclasses.replace(RECIPE, epochs=1), tmp_path, progress=False)
+    again = AVadCLIP(CLASSES, standardize=["audio"], **SMALL)
+    fit(again, data, RECIPE, tmp_path, resume=True, progress=False)
+    known = model.standardize.state_dict()
+    assert same(again.standardize.state_dict(), known) and not torch.equal(known["audio.std"], torch.ones(32))
+
+
 def read(folder) -> tuple[dict, dict]:
     """The tensors and the progress in the state of a run."""
     with safe_open(folder / STATE, framework="pt") as file:

@@ -57,8 +57,12 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the trainable parameters. This leaves out CLIP's frozen text weights, four fifths of the bytes."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    """Returns what a run makes of a model: trainable parameters, and the statistics of its inputs.
+
+    This leaves out CLIP's frozen text weights, four fifths of the bytes.
+    """
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: x.detach() for name, x in model.state_dict().items() if name not in frozen}
 
 
 def frozen_digest(model: nn.Module) -> str:
