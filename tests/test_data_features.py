@@ -245,6 +245,19 @@ def test_atomic_write_keeps_the_old_file_on_failure(tmp_path, error):
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_atomic_write_names_the_file_of_an_oserror(tmp_path):
+    """Python does not where a disk is full; what names a file, or is no error of the system's, stays."""
+    path = tmp_path / "x"
+    for error, told in (
+        (OSError(28, "No space left"), f"[Errno 28] No space left: '{path}'"),
+        (OSError(2, "No such file", "y"), "[Errno 2] No such file: 'y'"),
+        (TimeoutError("timed out"), "timed out"),
+    ):
+        with pytest.raises(OSError) as caught, atomic_write(path):
+            raise error
+        assert str(caught.value) == told
+
+
 def test_atomic_write_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     """Else a crash of the machine could leave neither the old file nor the new one."""
     done, sync, replace = [], os.fsync, os.replace

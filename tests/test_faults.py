@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 
@@ -146,3 +147,23 @@ def test_it_is_told_in_one_line(tmp_path, capsys):
         assert "p.safetensors: cannot be written: File too large" in mistake(capsys, *pack, packed)
     assert packed.read_bytes() == b"an earlier one"
     assert "cannot be written: Not a directory" in mistake(capsys, *pack, tmp_path / "file" / "p.safetensors")
+
+
+def test_a_full_disk_is_told_with_the_file_of_a_model(tmp_path, capsys, monkeypatch):
+    from test_cli import call, mistake
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where export writes at first
+    model, official, made = tmp_path / "model", tmp_path / "a.pth", tmp_path / "made"
+    AVadCLIPStudent(["normal", "x"], text_weights="random", text_layers=1, padding="official").save_pretrained(model)
+    assert call("convert", model, official) == 0
+    capsys.readouterr()
+    classes = "--classes", "A=normal,B=x"
+    with file_limit(100_000):
+        for given, file in (
+            (("convert", model, tmp_path / "b.pth"), "b.pth"),
+            (("convert", official, made), "model.safetensors"),
+            (("export", model, "-o", tmp_path / "b.pt2"), "b.pt2"),
+        ):
+            told = mistake(capsys, *given, *classes)
+            assert told.startswith("error: [Errno 27] File too large: ") and told.endswith(f"{file}'\n")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "a.pth", "made"} and not list(made.iterdir())

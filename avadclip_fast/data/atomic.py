@@ -17,7 +17,7 @@ LEFT = 3600  # seconds after which a temporary file counts as abandoned
 def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     """Opens a temporary file beside `path` (mode "wb", or "w" for UTF-8 text).
 
-    On success the file replaces `path`. On failure it is removed, and `path` is unchanged.
+    On success the file replaces `path`. On failure it is removed, and `path` is unchanged; an OSError names `path`.
     """
     path = Path(path)
     # Not named after `path`, whose name may already have the maximum length; mode "x" honours the umask.
@@ -29,8 +29,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())  # before the rename, or a crash could leave `path` empty
             os.replace(temporary, path)
-        except BaseException:
+        except BaseException as error:
             os.unlink(temporary)
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                error.filename = str(path)  # which Python does not add where the disk is full
             raise
 
 

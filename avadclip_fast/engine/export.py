@@ -1,6 +1,7 @@
 """Exports a model, from features to scores, to a file that runs without this library, and verifies the file."""
 
 import copy
+import io
 import json
 import shutil
 import tempfile
@@ -223,7 +224,10 @@ def _load_onnx(path: Path) -> Run:
 
 def _write_torch(program: ExportedProgram, path: Path, facts: dict[str, str]) -> None:
     whole = {name: json.loads(value) for name, value in facts.items()}
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(whole)})
+    held = io.BytesIO()  # a full disk ends the process where torch itself writes to it
+    torch.export.save(program, held, extra_files={METADATA: json.dumps(whole)})
+    with atomic_write(path) as file:
+        file.write(held.getbuffer())
 
 
 def _load_torch(path: Path) -> Run:

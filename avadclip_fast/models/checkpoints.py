@@ -263,4 +263,9 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             state.update({f"clipmodel.{name}": tensor for name, tensor in tower.items()})
         make_folder(Path(path).parent)
         with atomic_write(path) as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # a full disk, which torch tells as its own failure
+                    raise error.__context__ from None
+                raise
