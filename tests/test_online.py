@@ -13,7 +13,7 @@ import pytest
 import torch
 from standins import NAMED, Hearing, Sight, overlap
 from test_cli import call, mistake
-from test_detect import film
+from test_detect import Impatient, Terminated, film
 from test_docs import ROOT, examples
 from videos import BAD, bad_videos, joined, make_video
 
@@ -422,3 +422,13 @@ def test_stream_command(pair, tmp_path, capsys):
     assert "scored by the teacher" in said.err and "150 frames, 0 dropped; connected again 0 times" in said.err
     assert "no such file" in mistake(capsys, "stream", tmp_path / "none.mkv", "-m", pair, "-q", *NAMED)
     assert "gopher:// is not read" in mistake(capsys, "stream", "gopher://x", "-m", pair, "-q", *NAMED)
+
+
+@pytest.mark.parametrize("by", [Impatient, Terminated])
+def test_an_interrupted_stream_prints_the_open_event_and_says_so(pair, tmp_path, capsys, by):
+    film(tmp_path / "b.mkv", [(4, 14, 220), (14, 80, 255)], frames=400)
+    options = ["--visual-encoder", f"test_detect:{by.__name__}", "--every", "5", "--longest", "100", "-q"]
+    assert call("stream", tmp_path / "b.mkv", "-m", pair / "student", *options) == 128 + by.number
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1
+    assert said.err.endswith(f"error: stopped by {by.number.name}; the events so far are printed\n")

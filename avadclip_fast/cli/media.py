@@ -430,7 +430,7 @@ def stream(
 
     from ..engine.detect import event_record
     from ..engine.online import OnlineDetector
-    from ..engine.stop import listening
+    from ..engine.stop import Stopped, listening
     from ..media.errors import import_av
     from ..media.live import LiveSource
 
@@ -470,3 +470,5 @@ def stream(
                 tell(detector.flush())
                 counts = f"{live.frames} frames, {live.dropped} dropped; connected again {live.reconnects} times"
                 tqdm.write(counts, file=sys.stderr)
+    if request.number is not None:
+        raise Stopped(request.number, "the events so far are printed")
