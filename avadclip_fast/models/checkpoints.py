@@ -220,7 +220,11 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         classes = list(classes)
         count = sizes.pop("classes")
         if count != len(classes):
-            raise CheckpointError(f"the checkpoint has {count} classes, {len(classes)} names are given: {classes}")
+            where = "the checkpoint" if isinstance(source, dict) else source
+            raise CheckpointError(
+                f"{where} has {count} classes, {len(classes)} names are given: {', '.join(classes)}; give those it was "
+                "trained with, in its order, by --classes or classes=[...]"
+            )
         model = cls(classes, **{"padding": "official", "text_weights": None, **sizes, **settings})
         kind = "AVadCLIPStudent" if any(name.startswith("uncertainty.") for name in state) else "AVadCLIP"
         of = "" if kind in [base.__name__ for base in cls.__mro__] else f" of an {kind}"
