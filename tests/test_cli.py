@@ -301,6 +301,9 @@ def test_convert_there_and_back(trained, tmp_path, capsys):
     Calibration(Head(0.25, 0.1), Head(0.25, 0.1), 30).save(tmp_path / "own")  # as of an earlier model
     assert call("convert", tmp_path / "official.pth", tmp_path / "own", "--classes", CLASSES) == 0
     assert Calibration.load(tmp_path / "own") == Calibration()
+    (tmp_path / "own" / "model").mkdir()  # nor is that of a run whose folder it is written to
+    Calibration(Head(0.25, 0.1), Head(0.25, 0.1), 30).save(tmp_path / "own" / "model")
+    assert Calibration.load(tmp_path / "own") == Calibration()
     wide = "convert", tmp_path / "official.pth", tmp_path / "wide", "--window", 8, "--classes", CLASSES
     assert call(*wide) == 0 and AVadCLIP.from_pretrained(tmp_path / "wide").settings()["window"] == 8
 

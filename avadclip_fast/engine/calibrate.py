@@ -15,7 +15,7 @@ import torch
 from ..data import DataError, FeatureSet
 from ..data.atomic import atomic_write
 from ..models.avadclip import Detector
-from ..models.checkpoints import CALIBRATION
+from ..models.checkpoints import CALIBRATION, CONFIG
 
 # None below 1: where the held-out videos are told apart without a mistake, the least one fits best, and would only push
 # scores towards 0 and 1, where they tie in float32.
@@ -47,7 +47,10 @@ class Calibration:
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
         """Loads the calibration of a model or run folder; returns the default if there is none. Raises DataError."""
-        found = [p for p in (Path(path) / CALIBRATION, Path(path) / "model" / CALIBRATION) if p.is_file()]
+        folders = [Path(path), Path(path) / "model"]
+        if (folders[0] / CONFIG).is_file():  # the model that `load_model` takes, whatever run is below it
+            del folders[1]
+        found = [folder / CALIBRATION for folder in folders if (folder / CALIBRATION).is_file()]
         if not found:
             return cls()
         try:
