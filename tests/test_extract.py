@@ -420,6 +420,10 @@ def test_a_video_that_is_given_twice_is_one(folder):
     listed.write_text("path,label\nmore/b.mp4,B1\nmore/b.mp4,B2\n")
     with pytest.raises(DataError, match="given twice, labelled B1 and B2"):
         extract.find_sources([listed])
+    listed.write_text("path,label\nfilms/more/b.mp4,B1\n")
+    for given in ([folder, folder / "more"], [folder / "more" / "b.mp4", folder], [folder, listed]):
+        with pytest.raises(DataError, match="b.mp4 is given twice, and would be called .*b and .*b: leave one out"):
+            extract.find_sources(given, root=folder.parent)
 
 
 def test_packed(folder, tmp_path):

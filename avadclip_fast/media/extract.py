@@ -57,7 +57,7 @@ def find_sources(
     root: base of a list's relative paths, which no path may leave; the list's folder by default
     output: folder of the results, which is not searched unless it is given itself
     Returns (sources, failures), the latter for what cannot be read.
-    Raises DataError for an invalid list, two videos with one name, or one video with two labels.
+    Raises DataError for an invalid list, two videos with one name, or one video with two names or labels.
     """
     sources: list[Source] = []
     failures: list[dict] = []
@@ -87,6 +87,13 @@ def find_sources(
             if other.label and source.label:
                 raise DataError(f"{source.path} is given twice, labelled {other.label} and {source.label}")
             found[source.name] = max(other, source, key=lambda one: one.label)
+    names: dict[str, str] = {}
+    for source in found.values():
+        if (other_name := names.setdefault(os.path.abspath(source.path), source.name)) != source.name:
+            raise DataError(
+                f"{source.path} is given twice, and would be called {other_name} and {source.name}: leave one out, or "
+                "give a list the --root that gives it the same name"
+            )
     return sorted(found.values(), key=lambda source: source.name), failures
 
 
