@@ -387,8 +387,12 @@ def test_a_gpu_saves_less_often():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"select": "best"}, {"epochs": 0}, {"batch_size": 0}, {"checkpoint_every": 0}, {"precision": "fp8"}]
-)
+    "wrong",
+    [
+        {"select": "best"}, {"epochs": 0}, {"batch_size": 0}, {"checkpoint_every": 0}, {"precision": "fp8"},
+        {"milestones": (3, -1)},
+    ],
+)  # fmt: skip
 def test_a_recipe_that_cannot_be_followed(wrong):
     (name,) = wrong
     with pytest.raises(RecipeError, match=f"^{name} must be .*; got"):

@@ -38,6 +38,8 @@ class Recipe:
         for name in ("epochs", "batch_size", "checkpoint_every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise RecipeError(f"{name} must be at least 1; got {value!r}")
+        if any(m < 1 for m in self.milestones):
+            raise RecipeError(f"milestones must be at least 1; got {', '.join(map(str, self.milestones))}")
 
     def steps_between_checkpoints(self, device: str) -> int:
         """Returns `checkpoint_every`, or its default: on a GPU ("cuda"), 100 steps take less time than saving them."""
