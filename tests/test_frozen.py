@@ -118,6 +118,25 @@ def test_the_encoder_notices_every_change_of_its_weights(encoder, change):
     assert torch.equal(features(encoder), expected)
 
 
+@pytest.mark.parametrize("change", ["half and back", "load_state_dict"])
+@torch.no_grad()  # a graph refers to the weights as well
+def test_the_encoder_lets_torch_swap_its_weights(encoder, change):
+    """torch refuses to swap what is weakly referred to."""
+    other = TextEncoder(TOKENS, 16, 64, 2)
+    other.randomize(7)
+    other.prompt.load_state_dict(encoder.prompt.state_dict())
+    before, expected = features(encoder), features(other)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        if change == "half and back":
+            assert not torch.equal(features(encoder.half().float().bfloat16()), before)
+            encoder.float()
+        encoder.load_state_dict(other.state_dict())
+        assert torch.equal(features(encoder), expected)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 def test_copies_and_files_know_nothing_of_it(encoder):
     names = set(encoder.state_dict())
     expected, file = features(encoder), io.BytesIO()

@@ -12,6 +12,17 @@ from ..ops._dispatch import transformed
 _lowered = WeakTensorKeyDictionary()
 
 
+def release(module: nn.Module) -> None:
+    """Forgets the weights of a module that is about to exchange its tensors for others.
+
+    Where `torch.__future__.set_swap_module_params_on_conversion` is on, torch exchanges them in conversions and in
+    load_state_dict, and refuses to while anything refers to them weakly.
+    """
+    if torch.__future__.get_swap_module_params_on_conversion():
+        for weight in module.parameters():
+            _lowered.pop(weight, None)
+
+
 def lowered(weight: Tensor) -> Tensor:
     """A frozen weight in the dtype of autocast; without autocast, or where the weight needs a gradient, itself.
 

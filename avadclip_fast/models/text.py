@@ -11,7 +11,7 @@ import math
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..data.errors import DataError
 from ..modules import MLP
-from .frozen import lowered
+from .frozen import lowered, release
 
 CONTEXT = 77  # CLIP's sequence length
 VOCABULARY = 49408
@@ -120,8 +120,13 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.prompt.weight, std=0.01)
         self.set_tokens(tokens)
 
+    def _apply(self, *args, **named) -> Self:
+        release(self)  # before the layers within are converted
+        return super()._apply(*args, **named)
+
     def _load_from_state_dict(self, *args, **named) -> None:
         """Also lays out the rows, which are not saved: a model that was made on "meta" has not got them."""
+        release(self)  # before the layers within load theirs
         super()._load_from_state_dict(*args, **named)
         self.set_tokens(self.tokens)
 
