@@ -303,6 +303,26 @@ def test_a_teachers_folder_is_no_students(tmp_path):
         AVadCLIPStudent.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["missing", "./missing", "../missing", "runs/missing/model", "missing/", "/no/missing"]
+)
+def test_a_missing_folder_is_not_asked_of_the_hub(name, monkeypatch):
+    """Which is tried again for half a minute where there is no network."""
+    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", None)
+    with pytest.raises(CheckpointError, match=f"^no folder {name}; a model on the Hub is given as user/name$"):
+        AVadCLIP.from_pretrained(name)
+
+
+def test_a_file_is_no_folder(official):
+    with pytest.raises(CheckpointError, match="teacher.pth is a file, not a folder; .* from_official"):
+        AVadCLIP.from_pretrained(official[1])
+
+
+def test_what_the_hub_does_not_give_is_told_by_its_name(tmp_path):
+    with pytest.raises(CheckpointError, match="no folder runs/missing, and no model of that name from the Hub: .+"):
+        AVadCLIP.from_pretrained("runs/missing", local_files_only=True, cache_dir=tmp_path)
+
+
 def test_a_truncated_folder(tmp_path):
     teacher().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"

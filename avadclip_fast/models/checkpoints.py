@@ -179,6 +179,26 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             file.write(json.dumps(config, indent=1, sort_keys=True).encode())
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> Self:
+        """Loads a model in eval mode from a folder, or from the Hub ("user/name").
+
+        settings: as for `ModelHubMixin.from_pretrained`, and constructor arguments that override those of config.json
+        Raises CheckpointError if there is none, or its weights do not fit.
+        """
+        name = str(pretrained_model_name_or_path)
+        if Path(name).is_dir():
+            return super().from_pretrained(name, **settings)
+        if Path(name).is_file():
+            raise CheckpointError(f"{name} is a file, not a folder; an official .pth is loaded with from_official")
+        # Without a network the Hub is asked for half a minute, so not for what can only be a folder.
+        if name.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise CheckpointError(f"no folder {name}; a model on the Hub is given as user/name")
+        try:
+            return super().from_pretrained(name, **settings)
+        except OSError as error:
+            raise CheckpointError(f"no folder {name}, and no model of that name from the Hub: {error}") from error
+
+    @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **settings: Any) -> Self:
         from safetensors import SafetensorError, safe_open
 
