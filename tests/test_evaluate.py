@@ -113,6 +113,15 @@ def test_a_window_is_of_an_official_checkpoint(tmp_path):
             load_model(tmp_path / "run", window=window)
 
 
+def test_a_folder_of_runs_is_told_with_them(tmp_path):
+    """As `runs`, where the README has teacher and student."""
+    student().save_pretrained(tmp_path / "student" / "model")
+    student().save_pretrained(tmp_path / "converted")
+    (tmp_path / "plots").mkdir()
+    with pytest.raises(CheckpointError, match=r"there; did you mean \S+/converted or \S+/student\?$"):
+        load_model(tmp_path)
+
+
 def test_a_run_that_has_not_ended_is_no_model_yet(tmp_path):
     with pytest.raises(CheckpointError, match="holds no model: neither"):
         load_model(tmp_path)

@@ -50,7 +50,9 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
     if path.is_dir() and folder is None:
         if (path / STATE).is_file():
             raise CheckpointError(f"{path} holds no model yet: its training has not ended; go on with --resume")
-        raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor model/{CONFIG} is there")
+        inner = sorted(f for f in path.iterdir() if (f / CONFIG).is_file() or (f / "model" / CONFIG).is_file())
+        hint = f"; did you mean {' or '.join(map(str, inner[:5]))}?" if inner else ""
+        raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor model/{CONFIG} is there{hint}")
     if not path.exists():
         raise CheckpointError(f"no model at {path}")
     where = path if folder is None else folder / CONFIG
