@@ -113,6 +113,15 @@ def test_saved_beside_a_model_and_loaded(tmp_path):
         Calibration.load(tmp_path)
 
 
+@pytest.mark.parametrize("temperature, threshold", [(0, 0.5), (-1.0, 0.5), ("NaN", 0.5), (1.0, "NaN"), ('"2"', 0.5)])
+def test_edited_so_that_no_score_is_a_number(temperature, threshold, tmp_path):
+    """Told with the file's name: the scores that it spoils have none."""
+    head = f'{{"temperature": {temperature}, "threshold": {threshold}}}'
+    (tmp_path / CALIBRATION).write_text(f'{{"align": {head}, "binary": {head}, "videos": 3}}')
+    with pytest.raises(DataError, match=f"{CALIBRATION} holds no calibration: .*; remove it"):
+        Calibration.load(tmp_path)
+
+
 def test_of_a_model_and_a_held_out_set():
     visual, audio, labels, lengths = batch([24, 5, 17, 1], 24)
     held = FeatureSet(visual, audio, lengths, labels, video=torch.tensor([0, 1, 1, 2]))

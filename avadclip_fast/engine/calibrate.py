@@ -5,6 +5,7 @@ mean of its top len // 16 + 1 snippet scores, as in training, against whether th
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,10 +56,17 @@ class Calibration:
             return cls()
         try:
             stored = json.loads(found[0].read_text())
-            heads = {name: Head(**stored[name]) for name in HEADS}
+            heads = {name: _head(**stored[name]) for name in HEADS}
             return cls(**heads, videos=stored["videos"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{found[0]} holds no calibration: {error!r}; remove it, or train again") from error
+
+
+def _head(temperature: float, threshold: float) -> Head:
+    """The calibration of an output, as a file gives it. Raises ValueError, also where no score would be finite."""
+    if not (0 < temperature < math.inf and math.isfinite(threshold)):
+        raise ValueError(f"a temperature of {temperature} and a threshold of {threshold}")
+    return Head(temperature, threshold)
 
 
 def snippet_scores(head: str, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
