@@ -1,9 +1,11 @@
 """Checkpoints: the official format there and back, our own folder, and what cannot be read or does not fit."""
 
+import json
 import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -264,6 +266,31 @@ def test_our_folder_comes_back_bit_exact(make, cls, tmp_path):
     visual, audio, _, lengths = batch([9, 16], 16)
     streams = (visual, audio) if make is teacher else (visual,)
     assert torch.equal(model(*streams, lengths).class_logits, again(*streams, lengths).class_logits)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"window": np.int64(8)},
+        {"dropout": np.float32(0.5)},
+        {"motion": np.bool_(True), "standardize": ["visual"]},
+        {"standardize": {"audio", "visual"}},
+        {"standardize": frozenset(["audio"])},
+        {"standardize": {"audio": 1}.keys()},
+        {"classes": dict(enumerate(CLASSES)).values()},
+        {"classes": np.array(CLASSES)},
+    ],
+    ids=lambda settings: f"{type(next(iter(settings.values()))).__name__}",
+)
+def test_our_folder_keeps_settings_that_json_has_no_form_of(settings, tmp_path):
+    """They were left out of config.json: the model came back with the default, or not at all."""
+    model = teacher(**settings).eval()
+    model.save_pretrained(tmp_path)
+    again = AVadCLIP.from_pretrained(tmp_path)
+    assert same(model, again) and again.classes == CLASSES and again.motion == model.motion
+    assert again.temporal.window == model.temporal.window
+    assert again.audio.network[0].dropout == model.audio.network[0].dropout
+    assert json.loads((tmp_path / "config.json").read_text())["window"] == model.temporal.window
 
 
 def test_our_folder_loads_without_open_clip(tmp_path):

@@ -3,9 +3,11 @@
 import json
 import logging
 import re
+from collections.abc import Callable, Set, ValuesView
 from pathlib import Path
 from typing import Any, Self, cast
 
+import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
@@ -152,10 +154,26 @@ A model for audio-visual video anomaly detection ([AVadCLIP, arXiv 2504.04495](h
 """
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+# How config.json holds arguments that JSON has no form of; the mixin would leave them out in silence.
+CODERS: dict[type, tuple[Callable, Callable]] = {
+    np.generic: (lambda value: value.item(), _as_it_is),
+    np.ndarray: (lambda value: value.tolist(), _as_it_is),
+    Set: (sorted, _as_it_is),
+    ValuesView: (list, _as_it_is),
+}
+
+
 class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model_card_template=CARD):
     """Adds save_pretrained, from_pretrained, push_to_hub and the official checkpoint format."""
 
     standardize: nn.ModuleDict
+
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**{"coders": CODERS, **named})  # which the mixin does not inherit
 
     def remember(self, **settings: Any) -> None:
         """Adds entries to config.json besides the constructor's arguments."""
