@@ -103,6 +103,12 @@ def test_the_image_tower_goes_along(official, settings, tmp_path):
     # From an official checkpoint too, and a file without one is refused.
     model.to_official(tmp_path / "again.pth", image_tower=path)
     assert "clipmodel.visual.proj" in torch.load(tmp_path / "again.pth", weights_only=True)
+    parallel = {f"module.{name}": x for name, x in state.items()}  # as from_official takes it
+    torch.save({"model_state_dict": parallel}, tmp_path / "parallel.pth")
+    model.to_official(tmp_path / "again.pth", image_tower=tmp_path / "parallel.pth")
+    assert "clipmodel.visual.proj" in torch.load(tmp_path / "again.pth", weights_only=True)
+    other = teacher(text_weights=str(tmp_path / "parallel.pth"))
+    assert torch.equal(other.text.token_embedding.weight, model.text.token_embedding.weight)
     save_file({"ln_final.weight": torch.zeros(4)}, tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="none.safetensors holds no image tower"):
         model.to_official(path, image_tower=tmp_path / "none.safetensors")

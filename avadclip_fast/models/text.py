@@ -9,6 +9,7 @@ import errno
 import logging
 import math
 import pickle
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self, cast
@@ -254,7 +255,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = state.get("model_state_dict", state)
     if not isinstance(state, dict):
         raise TextWeightsError(f"text weights: {path} holds a {type(state).__name__}, not a state dict")
-    return {name.removeprefix("clipmodel."): tensor for name, tensor in tensors(state).items()}
+    prefixes = re.compile(r"^(module\.)?(clipmodel\.)?")  # of DataParallel, and of an AVadCLIP checkpoint
+    return {prefixes.sub("", name): tensor for name, tensor in tensors(state).items()}
 
 
 def unreadable(error: Exception) -> str:
