@@ -315,6 +315,17 @@ def test_our_folder_loads_without_open_clip(tmp_path):
     assert done.stdout.strip() == f"{CLASSES} {model.text.tokens}"
 
 
+def test_other_names_are_tokenised_when_our_folder_is_loaded(tmp_path):
+    """The stored codes are of the stored names: under new ones, the scores would be those of the old."""
+    pytest.importorskip("open_clip")
+    teacher().save_pretrained(tmp_path)
+    names = ["normal", "riot", "shooting"]
+    again = AVadCLIP.from_pretrained(tmp_path, classes=names)
+    assert again.classes == names and again.text.tokens == text.tokenize(names)
+    assert AVadCLIP.from_pretrained(tmp_path, classes=names, class_tokens=TOKENS[::-1]).text.tokens == TOKENS[::-1]
+    assert AVadCLIP.from_pretrained(tmp_path, classes=CLASSES).text.tokens == TOKENS
+
+
 def test_a_saved_model_neither_fetches_nor_draws_text_weights(tmp_path, monkeypatch):
     teacher(text_weights="random").save_pretrained(tmp_path)
     monkeypatch.setattr(text.TextEncoder, "load", None)

@@ -217,9 +217,15 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             raise CheckpointError(f"no folder {name}, and no model of that name from the Hub: {error}") from error
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str = "cpu", **settings: Any) -> Self:
+    def _from_pretrained(
+        cls, *, model_id: str, map_location: str = "cpu", config: dict[str, Any] | None = None, **settings: Any
+    ) -> Self:
         from safetensors import SafetensorError, safe_open
 
+        names, stored = settings.get("classes"), config or {}
+        renamed = names is not None and list(names) != stored.get("classes")
+        if renamed and settings.get("class_tokens") == stored.get("class_tokens"):
+            settings["class_tokens"] = None  # the stored ones are of other names
         hub = {name: settings.pop(name) for name in HUB if name in settings}
         folder = Path(model_id)
         path = folder / WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **hub))
