@@ -402,6 +402,25 @@ def test_saving_never_leaves_half_a_file(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
 
 
+@pytest.mark.parametrize("full", ["model.safetensors", "config.json"])
+def test_a_model_stays_where_another_cannot_be_saved_over_it(full, tmp_path, monkeypatch):
+    """The mixin removes config.json before the weights are written: on a full disk no model was left."""
+    model = teacher()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "calibration.json").write_text("{}")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fail(*args, **named):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safetensors.torch.save" if full == "model.safetensors" else "json.dumps", fail)
+    with pytest.raises(OSError, match="disk full"):
+        teacher(1, window=8).save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert same(model, AVadCLIP.from_pretrained(tmp_path))
+
+
 # CLIP's text weights
 
 

@@ -185,16 +185,31 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         """The content of config.json: the constructor's arguments and the entries added by `remember`."""
         return dict(cast(dict[str, Any], self._hub_mixin_config))
 
+    def save_pretrained(self, save_directory: str | Path, **named: Any) -> str | None:
+        """Saves the model as a folder; arguments as for `ModelHubMixin.save_pretrained`.
+
+        Where writing fails, a model that was there stays as it was.
+        """
+        config = Path(save_directory) / CONFIG
+        before = config.read_bytes() if config.is_file() else None
+        try:
+            return super().save_pretrained(save_directory, **named)
+        except BaseException:
+            if before is not None and not config.exists():  # the mixin removes it before anything is written
+                config.write_bytes(before)
+            raise
+
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save
 
-        (save_directory / CALIBRATION).unlink(missing_ok=True)  # of the model that was there
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        with atomic_write(save_directory / WEIGHTS) as file:
-            file.write(save(state, metadata={"format": "pt", "model": type(self).__name__}))
         config = {**self.settings(), "model": type(self).__name__}
-        with atomic_write(save_directory / CONFIG) as file:
-            file.write(json.dumps(config, indent=1, sort_keys=True).encode())
+        # Each takes its place once both are written.
+        with atomic_write(save_directory / CONFIG) as described, atomic_write(save_directory / WEIGHTS) as weights:
+            weights.write(save(state, metadata={"format": "pt", "model": type(self).__name__}))
+            described.write(json.dumps(config, indent=1, sort_keys=True).encode())
+            described.flush()
+            (save_directory / CALIBRATION).unlink(missing_ok=True)  # of the model that was there
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> Self:
