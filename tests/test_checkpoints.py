@@ -376,6 +376,13 @@ def test_a_truncated_folder(tmp_path):
             AVadCLIP.from_pretrained(tmp_path)
 
 
+def test_a_folder_without_its_config(tmp_path):
+    teacher().save_pretrained(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"has no config\.json, which tells the model's classes"):
+        AVadCLIP.from_pretrained(tmp_path)
+
+
 def test_a_folder_of_other_weights(tmp_path):
     teacher().save_pretrained(tmp_path)
     save_file({"alpha": torch.zeros(3)}, tmp_path / "model.safetensors")

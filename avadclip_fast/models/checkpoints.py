@@ -254,6 +254,8 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             raise CheckpointError(f"{path} cannot be read: {error}{hint}") from error
         if kind != cls.__name__:
             raise CheckpointError(f"{model_id} holds an {kind}; load it with {kind}.from_pretrained")
+        if config is None and names is None:
+            raise CheckpointError(f"{model_id} has no {CONFIG}, which tells the model's classes and settings")
         model = cls(**settings)
         load_strict(model, state, str(path))
         return model.to(map_location).eval()
