@@ -113,6 +113,14 @@ def test_a_window_is_of_an_official_checkpoint(tmp_path):
             load_model(tmp_path / "run", window=window)
 
 
+def test_a_file_of_a_model_folder_leads_to_the_folder(tmp_path):
+    """Not said to be damaged, as a .pth would be."""
+    student().save_pretrained(tmp_path / "model")
+    for name in ("model.safetensors", "config.json"):
+        with pytest.raises(CheckpointError, match=rf"{name} is a file of a model folder: give the folder, \S+/model$"):
+            load_model(tmp_path / "model" / name)
+
+
 def test_a_folder_of_runs_is_told_with_them(tmp_path):
     """As `runs`, where the README has teacher and student."""
     student().save_pretrained(tmp_path / "student" / "model")

@@ -16,7 +16,7 @@ from ..data import DataError, Row, TestVideo, snippet_count, test_videos
 from ..data.lists import names_of
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError, TextWeightsError
 from ..models.avadclip import Detector
-from ..models.checkpoints import CONFIG, read_official
+from ..models.checkpoints import CONFIG, WEIGHTS, read_official
 from . import distributed
 from .calibrate import Calibration, reliability
 from .graph import StepGraph, refusal
@@ -55,6 +55,8 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
         raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor model/{CONFIG} is there{hint}")
     if not path.exists():
         raise CheckpointError(f"no model at {path}")
+    if path.name in (CONFIG, WEIGHTS) and (path.parent / CONFIG).is_file():
+        raise CheckpointError(f"{path} is a file of a model folder: give the folder, {path.parent}")
     where = path if folder is None else folder / CONFIG
     try:
         if folder is not None:
