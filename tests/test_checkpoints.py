@@ -378,6 +378,9 @@ def test_a_truncated_folder(tmp_path):
 
 def test_a_folder_without_its_config(tmp_path):
     teacher().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"classes":')
+    with pytest.raises(CheckpointError, match=r"config\.json is not JSON: Expecting value"):
+        AVadCLIP.from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no config\.json, which tells the model's classes"):
         AVadCLIP.from_pretrained(tmp_path)

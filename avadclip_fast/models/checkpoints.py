@@ -220,7 +220,10 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         """
         name = str(pretrained_model_name_or_path)
         if Path(name).is_dir():
-            return super().from_pretrained(name, **settings)
+            try:
+                return super().from_pretrained(name, **settings)
+            except json.JSONDecodeError as error:
+                raise CheckpointError(f"{Path(name) / CONFIG} is not JSON: {error}") from error
         if Path(name).is_file():
             raise CheckpointError(f"{name} is a file, not a folder; an official .pth is loaded with from_official")
         # Without a network the Hub is asked for half a minute, so not for what can only be a folder.
