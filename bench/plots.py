@@ -116,7 +116,7 @@ def roofline(path: Path, records: Sequence[dict]) -> None:
     """Writes one PNG: a roofline of FLOP/s over FLOPs per byte of our kernel in each case, with the roofs of its run.
 
     records: JSON of benches on a GPU, with `bytes`, `flops` and the roofs in each row. Cases without FLOPs, such as
-    copies, are omitted. Raises ValueError if no case remains.
+    copies, and those whose bytes are not counted, as in bench_folds, are omitted. Raises ValueError if no case remains.
     """
     from matplotlib.figure import Figure
 
@@ -124,7 +124,8 @@ def roofline(path: Path, records: Sequence[dict]) -> None:
     ax = figure.subplots()
     reached: list[float] = []
     for i, record in enumerate(records):
-        ours = [row for row in record["rows"] if row["over_ours"] == 1 and row.get("flops") and "roofs" in row]
+        counted = [row for row in record["rows"] if row.get("flops") and row.get("bytes") and "roofs" in row]
+        ours = [row for row in counted if row["over_ours"] == 1]
         if not ours:
             continue
         x = [row["flops"] / row["bytes"] for row in ours]
