@@ -12,7 +12,7 @@ import avadclip_fast.cli.profile  # noqa: F401  adds its command
 from avadclip_fast import ops, profiling
 from avadclip_fast.cli.commands import app
 from avadclip_fast.data import DataError
-from avadclip_fast.engine.profile import BATCH, STEPS, Setting, make, names
+from avadclip_fast.engine.profile import BATCH, STEPS, Setting, make, names, run
 from avadclip_fast.ops import _dispatch
 
 CPU = torch.device("cpu")
@@ -210,6 +210,17 @@ def test_an_unknown_case_is_told_in_a_line():
     with pytest.raises(DataError, match="no case 'teacher'; there are train-teacher, .*window_attention") as raised:
         make("teacher", Setting(CPU, "fp32", 1))
     assert "\n" not in str(raised.value)
+
+
+def test_a_trace_has_a_place_before_anything_runs(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    run("topk_mean", CPU, batch=1, warmup=0, iterations=1, trace=tmp_path / "new/trace.json")
+    assert ranges(tmp_path / "new/trace.json")[0] == "iteration"
+    monkeypatch.setattr("avadclip_fast.engine.profile._traced", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(DataError, match="new is a folder; give the name of a file"):
+        run("topk_mean", CPU, batch=1, warmup=0, trace=tmp_path / "new")
+    with pytest.raises(DataError, match="file: cannot be made"):
+        run("topk_mean", CPU, batch=1, warmup=0, trace=tmp_path / "file/trace.json")
 
 
 @pytest.mark.gpu

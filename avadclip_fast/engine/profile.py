@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops, profiling
 from ..data import XD_VIOLENCE, Batch, DataError
+from ..data.atomic import make_folder
 from ..models import AVadCLIP, AVadCLIPStudent
 from ..models.text import PREFIX
 from ..ops import _dispatch
@@ -60,11 +61,16 @@ def run(
 
     On a GPU the iterations after the warm-up run between cudaProfilerStart and cudaProfilerStop.
     trace: write a Chrome trace of the iterations to this file instead, on any device, and report the slowest operators.
-    Raises DataError on an unknown case, RecipeError on a precision that the device does not support, and OSError.
+    Raises DataError on an unknown case or a trace that cannot be written there, RecipeError on a precision that the
+    device does not support, and OSError.
     """
     setting = Setting(device, precision, batch or BATCH.get(device.type, BATCH["cpu"]))
     with float32_products(precision, device):
         step = make(case, setting)
+        if trace is not None:  # before the iterations, which may take minutes
+            if trace.is_dir():
+                raise DataError(f"--trace {trace} is a folder; give the name of a file")
+            make_folder(trace.parent)
         for _ in range(warmup):
             step()
         with profiling.profiling():
