@@ -107,10 +107,15 @@ class Worker:
     """A process with one version of the library that measures cases on request."""
 
     def __init__(self, op: str, folder: Path, device: str):
-        # Combine the bench of this tree with the library of that folder.
+        # Combine the bench of this tree with the library of that folder. In a checkout, its kernels/ lies beside it:
+        # unless it is linked too, the kernels of the environment's editable install would be measured instead.
         self.cases_folder = tempfile.TemporaryDirectory()
         Path(self.cases_folder.name, "bench").symlink_to(ROOT / "bench")
-        Path(self.cases_folder.name, "avadclip_fast").symlink_to(folder / "avadclip_fast")
+        library = Path(self.cases_folder.name, "avadclip_fast")
+        library.mkdir()
+        for path in (*(folder / "avadclip_fast").glob("*"), folder / "kernels"):
+            if path.exists() and not (library / path.name).exists():
+                (library / path.name).symlink_to(path)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "bench.compare_worker", op, device], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": self.cases_folder.name, "PYTHONSAFEPATH": "1"}, text=True,

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tarfile
 import time
@@ -433,6 +434,20 @@ def test_the_versions_take_turns_at_going_first(monkeypatch):
     monkeypatch.setattr(compare, "Worker", Worker)
     compare.compare("x", "base", "head", "cpu", 4)
     assert asked == ["head", "base", "base", "head"] * 2
+
+
+@pytest.mark.parametrize("kernels", ["kernels", "avadclip_fast/kernels"])  # of a checkout, and where it is installed
+def test_a_version_brings_its_own_kernels(monkeypatch, tmp_path, kernels):
+    (tmp_path / "avadclip_fast").mkdir()
+    (tmp_path / kernels).mkdir()
+    for package, name in (("avadclip_fast", "library"), (kernels, "kernels")):
+        (tmp_path / package / "__init__.py").write_text(f"name = {name!r}")
+    told = "import avadclip_fast, avadclip_fast.kernels; print(avadclip_fast.name, avadclip_fast.kernels.name)"
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **how: popen([sys.executable, "-c", told], **how))
+    worker = compare.Worker("uniform_pool", tmp_path, "cpu")
+    assert worker.process.communicate()[0] == "library kernels\n"
+    worker.__exit__()
 
 
 def test_two_versions_take_turns(monkeypatch, capsys, tmp_path):
