@@ -35,6 +35,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 3:
         parser.error("--rounds: a spread wants 3 at least")
+    if options.json:  # before versions are built and measured
+        if options.json.is_dir():
+            parser.error(f"--json: {options.json} is a folder; give the name of a file")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(built(version)) for version in (options.base, options.head)]
         rows = []

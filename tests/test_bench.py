@@ -436,6 +436,19 @@ def test_the_versions_take_turns_at_going_first(monkeypatch):
     assert asked == ["head", "base", "base", "head"] * 2
 
 
+def test_a_comparison_is_written_where_it_is_asked_for(monkeypatch, tmp_path):
+    rows = [compare.verdict("x: case", [1.0] * 3, [1.0] * 3)]
+    monkeypatch.setattr(compare, "compare", lambda *_: rows)
+    asked = ["compare", str(tmp_path), str(tmp_path), "--op", "uniform_pool", "--json"]
+    monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "new/compare.json")])
+    compare.main()
+    assert json.loads((tmp_path / "new/compare.json").read_text())["rows"] == rows
+    monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "new")])
+    with pytest.raises(SystemExit):
+        compare.main()
+
+
 @pytest.mark.parametrize("kernels", ["kernels", "avadclip_fast/kernels"])  # of a checkout, and where it is installed
 def test_a_version_brings_its_own_kernels(monkeypatch, tmp_path, kernels):
     (tmp_path / "avadclip_fast").mkdir()
