@@ -198,7 +198,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.out.resolve().is_relative_to(WORK):
         parser.error(f"--out: {WORK} is emptied, choose another folder")
-    patterns = options.stages or (["env", "kernels", "bench_*"] if options.bench else ["*"])
+    # "tune" is a stage only with --tune
+    patterns = options.stages or (["env", "kernels", "tune", "bench_*"] if options.bench else ["*"])
     chosen = [s for s in stages(WORK, options.tune) if any(fnmatch.fnmatch(s.name, pattern) for pattern in patterns)]
     if not chosen:
         parser.error(f"--stages: none of {', '.join(s.name for s in stages(WORK, options.tune))}")

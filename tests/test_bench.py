@@ -255,13 +255,28 @@ def test_what_was_tuned_is_brought_as_well(tmp_path):
         assert "configs/linear_act.json" in tar.getnames()
 
 
-def test_what_did_not_end_well_is_told_by_the_exit_status(tmp_path, monkeypatch):
-    results = {"a": "ok", "b": "left out: none", "c": "stopped after 3 s, see c.log", "d": "no time left"}
-    monkeypatch.setattr(gpu, "run", lambda *_: {name: {"result": result} for name, result in results.items()})
+@pytest.fixture
+def seems_a_gpu(monkeypatch) -> None:
+    """What bench.gpu asks before it runs its stages."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+
+
+@pytest.mark.parametrize("tune", [False, True])
+def test_benchmarks_alone_are_tuned_first_if_asked(tmp_path, monkeypatch, seems_a_gpu, tune):
+    asked: list[str] = []
+    monkeypatch.setattr(gpu, "run", lambda stages, *_: asked.extend(stage.name for stage in stages) or {})
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--bench", *["--tune"] * tune])
+    with pytest.raises(SystemExit, match="^0$"):
+        gpu.main()
+    assert asked[: 3 + tune] == ["env", "kernels", *["tune"] * tune, "bench_step"]
+
+
+def test_what_did_not_end_well_is_told_by_the_exit_status(tmp_path, monkeypatch, seems_a_gpu):
+    results = {"a": "ok", "b": "left out: none", "c": "stopped after 3 s, see c.log", "d": "no time left"}
+    monkeypatch.setattr(gpu, "run", lambda *_: {name: {"result": result} for name, result in results.items()})
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="^not well: c, d$"):
         gpu.main()
