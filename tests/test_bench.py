@@ -201,6 +201,15 @@ def test_torch_compile_by_default_and_tuned_is_beside_every_op(as_on_gpu, op):
         assert all("torch.compile" in names for names in found) and list(harness.MODES) in found
 
 
+def test_both_passes_of_a_graph_read_and_write_all_of_it_once(as_on_gpu):
+    """Of full videos: inputs, result, its gradient, inputs once more, their gradients."""
+    *_, full = import_module("bench.bench_similarity_graph").cases(torch.float32)
+    inputs = full.make()
+    given = sum(x.nbytes for x in harness.leaves(inputs))
+    result = harness.first(full.alternatives["reference"](*inputs))
+    assert full.both.bytes == 3 * given + 2 * result.nbytes
+
+
 def test_no_case_is_compiled_when_the_time_is_up(as_on_gpu, monkeypatch, capsys):
     monkeypatch.setattr(harness, "COMPILING", -1)
     (rows,) = harness.run(import_module("bench.bench_attention_pool").cases, torch.float32, "cpu", rounds=2)
