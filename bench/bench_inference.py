@@ -98,4 +98,4 @@ def timed(options: argparse.Namespace, case: str, calls: dict[str, Callable[[], 
 
 
 if __name__ == "__main__":
-    harness.command("bench_inference", run)
+    harness.command("bench_inference", run, dtypes=())

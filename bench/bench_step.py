@@ -277,4 +277,4 @@ def timed(rounds: int, name: str, steps: dict[str, Step], gpu: bool, **counted: 
 
 
 if __name__ == "__main__":
-    harness.command("bench_step", run)
+    harness.command("bench_step", run, dtypes=())

@@ -86,4 +86,4 @@ def made_up(samples: int) -> FeatureSet:
 
 
 if __name__ == "__main__":
-    harness.command("bench_training", run)
+    harness.command("bench_training", run, dtypes=("float32", "bfloat16"))

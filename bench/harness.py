@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ MODES = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotun
 COMPILED = (*MODES, "FlexAttention")  # alternatives that are compiled first
 COMPILING = 50  # seconds after which a bench compiles nothing more; bench.gpu stops it after 120
 COMPILE = ("with", "without", "only")  # torch.compile; only: with it, as long as there is time for that
+DTYPES = ("float32", "float16", "bfloat16")
 AUTHORS = ("official", "loops")  # alternatives that follow the official code
 # Benches whose products run on tile units (csrc/amx.h) or in AVX-512 (csrc/avx512.h) where a processor has them
 PRODUCTS = ("bench_linear_act", "bench_folds", "bench_step", "bench_inference", "bench_training")
@@ -392,14 +393,17 @@ def main(name: str, cases: Callable[[torch.dtype], Iterator[Bench]]) -> None:
     command(name, lambda o: run(cases, getattr(torch, o.dtype), o.device, o.rounds, o.compile))
 
 
-def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dict]]]) -> None:
-    """Command line of a bench. rows_of: yields the rows of each case when they are measured."""
+def command(
+    name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dict]]], dtypes: Sequence[str] = DTYPES
+) -> None:
+    """Command line of a bench. rows_of: yields the rows of each case when they are measured. dtypes: it can be run in,
+    none if its cases have dtypes of their own."""
     parser = argparse.ArgumentParser(prog=f"python -m bench.{name}")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", help="default: float32 on a CPU, bfloat16 on a GPU",
-                        choices=["float32", "float16", "bfloat16"])  # fmt: skip
+                        choices=DTYPES)  # fmt: skip
     parser.add_argument("--compile", choices=COMPILE, default="with", help="torch.compile on a GPU; default: with")
     parser.add_argument("--json", nargs="?", const=RESULTS, type=Path, metavar="FOLDER",
                         help=f"also write FOLDER/{name}.json{' (_amx.json: with AMX)' if name in PRODUCTS else ''}; "
@@ -407,6 +411,10 @@ def command(name: str, rows_of: Callable[[argparse.Namespace], Iterable[list[dic
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds: a median with its spread wants 2 at least")
+    if options.threads is not None and options.threads < 1:
+        parser.error("--threads: 1 at least")
+    if options.dtype and options.dtype not in dtypes:
+        parser.error(f"--dtype: {name} {'takes ' + ' or '.join(dtypes) if dtypes else 'has cases of its own dtypes'}")
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     if options.threads:
         torch.set_num_threads(options.threads)

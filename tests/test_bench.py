@@ -201,6 +201,23 @@ def test_torch_compile_by_default_and_tuned_is_beside_every_op(as_on_gpu, op):
         assert all("torch.compile" in names for names in found) and list(harness.MODES) in found
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [(["--threads", "0"], "--threads: 1 at least"), (["--dtype", "float16"], "--dtype: bench_two takes float32 or")],
+)
+def test_what_a_bench_does_not_take_is_refused(monkeypatch, capsys, options, told):
+    monkeypatch.setattr(sys, "argv", ["bench_two", *options])
+    with pytest.raises(SystemExit):
+        harness.command("bench_two", lambda options: pytest.fail("it ran"), dtypes=("float32", "bfloat16"))
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_pooling_is_timed_in_every_dtype(dtype):
+    cases = harness.prepared(import_module("bench.bench_uniform_pool").cases, dtype, "cpu")
+    assert ("numpy" in next(cases)[0].alternatives) == (dtype != torch.bfloat16)
+
+
 def test_both_passes_of_a_graph_read_and_write_all_of_it_once(as_on_gpu):
     """Of full videos: inputs, result, its gradient, inputs once more, their gradients."""
     *_, full = import_module("bench.bench_similarity_graph").cases(torch.float32)
