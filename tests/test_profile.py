@@ -212,6 +212,15 @@ def test_an_unknown_case_is_told_in_a_line():
     assert "\n" not in str(raised.value)
 
 
+def test_a_step_has_the_memory_of_a_run(monkeypatch):
+    """What `train` keeps between steps: else the trace is of pages that it does not clear."""
+    kept = []
+    monkeypatch.setattr("avadclip_fast.cli.commands.keep_memory", lambda: kept.append(True))
+    call = ["profile", "topk_mean", "--device", "cpu", "--iterations", "1", "--warmup", "0"]
+    assert CliRunner().invoke(app, call).exit_code == 0
+    assert kept == [True]
+
+
 def test_a_trace_has_a_place_before_anything_runs(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     run("topk_mean", CPU, batch=1, warmup=0, iterations=1, trace=tmp_path / "new/trace.json")

@@ -6,8 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from ..device import device_of
-from .commands import Device, PrecisionOf, app
+from .commands import Device, PrecisionOf, _device, app
 
 
 @app.command()
@@ -29,6 +28,6 @@ def profile(
     """
     from ..engine.profile import run
 
-    typer.echo(run(case, device_of(device), precision, batch, warmup, iterations, trace))
+    typer.echo(run(case, _device(device), precision, batch, warmup, iterations, trace))
     if trace is not None:
         typer.echo(f"wrote {trace}")
