@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -350,6 +351,35 @@ def test_stages_that_are_not_timed_run_side_by_side(tmp_path):
     assert [outcome["result"] for outcome in record.values()] == ["ok", "ok"]
     alone = [stage for stage in gpu.stages(tmp_path, tune=True) if stage.name in ("build", "tests", "bench_step")]
     assert [len(group) for group in gpu.together(alone)] == [1, 1, 1]
+
+
+def test_a_stage_side_by_side_has_its_own_time_and_limit(tmp_path):
+    slow, quick, long = ([sys.executable, "-c", f"import time; time.sleep({seconds})"] for seconds in (5, 0, 60))
+    stages = [gpu.Stage("slow", slow, 60, group="x"), gpu.Stage("quick", quick, 60, group="x")]
+    stages.append(gpu.Stage("long", long, 2, group="x"))
+    record = gpu.run(stages, tmp_path / "out", work=tmp_path / "work")
+    assert record["quick"]["seconds"] < 4 < record["slow"]["seconds"] and record["quick"]["result"] == "ok"
+    assert record["long"] == {"result": "stopped after 2 s, see long.log", "seconds": record["long"]["seconds"]}
+    assert record["long"]["seconds"] < 4
+
+
+def test_stages_end_with_the_run(tmp_path):
+    """Which a signal ends while it waits for them, as in main."""
+
+    def stop(*_) -> None:
+        raise SystemExit("stopped")
+
+    stages = [gpu.Stage(name, [sys.executable, "-c", FOREVER], 60, group="x") for name in ("a", "b")]
+    before = signal.signal(signal.SIGALRM, stop)
+    began = time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1)
+        with pytest.raises(SystemExit, match="stopped"):
+            gpu.run(stages, tmp_path / "out", work=tmp_path / "work")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - began < 20
 
 
 def test_operations_share_a_process(monkeypatch, capsys):
