@@ -166,4 +166,5 @@ def test_a_full_disk_is_told_with_the_file_of_a_model(tmp_path, capsys, monkeypa
         ):
             told = mistake(capsys, *given, *classes)
             assert told.startswith("error: [Errno 27] File too large: ") and told.endswith(f"{file}'\n")
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "a.pth", "made"} and not list(made.iterdir())
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith("torchinductor")}  # a cache of torch's
+    assert left == {"model", "a.pth", "made"} and not list(made.iterdir())
