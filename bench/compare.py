@@ -64,6 +64,8 @@ def ops() -> list[str]:
 def built(version: str) -> Iterator[Path]:
     """Yields a folder with the built avadclip_fast of a version."""
     if Path(version).is_dir():
+        if not Path(version, "avadclip_fast/__init__.py").is_file():  # the environment's would be measured
+            sys.exit(f"{version} is a folder without avadclip_fast: neither a checkout nor an installed version")
         yield Path(version).resolve()
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -510,7 +510,7 @@ def test_the_versions_take_turns_at_going_first(monkeypatch):
 def test_a_comparison_is_written_where_it_is_asked_for(monkeypatch, tmp_path):
     rows = [compare.verdict("x: case", [1.0] * 3, [1.0] * 3)]
     monkeypatch.setattr(compare, "compare", lambda *_: rows)
-    asked = ["compare", str(tmp_path), str(tmp_path), "--op", "uniform_pool", "--json"]
+    asked = ["compare", str(gpu.ROOT), str(gpu.ROOT), "--op", "uniform_pool", "--json"]
     monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "new/compare.json")])
     compare.main()
     assert json.loads((tmp_path / "new/compare.json").read_text())["rows"] == rows
@@ -518,6 +518,11 @@ def test_a_comparison_is_written_where_it_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "new")])
     with pytest.raises(SystemExit):
         compare.main()
+
+
+def test_a_folder_that_is_no_version_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="a folder without avadclip_fast"), compare.built(str(tmp_path)):
+        pass
 
 
 @pytest.mark.parametrize("kernels", ["kernels", "avadclip_fast/kernels"])  # of a checkout, and where it is installed
