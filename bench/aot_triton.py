@@ -25,6 +25,7 @@ import triton
 from avadclip_fast.kernels import (
     add_act,
     attention_pool,
+    binary_head,
     column_sums,
     distill_loss,
     gated_fusion,
@@ -48,6 +49,7 @@ REPORT = ROOT / "bench/aot_report.json"
 MODULES = (
     add_act,
     attention_pool,
+    binary_head,
     column_sums,
     distill_loss,
     gated_fusion,

@@ -10,6 +10,7 @@ import torch
 from avadclip_fast.kernels import (
     add_act,
     attention_pool,
+    binary_head,
     column_sums,
     distill_loss,
     keep,
@@ -41,6 +42,13 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
         out, stats = layer_norm.forward(x, weight, bias, dtype)
         layer_norm.backward(out, x, weight, stats, [True, True, True])
         layer_norm.backward(out, x, weight, stats, [True, False, False])
+        layer_norm.backward(out, x, weight, stats, [True, True, True], plus=x)
+        layer_norm.backward(out, x, weight, stats, [True, False, False], plus=x)
+
+    def head() -> None:
+        x, weight, bias, dot, direct = draw(B, T, D), draw(4 * D, D), draw(4 * D), draw(4 * D), draw(D)
+        out, y = binary_head.forward(x, weight, bias, dot, direct)
+        binary_head.backward(out, x, weight, dot, direct, y, [True] * 5)
 
     def windows(window: int, ragged: Tensor | None) -> None:
         q, k, v, residual = (draw(B, T, D) for _ in range(4))
@@ -75,6 +83,7 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
         distill_loss.backward(loss, *by, terms)
 
     yield "norm", norm
+    yield "head", head
     for window in dict.fromkeys((4, 64, longest(dtype))):
         yield f"windows of {window}", partial(windows, window, None)
         yield f"windows of {window}, lengths", partial(windows, window, lengths)

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._sizes import cdiv
+from ._sizes import cdiv, next_power_of_2
 
-GROUP = 256  # rows of a block
+GROUP = 64  # rows of a block, at least: few, so that enough blocks are under way to keep memory busy
+ALONE = 1024  # rows that a single pass sums
 
 
 @triton.jit
@@ -40,10 +41,11 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     count, width = x.shape
     if not x.numel():
         return x.new_zeros(width, dtype=dtype)
-    if count > 4 * GROUP:
-        groups = cdiv(count, GROUP)
+    if count > ALONE:
+        group = max(GROUP, next_power_of_2(count // ALONE))
+        groups = cdiv(count, group)
         sums = x.new_empty(groups, width, dtype=torch.float32)
-        column_sums_kernel[groups, cdiv(width, 128)](x, sums, count, width, GROUP, *x.stride(), ROWS=32, COLS=128)
+        column_sums_kernel[groups, cdiv(width, 128)](x, sums, count, width, group, *x.stride(), ROWS=32, COLS=128)
         x, count = sums, groups
     out = x.new_empty(width, dtype=dtype)
     column_sums_kernel[1, cdiv(width, 32)](x, out, count, width, count, *x.stride(), ROWS=128, COLS=32)

@@ -45,6 +45,7 @@ def norm_grad_kernel(
     x,  # [M, I]
     weight,  # [I]
     mean, rstd,  # [M] float32
+    plus,  # [M, I], contiguous, which is added to dx, or None
     dx,  # [M, I], contiguous, or None
     sums,  # [programs, 2, I] float32: those of g·x̂ and of g over the program's rows, or None
     count, width, stride_m, stride_d,
@@ -70,6 +71,8 @@ def norm_grad_kernel(
             grad = grad * w
             along = tl.sum(grad * normed, 1)[:, None] / width
             result = scale * (grad - tl.sum(grad, 1)[:, None] / width - normed * along)
+            if plus is not None:
+                result += tl.load(plus + at * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
             tl.store(dx + at * width + d[None, :], result.to(dx.dtype.element_ty), mask=inside)
     if sums is not None:
         at = sums + tl.program_id(0) * 2 * width + d
@@ -92,9 +95,16 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tupl
     return out, stats
 
 
-def backward(g: Tensor, x: Tensor, weight: Tensor, stats: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; those of x, or of the other two, are empty where `needs` is False."""
+def backward(
+    g: Tensor, x: Tensor, weight: Tensor, stats: Tensor, needs: list[bool], plus: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias; those of x, or of the other two, are empty where `needs` is False.
+
+    plus: [..., I] or None, a gradient that x has besides, and that is added to this one
+    """
     nothing = weight.new_empty(0)
+    if not any(needs):
+        return nothing, nothing, nothing
     if x.numel() == 0:
         return tuple(
             torch.zeros_like(t) if need else nothing for t, need in zip((x, weight, weight), needs, strict=True)
@@ -110,7 +120,8 @@ def backward(g: Tensor, x: Tensor, weight: Tensor, stats: Tensor, needs: list[bo
     programs = min(1024, blocks) if summed else blocks
     sums = x.new_empty(programs, 2, width, dtype=torch.float32) if summed else None
     norm_grad_kernel[programs,](
-        g.reshape(-1, width).contiguous(), rows, weight, stats[0], stats[1], dx, sums,
+        g.reshape(-1, width).contiguous(), rows, weight, stats[0], stats[1],
+        None if plus is None else plus.reshape(-1, width).contiguous(), dx, sums,
         count, width, *rows.stride(), ROWS=side, COLS=cols, num_warps=2,
     )  # fmt: skip
     totals = column_sums(sums.flatten(1), weight.dtype).view(2, width) if summed else None

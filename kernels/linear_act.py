@@ -241,7 +241,7 @@ def activation_grad_kernel(
     g,  # [M, N] gradient of the output, contiguous; [M] with dot
     y,  # [M, N] pre-activation, or None: no activation
     dot,  # [N]
-    gate,  # [M, N], of which `gain` times is a factor of the activation
+    gate,  # [M, N], of which `gain` times is a factor of the activation, or None: `gain` is
     dy,  # [M, N] with row stride stride_y
     bias_sums, dot_sums,  # [M groups, N] float32 with row stride stride_s, or None
     count, outputs, gain, stride_y, stride_s,
@@ -266,9 +266,9 @@ def activation_grad_kernel(
             by_dot += activate(value, ACTIVATION) * result
             result = result * u
         else:
-            result = tl.load(g + at, mask=inside, other=0.0).to(tl.float32)
+            result = tl.load(g + at, mask=inside, other=0.0).to(tl.float32) * gain
         if gate is not None:
-            result *= tl.load(gate + at, mask=inside, other=0).to(tl.float32) * gain
+            result *= tl.load(gate + at, mask=inside, other=0).to(tl.float32)
         if y is not None:
             result *= activate_grad(value, ACTIVATION)
         there = m.to(tl.int64)[:, None] * stride_y + n[None, :]
@@ -439,7 +439,8 @@ def activation_grad(
     count, outputs = g.shape[0], like.shape[0]
     if dot is None and y is None and gate is None and g.dtype == like.dtype:
         return g, column_sums(g, like.dtype) if summed else None, None
-    rows, cols, group, warps = 8, 128, 64, 4 if activation == "gelu" else 2  # whose slope takes many registers
+    rows, cols, warps = 8, 128, 4 if activation == "gelu" else 2  # whose slope takes many registers
+    group = 64 if summed or dot is not None else rows  # with nothing to add up, every block stands alone
     groups, sets = cdiv(count, group), summed + (dot is not None)
     dy = like.new_empty(count, outputs) if out is None else out
     sums = g.new_empty(groups, sets, outputs, dtype=torch.float32)
@@ -533,7 +534,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and dot; empty where `needs` is False.
 
-    y: the pre-activation saved by the forward pass. For relu, the output works as well, since it has the same sign.
+    y: the pre-activation saved by the forward pass. For relu, the output works as well, since it has the same sign; and
+    with dropout without its mask, since what is dropped is 0 there.
     """
     need_x, need_weight, need_bias, need_dot = needs
     h, w = _videos(x, weight), _taps(weight)

@@ -89,9 +89,9 @@ def window_kernel(
 def window_grad_kernel(
     g,  # [B, T, D]
     q, k, v,  # [B, T, D]
-    dq, dk, dv,  # [B, T, D]
+    dq, dk, dv,  # [B·T, D], channels contiguous
     lengths,
-    rows, width, heads, window, step, stride_gb, stride_gt, stride_gd,
+    rows, width, heads, window, step, stride_dq, stride_dk, stride_dv, stride_gb, stride_gt, stride_gd,
     stride_qb, stride_qt, stride_qd, stride_kb, stride_kt, stride_kd, stride_vb, stride_vt, stride_vd,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -116,17 +116,17 @@ def window_grad_kernel(
     p, ds = p.to(v.dtype.element_ty), ds.to(v.dtype.element_ty)
     for channel in range(0, head_width, DEPTH):
         d = channel + tl.arange(0, DEPTH)
-        at = (video * rows + t)[:, None] * width + (first + d)[None, :]
+        row, column = (video * rows + t)[:, None], (first + d)[None, :]
         inside = (t < rows)[:, None] & (d < head_width)[None, :]
         keys = load_slice(k, video, t, valid, first, d, head_width, stride_kb, stride_kt, stride_kd)
         change = tl.dot(ds, keys, input_precision=PRECISION)  # [ROWS, DEPTH]
-        tl.store(dq + at, change.to(dq.dtype.element_ty), mask=inside)
+        tl.store(dq + row * stride_dq + column, change.to(dq.dtype.element_ty), mask=inside)
         queries = load_slice(q, video, t, valid, first, d, head_width, stride_qb, stride_qt, stride_qd)
         change = tl.dot(tl.trans(ds), queries, input_precision=PRECISION)
-        tl.store(dk + at, change.to(dk.dtype.element_ty), mask=inside)
+        tl.store(dk + row * stride_dk + column, change.to(dk.dtype.element_ty), mask=inside)
         grad = load_slice(g, video, t, valid, first, d, head_width, stride_gb, stride_gt, stride_gd)
         change = tl.dot(tl.trans(p), grad.to(p.dtype), input_precision=PRECISION)
-        tl.store(dv + at, change.to(dv.dtype.element_ty), mask=inside)
+        tl.store(dv + row * stride_dv + column, change.to(dv.dtype.element_ty), mask=inside)
 
 
 def tile(window: int, head_width: int, dtype: torch.dtype) -> dict[str, int]:
@@ -158,17 +158,27 @@ def backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, heads: int, lengths: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    batch, rows, width = q.shape
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    window = min(window, rows)
-    if q.numel():
-        sizes = tile(window, width // heads, q.dtype)
-        strides = (x.stride() for x in (g, q, k, v))
-        # Copies ahead would make exact products spill registers. On sm_100 it is two stages that spill, not three.
-        exact = q.dtype == torch.float32 and precision(q.dtype) == "ieee"
-        stages = 1 if exact else 3 if linear_act._chip(q.device)[0] == "sm_100" else 2
-        window_grad_kernel[batch * heads * cdiv(rows, sizes["step"]),](
-            g, q, k, v, *grads, lengths, rows, width, heads, window, sizes.pop("step"), *chain(*strides),
-            PRECISION=precision(q.dtype), **sizes, num_warps=8, num_stages=stages,
-        )  # fmt: skip
+    write_grads(grads, g, q, k, v, window, heads, lengths)
     return grads
+
+
+def write_grads(
+    grads: tuple[Tensor, Tensor, Tensor],
+    g: Tensor, q: Tensor, k: Tensor, v: Tensor, window: int, heads: int, lengths: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes the gradients of q, k and v, each (B, T, D), whose rows may lie apart."""
+    batch, rows, width = q.shape
+    window = min(window, rows)
+    if not q.numel():
+        return
+    sizes = tile(window, width // heads, q.dtype)
+    strides = (x.stride() for x in (g, q, k, v))
+    # Copies ahead would make exact products spill registers. On sm_100 it is two stages that spill, not three.
+    exact = q.dtype == torch.float32 and precision(q.dtype) == "ieee"
+    stages = 1 if exact else 3 if linear_act._chip(q.device)[0] == "sm_100" else 2
+    window_grad_kernel[batch * heads * cdiv(rows, sizes["step"]),](
+        g, q, k, v, *grads, lengths, rows, width, heads, window, sizes.pop("step"),
+        *(d.stride(1) for d in grads), *chain(*strides),
+        PRECISION=precision(q.dtype), **sizes, num_warps=8, num_stages=stages,
+    )  # fmt: skip

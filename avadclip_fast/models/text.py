@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from .. import ops
 from ..data.errors import DataError
 from ..modules import MLP
+from ..ops._residual_block import fused, residual_mlp
 from .frozen import lowered, release
 
 CONTEXT = 77  # CLIP's sequence length
@@ -71,7 +72,11 @@ class TextBlock(nn.Module):
         if only is not None:
             x, mixed = x.index_select(0, only), mixed.index_select(0, only)
         x = _linear(mixed, attn.out_proj.weight, attn.out_proj.bias, residual=x)
-        h = _linear(x, mlp.c_fc.weight, mlp.c_fc.bias, "quick_gelu", norm=(self.ln_2.weight, self.ln_2.bias))
+        norm = (self.ln_2.weight, self.ln_2.bias)
+        fc, proj = ((lowered(layer.weight), lowered(layer.bias)) for layer in (mlp.c_fc, mlp.c_proj))
+        if fused(None, x, *fc, *proj):
+            return residual_mlp(x, norm, fc, proj)
+        h = _linear(x, mlp.c_fc.weight, mlp.c_fc.bias, "quick_gelu", norm=norm)
         return _linear(h, mlp.c_proj.weight, mlp.c_proj.bias, residual=x)
 
 

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._binary_head import binary_head as fused_head
 from ..ops._keep import keep
 from ..ops._linear_act_cpu import LAYER_NORM_EPS, spares
 from ..ops._padding import ends_of
+from ..ops._residual_block import fused, residual_mlp
 
 
 class MLP(nn.Module):
@@ -31,9 +33,12 @@ class MLP(nn.Module):
         norm: nn.LayerNorm | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        x, affine = unnormed(x, norm)
+        h, affine = unnormed(x, norm)
+        if residual is x and affine is not None and fused(self.backend, x, *self.parameters(), *affine):
+            fc, proj = ((layer.weight, layer.bias) for layer in (self.c_fc, self.c_proj))
+            return residual_mlp(x, affine, fc, proj)
         layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
-        h = layer(x, self.c_fc.weight, self.c_fc.bias, "quick_gelu", norm=affine)
+        h = layer(h, self.c_fc.weight, self.c_fc.bias, "quick_gelu", norm=affine)
         return layer(h, self.c_proj.weight, self.c_proj.bias, residual=residual)
 
 
@@ -59,6 +64,8 @@ def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear, lengths: Tensor | No
     w = classifier.weight[0]  # [D]
     folded = w @ mlp.c_proj.weight  # [4D]
     c_fc = mlp.c_fc
+    if fused(mlp.backend, x, c_fc.weight, c_fc.bias, folded, w):
+        return fused_head(x, c_fc.weight, c_fc.bias, folded, w) + (w @ mlp.c_proj.bias + classifier.bias)
     hidden = ops.linear_act(x, c_fc.weight, c_fc.bias, "quick_gelu", dot=folded, needed=lengths, backend=mlp.backend)
     return hidden + x @ w + (w @ mlp.c_proj.bias + classifier.bias)
 

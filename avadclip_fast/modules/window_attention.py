@@ -9,6 +9,7 @@ from .. import ops
 from ..ops._autocast import autocasts
 from ..ops._check import check_tensors
 from ..ops._layer_norm import layer_norm
+from ..ops._residual_block import fused, residual_attention
 from .linear_act import unnormed
 
 
@@ -61,11 +62,15 @@ class WindowAttention(nn.Module):
             q, k, v = layer(h, self.in_proj_weight, self.in_proj_bias, norm=affine).chunk(3, dim=-1)
             mixed = ops.window_attention(q, k, v, self.window, self.heads, lengths, backend=self.backend)
             return layer(mixed, self.out_proj.weight, self.out_proj.bias, residual=residual)
+        query, value = fold(self.in_proj_weight, self.in_proj_bias, self.out_proj)
         h, affine = unnormed(x, norm)
+        window = min(self.window, x.shape[1])
+        if residual is x and affine is not None and fused(self.backend, x, query[0], *affine, window=window):
+            weight, bias = (torch.cat(pair) for pair in zip(query, value, strict=True))
+            return residual_attention(x, affine, weight, bias, self.window, lengths)
         keys = h if affine is None else layer_norm(h, *affine, backend=self.backend)
         if autocasts(x.device.type):
             keys = keys.to(torch.get_autocast_dtype(x.device.type))
-        query, value = fold(self.in_proj_weight, self.in_proj_bias, self.out_proj)
         q, v = layer(keys, *query), layer(keys, *value)
         return ops.window_attention(q, keys, v, self.window, 1, lengths, residual, backend=self.backend)
 

@@ -37,3 +37,9 @@ def activations(x: Tensor) -> Tensor:
     if device not in LOWERING or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one device in the dtype that autocast multiplies in there; without it, themselves."""
+    device = tensors[0].device.type
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if autocasts(device) else tensors

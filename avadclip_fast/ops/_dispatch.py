@@ -76,23 +76,23 @@ def run(op: str, backend: str | None, *args, **kwargs):
         reason = why_not(op, wanted, *args, **kwargs)
         if reason is not None:
             raise BackendError(f"{op}: backend {wanted!r} cannot serve this call: {reason}")
-        return _call(op, wanted, args, kwargs)
+        return ranged(f"{op}:{wanted}", TABLE[op][wanted].function, *args, **kwargs)
     for name in ORDER:
         if name in TABLE[op] and why_not_chosen(op, name, *args, **kwargs) is None:
             if not torch.compiler.is_compiling() and (op, name) not in _logged:
                 _logged.add((op, name))
                 _log.info("%s is served by %s", op, name)
-            return _call(op, name, args, kwargs)
+            return ranged(f"{op}:{name}", TABLE[op][name].function, *args, **kwargs)
     raise BackendError(f"{op}: no backend can serve this call")
 
 
-def _call(op: str, name: str, args: tuple, kwargs: dict):
-    function = TABLE[op][name].function
+def ranged(name: str, function: Callable, *args, **kwargs):
+    """Calls a function, in ranges of that name for a profiler if one is at work, the second for its backward pass."""
     if not profiling.enabled or torch.compiler.is_compiling():
         return function(*args, **kwargs)
-    with profiling.span(f"{op}:{name}"):
+    with profiling.span(name):
         out = function(*args, **kwargs)
-    profiling.span_backward(f"{op}:{name}:backward", out)
+    profiling.span_backward(f"{name}:backward", out)
     return out
 
 

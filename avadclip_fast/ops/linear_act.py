@@ -99,7 +99,8 @@ def _save(ctx, inputs, output):
     ctx.mark_non_differentiable(y)
     ctx.set_materialize_grads(False)
     kept = y if save_y or ctx.activation == "none" else out
-    ctx.save_for_backward(x, weight, lengths, dot, kept, mask)
+    told = ctx.activation == "relu" and not save_y  # by `out`, which is 0 where something is dropped
+    ctx.save_for_backward(x, weight, lengths, dot, kept, None if told else mask)
 
 
 def _backward(ctx, grad, _):

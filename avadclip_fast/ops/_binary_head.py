@@ -1,0 +1,64 @@
+"""The binary head on Triton as one operator, where gradients are wanted.
+
+out = <QuickGELU(x Wᵀ + b), dot> + <x, direct>
+"""
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+from ._autocast import as_autocast
+from ._check import check_tensors
+from ._derivatives import differentiable, differentiable_once
+from ._triton import implement
+
+torch.library.define(
+    "avadclip_fast::binary_head",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor dot, Tensor direct) -> (Tensor out, Tensor y)",
+)
+torch.library.define(
+    "avadclip_fast::binary_head_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor dot, Tensor direct, Tensor y, bool[] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+implement("binary_head", "binary_head", "forward")
+implement("binary_head_backward", "binary_head", "backward")
+
+
+@torch.library.register_fake("avadclip_fast::binary_head")
+def _(x, weight, bias, dot, direct):
+    return x.new_empty(x.shape[:-1]), x.new_empty(x.shape[:-1].numel(), weight.shape[0])
+
+
+@torch.library.register_fake("avadclip_fast::binary_head_backward")
+def _(grad, x, weight, dot, direct, y, needs):
+    like = (x, weight, weight[:, 0], dot, direct)
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True))
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, dot, direct = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, dot, direct, output[1])
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 5
+    needs = list(ctx.needs_input_grad)
+    grads = torch.ops.avadclip_fast.binary_head_backward(grad, *ctx.saved_tensors, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+differentiable("binary_head", _backward, _save)
+differentiable_once("binary_head", "binary_head_backward")
+
+
+def binary_head(x: Tensor, weight: Tensor, bias: Tensor, dot: Tensor, direct: Tensor) -> Tensor:
+    """x: [..., D]; weight: (N, D); bias, dot: (N,); direct: (D,) -> [...]."""
+    shape = "B T D" if x.ndim == 3 else "T D"
+    check_tensors("binary_head", ("x", x, shape), ("weight", weight, "N D"), ("direct", direct, "D"))
+    operator, arguments = torch.ops.avadclip_fast.binary_head, as_autocast(x, weight, bias, dot, direct)
+    return _dispatch.ranged("binary_head:triton", operator, *arguments)[0]

@@ -1,0 +1,161 @@
+"""Halves of a pre-norm block on Triton, each one operator where gradients are wanted: fewer passes over their rows.
+
+    residual_attention:  out = x + attention(LayerNorm(x)),  whose keys are LayerNorm(x) itself
+    residual_mlp:        out = x + W2 QuickGELU(W1 LayerNorm(x) + b1) + b2
+
+The modules that use them do the same with the public operators where `fused` is False.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _dispatch
+from ._autocast import as_autocast, autocasts
+from ._check import check_lengths, check_tensors
+from ._derivatives import differentiable, differentiable_once
+from ._triton import declines_exact, implement, triton_reason
+from .window_attention import longest
+
+torch.library.define(
+    "avadclip_fast::residual_attention",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor weight, Tensor bias, SymInt window, Tensor? lengths)"
+    " -> (Tensor out, Tensor keys, Tensor stats, Tensor mixed)",
+)
+torch.library.define(
+    "avadclip_fast::residual_attention_backward",
+    "(Tensor grad, Tensor x, Tensor norm_weight, Tensor weight, SymInt window, Tensor? lengths, Tensor keys,"
+    " Tensor stats, Tensor mixed, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "avadclip_fast::residual_mlp",
+    "(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc_weight, Tensor fc_bias, Tensor proj_weight,"
+    " Tensor proj_bias) -> (Tensor out, Tensor normed, Tensor stats, Tensor y, Tensor hidden)",
+)
+torch.library.define(
+    "avadclip_fast::residual_mlp_backward",
+    "(Tensor grad, Tensor x, Tensor norm_weight, Tensor fc_weight, Tensor proj_weight, Tensor normed, Tensor stats,"
+    " Tensor y, Tensor hidden, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+implement("residual_attention", "residual_block", "attention")
+implement("residual_attention_backward", "residual_block", "attention_backward")
+implement("residual_mlp", "residual_block", "mlp")
+implement("residual_mlp_backward", "residual_block", "mlp_backward")
+
+
+def _stats(x: Tensor) -> Tensor:
+    return x.new_empty(2, x.shape[:-1].numel(), dtype=torch.float32)
+
+
+def _out(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+
+
+def _grads(needs: list[bool], *like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True))
+
+
+@torch.library.register_fake("avadclip_fast::residual_attention")
+def _(x, norm_weight, norm_bias, weight, bias, window, lengths):
+    keys = x.new_empty(x.shape, dtype=weight.dtype)
+    return _out(x, weight), keys, _stats(x), keys.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("avadclip_fast::residual_attention_backward")
+def _(grad, x, norm_weight, weight, window, lengths, keys, stats, mixed, needs):
+    return _grads(needs, x, norm_weight, norm_weight, weight, weight[:, 0])
+
+
+@torch.library.register_fake("avadclip_fast::residual_mlp")
+def _(x, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias):
+    normed, count = x.new_empty(x.shape, dtype=fc_weight.dtype), x.shape[:-1].numel()
+    y, hidden = normed.new_empty(1, count, fc_weight.shape[0]), normed.new_empty(*x.shape[:-1], fc_weight.shape[0])
+    return _out(x, fc_weight), normed, _stats(x), y, hidden
+
+
+@torch.library.register_fake("avadclip_fast::residual_mlp_backward")
+def _(grad, x, norm_weight, fc_weight, proj_weight, normed, stats, y, hidden, needs):
+    like = (x, norm_weight, norm_weight, fc_weight, fc_weight[:, 0], proj_weight, proj_weight[:, 0])
+    return _grads(needs, *like)
+
+
+def _save_attention(ctx, inputs, output):
+    x, norm_weight, _, weight, _, ctx.window, lengths = inputs
+    _, *inner = output
+    ctx.mark_non_differentiable(*inner)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, norm_weight, weight, lengths, *inner)
+
+
+def _attention_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
+    x, norm_weight, weight, lengths, *inner = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    grads = torch.ops.avadclip_fast.residual_attention_backward(
+        grad, x, norm_weight, weight, ctx.window, lengths, *inner, needs
+    )
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+def _save_mlp(ctx, inputs, output):
+    x, norm_weight, _, fc_weight, _, proj_weight, _ = inputs
+    _, *inner = output
+    ctx.mark_non_differentiable(*inner)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, norm_weight, fc_weight, proj_weight, *inner)
+
+
+def _mlp_backward(ctx, grad, *_):
+    if grad is None:
+        return (None,) * 7
+    needs = list(ctx.needs_input_grad)
+    grads = torch.ops.avadclip_fast.residual_mlp_backward(grad, *ctx.saved_tensors, needs)
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+differentiable("residual_attention", _attention_backward, _save_attention)
+differentiable_once("residual_attention", "residual_attention_backward")
+differentiable("residual_mlp", _mlp_backward, _save_mlp)
+differentiable_once("residual_mlp", "residual_mlp_backward")
+
+
+def fused(backend: str | None, x: Tensor, *weights: Tensor, window: int = 1) -> bool:
+    """Whether a half of a block is one operator here: gradients are wanted, and Triton serves its products.
+
+    backend: as of an op; window: the rows of one
+    """
+    wanted = backend or _dispatch.forced()
+    if wanted not in (None, "triton") or torch.compiler.is_exporting() or _dispatch.transformed():
+        return False
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))):
+        return False
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
+    if window > longest(dtype) or triton_reason(x, *weights) is not None:
+        return False
+    return wanted == "triton" or declines_exact(x, weights[0]) is None
+
+
+def residual_attention(
+    x: Tensor, norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, window: int, lengths: Tensor | None
+) -> Tensor:
+    """x + attention within windows of the rows LayerNorm(x), which are their own keys; one head.
+
+    x: (B, T, D); norm: weight and bias, (D,) each; weight: (2D, D) and bias: (2D,) of the queries, then the values
+    window: at most `longest` of the products' dtype
+    lengths: (B,) int, to exclude keys, or None
+    """
+    sizes = check_tensors("residual_attention", ("x", x, "B T D"), ("norm", norm[0], "D"))
+    check_lengths("residual_attention", lengths, sizes["B"], sizes["T"], x.device)
+    operator, learned = torch.ops.avadclip_fast.residual_attention, as_autocast(weight, bias)
+    return _dispatch.ranged("residual_attention:triton", operator, x, *norm, *learned, window, lengths)[0]
+
+
+def residual_mlp(
+    x: Tensor, norm: tuple[Tensor, Tensor], fc: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor]
+) -> Tensor:
+    """x + MLP(LayerNorm(x)). x: [..., D]; norm, fc and proj: weight and bias, fc's (4D, D) and proj's (D, 4D)."""
+    sizes = (("norm", norm[0], "D"), ("fc", fc[0], "H D"), ("proj", proj[0], "D H"))
+    check_tensors("residual_mlp", ("x", x, "B T D" if x.ndim == 3 else "T D"), *sizes)
+    operator, learned = torch.ops.avadclip_fast.residual_mlp, as_autocast(*fc, *proj)
+    return _dispatch.ranged("residual_mlp:triton", operator, x, *norm, *learned)[0]

@@ -1,0 +1,64 @@
+"""The binary head as one operator on Triton, against the module's other way.
+
+Runs on a GPU, or without one in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_binary_head.py -k triton
+"""
+
+import fused
+import pytest
+import torch
+from fused import DEVICE, B, D, T, drawn
+from torch import Tensor, nn
+
+from avadclip_fast import BackendError, use_backend
+from avadclip_fast.modules import MLP
+from avadclip_fast.modules.linear_act import binary_head
+
+served = fused.served  # the fixture
+PREFIX = "binary_head"
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp, self.classifier = MLP(D), nn.Linear(D, 1)
+
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        return binary_head(x, self.mlp, self.classifier, lengths)
+
+
+@DEVICE
+@pytest.mark.parametrize("ragged", [False, True], ids=["all rows", "lengths"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_triton_agrees_with_the_other_way(ragged, dtype, device, served):
+    fused.assert_agrees(Head, dtype, device, ragged, served, PREFIX)
+
+
+@DEVICE
+def test_triton_serves_autocast(device, served):
+    fused.assert_serves_autocast(Head, device, served, PREFIX)
+
+
+@DEVICE
+@pytest.mark.parametrize("learned", ["x", "mlp", "classifier", "none"])
+def test_triton_computes_only_the_gradients_that_are_wanted(learned, device, served):
+    model, x = drawn(Head(), device), torch.randn(B, T, D, device=device)
+    parts = {"x": [x], "mlp": [*model.mlp.parameters()], "classifier": [*model.classifier.parameters()], "none": []}
+    fused.assert_gives_what_is_wanted(model, parts[learned], x, served, PREFIX)
+
+
+@DEVICE
+def test_triton_takes_no_rows_and_is_differentiable_once(device):
+    model, x = drawn(Head(), device), torch.randn(B, T, D, device=device, requires_grad=True)
+    with use_backend("triton"):
+        out = model(x[:0], None)
+        assert out.shape == (0, T) and not torch.autograd.grad(out.sum(), x)[0].any()
+        (first,) = torch.autograd.grad(model(x, None).sum(), x, create_graph=True)
+        with pytest.raises(BackendError, match="twice"):
+            torch.autograd.grad(first.sum(), x)
+
+
+@DEVICE
+def test_triton_registration_passes_opcheck(device):
+    shapes = ((2, 5, 8), (16, 8), (16,), (16,), (8,))
+    arguments = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
+    torch.library.opcheck(torch.ops.avadclip_fast.binary_head.default, arguments)

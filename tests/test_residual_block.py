@@ -1,0 +1,129 @@
+"""Halves of a block as one operator on Triton, against the modules' other way: values, gradients, what is left out.
+
+Runs on a GPU, or without one in Triton's interpreter: TRITON_INTERPRET=1 pytest tests/test_residual_block.py -k triton
+"""
+
+from collections.abc import Callable
+
+import fused
+import pytest
+import torch
+from fused import DEVICE, B, D, T, drawn, results
+from torch import Tensor, nn
+
+from avadclip_fast import BackendError, WindowAttention, use_backend
+from avadclip_fast.modules import MLP
+
+served = fused.served  # the fixture
+PREFIX = "residual_"
+
+
+class Half(nn.Module):
+    """x + part(LayerNorm(x)), as in a block."""
+
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.norm, self.part = nn.LayerNorm(D), part
+
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        return self.part(x, residual=x, norm=self.norm, lengths=lengths)
+
+
+HALVES: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: Half(MLP(D)),
+    "windows of 5": lambda: Half(WindowAttention(D, 5)),
+    "windows of 16": lambda: Half(WindowAttention(D, 16)),
+    "one window": lambda: Half(WindowAttention(D, 64)),
+}
+each = pytest.mark.parametrize("name", HALVES)
+
+
+@DEVICE
+@each
+@pytest.mark.parametrize("ragged", [False, True], ids=["all rows", "lengths"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_triton_agrees_with_the_other_way(name, ragged, dtype, device, served):
+    fused.assert_agrees(HALVES[name], dtype, device, ragged, served, PREFIX)
+
+
+@DEVICE
+@each
+def test_triton_serves_autocast(name, device, served):
+    fused.assert_serves_autocast(HALVES[name], device, served, PREFIX)
+
+
+@DEVICE
+@each
+@pytest.mark.parametrize("learned", ["x", "norm", "part", "none"])
+def test_triton_computes_only_the_gradients_that_are_wanted(name, learned, device, served):
+    model, x = drawn(HALVES[name](), device), torch.randn(B, T, D, device=device)
+    wanted = {"x": [x], "norm": [*model.norm.parameters()], "part": [*model.part.parameters()], "none": []}[learned]
+    fused.assert_gives_what_is_wanted(model, wanted, x, served, PREFIX)
+
+
+@DEVICE
+@each
+def test_triton_serves_no_pass_without_gradients(name, device, served):
+    """A half that is only read keeps nothing of what its backward pass would need."""
+    with use_backend("triton"), torch.no_grad():
+        drawn(HALVES[name](), device)(torch.randn(B, T, D, device=device), None)
+    assert not served.by(PREFIX)
+
+
+@DEVICE
+def test_triton_leaves_other_norms_residuals_and_heads(device, served):
+    x = torch.randn(B, T, D, device=device, requires_grad=True)
+    attention, mlp = (drawn(HALVES[name](), device).part for name in ("windows of 5", "mlp"))
+    with use_backend("triton"):
+        for part in (attention, mlp):
+            part(x, residual=x.clone(), norm=nn.LayerNorm(D).to(device))
+            part(x, residual=x, norm=nn.LayerNorm(D, eps=1e-6).to(device))
+            part(x, residual=x)
+            part(x, norm=nn.LayerNorm(D).to(device))
+        WindowAttention(D, 5, heads=2).to(device)(x, residual=x, norm=nn.LayerNorm(D).to(device))
+        few = x[:1, :D]  # fewer rows than folding pays for
+        attention(few, residual=few, norm=nn.LayerNorm(D).to(device))
+    assert not served.by(PREFIX)
+
+
+@DEVICE
+@each
+def test_triton_is_differentiable_once(name, device):
+    model, x = drawn(HALVES[name](), device), torch.randn(B, T, D, device=device, requires_grad=True)
+    with use_backend("triton"):
+        (first,) = torch.autograd.grad(model(x, None).sum(), x, create_graph=True)
+        with pytest.raises(BackendError, match="twice"):
+            torch.autograd.grad(first.sum(), x)
+
+
+@DEVICE
+@each
+def test_triton_says_what_is_wrong(name, device):
+    model = drawn(HALVES[name](), device)
+    with use_backend("triton"):
+        with pytest.raises(ValueError, match="shape"):
+            model(torch.randn(B, T, D + 1, device=device, requires_grad=True), None)
+        with pytest.raises(ValueError, match="cast one"):
+            model(torch.randn(B, T, D, device=device, dtype=torch.float16, requires_grad=True), None)
+
+
+@DEVICE
+def test_triton_registration_passes_opcheck(device):
+    x, norm = torch.randn(2, 5, 8, device=device, requires_grad=True), torch.rand(2, 8, device=device)
+    weights = [torch.randn(s, device=device, requires_grad=True) for s in ((16, 8), (16,), (8, 16), (8,))]
+    lengths = torch.tensor([5, 2], device=device)
+    operators = torch.ops.avadclip_fast
+    torch.library.opcheck(operators.residual_attention.default, (x, *norm, *weights[:2], 3, lengths))
+    torch.library.opcheck(operators.residual_mlp.default, (x, *norm, *weights))
+    torch.library.opcheck(operators.residual_mlp.default, (x[0].detach().requires_grad_(), *norm, *weights))
+
+
+@DEVICE
+@each
+def test_triton_compiles_whole(name, device):
+    model, x = drawn(HALVES[name](), device), torch.randn(B, T, D, device=device)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    upstream = torch.randn(B, T, D, device=device)
+    expected = results(model, x, None, upstream, "triton")
+    for a, b in zip(results(compiled, x, None, upstream, "triton").values(), expected.values(), strict=True):
+        assert torch.equal(a, b)
