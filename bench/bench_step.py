@@ -218,8 +218,8 @@ def run(options: argparse.Namespace) -> Iterator[list[dict]]:
         ):
             plain.append(partial(case, options.rounds, name, model, own, sample, known, official))
             if device == "cuda":
-                plain.append(partial(in_bfloat16, options.rounds, name, model, sample, known))
-                compiled.append(partial(beside_compiled, options.rounds, name, model, sample, known))
+                plain.append(partial(in_bfloat16, options.rounds, name, model, sample, lowered(known)))
+                compiled.append(partial(beside_compiled, options.rounds, name, model, sample, lowered(known)))
 
     def in_time() -> Iterator[Part]:
         for rows in compiled:
@@ -228,8 +228,14 @@ def run(options: argparse.Namespace) -> Iterator[list[dict]]:
                 return
             yield rows
 
-    chosen = {"with": itertools.chain(plain, in_time()), "without": plain, "only": in_time()}[options.compile]
+    whole = {"with": itertools.chain(plain, in_time()), "without": plain, "only": in_time(), "ahead": ()}
+    chosen = whole[options.compile]
     yield from harness.all_of(partial(alone, rows) for rows in chosen)
+
+
+def lowered(guide: Tensor | None) -> Tensor | None:
+    """Teacher features as `fit` keeps them for steps in bfloat16."""
+    return guide.bfloat16() if guide is not None and guide.is_cuda else guide
 
 
 def alone(rows: Part) -> Iterator[list[dict]]:
@@ -240,12 +246,13 @@ def case(rounds: int, name: str, model, masked, sample: Sample, guide: Tensor | 
     """Compares the official step with ours. official: (weights, sample, dropout) -> loss."""
     check(model, sample, guide, official)
     weights, gpu = official_weights(model), sample[1].is_cuda
+    kept = lowered(guide)
     steps = {
         "official": official_step(weights, lambda: official(weights, sample, 0.1)),
         "ours": our_step(model, sample, guide, graph=gpu),
-        "ours, bfloat16": our_step(model, sample, guide, "bf16", graph=gpu),
+        "ours, bfloat16": our_step(model, sample, kept, "bf16", graph=gpu),
         "ours, masked": our_step(masked, sample, guide, graph=gpu),
-        "ours, masked, bfloat16": our_step(masked, sample, guide, "bf16", graph=gpu),
+        "ours, masked, bfloat16": our_step(masked, sample, kept, "bf16", graph=gpu),
     }
     plain = our_step(model, sample, guide) if gpu else steps["ours"]
     both = {"official_flops": flops(steps["official"]), "ours_flops": flops(plainly(plain))}  # fused ops count as 0

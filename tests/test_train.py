@@ -40,6 +40,7 @@ from avadclip_fast.engine.train import (
     validation_loss,
 )
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent, objective
+from avadclip_fast.ops import _autocast
 from avadclip_fast.ops._padding import zero_padding
 
 CLASSES = ["normal", "fighting", "explosion"]
@@ -607,6 +608,36 @@ def test_teacher_features_are_made_block_by_block_and_without_noise(tmp_path, mo
     torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lowering", [(), ("cpu",)], ids=["as on a CPU", "as on a GPU"])
+def test_teacher_features_have_the_precision_of_the_run(tmp_path, monkeypatch, lowering):
+    monkeypatch.setattr(_autocast, "LOWERING", lowering)
+    monkeypatch.setattr(train, "LOWERING", lowering)
+    guide, plain, caches = teacher().eval(), train._teacher_features, []
+    whole = features().batch(torch.arange(12))
+    exact, expected = (teacher_features(guide, whole, precision) for precision in ("fp32", "bf16"))
+
+    def noted(*args):
+        found = plain(*args)
+        caches.append(found[0])
+        return found
+
+    monkeypatch.setattr(train, "_teacher_features", noted)
+
+    def run(folder, precision):
+        recipe = dataclasses.replace(RECIPE, epochs=1, precision=precision)
+        return fit(AVadCLIPStudent.beside(guide), features(), recipe, folder, teacher=guide, progress=False)
+
+    for limit in (train.CACHE_LIMIT, 0):
+        monkeypatch.setattr(train, "CACHE_LIMIT", limit)
+        run(tmp_path / f"{limit}", "bf16")
+        cache = caches.pop()
+        assert cache.dtype == (torch.bfloat16 if lowering and limit else torch.float32)
+        assert (cache.float() - expected.float()).norm() < 0.3 * (exact - expected.float()).norm()
+    (tmp_path / "0" / STATE).unlink()
+    with pytest.raises(StateError, match="another teacher, precision or data; remove it"):
+        run(tmp_path / "0", "fp32")
+
+
 @pytest.mark.parametrize("padding", ["masked", "official"])
 def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
     guide = teacher().eval()
@@ -638,7 +669,7 @@ def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
         guide.fusion.gate_proj[0].bias[0] += 1e-6
     (tmp_path / "stale").mkdir()
     shutil.copy(kept, tmp_path / "stale")
-    with pytest.raises(StateError, match="another teacher or other data; remove it"):
+    with pytest.raises(StateError, match="another teacher, precision or data; remove it"):
         run(tmp_path / "stale")
 
 
@@ -659,7 +690,7 @@ def test_a_teacher_is_known_by_its_settings_too(tmp_path, monkeypatch, settings)
     with pytest.raises(StateError, match=r"other settings \(teacher\)"):
         run(other, resume=True)
     (tmp_path / STATE).unlink()
-    with pytest.raises(StateError, match="another teacher or other data; remove it"):
+    with pytest.raises(StateError, match="another teacher, precision or data; remove it"):
         run(other)
 
 
@@ -672,7 +703,7 @@ def test_teacher_features_of_other_videos_are_not_used(tmp_path, monkeypatch):
 
     run(features())
     (tmp_path / STATE).unlink()
-    with pytest.raises(StateError, match="another teacher or other data; remove it"):
+    with pytest.raises(StateError, match="another teacher, precision or data; remove it"):
         run(features(seed=1))
 
 

@@ -123,7 +123,7 @@ def _train(setting: Setting, kind: str) -> Step:
     teacher = AVadCLIP(CLASSES, text_weights="random").to(device)
     model: AVadCLIP | AVadCLIPStudent = teacher if kind == "teacher" else AVadCLIPStudent.beside(teacher).to(device)
     batch = _batch(setting)
-    known = teacher_features(teacher.eval(), batch) if kind == "distil" else None
+    known = teacher_features(teacher.eval(), batch, setting.precision) if kind == "distil" else None
     update = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-5, fused=True)
     recipe = Recipe(precision=setting.precision)
     return lambda: train_step(model, update, batch, known, recipe)

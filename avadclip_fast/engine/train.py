@@ -97,13 +97,15 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def teacher_features(teacher: AVadCLIP, batch: Batch) -> Tensor:
+def teacher_features(teacher: AVadCLIP, batch: Batch, precision: str = "fp32") -> Tensor:
     """Returns the frozen teacher's fused features (B, T, D), each of which depends only on its own sample.
 
+    precision: of its products, as in a `Recipe`; with "bf16" a GPU's features are bfloat16
     A masked teacher's output at padded rows also depends on the batch, so it is set to 0; a student whose padding is
     "official" reads it.
     """
-    features = teacher.fuse(batch.visual, batch.audio, batch.lengths)
+    with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        features = teacher.fuse(batch.visual, batch.audio, batch.lengths)
     return features if teacher.padding == "official" else zero_padding(features, batch.lengths)
 
 
@@ -197,6 +199,7 @@ def fit(
         cache = None
         if teacher is not None:
             made_by = {"teacher": run["teacher"], "data": run["training videos"]}
+            made_by |= {"precision": "bf16"} if recipe.precision == "bf16" else {}
             cache, told = _teacher_features(teacher, data, source, made_by, folder, device, part, progress)
             lines.append(told)
         if graph:
@@ -599,23 +602,26 @@ def _teacher_features(
 ) -> tuple[Tensor, str]:  # fmt: skip
     """Returns teacher features (M, T, D), on the GPU, in host memory, or in a file, and a line that says where.
 
-    Each sample is computed once. source: the data as placed for reading. made_by: fingerprints stored in the file to
-    recognize it. Ranks share the work of each block; rank 0 writes.
+    Each sample is computed once, in the precision of the run. source: the data as placed for reading. made_by:
+    fingerprints stored in the file to recognize it. Ranks share the work of each block; rank 0 writes.
     """
     rows, width = data.visual.shape[1], teacher.width
     field, lengths = Field("float32", (rows, width)), data.valid().cpu()
-    size = len(data) * field.row_bytes
+    precision = made_by.get("precision", "fp32")
+    # bfloat16 is kept as such but in the file, whose fields are NumPy's.
+    dtype = torch.bfloat16 if precision == "bf16" and device.type in LOWERING else torch.float32
+    size = len(data) * rows * width * dtype.itemsize
     chosen = residency.decide(size, size > CACHE_LIMIT, (rows, width), device, batch_size)
     told = f"teacher features: {residency.told(size, chosen)}"
 
     def compute(index: Tensor) -> Tensor:
         part = distributed.part(lengths[index])
-        known = torch.zeros(len(index), rows, width, device=device)
+        known = torch.zeros(len(index), rows, width, dtype=dtype, device=device)
         if part.samples:
             batch = trim(source.batch(index[part.where]), teacher, longest=int(lengths[index].max()))
             with span("teacher"):
-                features = teacher_features(teacher, batch.to(device))
-            known[part.where, : features.shape[1]] = features.float()
+                features = teacher_features(teacher, batch.to(device), precision)
+            known[part.where, : features.shape[1]] = features.to(dtype)
         return distributed.total(known)  # each rank fills its part; the rest is zero
 
     def shown(blocks):
@@ -623,7 +629,7 @@ def _teacher_features(
 
     everywhere = not distributed.any_of(chosen.where != "gpu")  # all ranks take the same branch
     if everywhere or size <= CACHE_LIMIT:
-        cache = torch.zeros(len(data), rows, width, device=device if chosen.where == "gpu" else None)
+        cache = torch.zeros(len(data), rows, width, dtype=dtype, device=device if chosen.where == "gpu" else None)
         for index in shown(torch.arange(len(data)).split(CACHE_BLOCK)):
             cache[index[0] : index[-1] + 1] = compute(index)
         return cache, told
@@ -631,14 +637,14 @@ def _teacher_features(
     there = distributed.agreed(path.exists())
     if there and open_packed(path)[1] != made_by:
         raise StateError(
-            f"{path} holds the features of another teacher or other data; remove it, and they are made anew"
+            f"{path} holds the features of another teacher, precision or data; remove it, and they are made anew"
         )
     if not there and distributed.is_main():
         _log.warning("teacher features of %d samples are kept in %s", len(data), path)
 
         def block(start: int, stop: int) -> dict[str, np.ndarray]:
             distributed.agreed(stop)  # tells the others which block: writing resumes in the middle of a partial file
-            return {"features": compute(torch.arange(start, stop)).cpu().numpy()}
+            return {"features": compute(torch.arange(start, stop)).float().cpu().numpy()}
 
         write_packed(path, {"features": field}, len(data), block, made_by, block=CACHE_BLOCK, progress=shown)
         distributed.agreed(0)
@@ -647,7 +653,7 @@ def _teacher_features(
             compute(torch.arange((stop - 1) // CACHE_BLOCK * CACHE_BLOCK, stop))
     features = open_packed(path)[0]["features"]
     if chosen.where == "gpu":
-        features = features.to(device)
+        features = features.to(device, dtype)
     elif chosen.where == "memory":
         features = features.clone()
     return features, told
