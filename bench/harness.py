@@ -36,7 +36,8 @@ SOURCES = (".py", ".cpp", ".cu", ".cuh", ".h", ".json")
 MODES = {"torch.compile": "default", "torch.compile, max-autotune": "max-autotune-no-cudagraphs"}
 COMPILED = (*MODES, "FlexAttention")  # alternatives that are compiled first
 COMPILING = 50  # seconds after which a bench compiles nothing more; bench.gpu stops it after 120
-COMPILE = ("with", "without", "only")  # torch.compile; only: with it, as long as there is time for that
+# torch.compile; only: ours beside it, as long as there is time for that; ahead: time nothing, fill its cache on disk
+COMPILE = ("with", "without", "only", "ahead")
 DTYPES = ("float32", "float16", "bfloat16")
 AUTHORS = ("official", "loops")  # alternatives that follow the official code
 # Benches whose products run on tile units (csrc/amx.h) or in AVX-512 (csrc/avx512.h) where a processor has them
@@ -279,12 +280,17 @@ def drawn(
             late = time.monotonic() - began > COMPILING and compile != "without"
             if late:
                 print(f"{bench.case}: without torch.compile, {COMPILING} s are up", flush=True)
-            if late and compile == "only":
+            if late and compile in ("only", "ahead"):
                 return
             if late or compile == "without":
                 bench = bench.only(name for name in bench.alternatives if name not in COMPILED)
+            elif compile in ("only", "ahead"):
+                beside = ("reference", *COMPILED, bench.ours)
+                bench = bench.only(name for name in bench.alternatives if name in beside)
+        elif compile in ("only", "ahead"):
+            continue
         with torch.device(device):
-            sets = input_sets(bench) if device == "cuda" else [bench.make()]
+            sets = input_sets(bench) if device == "cuda" and compile != "ahead" else [bench.make()]
         yield bench, sets
 
 
@@ -293,6 +299,10 @@ def run(
     compile: str = "with",
 ) -> Iterator[list[dict]]:  # fmt: skip
     """Yields the rows of each case: forward and backward together, and on a GPU also the forward pass alone."""
+    if compile == "ahead":
+        for bench, sets in drawn(cases, dtype, device, compile):
+            compile_ahead(bench, sets[0])
+        return
     gpu = device == "cuda"
     with torch.device(device):
         roofs = gpu_roofs() if gpu else None
@@ -313,6 +323,16 @@ def run(
                 yield with_floor(rows, work, roofs, size_of(sets) < cache_size())
 
     yield from all_of(partial(timed, *case) for case in drawn(cases, dtype, device, compile))
+
+
+def compile_ahead(bench: Bench, inputs: tuple) -> None:
+    """Calls what torch.compile compiles, once for each pass."""
+    for name in bench.alternatives.keys() & {*COMPILED}:
+        began, function = time.monotonic(), bench.alternatives[name]
+        forward(function, inputs, ())()
+        if bench.both:
+            forward_backward(function, inputs, leaves(inputs))()
+        print(f"{bench.case}, {name}: compiled in {time.monotonic() - began:.1f} s", flush=True)
 
 
 def all_of(parts: Iterable[Callable[[], Iterable[list[dict]]]]) -> Iterator[list[dict]]:

@@ -411,8 +411,9 @@ def test_nothing_is_measured_of_what_is_not_built(tmp_path):
 def test_every_stage_is_there(tmp_path):
     stages = gpu.stages(tmp_path, tune=True)
     for stage in stages:
-        if stage.name.startswith("bench_") and stage.name != "bench_operations":
-            assert (gpu.ROOT / f"bench/{stage.name.removesuffix(gpu.COMPILED)}.py").exists()
+        name = stage.name.removesuffix(gpu.COMPILED)
+        if name.startswith("bench_") and name != "bench_operations":
+            assert (gpu.ROOT / f"bench/{name}.py").exists()
     commands = {stage.name: stage.command for stage in stages}
     assert commands["env"][-2:] == ["avadclip_fast.cli", "env"]  # what the records are of
     for name in ("step", "inference"):  # long ones
@@ -420,6 +421,9 @@ def test_every_stage_is_there(tmp_path):
     names = {stage.name for stage in stages} | {f"bench_{name}" for name in gpu.OPERATIONS}
     assert {path.stem for path in (gpu.ROOT / "bench").glob("bench_*.py")} <= names
     assert commands["bench_operations"][3:].index("--") == len(gpu.OPERATIONS)
+    ahead = [commands[f"ahead_{part}"][3:] for part in range(gpu.AHEAD)]
+    compiled = {name for command in ahead for name in command[: command.index("--")]}
+    assert compiled == {*gpu.OPERATIONS} - {*gpu.NOT_COMPILED}
 
 
 @pytest.mark.parametrize("records", [True, False])
