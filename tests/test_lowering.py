@@ -1,5 +1,7 @@
 """Weights cast once a step: what is cast, what is computed from it, and that no weight is cast again."""
 
+import statistics
+
 import pytest
 import torch
 from op_tests import ON_GPU
@@ -36,10 +38,8 @@ def gradients(model, given, known, precision="bf16") -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def given_on(device: str) -> tuple[Batch, torch.Tensor]:
-    # A seed whose highest scores are not close to the next ones, nor cosines to the threshold: rounded to bf16, close
-    # ones change places, and the gradients with them.
-    visual, audio, labels, lengths = (x.to(device) for x in batch([9, 16, 5], 16, seed=326))
+def given_on(device: str, seed: int = 326) -> tuple[Batch, torch.Tensor]:
+    visual, audio, labels, lengths = (x.to(device) for x in batch([9, 16, 5], 16, seed=seed))
     return Batch(visual, audio, lengths, labels), torch.ones_like(visual)
 
 
@@ -54,18 +54,25 @@ def model(make, device, monkeypatch):
 @on_both
 @both
 def test_gradients_are_those_of_casts_at_every_use(model, make, device, monkeypatch):
-    given, known = given_on(device)
-    known = None if make is teacher else known
-    found = gradients(model, given, known)
-    monkeypatch.setattr(train, "lowered_weights", lambda *_: {})
-    expected = gradients(model, given, known)
-    assert found.keys() == expected.keys() and len(found) > 20
-    exact = gradients(model, given, known, "fp32")
-    largest = max(x.norm() for x in exact.values())
-    for name, x in exact.items():
-        assert found[name].dtype == torch.float32 and found[name].shape == x.shape
-        error, known_error = ((grads[name] - x).norm() for grads in (found, expected))
-        assert error <= 2 * known_error + 2**-7 * max(x.norm(), 1e-3 * largest), name
+    # Rounded to bf16, scores that are close change places, and cosines cross the threshold, and the gradients with
+    # them, one way or the other: of three batches, the middle one decides.
+    ratios: dict[str, list[float]] = {}
+    for seed in (326, 327, 328):
+        given, known = given_on(device, seed)
+        known = None if make is teacher else known
+        found = gradients(model, given, known)
+        with monkeypatch.context() as patched:
+            patched.setattr(train, "lowered_weights", lambda *_: {})
+            expected = gradients(model, given, known)
+            exact = gradients(model, given, known, "fp32")
+        assert found.keys() == expected.keys() and len(found) > 20
+        largest = max(x.norm() for x in exact.values())
+        for name, x in exact.items():
+            assert found[name].dtype == torch.float32 and found[name].shape == x.shape
+            error, known_error = ((grads[name] - x).norm() for grads in (found, expected))
+            allowed = 2 * known_error + 2**-7 * max(x.norm(), 1e-3 * largest)
+            ratios.setdefault(name, []).append(float(error / allowed))
+    assert not {name: several for name, several in ratios.items() if statistics.median(several) > 1}
 
 
 @on_both
