@@ -86,3 +86,16 @@ def test_the_command_says_what_it_needs(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     assert "needs a GPU and Triton" in mistake(capsys, "tune")
+
+
+def test_the_command_refuses_a_name_that_no_call_has_and_a_gpu_that_triton_has_not(capsys, monkeypatch):
+    from avadclip_fast.cli import kernels
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels.torch, "empty", lambda *_, **__: torch.ones(0))
+    monkeypatch.setattr(kernels, "triton_reason", lambda x: None)
+    monkeypatch.setattr(tune, "tune", lambda *_: pytest.fail("it was tuned"))
+    told = mistake(capsys, "tune", "--only", "mpl")
+    assert "no call has 'mpl' in its name; there are qkv, queries, projection, mlp" in " ".join(told.split())
+    monkeypatch.setattr(kernels, "triton_reason", lambda x: "it needs compute capability 8.0, and cuda has 7.5")
+    assert "needs compute capability 8.0" in mistake(capsys, "tune")

@@ -63,7 +63,7 @@ def gemms(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], N
             )
             linear_act.backward(
                 torch.ones_like(out), x, weight, activation, dilation, causal, n, u, y if keep else out,
-                [True, True, True, dot], mask, 1.1,
+                [True, True, True, dot], mask if keep else None, 1.1,  # `out` tells what ReLU's dropout dropped
             )  # fmt: skip
 
         return run
