@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -21,10 +22,10 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from avadclip_fast import data
 from avadclip_fast.data import FeatureSet
-from avadclip_fast.engine import train
+from avadclip_fast.engine import state, train
 from avadclip_fast.engine.calibrate import Calibration, calibrate
 from avadclip_fast.engine.recipe import Recipe, RecipeError
-from avadclip_fast.engine.state import StateError, frozen_digest
+from avadclip_fast.engine.state import Saver, StateError, frozen_digest
 from avadclip_fast.engine.stop import Stopped, listening
 from avadclip_fast.engine.train import (
     BEST,
@@ -109,16 +110,64 @@ class Killed(Exception):
 @contextlib.contextmanager
 def killed(after):
     """A run inside the block is killed after the save for which after(number, *arguments) holds."""
-    plain, numbers = train.save_state, itertools.count(1)
+    plain, numbers = Saver.save, itertools.count(1)
 
-    def save_state(*args):
-        plain(*args)
+    def save(saver, *args):
+        plain(saver, *args)
+        saver.wait()
         if after(next(numbers), *args):
             raise Killed
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "save_state", save_state)
+        patch.setattr(Saver, "save", save)
         yield
+
+
+def test_training_goes_on_while_states_are_written(tmp_path, monkeypatch):
+    """What is written is what there was at the time of the call."""
+    going, plain = threading.Event(), state.atomic_write
+
+    @contextlib.contextmanager
+    def slowly(path):
+        assert going.wait(60)
+        with plain(path) as file:
+            yield file
+
+    monkeypatch.setattr(state, "atomic_write", slowly)
+    model = teacher()
+    optimizer = train.adamw(model, RECIPE, torch.device("cpu"))
+    before, info = {name: x.clone() for name, x in state.trained(model).items()}, {"step": [1]}
+    with Saver() as saver:
+        saver.save(tmp_path / "best", model, None, info)
+        saver.save(tmp_path / "state", model, optimizer, info)
+        info["step"].append(2)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 1
+        assert not list(tmp_path.iterdir())
+        going.set()
+    other = teacher(seed=3)
+    for name in ("best", "state"):
+        assert state.load_state(tmp_path / name, other) == {"step": [1]}
+        assert same(state.trained(other), before)
+
+
+def test_no_state_is_written_after_one_that_could_not_be(tmp_path):
+    """A state refers to the best weights that are written before it."""
+    model = teacher()
+    with pytest.raises(StateError, match="missing/best: cannot be written"), Saver() as saver:
+        saver.save(tmp_path / "missing/best", model, None, {})
+        saver.save(tmp_path / "state", model, None, {})
+    assert not list(tmp_path.iterdir())
+    saver = Saver()
+    saver.save(tmp_path / "missing/best", model, None, {})
+    with pytest.raises(StateError, match="missing/best: cannot be written"):
+        saver.wait()
+    with pytest.raises(StateError, match="missing/best: cannot be written"):
+        saver.save(tmp_path / "state", model, None, {})
+    with pytest.raises(KeyboardInterrupt), Saver() as saver:  # what ends a run is not hidden
+        saver.save(tmp_path / "missing/best", model, None, {})
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("after", [1, 3, 4, 7, 11])  # four an epoch: two of its steps, the best, the state

@@ -5,9 +5,11 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -90,23 +92,58 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, info: dict) -> None:
-    """Writes trained weights, AdamW's state and `info` (JSON) to `path`, replacing an earlier file atomically.
+class Saver:
+    """Writes states in a thread of its own, in the order of the calls, while training goes on.
 
-    Raises StateError if it cannot be written.
+        with Saver() as saver:
+            saver.save(folder / STATE, model, optimizer, info)
+
+    What a state holds is copied at once. An earlier file is replaced atomically. If one cannot be written, neither is
+    any after it, which may refer to it, and the StateError is raised by a later `save`, by `wait`, or at the end.
     """
-    tensors = {f"model.{name}": tensor for name, tensor in trained(model).items()}
-    if optimizer is not None:
-        names = {id(p): name for name, p in model.named_parameters()}
-        for parameter, moments in optimizer.state.items():
-            tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in moments.items()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with writing(path), atomic_write(path) as file:
-        file.write(save(tensors, metadata={"info": json.dumps(info)}))
+
+    def __init__(self) -> None:
+        self.pool, self.under_way = ThreadPoolExecutor(1), deque[Future]()
+        self.error: StateError | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.pool.shutdown()  # what is under way is completed in any case
+        if kind is None:
+            self.wait()
+
+    def save(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, info: dict) -> None:
+        """Copies trained weights, AdamW's state and `info` (JSON), and begins to write them to `path`."""
+        self.wait(leaving=1)  # an epoch ends with two, the best weights and the state
+        tensors = {f"model.{name}": tensor for name, tensor in trained(model).items()}
+        if optimizer is not None:
+            names = {id(p): name for name, p in model.named_parameters()}
+            for parameter, moments in optimizer.state.items():
+                tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in moments.items()}
+        kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        self.under_way.append(self.pool.submit(self._write, path, kept, {"info": json.dumps(info)}))
+
+    def wait(self, leaving: int = 0) -> None:
+        """Waits until all but the `leaving` latest states are written. Raises StateError if one could not be."""
+        while len(self.under_way) > leaving:
+            self.under_way.popleft().result()
+        if self.error is not None:
+            raise self.error
+
+    def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        if self.error is not None:
+            return
+        try:
+            with writing(path), atomic_write(path) as file:
+                file.write(save(tensors, metadata=metadata))
+        except StateError as error:
+            self.error = error
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Loads the file of `save_state` into the model and optimizer in place; returns `info`. Raises StateError."""
+    """Loads the file of a `Saver` into the model and optimizer in place; returns `info`. Raises StateError."""
     try:
         with safe_open(path, framework="pt") as file:
             info = json.loads(file.metadata()["info"])

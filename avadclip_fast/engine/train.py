@@ -34,7 +34,7 @@ from .distributed import WHOLE, Part
 from .graph import StepGraph, changed_by, refusal
 from .lowering import lowered_weights
 from .recipe import Recipe, RecipeError
-from .state import STATE, StateError, frozen_digest, load_state, model_digest, save_state, shape_of, trained, writing
+from .state import STATE, Saver, StateError, frozen_digest, load_state, model_digest, shape_of, trained, writing
 from .stop import Request, Stopped, listening
 
 BEST, MODEL, HISTORY = "best.safetensors", "model", "history.json"
@@ -209,9 +209,10 @@ def fit(
             tqdm.write("\n".join(lines))
         request = stack.enter_context(listening())  # the work before this is redone, or resumes from its own file
         step_done = stack.enter_context(trace(profile, PROFILED)) if profile is not None and main else None
+        saver = stack.enter_context(Saver())
         loop = _Loop(
-            model, teacher, cache, source, lengths, recipe, optimizer, noise, state, board, device, progress, request,
-            step_done,
+            model, teacher, cache, source, lengths, recipe, optimizer, noise, state, saver, board, device, progress,
+            request, step_done,
         )  # fmt: skip
         if graph:
             loop.record()
@@ -231,12 +232,13 @@ def fit(
             if info["best"] is None or score > info["best"]["score"]:
                 info["best"] = {"epoch": epoch + 1, "score": score}
                 if main:
-                    save_state(folder / BEST, model, None, info["best"])  # before the state that refers to it
+                    saver.save(folder / BEST, model, None, info["best"])  # before the state that refers to it
             info |= {"epoch": epoch + 1, "step": 0, "sums": {}, "history": [*info["history"], record]}
             if main:
-                save_state(state, model, optimizer, info)
+                saver.save(state, model, optimizer, info)
             _say(progress, record)
             if epoch + 1 < recipe.epochs and distributed.any_of(request.number is not None):
+                saver.wait()
                 raise Stopped(request.number or signal.SIGTERM)
     if main:
         load_state(folder / BEST, model)
@@ -356,6 +358,7 @@ class _Loop:
     optimizer: torch.optim.Optimizer
     noise: Tensor | None  # (D,)
     state: Path
+    saver: Saver
     board: "_Board | None"
     device: torch.device
     progress: bool
@@ -422,8 +425,9 @@ class _Loop:
                 _check_finite(info["sums"], self.model, epoch, step)
                 if self.board is not None:
                     self.board.write()
-                    save_state(self.state, self.model, self.optimizer, info)
+                    self.saver.save(self.state, self.model, self.optimizer, info)
                 if self._stops(asked, due):
+                    self.saver.wait()
                     raise Stopped(self.request.number or signal.SIGTERM)
             if self.step_done is not None:
                 self.step_done()
