@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -504,20 +505,33 @@ def source_hash(device: str, bench: str) -> str:
     op = bench.removeprefix("bench_")
     alone = (ROOT / f"avadclip_fast/reference/{op}.py").exists()
     own = f"{op}*" if alone else "*"  # a whole step or model
-    shared = ["avadclip_fast/reference/_*.py", "csrc/stable.h"]
-    shared += ["csrc/amx.h", "csrc/avx512.h"] if bench in PRODUCTS else []
-    patterns = [f"avadclip_fast/reference/{own}.py", *shared]
+    patterns = [f"avadclip_fast/reference/{own}.py"]
     patterns += {
         "cpu": [f"csrc/{own}_cpu.cpp"],
         "cuda": ["csrc/*.cu*", "csrc/*.h", "kernels/**/*"],  # they include one another
     }[device]
     paths = {path for pattern in patterns for path in ROOT.glob(pattern) if path.suffix in SOURCES}
-    if not alone:  # pooling happens before training steps and inference
-        paths = {path for path in paths if not path.name.startswith("uniform_pool")}
+    texts = with_included({path for path in paths if path.name != "__init__.py"})
     digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(path.name.encode() + measured(path.read_text()).encode())
+    for path, text in sorted(texts.items()):
+        if alone or not path.name.startswith("uniform_pool"):  # pooling happens before training steps and inference
+            digest.update(path.name.encode() + text.encode())
     return digest.hexdigest()[:16]
+
+
+def with_included(paths: Iterable[Path]) -> dict[Path, str]:
+    """Returns what is measured of these files, and of those beside them that they include or import."""
+    texts: dict[Path, str] = {}
+    waiting = list(paths)
+    while waiting:
+        path = waiting.pop()
+        if path not in texts:
+            texts[path] = text = measured(path.read_text())
+            names = re.findall(r'^#include "(.+)"', text, re.M) + [
+                f"{name}.py" for name in re.findall(r"^from \.(\w+) import", text, re.M)
+            ]
+            waiting += [path.parent / name for name in names]
+    return texts
 
 
 def measured(text: str) -> str:

@@ -98,6 +98,14 @@ def test_a_kernels_source_is_in_its_hash(tmp_path, monkeypatch):
     emulated = "2\n#ifdef AVADCLIP_EMULATED_TILES\n3\n#else\n#endif\n"
     assert changed("csrc/x_cpu.cpp", emulated) and not changed("csrc/x_cpu.cpp", emulated.replace("3", "4"))
 
+    # What those files include or import, through others too, is in theirs.
+    (tmp_path / "csrc/inner.cuh").write_text("1")
+    (tmp_path / "csrc/outer.cuh").write_text('#include "inner.cuh"\n')
+    assert changed("csrc/x_cpu.cpp", '#include <vector>\n#include "outer.cuh"\n') == {("cpu", "x"), ("cpu", "step")}
+    assert {key for key in changed("csrc/inner.cuh", "2") if key[0] == "cpu"} == {("cpu", "x"), ("cpu", "step")}
+    assert changed("avadclip_fast/reference/y.py", "from .x import x\n")
+    assert {op for _, op in changed("avadclip_fast/reference/x.py", "2")} == {"x", "y", "step"}
+
 
 def test_plots_are_those_of_the_json(tmp_path):
     """To the pixel, where matplotlib is the version that drew what is committed."""
