@@ -58,6 +58,26 @@ def test_triton_takes_no_rows_and_is_differentiable_once(device):
 
 
 @DEVICE
+def test_triton_takes_rows_of_any_shape(device, served):
+    model = drawn(Head(), device)
+    for shape in ((4, D), (2, 1, 4, D)):
+        x, upstream = torch.randn(shape, device=device), torch.ones(shape[:-1], device=device)
+        found = [fused.results(model, x, None, upstream, backend) for backend in ("triton", "reference")]
+        assert served.by(PREFIX)
+        for a, b in zip(*(each.values() for each in found), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@DEVICE
+@pytest.mark.parametrize("lengths", [[37, 1], [37.0, 1.0, 20.0]], ids=["two", "fractions"])
+def test_triton_refuses_lengths_as_the_other_way_does(lengths, device):
+    model, x = drawn(Head(), device), torch.randn(B, T, D, device=device, requires_grad=True)
+    for backend in ("triton", "reference"):
+        with use_backend(backend), pytest.raises(ValueError, match="lengths must"):
+            model(x, torch.tensor(lengths, device=device))
+
+
+@DEVICE
 def test_triton_registration_passes_opcheck(device):
     shapes = ((2, 5, 8), (16, 8), (16,), (16,), (8,))
     arguments = [torch.randn(s, device=device, requires_grad=True) for s in shapes]

@@ -108,6 +108,27 @@ def test_triton_says_what_is_wrong(name, device):
 
 
 @DEVICE
+def test_triton_takes_rows_of_any_shape(device, served):
+    model = drawn(HALVES["mlp"](), device)
+    for shape in ((D,), (4, D), (2, 1, 4, D)):
+        x = torch.randn(shape, device=device)
+        found = [results(model, x, None, torch.ones_like(x), backend) for backend in ("triton", "reference")]
+        assert served.by(PREFIX)
+        for a, b in zip(*(each.values() for each in found), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@DEVICE
+@each
+@pytest.mark.parametrize("lengths", [[37, 1], [37.0, 1.0, 20.0]], ids=["two", "fractions"])
+def test_triton_refuses_lengths_as_the_other_way_does(name, lengths, device):
+    model, x = drawn(HALVES[name](), device), torch.randn(B, T, D, device=device, requires_grad=True)
+    for backend in ("triton", "reference"):
+        with use_backend(backend), pytest.raises(ValueError, match="lengths must"):
+            model(x, torch.tensor(lengths, device=device))
+
+
+@DEVICE
 def test_triton_registration_passes_opcheck(device):
     x, norm = torch.randn(2, 5, 8, device=device, requires_grad=True), torch.rand(2, 8, device=device)
     weights = [torch.randn(s, device=device, requires_grad=True) for s in ((16, 8), (16,), (8, 16), (8,))]

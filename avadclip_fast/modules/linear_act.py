@@ -36,7 +36,7 @@ class MLP(nn.Module):
         h, affine = unnormed(x, norm)
         if residual is x and affine is not None and fused(self.backend, x, *self.parameters(), *affine):
             fc, proj = ((layer.weight, layer.bias) for layer in (self.c_fc, self.c_proj))
-            return residual_mlp(x, affine, fc, proj)
+            return residual_mlp(x, affine, fc, proj, lengths)
         layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
         h = layer(h, self.c_fc.weight, self.c_fc.bias, "quick_gelu", norm=affine)
         return layer(h, self.c_proj.weight, self.c_proj.bias, residual=residual)
@@ -65,7 +65,7 @@ def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear, lengths: Tensor | No
     folded = w @ mlp.c_proj.weight  # [4D]
     c_fc = mlp.c_fc
     if fused(mlp.backend, x, c_fc.weight, c_fc.bias, folded, w):
-        return fused_head(x, c_fc.weight, c_fc.bias, folded, w) + (w @ mlp.c_proj.bias + classifier.bias)
+        return fused_head(x, c_fc.weight, c_fc.bias, folded, w, lengths) + (w @ mlp.c_proj.bias + classifier.bias)
     hidden = ops.linear_act(x, c_fc.weight, c_fc.bias, "quick_gelu", dot=folded, needed=lengths, backend=mlp.backend)
     return hidden + x @ w + (w @ mlp.c_proj.bias + classifier.bias)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._autocast import as_autocast
-from ._check import check_tensors
+from ._check import check_needed, check_tensors, leading
 from ._derivatives import differentiable, differentiable_once
 from ._triton import implement
 
@@ -56,9 +56,14 @@ differentiable("binary_head", _backward, _save)
 differentiable_once("binary_head", "binary_head_backward")
 
 
-def binary_head(x: Tensor, weight: Tensor, bias: Tensor, dot: Tensor, direct: Tensor) -> Tensor:
-    """x: [..., D]; weight: (N, D); bias, dot: (N,); direct: (D,) -> [...]."""
-    shape = "B T D" if x.ndim == 3 else "T D"
-    check_tensors("binary_head", ("x", x, shape), ("weight", weight, "N D"), ("direct", direct, "D"))
+def binary_head(
+    x: Tensor, weight: Tensor, bias: Tensor, dot: Tensor, direct: Tensor, needed: Tensor | None = None
+) -> Tensor:
+    """x: [..., D]; weight: (N, D); bias, dot: (N,); direct: (D,) -> [...].
+
+    needed: as of linear_act; all rows are computed
+    """
+    check_tensors("binary_head", ("x", x, f"{leading(x)} D"), ("weight", weight, "N D"), ("direct", direct, "D"))
+    check_needed("binary_head", needed, x)
     operator, arguments = torch.ops.avadclip_fast.binary_head, as_autocast(x, weight, bias, dot, direct)
     return _dispatch.ranged("binary_head:triton", operator, *arguments)[0]

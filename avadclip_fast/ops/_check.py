@@ -94,6 +94,20 @@ def check_lengths(
             raise ValueError(f"{op}: {name} must lie in 1..{rows}, got {values.min()}..{values.max()}")
 
 
+def leading(x: Tensor) -> str:
+    """The dimensions before the last, for `check_tensors`."""
+    return " ".join("BTSRQ"[: x.ndim - 1])
+
+
+def check_needed(op: str, needed: Tensor | None, x: Tensor) -> None:
+    """Checks the number of rows (B,) that are needed of a result, which goes with x (B, T, I). Raises ValueError."""
+    if needed is None:
+        return
+    if x.ndim != 3:
+        raise ValueError(f"{op}: needed goes with x of shape [B, T, I], got {list(x.shape)}")
+    check_lengths(op, needed, x.shape[0], x.shape[1], x.device, name="needed lengths")
+
+
 def check_packed(op: str, lengths: Tensor, total: int, device: torch.device) -> None:
     """Checks lengths (B,), which must sum to `total`; values are checked on the CPU only. Raises ValueError."""
     check_are_tensors(op, lengths=lengths)

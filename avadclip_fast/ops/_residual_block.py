@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _dispatch
 from ._autocast import as_autocast, autocasts
-from ._check import check_lengths, check_tensors
+from ._check import check_lengths, check_needed, check_tensors, leading
 from ._derivatives import differentiable, differentiable_once
 from ._triton import declines_exact, implement, triton_reason
 from .window_attention import longest
@@ -152,10 +152,18 @@ def residual_attention(
 
 
 def residual_mlp(
-    x: Tensor, norm: tuple[Tensor, Tensor], fc: tuple[Tensor, Tensor], proj: tuple[Tensor, Tensor]
+    x: Tensor,
+    norm: tuple[Tensor, Tensor],
+    fc: tuple[Tensor, Tensor],
+    proj: tuple[Tensor, Tensor],
+    needed: Tensor | None = None,
 ) -> Tensor:
-    """x + MLP(LayerNorm(x)). x: [..., D]; norm, fc and proj: weight and bias, fc's (4D, D) and proj's (D, 4D)."""
+    """x + MLP(LayerNorm(x)). x: [..., D]; norm, fc and proj: weight and bias, fc's (4D, D) and proj's (D, 4D).
+
+    needed: as of linear_act; all rows are computed
+    """
     sizes = (("norm", norm[0], "D"), ("fc", fc[0], "H D"), ("proj", proj[0], "D H"))
-    check_tensors("residual_mlp", ("x", x, "B T D" if x.ndim == 3 else "T D"), *sizes)
+    check_tensors("residual_mlp", ("x", x, f"{leading(x)} D"), *sizes)
+    check_needed("residual_mlp", needed, x)
     operator, learned = torch.ops.avadclip_fast.residual_mlp, as_autocast(*fc, *proj)
     return _dispatch.ranged("residual_mlp:triton", operator, x, *norm, *learned)[0]

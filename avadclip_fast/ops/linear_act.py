@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _dispatch, _linear_act_cpu, _linear_act_onednn
-from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
+from ._check import check_are_tensors, check_counts, check_lengths, check_needed, check_tensors, leading
 from ._derivatives import differentiable, differentiable_once
 from ._layer_norm import layer_norm
 from ._padding import zero_padding
@@ -160,7 +160,7 @@ def linear_act(
     check_are_tensors("linear_act", x=x, weight=weight)
     if norm is not None and not (isinstance(norm, tuple) and len(norm) == 2):
         raise ValueError(f"linear_act: norm must be (weight, bias) of the LayerNorm, or None, got {norm!r}")
-    shape = "B T" if x.ndim == 3 else " ".join("BTSRQ"[: x.ndim - 1])
+    shape = leading(x)
     sizes = check_tensors(
         "linear_act",
         ("x", x, f"{shape} I"),
@@ -183,10 +183,7 @@ def linear_act(
         if x.ndim != 3:
             raise ValueError(f"linear_act: a convolution takes x of shape [B, T, I], got {list(x.shape)}")
         check_lengths("linear_act", lengths, sizes["B"], sizes["T"], x.device)
-    if needed is not None:
-        if x.ndim != 3:
-            raise ValueError(f"linear_act: needed goes with x of shape [B, T, I], got {list(x.shape)}")
-        check_lengths("linear_act", needed, sizes["B"], sizes["T"], x.device, name="needed lengths")
+    check_needed("linear_act", needed, x)
     return _dispatch.run(
         "linear_act", backend, x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot, dropout,
         needed,
