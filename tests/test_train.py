@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from avadclip_fast import data
 from avadclip_fast.data import FeatureSet
-from avadclip_fast.engine import state, train
+from avadclip_fast.engine import residency, state, train
 from avadclip_fast.engine.calibrate import Calibration, calibrate
 from avadclip_fast.engine.recipe import Recipe, RecipeError
 from avadclip_fast.engine.state import Saver, StateError, frozen_digest
@@ -682,6 +682,18 @@ def test_teacher_features_have_the_precision_of_the_run(tmp_path, monkeypatch, l
         cache = caches.pop()
         assert cache.dtype == (torch.bfloat16 if lowering and limit else torch.float32)
         assert (cache.float() - expected.float()).norm() < 0.3 * (exact - expected.float()).norm()
+    (tmp_path / "0" / STATE).unlink()
+    sizes, choice = [], residency.decide
+
+    def in_memory(size, mapped, *rest):
+        sizes.append(size)
+        return residency.Place("memory", "it fits") if mapped else choice(size, mapped, *rest)
+
+    with monkeypatch.context() as patch:  # read from its file, they take the memory that was decided on
+        patch.setattr(residency, "decide", in_memory)
+        run(tmp_path / "0", "bf16")
+    cache = caches.pop()
+    assert cache.nbytes == sizes[-1] and cache.dtype == (torch.bfloat16 if lowering else torch.float32)
     (tmp_path / "0" / STATE).unlink()
     with pytest.raises(StateError, match="another teacher, precision or data; remove it"):
         run(tmp_path / "0", "fp32")
