@@ -83,8 +83,10 @@ def mlp_backward(
     by_hidden, by_proj, by_proj_bias, _ = linear_act.backward(
         g, hidden, proj_weight, "none", *PLAIN, y.new_empty(0), [any(needs[:5]), proj, proj_bias, False], *rest
     )
-    by_normed, by_fc, by_fc_bias, _ = linear_act.backward(
-        by_hidden, normed, fc_weight, "quick_gelu", *PLAIN, y, [any(needs[:3]), *fc, False], *rest
-    )
+    by_normed = by_fc = by_fc_bias = fc_weight.new_empty(0)
+    if any(needs[:5]):  # or proj alone is learned, and by_hidden empty
+        by_normed, by_fc, by_fc_bias, _ = linear_act.backward(
+            by_hidden, normed, fc_weight, "quick_gelu", *PLAIN, y, [any(needs[:3]), *fc, False], *rest
+        )
     norm = layer_norm.backward(by_normed, x, norm_weight, stats, needs[:3], plus=g)
     return *norm, by_fc, by_fc_bias, by_proj, by_proj_bias

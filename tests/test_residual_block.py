@@ -62,6 +62,15 @@ def test_triton_computes_only_the_gradients_that_are_wanted(name, learned, devic
 
 
 @DEVICE
+@pytest.mark.parametrize("layer", ["c_fc", "c_proj"])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_triton_learns_one_tensor_alone(layer, kind, device, served):
+    model, x = drawn(HALVES["mlp"](), device), torch.randn(B, T, D, device=device)
+    wanted = getattr(getattr(model.part, layer), kind)
+    fused.assert_gives_what_is_wanted(model, [wanted], x, served, PREFIX)
+
+
+@DEVICE
 @each
 def test_triton_serves_no_pass_without_gradients(name, device, served):
     """A half that is only read keeps nothing of what its backward pass would need."""
