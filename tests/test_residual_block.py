@@ -10,6 +10,7 @@ import pytest
 import torch
 from fused import DEVICE, B, D, T, drawn, results
 from torch import Tensor, nn
+from touch_kernels import LAYERS, touch_layer
 
 from avadclip_fast import BackendError, WindowAttention, use_backend
 from avadclip_fast.modules import MLP
@@ -135,6 +136,13 @@ def test_triton_refuses_lengths_as_the_other_way_does(name, lengths, device):
     for backend in ("triton", "reference"):
         with use_backend(backend), pytest.raises(ValueError, match="lengths must"):
             model(x, torch.tensor(lengths, device=device))
+
+
+@DEVICE
+@pytest.mark.parametrize("name", LAYERS)
+def test_sanitizers_watch_the_operators_of_layers(name, device, served):
+    touch_layer(name, "triton", torch.float32, device)
+    assert served.by(name)
 
 
 @DEVICE
