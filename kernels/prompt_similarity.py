@@ -32,8 +32,8 @@ def cosine_kernel(
     t = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)  # [ROWS]
     c = tl.arange(0, CLASSES)  # [CLASSES]
     products = tl.zeros((ROWS, CLASSES), tl.float32)
-    x_squares = tl.zeros((ROWS, DEPTH), tl.float32)  # summed over channels after the loop: threads must meet for it
-    p_squares = tl.zeros((DEPTH, CLASSES), tl.float32)
+    x_squares = tl.zeros((ROWS,), tl.float32)
+    p_squares = tl.zeros((CLASSES,), tl.float32)
     for first in range(0, width, DEPTH):
         d = first + tl.arange(0, DEPTH)
         at_x = video * stride_xb + t.to(tl.int64)[:, None] * stride_xt + d[None, :] * stride_xd
@@ -41,9 +41,9 @@ def cosine_kernel(
         rows_x = tl.load(x + at_x, mask=(t < rows)[:, None] & (d < width)[None, :], other=0.0)  # [ROWS, DEPTH]
         cols_p = tl.load(p + at_p, mask=(d < width)[:, None] & (c < classes)[None, :], other=0.0)  # [DEPTH, CLASSES]
         products = tl.dot(rows_x, cols_p.to(rows_x.dtype), products, input_precision=PRECISION)
-        x_squares += rows_x.to(tl.float32) * rows_x.to(tl.float32)
-        p_squares += cols_p.to(tl.float32) * cols_p.to(tl.float32)
-    x_size, p_size = tl.sqrt(tl.sum(x_squares, 1)), tl.sqrt(tl.sum(p_squares, 0))
+        x_squares += tl.sum(rows_x.to(tl.float32) * rows_x.to(tl.float32), 1)
+        p_squares += tl.sum(cols_p.to(tl.float32) * cols_p.to(tl.float32), 0)
+    x_size, p_size = tl.sqrt(x_squares), tl.sqrt(p_squares)
     cosine = products / tl.maximum(x_size, TINY)[:, None] / tl.maximum(p_size, TINY)[None, :]
     inside = (t < rows)[:, None] & (c < classes)[None, :]
     at = (video * rows + t)[:, None] * classes + c[None, :]
@@ -71,7 +71,7 @@ def cosine_grad_kernel(
     p_inverse = 1 / tl.maximum(p_size, TINY)
     p_unit = tl.load(p + at_p, mask=inside_p, other=0.0).to(tl.float32) * p_inverse[:, None]  # [CLASSES, DEPTH]
     by_p = tl.zeros((CLASSES, DEPTH), tl.float32)
-    along_p = tl.zeros((ROWS, CLASSES), tl.float32)  # g cos, summed over t after the loop
+    along_p = tl.zeros((CLASSES,), tl.float32)  # sum over t of g cos
     for first in range(0, rows, ROWS):
         t = first + tl.arange(0, ROWS)
         at = (video * rows + t)[:, None] * classes + c[None, :]
@@ -82,14 +82,14 @@ def cosine_grad_kernel(
         at_x = video * stride_xb + t.to(tl.int64)[:, None] * stride_xt + d[None, :] * stride_xd
         x_size = tl.load(x_norm + video * rows + t, mask=t < rows, other=1.0)
         x_inverse = 1 / tl.maximum(x_size, TINY)
-        rows_x = tl.load(x + at_x, mask=inside_x, other=0.0).to(tl.float32)  # [ROWS, DEPTH]
-        by_p = tl.dot(tl.trans(grad * x_inverse[:, None]), rows_x, by_p, input_precision=PRECISION)
-        along_p += along
-        turn = tl.where(x_size > TINY, tl.sum(along, 1) * x_inverse, 0.0)  # a clamped norm has no radial term
-        by_x = (tl.dot(grad, p_unit, input_precision=PRECISION) - rows_x * turn[:, None]) * x_inverse[:, None]
+        x_unit = tl.load(x + at_x, mask=inside_x, other=0.0).to(tl.float32) * x_inverse[:, None]  # [ROWS, DEPTH]
+        by_p = tl.dot(tl.trans(grad), x_unit, by_p, input_precision=PRECISION)
+        along_p += tl.sum(along, 0)
+        turn = tl.where(x_size > TINY, tl.sum(along, 1), 0.0)  # a clamped norm has no radial term
+        by_x = (tl.dot(grad, p_unit, input_precision=PRECISION) - x_unit * turn[:, None]) * x_inverse[:, None]
         at_dx = (video * rows + t)[:, None] * width + d[None, :]
         tl.store(dx + at_dx, by_x.to(dx.dtype.element_ty), mask=inside_x)
-    by_p = (by_p - p_unit * tl.where(p_size > TINY, tl.sum(along_p, 0), 0.0)[:, None]) * p_inverse[:, None]
+    by_p = (by_p - p_unit * tl.where(p_size > TINY, along_p, 0.0)[:, None]) * p_inverse[:, None]
     at_dp = (video * classes + c)[:, None] * width + d[None, :]
     tl.store(dp + at_dp, by_p.to(dp.dtype.element_ty), mask=inside_p)
 
