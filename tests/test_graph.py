@@ -80,6 +80,41 @@ def test_recorded_steps_give_the_same_numbers(kind, resident, device, recordings
         assert recordings == [None, (0, 1)]  # one a size, in one pool
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("limit", [train.CACHE_LIMIT, 0], ids=["memory", "file"])
+@pytest.mark.parametrize("padding", ["masked", "official"])
+def test_teacher_features_are_replays(padding, limit, device, recordings, monkeypatch, tmp_path):
+    """Of full blocks, once there are enough of them; the last one, which is smaller, is a plain pass."""
+    monkeypatch.setattr(train, "CACHE_BLOCK", 3)
+    monkeypatch.setattr(train, "CACHE_LIMIT", limit)
+    monkeypatch.setattr(train, "RECORDED", 4)
+    torch.manual_seed(0)
+    guide = AVadCLIP(CLASSES, **SMALL, padding=padding).eval().to(device)
+    passes, plain = [], train.teacher_features
+
+    def noted(teacher, batch, precision):
+        passes.append(len(batch.lengths))
+        return plain(teacher, batch, precision)
+
+    monkeypatch.setattr(train, "teacher_features", noted)
+
+    def cache(data, graph):
+        passes.clear()
+        folder, place = tmp_path / f"{len(data)} {graph}", torch.device(device)
+        folder.mkdir()
+        source, _ = train.residency.place(data, place, 6)
+        return train._teacher_features(guide, data, source, {}, folder, place, 6, False, graph)[0].cpu()
+
+    few, many = features(11), features(13)
+    expected = cache(many, graph=False)
+    assert passes == [3, 3, 3, 3, 1]
+    torch.testing.assert_close(cache(many, graph=True), expected, rtol=0 if device == "cuda" else 1e-4, atol=1e-6)
+    assert passes.count(1) == 1 and len(passes) == 1 + (3 if device == "cuda" else graph.REHEARSALS + 4)
+    cache(few, graph=True)
+    assert passes == [3, 3, 3, 2]
+    assert device == "cuda" or len(recordings) == 1
+
+
 def test_a_recorded_run_goes_on_as_one_that_was_never_cut(recordings, monkeypatch, tmp_path):
     monkeypatch.setattr(train._Loop, "__post_init__", lambda loop: vars(loop).update(resident=True, longest=16))
     data, recipe = features(17), replace(RECIPE, checkpoint_every=1)

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ TEACHER_FEATURES = "teacher_features.safetensors"
 MAY_CHANGE = ("epochs", "checkpoint_every")  # of a recipe, on resuming; epochs only upwards
 CACHE_LIMIT = 4 << 30  # bytes; a larger teacher feature cache goes to a file
 CACHE_BLOCK = 64  # samples per teacher forward pass
+RECORDED = 8  # such passes, from which on recording one saves time
 PROFILED = 10  # traced steps, after the warm-up steps
 
 _log = logging.getLogger("avadclip_fast")
@@ -200,7 +202,7 @@ def fit(
         if teacher is not None:
             made_by = {"teacher": run["teacher"], "data": run["training videos"]}
             made_by |= {"precision": "bf16"} if recipe.precision == "bf16" else {}
-            cache, told = _teacher_features(teacher, data, source, made_by, folder, device, part, progress)
+            cache, told = _teacher_features(teacher, data, source, made_by, folder, device, part, progress, graph)
             lines.append(told)
         if graph:
             several = distributed.world() > 1
@@ -602,7 +604,7 @@ def validation_loss(model, data: FeatureSet, batch_size: int, device) -> float:
 
 def _teacher_features(
     teacher: AVadCLIP, data: FeatureSet, source: FeatureSet, made_by: dict[str, str], folder: Path, device,
-    batch_size: int, progress: bool,
+    batch_size: int, progress: bool, graph: bool,
 ) -> tuple[Tensor, str]:  # fmt: skip
     """Returns teacher features (M, T, D), on the GPU, in host memory, or in a file, and a line that says where.
 
@@ -616,16 +618,33 @@ def _teacher_features(
     dtype = torch.bfloat16 if precision == "bf16" and device.type in LOWERING else torch.float32
     size = len(data) * rows * width * dtype.itemsize
     chosen = residency.decide(size, size > CACHE_LIMIT, (rows, width), device, batch_size)
-    told = f"teacher features: {residency.told(size, chosen)}"
+    kept = len(data) * field.row_bytes if chosen.where == "file" else size
+    told = f"teacher features: {residency.told(kept, chosen)}"
+
+    # On a GPU every block has the same shapes, recorded or not, so that the numbers are the same.
+    longest, alike = int(lengths.max()), graph or device.type == "cuda"
+
+    def features_of(index: Tensor, longest: int) -> Tensor:
+        batch = trim(source.batch(index), teacher, longest=longest)
+        return teacher_features(teacher, batch.to(device), precision).to(dtype)
+
+    recorded = None
+    if graph and distributed.world() == 1 and source.visual.device.type == device.type:
+        recorded = StepGraph(partial(features_of, longest=longest))
 
     def compute(index: Tensor) -> Tensor:
         part = distributed.part(lengths[index])
         known = torch.zeros(len(index), rows, width, dtype=dtype, device=device)
         if part.samples:
-            batch = trim(source.batch(index[part.where]), teacher, longest=int(lengths[index].max()))
+            own = index[part.where]
             with span("teacher"):
-                features = teacher_features(teacher, batch.to(device), precision)
-            known[part.where, : features.shape[1]] = features.to(dtype)
+                if recorded is not None and len(own) == CACHE_BLOCK and len(data) >= RECORDED * CACHE_BLOCK:
+                    own = own.to(device)
+                    recorded.record(own)
+                    features = recorded(own)
+                else:
+                    features = features_of(own, longest if alike else int(lengths[index].max()))
+            known[part.where, : features.shape[1]] = features
         return distributed.total(known)  # each rank fills its part; the rest is zero
 
     def shown(blocks):
