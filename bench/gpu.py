@@ -5,9 +5,9 @@ the exit status and OUT/gpu.json report it at the end. Logs, the test report and
 build/gpu, and are packed into OUT/gpu.tar.gz after every stage, so that only two files need to be copied from the
 machine.
 
-torch.compile takes longer than everything that it is compared with. Beside the tests, it compiles into its cache on
-disk. Every benchmark runs without it first, those of operations in one process; those that have it run once more, with
-it, in the time that is left, for which a lack of time is no failure. Their JSON is in the folder compiled/.
+torch.compile takes longer than everything that it is compared with. Beside the tests, it compiles kernels into its
+cache on disk. Every benchmark runs without it first, those of operations in one process; those that have it run once
+more, with it, in the time that is left, for which a lack of time is no failure. Their JSON is in the folder compiled/.
 """
 
 import argparse
