@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -351,6 +352,25 @@ def test_windows_are_bounded(trained, tmp_path, capsys):
         for window in (0, -1, 10**9):
             assert call(*command, "--window", window) == 2
             assert "--window" in capsys.readouterr().err and not (tmp_path / "x.pth").exists()
+
+
+def test_integer_options_are_bounded(videos, tmp_path, capsys):
+    """Also above: what torch's 64 bits cannot hold is refused by the name of its option."""
+    from avadclip_fast.cli import export, kernels, media, profile  # noqa: F401  add their commands
+
+    hints = [get_type_hints(one.callback, include_extras=True) for one in commands.app.registered_commands]
+    numbers = [
+        (name, of)
+        for found in hints
+        for name, of in found.items()
+        if getattr(of, "__origin__", None) in (int, int | None)
+    ]
+    assert len(numbers) > 20
+    assert {name for name, of in numbers if of.__metadata__[0].max is None} == {"crops"}  # one of three numbers
+    start = "train", videos / "train.csv", "-o", tmp_path / "run", *QUICK
+    for option in ("--batch-size", "--length", "--epochs"):
+        assert call(*start, option, 10**23) == 2
+        assert f"Invalid value for '{option}'" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_where_numbers_go_is_looked_at_before_scoring(videos, trained, tmp_path, capsys, monkeypatch):

@@ -60,6 +60,9 @@ class Modality(StrEnum):  # typer takes lists of enums, not of literals
     audio = "audio"
 
 
+MOST = 2**40  # of an integer option: the bytes of any tensor that it sizes still have a number in 64 bits
+
+
 def _joined(numbers) -> str:
     return ",".join(map(str, numbers))
 
@@ -78,7 +81,7 @@ Root = Annotated[
 ]
 PresetName = Annotated[str, Option("--preset", help=f"Class codes and settings: {', '.join(data.PRESETS)}.")]
 Classes = Annotated[str | None, Option(help='Other classes, normal first: "A=normal,B1=fighting".', show_default=False)]
-FramesPer = Annotated[int | None, Option(min=1, help="Video frames per snippet; default: the preset's.")]
+FramesPer = Annotated[int | None, Option(min=1, max=MOST, help="Video frames per snippet; default: the preset's.")]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
 Output = Annotated[
     Path,
@@ -96,7 +99,9 @@ RecipeOf = Annotated[
         help="Defaults of the training options: official (the paper's), or robust (for sets of hundreds of videos).",
     ),
 ]
-Epochs = Annotated[int | None, Option(min=1, help=f"Default: 10; robust {ROBUST['epochs']}.", show_default=False)]
+Epochs = Annotated[
+    int | None, Option(min=1, max=MOST, help=f"Default: 10; robust {ROBUST['epochs']}.", show_default=False)
+]
 Milestones = Annotated[
     str | None,
     Option(
@@ -105,7 +110,8 @@ Milestones = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None, Option(min=1, help=f"Samples per step; default: 96; robust {ROBUST['batch_size']}.", show_default=False)
+    int | None,
+    Option(min=1, max=MOST, help=f"Samples per step; default: 96; robust {ROBUST['batch_size']}.", show_default=False),
 ]
 Rate = Annotated[
     float | None,
@@ -133,7 +139,7 @@ Noise = Annotated[
 ]
 SEEDS: Any = {"min": 0, "max": 2**63 - 1}  # steps add to it, and torch takes 64 bits
 Seed = Annotated[int, Option(**SEEDS, help="Random seed of weights, sample order, dropout and noise.")]
-Length = Annotated[int, Option(min=1, help="Snippets per training sample and test chunk.")]
+Length = Annotated[int, Option(min=1, max=MOST, help="Snippets per training sample and test chunk.")]
 Window = Annotated[
     int | None, Option(min=1, max=WIDEST, help="Attention window in snippets; default: teacher 4, student 64.")
 ]
@@ -163,7 +169,7 @@ Standard = Annotated[
 TextWeights = Annotated[
     str, Option(help="openai (downloaded), random (tests, demos), or the path of a CLIP checkpoint.")
 ]
-TextLayers = Annotated[int, Option(min=1, help="Depth of the text transformer; CLIP's is 12.")]
+TextLayers = Annotated[int, Option(min=1, max=MOST, help="Depth of the text transformer; CLIP's is 12.")]
 SelectBy = Annotated[
     Literal["val", "last", "test"],
     Option(help="Epoch to keep: lowest held-out loss, the last, or best on the test list."),
@@ -189,7 +195,11 @@ TestList = Annotated[Path | None, Option(help="For --select test.", show_default
 TestTruth = Annotated[Path | None, Option(help="Frame ground truth of the test list.", show_default=False)]
 Every = Annotated[
     int | None,
-    Option(min=1, help="Steps between checkpoints, by default 100, on a GPU 500; one is also saved after each epoch."),
+    Option(
+        min=1,
+        max=MOST,
+        help="Steps between checkpoints, by default 100, on a GPU 500; one is also saved after each epoch.",
+    ),
 ]
 PrecisionOf = Annotated[
     Literal["fp32", "tf32", "bf16"],
@@ -497,7 +507,7 @@ def check(
     audio: Annotated[bool, Option(help="Whether every row must have sound.")] = True,
     gt: Annotated[Path | None, Option(help="Frame ground truth to check against the list.")] = None,
     frames_per_snippet: FramesPer = None,
-    width: Annotated[int, Option(help="Feature width.")] = 512,
+    width: Annotated[int, Option(min=1, max=MOST, help="Feature width.")] = 512,
     quiet: Quiet = False,
 ) -> None:
     """Read a list and all its feature files, or a packed file, and report every problem with its file and row."""
@@ -534,7 +544,7 @@ def pack(
     root: Root = None,
     audio: Annotated[bool, Option(help="Whether to pack the sound too.")] = True,
     motion: Annotated[bool, Option("--motion", help="Pack sight with its motion, for models that take it.")] = False,
-    width: Annotated[int, Option(help="Feature width.")] = 512,
+    width: Annotated[int, Option(min=1, max=MOST, help="Feature width.")] = 512,
     full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
     quiet: Quiet = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from ..engine.calibrate import Calibration
 from ..engine.evaluate import load_model
-from .commands import Classes, OfficialWindow, PresetName, _preset, app
+from .commands import MOST, Classes, OfficialWindow, PresetName, _preset, app
 
 
 @app.command()
@@ -25,7 +25,8 @@ def export(
         ),
     ] = None,
     every: Annotated[
-        int | None, Option(min=1, help="Frames per snippet, stored in the file's metadata.", show_default=False)
+        int | None,
+        Option(min=1, max=MOST, help="Frames per snippet, stored in the file's metadata.", show_default=False),
     ] = None,
     preset: PresetName = "xd-violence",
     classes: Classes = None,

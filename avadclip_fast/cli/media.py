@@ -19,7 +19,7 @@ from ..data.atomic import atomic_write
 from ..data.lists import video_of
 from ..data.lists import videos as by_video
 from ..device import device_of
-from .commands import PACKED, Device, Quiet, Root, app, make_folder
+from .commands import MOST, PACKED, Device, Quiet, Root, app, make_folder
 
 if TYPE_CHECKING:  # imported when a command runs, so that other commands start fast and without PyAV
     from ..engine.detect import Event, Scorer
@@ -30,7 +30,7 @@ LONG_SNIPPET = 1.5  # seconds: twice those of XD-Violence's videos, of 24 frames
 
 Every = Annotated[
     int | None,
-    Option("--every", min=1, help="Frames per snippet: 16 (default) for XD-Violence, 4 for CCTV-Fights."),
+    Option("--every", min=1, max=MOST, help="Frames per snippet: 16 (default) for XD-Violence, 4 for CCTV-Fights."),
 ]
 Fps = Annotated[float | None, Option(min=0.01, help="Snippets per second, instead of --every.", show_default=False)]
 GeometryName = Annotated[
@@ -143,7 +143,10 @@ def extract(
     root: Root = None,
     shard: Annotated[str | None, Option(help="i/n: the i-th of n equal parts.", show_default=False)] = None,
     workers: Annotated[
-        int, Option(min=1, help="Videos decoded at once by threads; ray decodes as many as its cluster has room for.")
+        int,
+        Option(
+            min=1, max=MOST, help="Videos decoded at once by threads; ray decodes as many as its cluster has room for."
+        ),
     ] = 2,
     engine: Annotated[
         Literal["threads", "ray"], Option(help="threads of this machine, or the machines of a ray cluster.")
@@ -404,15 +407,16 @@ def stream(
     every: Every = None,
     fps: Fps = None,
     window: Annotated[
-        int | None, Option(min=1, help="Context in snippets; default: as many as the model takes.", show_default=False)
+        int | None,
+        Option(min=1, max=MOST, help="Context in snippets; default: as many as the model takes.", show_default=False),
     ] = None,
     delay: Annotated[
-        int, Option(min=0, help="Snippets to wait for before scoring one (more context, later alarm).")
+        int, Option(min=0, max=MOST, help="Snippets to wait for before scoring one (more context, later alarm).")
     ] = 0,
     longest: Annotated[
         float, Option(min=0.1, help="Report an event that is still going on every this many seconds.")
     ] = 10.0,
-    retries: Annotated[int, Option(min=0, help="Reconnections in a row before giving up.")] = 8,
+    retries: Annotated[int, Option(min=0, max=MOST, help="Reconnections in a row before giving up.")] = 8,
     geometry: GeometryName = "crops",
     visual_encoder: Visual = "clip",
     visual_weights: VisualWeights = "openai",
