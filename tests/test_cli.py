@@ -208,6 +208,20 @@ def test_a_video_is_known_for_the_same_in_a_file_packed_elsewhere(videos, tmp_pa
     assert "and not held out" in mistake(capsys, "train", "p.safetensors", "-o", "run", *separate, *QUICK)
 
 
+def test_a_packed_file_takes_no_root(videos, trained, tmp_path, capsys):
+    """Nor does it ignore one, which a list beside it may need."""
+    packed = tmp_path / "p.safetensors"
+    assert call("pack", videos / "train.csv", "-o", packed, "--length", 16, "-q") == 0
+    run = packed, "-o", tmp_path / "run", "--root", videos, "--epochs", 1
+    guided = "--teacher", trained, "--classes", CLASSES, "-q"
+    for command in (("train", *run, *QUICK), ("distill", *run, *guided)):
+        told = f"--root is for lists; {packed} is packed, and needs no other files: leave it out"
+        assert told in mistake(capsys, *command)
+        assert told in mistake(capsys, *command, "--held-out-list", packed)
+    (tmp_path / "test.csv").write_text((videos / "test.csv").read_text())
+    assert call("train", *run, "--held-out-list", tmp_path / "test.csv", *QUICK) == 0
+
+
 def test_missing_sound(videos, trained, tmp_path, capsys):
     student = tmp_path / "student"
     options = "--classes", CLASSES, "-q"

@@ -423,7 +423,9 @@ def test_a_video_that_is_given_twice_is_one(folder):
     listed.write_text("path,label\nfilms/more/b.mp4,B1\n")
     for given in ([folder, folder / "more"], [folder / "more" / "b.mp4", folder], [folder, listed]):
         with pytest.raises(DataError, match="b.mp4 is given twice, and would be called .*b and .*b: leave one out"):
-            extract.find_sources(given, root=folder.parent)
+            extract.find_sources(given, root=folder.parent if listed in given else None)
+    with pytest.raises(DataError, match="--root .* is for the paths of a list, and none is given: leave it out"):
+        extract.find_sources([folder], root=folder.parent)
 
 
 def test_packed(folder, tmp_path):

@@ -45,7 +45,7 @@ def train_on_list(
 ) -> Path:
     """Trains a model, or distils a student from `teacher`, on the videos of a list. All inputs are checked first.
 
-    list_, held_out_list: official CSV lists, or files written by `data.pack`. root: base folder of relative paths.
+    list_, held_out_list: official CSV lists, or files written by `data.pack`. root: base folder of the lists' paths.
     output: folder of the run. codes: label code -> class name, normal first.
     held_out: for select="val", the share of videos to hold out; they select the epoch and calibrate the model.
     held_out_list: a separate held-out list, used instead; it calibrates the model under any `select`.
@@ -61,6 +61,8 @@ def train_on_list(
         raise DataError("--select test needs --test-list and --gt")
     if recipe.select != "test" and (test_list is not None or gt is not None):
         raise DataError("--test-list and --gt are for --select test; `eval` scores a test list")
+    if root is not None and all(part is None or part.suffix == PACKED for part in (list_, held_out_list, test_list)):
+        raise DataError(f"--root is for lists; {list_} is packed, and needs no other files: leave it out")
     progress = progress and distributed.is_main()
     audio = "audio" in model.streams() or teacher is not None
     motion = model.motion or (teacher is not None and teacher.motion)

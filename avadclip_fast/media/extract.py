@@ -31,6 +31,7 @@ SUFFIXES = (
     ".mp4", ".mkv", ".avi", ".mov", ".webm", ".flv", ".mpg", ".mpeg", ".mpe", ".vob", ".ts", ".mts", ".m2ts", ".m4v",
     ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".mxf", ".dav",
 )  # fmt: skip
+LISTS = (".csv", ".txt")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # of a scheme with two letters or more; C:/ is a drive
 _LABEL = re.compile(r"_label_([A-Z]\d?(?:-[A-Z0-9]+)*)$")  # XD-Violence's file names end with their label
 
@@ -57,15 +58,18 @@ def find_sources(
     root: base of a list's relative paths, which no path may leave; the list's folder by default
     output: folder of the results, which is not searched unless it is given itself
     Returns (sources, failures), the latter for what cannot be read.
-    Raises DataError for an invalid list, two videos with one name, or one video with two names or labels.
+    Raises DataError for an invalid list, two videos with one name, one video with two names or labels, or a root
+    without a list.
     """
     sources: list[Source] = []
     failures: list[dict] = []
+    if root is not None and not any(Path(item).suffix.lower() in LISTS for item in given):
+        raise DataError(f"--root {root} is for the paths of a list, and none is given: leave it out")
     for item in map(Path, given):
         if (address := _ADDRESS.match(str(item))) is not None and not item.exists():
             url = f"{address[1]}://{str(item)[address.end() :]}"  # Path has swallowed a slash
             failures.append({"source": url, "reason": f"{url}: {address[1]}:// is not read ({FILES_ONLY})"})
-        elif item.suffix.lower() in (".csv", ".txt") and item.is_file():
+        elif item.suffix.lower() in LISTS and item.is_file():
             sources += _listed(item, label, Path(root) if root is not None else item.parent)
         elif item.is_dir():
             sources += _inside(item, label, failures, output)
