@@ -57,6 +57,13 @@ def test_paths_start_from_the_root_and_stay_there(tmp_path):
         read_list(path)
 
 
+@pytest.mark.parametrize("again", ["a.npy", "./a.npy", "s/../a.npy", "{}/a.npy"])
+def test_a_video_is_listed_once(tmp_path, again):
+    path = write(tmp_path, f"path,label\na.npy,A\ns/a.npy,A\n{again.format(tmp_path)},A\n")
+    with pytest.raises(DataError, match="line 4: .*a.npy is on line 2 already; remove one"):
+        read_list(path, audio=False)
+
+
 def test_blank_lines_keep_the_numbering(tmp_path):
     path = write(tmp_path, "path,audio_path,label\n\na.npy,b.npy,A\n\nc.npy,d.npy,A\n")
     assert [row.line for row in read_list(path)] == [3, 5]

@@ -49,9 +49,10 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
     path = Path(path)
     root = path.parent if root is None else Path(root)
     rows, problems = [], []
-    seen: dict[Path, int] = {}  # feature file -> line
+    seen: dict[str, int] = {}  # feature file -> line
     wanted = ["path", "audio_path", "label"] if audio else ["path", "label"]
     for line, cells in read_cells(path, wanted):
+        file = os.path.abspath(root / cells["path"])  # one name for a/../b.npy and b.npy
         row = Row(
             root / cells["path"], root / cells["audio_path"] if cells["audio_path"] else None, cells["label"], line
         )
@@ -61,10 +62,10 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
             problems.append(f"{path}, line {line}: a NUL in a path, which no file has; write the list again in UTF-8")
         elif outside := [cells[name] for name in ("path", "audio_path") if not is_inside(root, cells[name])]:
             problems.append(f"{path}, line {line}: {outside[0]} leads out of {root}; name a --root that holds it")
-        elif row.visual in seen:
-            problems.append(f"{path}, line {line}: {cells['path']} is on line {seen[row.visual]} already; remove one")
+        elif file in seen:
+            problems.append(f"{path}, line {line}: {cells['path']} is on line {seen[file]} already; remove one")
         else:
-            seen[row.visual] = line
+            seen[file] = line
             rows.append(row)
     if not rows and not problems:
         raise DataError(f"{path}: the list is empty: nothing follows its header")
