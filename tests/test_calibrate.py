@@ -24,6 +24,7 @@ from avadclip_fast.engine.calibrate import (
     video_scores,
 )
 from avadclip_fast.engine.evaluate import VideoScores, at_threshold
+from avadclip_fast.models.checkpoints import CONFIG
 
 
 def made(temperature: float) -> tuple[dict, np.ndarray]:
@@ -105,9 +106,12 @@ def test_reliability_weighs_its_bins():
 def test_saved_beside_a_model_and_loaded(tmp_path):
     assert Calibration.load(tmp_path) == Calibration() and Calibration().binary == Head(1.0, 0.5)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / CONFIG).write_text("{}")
     kept = Calibration(Head(2.0, 0.25), Head(0.5, 0.75), 17)
     kept.save(tmp_path / "model")
     assert Calibration.load(tmp_path) == Calibration.load(tmp_path / "model") == kept
+    Calibration().save(tmp_path)  # of no model, and not in the way of the run's
+    assert Calibration.load(tmp_path) == kept
     (tmp_path / "model" / CALIBRATION).write_text(json.dumps({"align": {}}))
     with pytest.raises(DataError, match="holds no calibration"):
         Calibration.load(tmp_path)

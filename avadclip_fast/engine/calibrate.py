@@ -16,7 +16,7 @@ import torch
 from ..data import DataError, FeatureSet
 from ..data.atomic import atomic_write
 from ..models.avadclip import Detector
-from ..models.checkpoints import CALIBRATION, CONFIG
+from ..models.checkpoints import CALIBRATION, model_folder
 
 # None below 1: where the held-out videos are told apart without a mistake, the least one fits best, and would only push
 # scores towards 0 and 1, where they tie in float32.
@@ -48,18 +48,15 @@ class Calibration:
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
         """Loads the calibration of a model or run folder; returns the default if there is none. Raises DataError."""
-        folders = [Path(path), Path(path) / "model"]
-        if (folders[0] / CONFIG).is_file():  # the model that `load_model` takes, whatever run is below it
-            del folders[1]
-        found = [folder / CALIBRATION for folder in folders if (folder / CALIBRATION).is_file()]
-        if not found:
+        file = (model_folder(path) or Path(path)) / CALIBRATION
+        if not file.is_file():
             return cls()
         try:
-            stored = json.loads(found[0].read_text())
+            stored = json.loads(file.read_text())
             heads = {name: _head(**stored[name]) for name in HEADS}
             return cls(**heads, videos=stored["videos"])
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{found[0]} holds no calibration: {error!r}; remove it, or train again") from error
+            raise DataError(f"{file} holds no calibration: {error!r}; remove it, or train again") from error
 
 
 def _head(temperature: float, threshold: float) -> Head:

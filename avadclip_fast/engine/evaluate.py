@@ -16,7 +16,7 @@ from ..data import DataError, Row, TestVideo, snippet_count, test_videos
 from ..data.lists import names_of
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError, TextWeightsError
 from ..models.avadclip import Detector
-from ..models.checkpoints import CONFIG, WEIGHTS, read_official
+from ..models.checkpoints import CONFIG, model_folder, read_official
 from . import distributed
 from .calibrate import Calibration, reliability
 from .graph import StepGraph, refusal
@@ -46,17 +46,15 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
     Raises CheckpointError, also if a folder's model has another window.
     """
     path = Path(path)
-    folder = next((f for f in (path, path / "model") if (f / CONFIG).is_file()), None)
+    folder = model_folder(path)
     if path.is_dir() and folder is None:
         if (path / STATE).is_file():
             raise CheckpointError(f"{path} holds no model yet: its training has not ended; go on with --resume")
-        inner = sorted(f for f in path.iterdir() if (f / CONFIG).is_file() or (f / "model" / CONFIG).is_file())
+        inner = sorted(f for f in path.iterdir() if model_folder(f))
         hint = f"; did you mean {' or '.join(map(str, inner[:5]))}?" if inner else ""
         raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor model/{CONFIG} is there{hint}")
     if not path.exists():
         raise CheckpointError(f"no model at {path}")
-    if path.name in (CONFIG, WEIGHTS) and (path.parent / CONFIG).is_file():
-        raise CheckpointError(f"{path} is a file of a model folder: give the folder, {path.parent}")
     where = path if folder is None else folder / CONFIG
     try:
         if folder is not None:

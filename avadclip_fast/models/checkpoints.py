@@ -52,6 +52,17 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or does not match the model; the message lists every difference."""
 
 
+def model_folder(path: str | Path) -> Path | None:
+    """Returns the model folder that `path` is, or is the run of; None if it is neither.
+
+    Raises CheckpointError if it is a file of a model folder, which it names.
+    """
+    path = Path(path)
+    if path.name in (CONFIG, WEIGHTS) and (path.parent / CONFIG).is_file():
+        raise CheckpointError(f"{path} is a file of a model folder: give the folder, {path.parent}")
+    return next((folder for folder in (path, path / "model") if (folder / CONFIG).is_file()), None)
+
+
 def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
     """Reads an official state dict under our names, without CLIP's image tower.
 
