@@ -333,13 +333,16 @@ def test_a_conversion_back_is_a_file(trained, tmp_path, capsys):
     assert (tmp_path / "new" / "folder" / "official.pth").is_file()
 
 
-def test_a_conversion_of_a_file_is_a_folder(tmp_path, capsys):
+def test_a_conversion_of_a_file_is_a_folder(trained, tmp_path, capsys):
     for name in ("a.pth", "file", "b.bin"):
         (tmp_path / name).write_bytes(b"left as it is")
     for name in ("b.pth", "b.pt", "file", "a.pth"):
         said = mistake(capsys, "convert", tmp_path / "a.pth", tmp_path / name)
         assert f"{name}: a .pth is turned into a folder; name a folder" in said
     assert {path.name for path in tmp_path.iterdir()} == {"a.pth", "file", "b.bin"}
+    inner = trained / "model"
+    said = mistake(capsys, "convert", inner / "model.safetensors", tmp_path / "b.pth")
+    assert f"model.safetensors is a file of a model folder: give the folder, {inner}\n" in said
     assert "no model at" in mistake(capsys, "convert", tmp_path / "c.pth", tmp_path / "d.pth")
 
 

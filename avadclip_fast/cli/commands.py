@@ -29,6 +29,7 @@ from ..engine.run import train_on_list
 from ..engine.stop import Stopped
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 from ..models.avadclip import Detector
+from ..models.checkpoints import model_folder
 
 app = typer.Typer(
     help="AVadCLIP: audio-visual video anomaly detection. Train, distil, evaluate.",
@@ -575,6 +576,7 @@ def convert(
 ) -> None:
     """Convert an official checkpoint to a model folder (safetensors + config.json), or back."""
     codes, _, _ = _preset(preset, classes, None)
+    model_folder(source)  # a file of one leads to the folder, before its target is found wrong
     named = target.suffix in (".pth", ".pt")
     if source.is_dir() and (target.is_dir() or not named):
         raise CheckpointError(f"{target}: a folder is turned into an official checkpoint: a file that ends in .pth")
