@@ -232,7 +232,7 @@ def evaluation_case(frames_per_snippet=16):
     return anomaly, scores, truth, spans
 
 
-@pytest.mark.parametrize("frames_per_snippet", [4, 16])
+@pytest.mark.parametrize("frames_per_snippet", [4, 16, np.int64(16)])
 def test_evaluate_scores_gathers_every_number(frames_per_snippet):
     anomaly, scores, truth, spans = evaluation_case(frames_per_snippet)
     names = ["normal", "b", "c", "d"]

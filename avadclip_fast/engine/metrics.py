@@ -5,6 +5,7 @@ weights (AP, AUC, top means) and as a factor on positions (proposals).
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,6 +224,7 @@ def evaluate_scores(
         detection       if spans are given: the result of `detection_map`, in percent
     Raises ValueError on lengths or shapes that do not match, such as a truth of the wrong length.
     """
+    frames_per_snippet = operator.index(frames_per_snippet)  # which JSON has a form of, where NumPy's is given
     class_probabilities, classes = _check_scores(class_probabilities)
     anomaly = [np.asarray(p) for p in anomaly]
     lengths = np.array([len(p) for p in class_probabilities])
