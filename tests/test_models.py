@@ -535,6 +535,27 @@ def test_a_student_beside_its_teacher_shares_the_frozen_text_side():
         assert torch.equal(x, one.text.state_dict()[name]) == (not name.startswith("prompt."))
 
 
+def test_settings_of_a_student_beside_its_teacher():
+    """One that is given wins, unless both must have the same."""
+    one = teacher()
+    length, width = one.temporal.positions.num_embeddings, one.width
+    assert AVadCLIPStudent.beside(one).settings()["length"] == length
+    two = AVadCLIPStudent.beside(one, length=length // 2, width=width, classes=one.classes)
+    assert two.settings()["length"] == length // 2 == two.temporal.positions.num_embeddings
+    moving = teacher(motion=True, standardize=["visual"])
+    for guide, name, value in (
+        (one, "width", 2 * width),
+        (one, "classes", ["normal", "abnormal"]),
+        (one, "text_width", 3 * width),
+        (one, "text_layers", 5),
+        (one, "text_weights", "openai"),
+        (moving, "motion", False),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}=.*: a student has its teacher's {name}; leave it out$"):
+            AVadCLIPStudent.beside(guide, **{name: value})
+    assert not AVadCLIPStudent.beside(moving, motion=False, modality="audio").motion
+
+
 @pytest.mark.parametrize("make", [teacher, student])
 def test_inference_gives_the_same_scores(make):
     model = make().eval()

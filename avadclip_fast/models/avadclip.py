@@ -292,22 +292,26 @@ class AVadCLIPStudent(Detector):
     def beside(cls, teacher: AVadCLIP, **settings: Any) -> "AVadCLIPStudent":
         """A new student with a teacher's classes, sizes and frozen text weights; settings as for the class.
 
-        A visual student of a teacher with motion also uses motion, since both train on the same features.
+        A visual student of a teacher with motion also uses motion, since both train on the same features. Samples to
+        train on are no longer than the shorter `length` of the two.
+        Raises ValueError on a setting that must be the teacher's and is not: classes, width, motion and the text side.
         """
         positions, text = teacher.temporal.positions, teacher.text
-        text_width = text.positional_embedding.shape[1]
-        sizes = {"length": positions.num_embeddings, "width": positions.embedding_dim, "text_width": text_width}
+        shared: dict[str, Any] = {
+            "classes": teacher.classes,
+            "width": positions.embedding_dim,
+            "text_width": text.positional_embedding.shape[1],
+            "text_layers": len(text.transformer.resblocks),
+            "text_weights": None,
+            "class_tokens": text.tokens,
+        }
         if teacher.motion and settings.get("modality", "visual") == "visual":
-            scaled = {*settings.get("standardize", ()), "visual"}
-            settings |= {"motion": True, "standardize": sorted(scaled)}
-        student = cls(
-            teacher.classes,
-            **cast(dict[str, Any], sizes),
-            text_layers=len(text.transformer.resblocks),
-            text_weights=None,
-            class_tokens=text.tokens,
-            **settings,
-        )
+            shared["motion"] = True
+            settings["standardize"] = sorted({*settings.get("standardize", ()), "visual"})
+        for name, own in shared.items():
+            if (given := settings.get(name, own)) != own:
+                raise ValueError(f"{name}={given!r}: a student has its teacher's {name}; leave it out")
+        student = cls(**{"length": positions.num_embeddings, **settings, **shared})
         frozen = {name: p for name, p in text.state_dict().items() if not name.startswith("prompt.")}
         student.text.load_state_dict(frozen, strict=False)
         return student
