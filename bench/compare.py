@@ -35,6 +35,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 3:
         parser.error("--rounds: a spread wants 3 at least")
+    if options.device == "cuda":
+        import torch  # which takes seconds
+
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: no GPU here that torch can use; leave it out to compare on the CPU")
     if options.json:  # before versions are built and measured
         if options.json.is_dir():
             parser.error(f"--json: {options.json} is a folder; give the name of a file")

@@ -443,6 +443,8 @@ def command(
         parser.error("--threads: 1 at least")
     if options.dtype and options.dtype not in dtypes:
         parser.error(f"--dtype: {name} {'takes ' + ' or '.join(dtypes) if dtypes else 'has cases of its own dtypes'}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU here that torch can use; leave it out to measure the CPU")
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     if options.threads:
         torch.set_num_threads(options.threads)

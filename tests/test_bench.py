@@ -204,11 +204,16 @@ def test_torch_compile_by_default_and_tuned_is_beside_every_op(as_on_gpu, op):
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [(["--threads", "0"], "--threads: 1 at least"), (["--dtype", "float16"], "--dtype: bench_two takes float32 or")],
+    [
+        (["--threads", "0"], "--threads: 1 at least"),
+        (["--dtype", "float16"], "--dtype: bench_two takes float32 or"),
+        (["--device", "cuda"], "--device cuda: no GPU here that torch can use"),
+    ],
 )
 def test_what_a_bench_does_not_take_is_refused(monkeypatch, capsys, options, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bench_two", *options])
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="^2$"):
         harness.command("bench_two", lambda options: pytest.fail("it ran"), dtypes=("float32", "bfloat16"))
     assert told in capsys.readouterr().err
 
@@ -522,6 +527,16 @@ def test_a_comparison_is_written_where_it_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "new")])
     with pytest.raises(SystemExit):
         compare.main()
+
+
+def test_a_comparison_on_a_gpu_wants_one(monkeypatch, capsys):
+    """Before versions are built."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(compare, "built", lambda _: pytest.fail("it was built"))
+    monkeypatch.setattr(sys, "argv", ["compare", "main", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="^2$"):
+        compare.main()
+    assert "--device cuda: no GPU here that torch can use" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_version_is_refused(tmp_path):
