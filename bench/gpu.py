@@ -218,6 +218,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.out.resolve().is_relative_to(WORK):
         parser.error(f"--out: {WORK} is emptied, choose another folder")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error("--seconds: above 0")
     # "tune" is a stage only with --tune
     patterns = options.stages or (["env", "kernels", "tune", "bench_*"] if options.bench else ["*"])
     chosen = [s for s in stages(WORK, options.tune) if any(fnmatch.fnmatch(s.name, pattern) for pattern in patterns)]
@@ -229,7 +231,8 @@ def main() -> None:
         sys.exit("bench.gpu: no CUDA device here; `make test` and `make bench-cpu` need none")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench.gpu: stopped"))  # also ends the running stage
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "{}.{}".format(*torch.cuda.get_device_capability()))
-    record = run(chosen, options.out, options.seconds or TOTAL + 300 * options.tune)
+    total = TOTAL + 300 * options.tune if options.seconds is None else options.seconds
+    record = run(chosen, options.out, total)
     bad = [name for name, outcome in record.items() if not well(name, outcome["result"])]
     sys.exit(f"not well: {', '.join(bad)}" if bad else 0)
 

@@ -306,6 +306,15 @@ def test_benchmarks_alone_are_tuned_first_if_asked(tmp_path, monkeypatch, seems_
     assert asked[: 3 + tune] == ["env", "kernels", *["tune"] * tune, "bench_step"]
 
 
+@pytest.mark.parametrize("seconds", ["0", "-3", "nan"])
+def test_no_time_at_all_is_refused(tmp_path, monkeypatch, seems_a_gpu, capsys, seconds):
+    monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--seconds", seconds])
+    with pytest.raises(SystemExit, match="^2$"):
+        gpu.main()
+    assert "--seconds: above 0" in capsys.readouterr().err
+
+
 def test_what_did_not_end_well_is_told_by_the_exit_status(tmp_path, monkeypatch, seems_a_gpu):
     results = {"a": "ok", "b": "left out: none", "c": "stopped after 3 s, see c.log", "d": "no time left"}
     monkeypatch.setattr(gpu, "run", lambda *_: {name: {"result": result} for name, result in results.items()})
