@@ -21,7 +21,7 @@ from torch import Tensor
 from avadclip_fast.data import FeatureSet
 from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.ops import _dispatch
-from bench import bench_step, bench_training, compare, gpu, harness, operations, plots
+from bench import bench_spans, bench_step, bench_training, compare, gpu, harness, operations, plots
 from bench.harness import Bench, Work
 
 FOREVER = "import time; time.sleep(60)"
@@ -160,6 +160,12 @@ def test_inputs_are_more_than_the_cache_holds(monkeypatch):
     assert len(harness.input_sets(case)) == 5
     monkeypatch.setattr(harness, "cache_size", lambda: 10)
     assert len(harness.input_sets(case)) == 1
+
+
+def test_ranges_are_timed_on_off_and_left_out(monkeypatch):
+    monkeypatch.setattr(bench_spans, "CALLS", 2)
+    found = list(bench_spans.run(SimpleNamespace(device="cpu", rounds=2)))
+    assert len(found) > 1 and all([row["alternative"] for row in rows] == list(bench_spans.WAYS) for rows in found)
 
 
 def test_ratios_are_taken_within_a_round():
