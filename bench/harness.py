@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -78,8 +79,8 @@ class Bench:
 
 
 def served(op: str, function: Callable, inputs: tuple) -> dict[str, Callable[..., Tensor]]:
-    """Returns every backend of `op` that supports function(*inputs, backend=...), from the reference to the default."""
-    found = {}
+    """Returns every backend of `op` that supports function(*inputs, backend=...); last the one that users get."""
+    found: dict[str, Callable[..., Tensor]] = {}
     for backend in reversed(_dispatch.ORDER):
         try:
             if backend in _dispatch.TABLE[op]:
@@ -87,7 +88,22 @@ def served(op: str, function: Callable, inputs: tuple) -> dict[str, Callable[...
                 found[backend] = partial(function, backend=backend)
         except _dispatch.BackendError:
             continue
+    chosen = default_of(op, partial(function, *inputs))
+    found[chosen] = found.pop(chosen)
     return found
+
+
+def default_of(op: str, call: Callable[[], object]) -> str:
+    """Returns the backend by which `op` is served in a call that names none: some decline what they could serve."""
+    served = []
+
+    def recorded(name: str, function: Callable, *args: object, **kwargs: object) -> object:
+        served.append(name.partition(":"))
+        return function(*args, **kwargs)
+
+    with mock.patch.object(_dispatch, "ranged", recorded):
+        call()
+    return next(backend for name, _, backend in served if name == op)
 
 
 def on_gpu() -> bool:

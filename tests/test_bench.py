@@ -1,6 +1,7 @@
 """The benchmarks' own machinery: nothing wrong is timed, ratios are of one round, a stage that fails does not hide."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import small_models
 import torch
 from torch import Tensor
 
+from avadclip_fast import ops
 from avadclip_fast.data import FeatureSet
 from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.ops import _dispatch
@@ -160,6 +162,16 @@ def test_inputs_are_more_than_the_cache_holds(monkeypatch):
     assert len(harness.input_sets(case)) == 5
     monkeypatch.setattr(harness, "cache_size", lambda: 10)
     assert len(harness.input_sets(case)) == 1
+
+
+def test_ours_is_the_backend_that_users_get(monkeypatch):
+    """Not one that could serve the call, and leaves it to another."""
+    op, x = "topk_mean", (torch.randn(2, 5, 3), torch.tensor([5, 2]))
+    alone = {name: _dispatch.TABLE[op][name] for name in ("cpp", "reference")}
+    monkeypatch.setitem(_dispatch.TABLE, op, alone)
+    assert list(harness.served(op, ops.topk_mean, x)) == ["reference", "cpp"]
+    alone["cpp"] = dataclasses.replace(alone["cpp"], declines=lambda *_, **__: "the reference is faster")
+    assert list(harness.served(op, ops.topk_mean, x)) == ["cpp", "reference"]
 
 
 def test_ranges_are_timed_on_off_and_left_out(monkeypatch):
