@@ -259,13 +259,18 @@ def test_a_file_that_tells_no_duration_is_a_file(tmp_path):
     assert len(snippets) == 50 and (live.frames, live.dropped, live.reconnects) == (200, 0, 0) and not live.live
 
 
-def test_the_ticks_of_a_clock_are_no_frame_rate(tmp_path):
-    """Of frames as browsers record them, at odd times and without a rate, FFmpeg guesses 1000 a second."""
-    times = np.cumsum(np.random.default_rng(0).integers(20, 61, 300)) / 1000
-    path = make_video(tmp_path / "a.webm", frames=300, times=times, codec="libvpx")
-    data = path.read_bytes()
+def without_rate(path, frames):
+    """A video as browsers record them, of frames at odd times and without a rate. Returns its path, and the times."""
+    times = np.cumsum(np.random.default_rng(0).integers(20, 61, frames)) / 1000
+    data = make_video(path, frames=frames, times=times, codec="libvpx").read_bytes()
     at = data.index(b"\x23\xe3\x83\x84")  # the rate, 4 bytes: void instead
     path.write_bytes(data[:at] + b"\xec\x86" + bytes(6) + data[at + 8 :])
+    return path, times
+
+
+def test_the_ticks_of_a_clock_are_no_frame_rate(tmp_path):
+    """FFmpeg guesses 1000 a second."""
+    path, times = without_rate(tmp_path / "a.webm", 300)
     live = LiveSource(path)
     frames = [snippet.frames for snippet in live]
     assert live.seconds == pytest.approx(16 / 25) and len(frames) == int(times[-1] / 0.64) + 1 and sum(frames) == 300
@@ -410,6 +415,20 @@ def test_lines_are_not_glued_to_the_progress_bar(pair, tmp_path, monkeypatch):
     assert call("stream", tmp_path / "a.mkv", "-m", pair / "student", "--every", "5", *NAMED) == 0
     shown = terminal.getvalue()
     assert re.search(r'[\r\n]\{"source": .+\}\n', shown) and re.search(r"[\r\n]150 frames, 0 dropped", shown)
+
+
+def test_a_frame_rate_that_is_not_declared_is_told_once(pair, tmp_path, capsys):
+    path, _ = without_rate(tmp_path / "a.webm", 40)
+    make_video(tmp_path / "declared.webm", frames=40, codec="libvpx")
+    note = "declares no frame rate, and 25 a second are assumed: 5 frames last 0.20 s (--fps sets snippets per second)"
+    options = "-m", pair / "student", "-q", *NAMED
+    for source, how, count in (
+        (path, ("--every", "5"), 1),
+        (path, ("--fps", "5"), 0),
+        (tmp_path / "declared.webm", ("--every", "5"), 0),
+    ):
+        assert call("stream", source, *how, *options) == 0
+        assert capsys.readouterr().err.count(f"note: {source}: {note}\n") == count
 
 
 def test_stream_command(pair, tmp_path, capsys):

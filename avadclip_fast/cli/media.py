@@ -435,6 +435,7 @@ def stream(
     from ..engine.detect import event_record
     from ..engine.online import OnlineDetector
     from ..engine.stop import Stopped, listening
+    from ..media.decode import ASSUMED
     from ..media.errors import import_av
     from ..media.live import LiveSource
 
@@ -458,6 +459,10 @@ def stream(
             for snippet in live:
                 if detector is None:
                     note_threshold(scorers, threshold)  # after errors about the source
+                    if live.assumed:
+                        lasts = f"{ASSUMED:g} a second are assumed: {every} frames last {live.seconds:.2f} s"
+                        told = f"note: {source}: declares no frame rate, and {lasts} (--fps sets snippets per second)"
+                        tqdm.write(told, file=sys.stderr)
                     began = datetime.now(UTC) - timedelta(seconds=snippet.time)
                     detector = OnlineDetector(
                         scorers, seen, heard, seconds=live.seconds, window=window, delay=delay, longest=longest,

@@ -24,6 +24,7 @@ WAIT = 10.0  # read timeout of a live stream in seconds
 AT_ONCE = 2**22  # audio samples in memory: 17 MB
 JUMP = 1.0  # backward step in seconds that means a timestamp reset; smaller ones are disorder
 GAP = 0.1  # difference in seconds between a packet's time and the samples so far above which silence is inserted
+ASSUMED = 25.0  # frames per second, where a container declares no rate
 TICKS = 1000  # per second, the least of any container's clock that is no frame rate: of WebM; 90,000 of MPEG-TS
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
 FILES_ONLY = "files only; `avadclip-fast stream` takes URLs"
@@ -105,7 +106,7 @@ class Clock:
     wrap after 26.5 hours, time advances by one frame.
     """
 
-    def __init__(self, rate: float = 25.0):
+    def __init__(self, rate: float = ASSUMED):
         self.rate = rate  # frames per second, according to the container
         self.shifts: list[float] = []  # offsets from container time to clock time, ascending, one more per jump
         self.now = 0.0  # time of the last frame
@@ -136,10 +137,11 @@ class Clock:
         return at + min(self.shifts[max(i - 1, 0) : i + 1], key=lambda shift: abs(shift - wanted))
 
 
-def rate_of(stream: Any) -> float:
-    """Average frames per second; 25 if the container does not say, or FFmpeg guesses the ticks of its clock."""
+def rate_of(stream: Any) -> float | None:
+    """Average frames per second; None if the container does not say, or FFmpeg guesses the ticks of its clock."""
     guess = stream.guessed_rate
-    return float(stream.average_rate or (guess if guess and guess < TICKS else 25))
+    rate = stream.average_rate or (guess if guess and guess < TICKS else None)
+    return float(rate) if rate else None
 
 
 class Beat:
@@ -163,7 +165,7 @@ def frames(source: str | Path, stream: Any, container: Any, clock: Clock | None 
     Raises MediaError if the file is truncated, or no frame can be decoded.
     """
     av, clock, reach = import_av(), clock or Clock(), Reach(container, stream)
-    clock.rate = rate_of(stream)
+    clock.rate = rate_of(stream) or ASSUMED
     try:
         for packet in container.demux():
             reach(packet)

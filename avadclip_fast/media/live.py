@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .decode import GAP, JUMP, RATE, Beat, Clock, Mono, Reach, decoded, opened, rate_of, upright, video_stream
+from .decode import ASSUMED, GAP, JUMP, RATE, Beat, Clock, Mono, Reach, decoded, opened, rate_of, upright, video_stream
 from .errors import MediaError, import_av
 
 WAITING = 4  # snippets queued between the reader and the consumer
@@ -44,8 +44,8 @@ class LiveSource:
     until: polled twice per second; returning True ends the iteration
     Raises MediaError if the source does not exist, is not a video, or is lost for good.
 
-    The attributes frames, dropped and reconnects are counts so far; `seconds` is the duration of a snippet, known once
-    the first one is read.
+    The attributes frames, dropped and reconnects are counts so far. Known once the first snippet is read: `seconds`,
+    the duration of one, and `assumed`, whether that goes by a frame rate that the source does not declare.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class LiveSource:
         self.source, self.every, self.fps, self.retries, self.until = source, every, fps, retries, until
         self.seconds = 1 / fps if fps is not None else 0.0
         self.frames = self.dropped = self.reconnects = 0
-        self.live = False
+        self.live = self.assumed = False
         self._queue: queue.Queue[Snippet | Exception | None] = queue.Queue(WAITING)
         self._closed = threading.Event()
 
@@ -125,7 +125,9 @@ class LiveSource:
             video = video_stream(container, self.source)
             audio = container.streams.audio[0] if container.streams.audio else None
             self.live = container.duration is None and not os.path.isfile(self.source)
-            clock, reach = Clock(rate_of(video)), Reach(container, video)
+            rate = rate_of(video)
+            self.assumed = rate is None and self.fps is None
+            clock, reach = Clock(rate or ASSUMED), Reach(container, video)
             self.seconds = self.seconds or self.every / clock.rate
             beat = Beat(self.seconds)
             waiting: deque[tuple[float, np.ndarray, int]] = deque()  # time, image, frames so far
