@@ -195,6 +195,15 @@ def test_a_teacher_is_no_student(official, settings):
         AVadCLIPStudent.from_official(official[1], **settings)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_model_is_float32_whatever_it_was_saved_in(tmp_path, dtype):
+    saved = teacher().to(dtype)
+    saved.save_pretrained(tmp_path)
+    loaded = AVadCLIP.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert all(torch.equal(p, q.float()) for p, q in zip(loaded.parameters(), saved.parameters(), strict=True))
+
+
 def test_the_folder_of_a_run_leads_to_its_model(tmp_path):
     teacher().save_pretrained(tmp_path / "run" / "model")
     with pytest.raises(CheckpointError, match="did you mean .*run/model"):

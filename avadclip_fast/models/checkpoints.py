@@ -226,6 +226,8 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **settings: Any) -> Self:
         """Loads a model in eval mode from a folder, or from the Hub ("user/name").
 
+        Its weights are float32, whatever precision they were saved in; cast the model with `.to(dtype)`.
+
         settings: as for `ModelHubMixin.from_pretrained`, and constructor arguments that override those of config.json
         Raises CheckpointError if there is none, or its weights do not fit.
         """
