@@ -1,6 +1,7 @@
 """Packed files: what comes back, what a kill leaves, and what is said of a bad one."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -236,6 +237,33 @@ def test_two_writers_of_one_file(tmp_path):
         return block(start, stop)
 
     write(tmp_path / "a.safetensors", twice)
+
+
+@pytest.mark.parametrize("other", ["completes it", "removes it"])
+def test_a_file_that_another_process_takes_away_before_it_is_locked(tmp_path, monkeypatch, other):
+    """The finished file of the other process is not written over, nor is what was written lost."""
+    path = tmp_path / "a.safetensors"
+    part, lock, seen = tmp_path / "a.safetensors.part", fcntl.flock, []
+
+    def late(file, how):
+        monkeypatch.setattr(fcntl, "flock", lock)  # the other process's, and every later one
+        if other == "completes it":
+            write(path)
+        else:
+            part.unlink()
+        lock(file, how)
+
+    def fill(start, stop):
+        seen.append(part.exists())
+        if other == "completes it":
+            check_packed(path)
+        return block(start, stop)
+
+    part.touch()
+    monkeypatch.setattr(fcntl, "flock", late)
+    write(path, fill)
+    check_packed(path)
+    assert all(seen) and [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_a_folder_that_is_not_there_is_made(made, tmp_path, capsys):

@@ -4,15 +4,16 @@ The format is safetensors. The metadata has a JSON `info` and, once the file is 
 the header. Until then the file is named NAME.part, and NAME.part.json records the number of rows written.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -61,11 +62,7 @@ def write_packed(
     try:
         if not path.parent.exists():  # where it is a file, opening says so better than making it a folder would
             path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "r+b" if part.exists() else "x+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise DataError(f"{path}: another process is writing it; wait for that one, or end it") from error
+        with _locked(part, path) as file:
             done = _done(journal, begun) if os.fstat(file.fileno()).st_size == size else 0
             if done == 0:
                 file.truncate(0)
@@ -85,6 +82,29 @@ def write_packed(
     except OSError as error:
         resumes = "; another call resumes from the rows written" if os.path.exists(journal) else ""
         raise DataError(f"{path}: cannot be written: {error.strerror}{resumes}") from error
+
+
+@contextlib.contextmanager
+def _locked(part: Path, path: Path) -> Iterator[IO[bytes]]:
+    """Opens the partial file of `path`, made if needed, and locks it. Raises DataError if another process has it."""
+    while True:
+        with open(part, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise DataError(f"{path}: another process is writing it; wait for that one, or end it") from error
+            # Before it was locked, another process may have completed it: what is open is the finished file then.
+            if _names(part, file):
+                yield file
+                return
+
+
+def _names(path: Path, file: IO[bytes]) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def open_packed(path: str | Path) -> tuple[dict[str, Tensor], dict]:
