@@ -371,7 +371,7 @@ def test_events_of_earlier_calls_stay(pair, tmp_path, capsys):
 
 
 def test_events_in_another_video_of_the_same_name_stay(pair, tmp_path, capsys, monkeypatch):
-    """Wherever the call is made; a video that was moved, or a record that is none, is in nobody's way."""
+    """Wherever the call is made, and if that is gone; a moved video, or a record that is none, is in nobody's way."""
     for day, at in (("monday", 10), ("tuesday", 20)):
         (tmp_path / day).mkdir()
         film(tmp_path / day / "a.mkv", [(at, at + 6, 220)])
@@ -384,8 +384,15 @@ def test_events_in_another_video_of_the_same_name_stay(pair, tmp_path, capsys, m
     assert f"a.json is of {tmp_path / 'monday' / 'a.mkv'}, and would be replaced by" in mistake(capsys, *given)
     assert kept == [(tmp_path / "out" / name).read_bytes() for name in ("a.json", "events.csv")]
     (tmp_path / "monday").rename(tmp_path / "moved")
+    told = f"a.json is of {tmp_path / 'monday' / 'a.mkv'}, which is gone, and would be replaced by"
+    assert told in mistake(capsys, *given)
+    assert kept == [(tmp_path / "out" / name).read_bytes() for name in ("a.json", "events.csv")]
+    monkeypatch.chdir(tmp_path / "moved")
     assert call(*given) == 0
-    for text in ("[]", "{}", "{"):
+    record = json.loads((tmp_path / "out" / "a.json").read_text())
+    older = {**record, "video": str(tmp_path / "monday" / "a.mkv"), "file": None}
+    monkeypatch.chdir(tmp_path / "tuesday")
+    for text in (json.dumps(older), "[]", "{}", "{"):
         (tmp_path / "out" / "a.json").write_text(text)
         assert call(*given) == 0
 

@@ -358,21 +358,35 @@ def as_record(detection: Detection, source: str | Path) -> dict:
 
 
 def write_detection(path: Path, detection: Detection, source: str | Path) -> None:
+    record = {"file": _identity(source), **as_record(detection, source)}
     with atomic_write(path, "w") as file:
-        file.write(json.dumps(as_record(detection, source)) + "\n")
+        file.write(json.dumps(record) + "\n")
+
+
+def _identity(path: str | Path) -> dict | None:
+    """What a file keeps where it is moved, as `extract` records it; None if it is gone, as a camera's oldest are."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
 
 
 def check_video(path: Path, source: str | Path) -> None:
-    """Raises DataError if `path` is what `write_detection` wrote of a video that is still there, but not `source`."""
+    """Raises DataError if `path` is what `write_detection` wrote of a video other than `source`, moved or not."""
+    own = _identity(source)
     try:
-        video = json.loads(path.read_text(encoding="utf-8"))["video"]
-        other = os.path.isfile(video) and not os.path.samefile(video, source)
+        record = json.loads(path.read_text(encoding="utf-8"))
+        video = record["video"]
+        there = os.path.isfile(video)
+        other = not os.path.samefile(video, source) if there else (record.get("file") or own) != own
     except (OSError, ValueError, TypeError, KeyError):  # no such file, or none of ours
         return
-    if other:
+    if other and own is not None:
+        gone, remedy = ("", "their common folder as the videos") if there else (", which is gone", f"remove {path}")
         raise DataError(
-            f"{path} is of {video}, and would be replaced by what is found in {source}: give another folder with "
-            "--output, or their common folder as the videos"
+            f"{path} is of {video}{gone}, and would be replaced by what is found in {source}: give another folder with "
+            f"--output, or {remedy}"
         )
 
 
