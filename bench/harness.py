@@ -318,14 +318,19 @@ def run(
 ) -> Iterator[list[dict]]:  # fmt: skip
     """Yields the rows of each case: forward and backward together, and on a GPU also the forward pass alone."""
     if compile == "ahead":
-        for bench, sets in drawn(cases, dtype, device, compile):
-            compile_ahead(bench, sets[0])
+        # The cache gets kernels alone, which take longest: which of them are the fastest is found again where they are
+        # timed, since here something else may run beside.
+        config = importlib.import_module("torch._inductor.config")
+        with config.patch(fx_graph_cache=False, autotune_local_cache=False):
+            for bench, sets in drawn(cases, dtype, device, compile):
+                compilable(bench, sets[0])
         return
     gpu = device == "cuda"
     with torch.device(device):
         roofs = gpu_roofs() if gpu else None
 
     def timed(bench: Bench, sets: list[tuple]) -> Iterator[list[dict]]:
+        bench = compilable(bench, sets[0])
         check(bench, sets[0])
         passes = [("f+b ", forward_backward, bench.both)] if bench.both else [("", forward, bench.forward)]
         if gpu and bench.both:
@@ -343,20 +348,21 @@ def run(
     yield from all_of(partial(timed, *case) for case in drawn(cases, dtype, device, compile))
 
 
-def compile_ahead(bench: Bench, inputs: tuple) -> None:
-    """Calls what torch.compile compiles, once for each pass.
-
-    The cache gets kernels alone, which take longest: which of them are the fastest is found again where they are timed,
-    since here something else may run beside.
-    """
-    config = importlib.import_module("torch._inductor.config")
-    with config.patch(fx_graph_cache=False, autotune_local_cache=False):
-        for name in bench.alternatives.keys() & {*COMPILED}:
-            began, function = time.monotonic(), bench.alternatives[name]
+def compilable(bench: Bench, inputs: tuple) -> Bench:
+    """Compiles what torch.compile is to, for both passes. Returns the bench without what it fails on, and says so."""
+    failed = set()
+    for name in bench.alternatives.keys() & {*COMPILED}:
+        began, function = time.monotonic(), bench.alternatives[name]
+        try:
             forward(function, inputs, ())()
             if bench.both:
                 forward_backward(function, inputs, leaves(inputs))()
-            print(f"{bench.case}, {name}: compiled in {time.monotonic() - began:.1f} s", flush=True)
+            told = f"compiled in {time.monotonic() - began:.1f} s"
+        except Exception as error:  # a kernel that does not fit the chip, for one; ours are timed all the same
+            failed.add(name)
+            told = f"left out, {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        print(f"{bench.case}, {name}: {told}", flush=True)
+    return bench.only(name for name in bench.alternatives if name not in failed)
 
 
 def all_of(parts: Iterable[Callable[[], Iterable[list[dict]]]]) -> Iterator[list[dict]]:

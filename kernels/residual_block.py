@@ -1,8 +1,7 @@
 """The two halves of a pre-norm block, one operator each: x + attention(LayerNorm(x)) and x + MLP(LayerNorm(x)).
 
 They launch the kernels of their parts. Autograd would add up the gradients that x and its LayerNorm have from several
-parts in launches of their own: here each is added where the next one
-is computed.
+parts in launches of their own: here each is added where the next one is computed.
 """
 
 import torch

@@ -259,6 +259,25 @@ def test_no_case_is_compiled_when_the_time_is_up(as_on_gpu, monkeypatch, capsys)
     assert not list(harness.drawn(import_module("bench.bench_attention_pool").cases, torch.float32, "cpu", "only"))
 
 
+@pytest.mark.parametrize("compile", ["with", "only", "ahead"])
+def test_what_cannot_be_compiled_is_left_out_and_told(capsys, compile):
+    def fails(x):
+        raise RuntimeError("out of resources: shared memory\nat length")
+
+    def cases(dtype):
+        same = {"reference": lambda x: x * 2, "FlexAttention": fails, "torch.compile": lambda x: 2 * x}
+        same["ours"] = lambda x: x + x
+        yield harness.Bench("twice", lambda: (torch.rand(8, dtype=dtype),), same, harness.Work(64))
+
+    rows = [row for rows in harness.run(cases, torch.float32, "cpu", 2, compile) for row in rows]
+    told = capsys.readouterr().out
+    assert "twice, FlexAttention: left out, RuntimeError: out of resources: shared memory\n" in told
+    assert "twice, torch.compile: compiled in" in told
+    assert [row["alternative"] for row in rows] == (
+        [] if compile == "ahead" else ["reference", "torch.compile", "ours"]
+    )
+
+
 def test_torch_compile_is_left_out(as_on_gpu):
     ((case, _),) = harness.drawn(import_module("bench.bench_attention_pool").cases, torch.float32, "cpu", "without")
     assert not harness.MODES.keys() & case.alternatives.keys()
