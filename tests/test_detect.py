@@ -313,7 +313,7 @@ def test_a_threshold_that_nothing_calibrated_is_told(pair, tmp_path, capsys):
     assert list(told(given)) == [f"note: the models have {none}"] * 2
     assert list(told(given / "student")) == [f"note: the model has {none}"] * 2
     assert list(told(given, "--threshold", "0.5")) == []
-    Calibration(Head(1.2, 0.4), videos=4).save(given / "teacher")
+    Calibration(Head(1.2, 0.4), videos=4).save(given / "teacher" / "model")
     assert list(told(given)) == [f"note: one of the models has {none}"] * 2
     assert list(told(given / "teacher")) == []
 
