@@ -33,7 +33,6 @@ class Half(nn.Module):
 HALVES: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: Half(MLP(D)),
     "windows of 5": lambda: Half(WindowAttention(D, 5)),
-    "windows of 16": lambda: Half(WindowAttention(D, 16)),
     "one window": lambda: Half(WindowAttention(D, 64)),
 }
 each = pytest.mark.parametrize("name", HALVES)
@@ -153,7 +152,6 @@ def test_triton_registration_passes_opcheck(device):
     operators = torch.ops.avadclip_fast
     torch.library.opcheck(operators.residual_attention.default, (x, *norm, *weights[:2], 3, lengths))
     torch.library.opcheck(operators.residual_mlp.default, (x, *norm, *weights))
-    torch.library.opcheck(operators.residual_mlp.default, (x[0].detach().requires_grad_(), *norm, *weights))
 
 
 @DEVICE
