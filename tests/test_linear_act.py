@@ -245,7 +245,7 @@ class TestExactFloat32:
 
     def test_is_chosen_anew_in_compiled_code(self):
         def function(x):
-            return x if _triton.declines_exact(x, x) is None else -x
+            return x if _triton.declines_exact(x) is None else -x
 
         compiled, x = torch.compile(function, fullgraph=True, backend="eager"), torch.ones(2, 2)
         for precision, sign in (("highest", -1), ("high", 1), ("highest", -1)):

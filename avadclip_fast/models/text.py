@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from .. import ops
 from ..data.errors import DataError
 from ..modules import MLP
-from ..ops._residual_block import fused, residual_mlp
+from ..ops._residual_block import residual_mlp
+from ..ops._triton import fused
 from .frozen import lowered, release
 
 CONTEXT = 77  # CLIP's sequence length

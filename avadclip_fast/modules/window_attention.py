@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._autocast import autocasts
+from ..ops._autocast import as_autocast, product_dtype
 from ..ops._check import check_tensors
 from ..ops._layer_norm import layer_norm
-from ..ops._residual_block import fused, residual_attention
+from ..ops._residual_block import residual_attention
+from ..ops._triton import fused
+from ..ops.window_attention import longest
 from .linear_act import unnormed
 
 
@@ -64,13 +66,12 @@ class WindowAttention(nn.Module):
             return layer(mixed, self.out_proj.weight, self.out_proj.bias, residual=residual)
         query, value = fold(self.in_proj_weight, self.in_proj_bias, self.out_proj)
         h, affine = unnormed(x, norm)
-        window = min(self.window, x.shape[1])
-        if residual is x and affine is not None and fused(self.backend, x, query[0], *affine, window=window):
+        fits = min(self.window, x.shape[1]) <= longest(product_dtype(x))
+        if fits and residual is x and affine is not None and fused(self.backend, x, query[0], *affine):
             weight, bias = (torch.cat(pair) for pair in zip(query, value, strict=True))
             return residual_attention(x, affine, weight, bias, self.window, lengths)
         keys = h if affine is None else layer_norm(h, *affine, backend=self.backend)
-        if autocasts(x.device.type):
-            keys = keys.to(torch.get_autocast_dtype(x.device.type))
+        (keys,) = as_autocast(keys)
         q, v = layer(keys, *query), layer(keys, *value)
         return ops.window_attention(q, keys, v, self.window, 1, lengths, residual, backend=self.backend)
 

@@ -39,7 +39,11 @@ def activations(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that products of x have: autocast's where it is at work, else its own."""
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
+
+
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Tensors of one device in the dtype that autocast multiplies in there; without it, themselves."""
-    device = tensors[0].device.type
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors) if autocasts(device) else tensors
+    """Tensors in the dtype of their products."""
+    return tuple(x.to(product_dtype(x)) for x in tensors)

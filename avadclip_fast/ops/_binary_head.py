@@ -9,7 +9,7 @@ from torch import Tensor
 from . import _dispatch
 from ._autocast import as_autocast
 from ._check import check_needed, check_tensors, leading
-from ._derivatives import differentiable, differentiable_once
+from ._derivatives import differentiable, differentiable_once, empty_grads, wanted
 from ._triton import implement
 
 torch.library.define(
@@ -33,8 +33,7 @@ def _(x, weight, bias, dot, direct):
 
 @torch.library.register_fake("avadclip_fast::binary_head_backward")
 def _(grad, x, weight, dot, direct, y, needs):
-    like = (x, weight, weight[:, 0], dot, direct)
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True))
+    return empty_grads(needs, x, weight, weight[:, 0], dot, direct)
 
 
 def _save(ctx, inputs, output):
@@ -49,7 +48,7 @@ def _backward(ctx, grad, _):
         return (None,) * 5
     needs = list(ctx.needs_input_grad)
     grads = torch.ops.avadclip_fast.binary_head_backward(grad, *ctx.saved_tensors, needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    return wanted(needs, grads)
 
 
 differentiable("binary_head", _backward, _save)

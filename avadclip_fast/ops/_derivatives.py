@@ -1,10 +1,10 @@
 """Derivatives of the operators."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import _C, autograd
+from torch import _C, Tensor, autograd
 
 from ._dispatch import BackendError
 
@@ -69,3 +69,13 @@ def adjoint(operator: str, of: str, dim: int) -> None:
         return getattr(torch.ops.avadclip_fast, of)(grad, *ctx.saved_tensors, ctx.size), None, None
 
     differentiable(operator, backward, save)
+
+
+def empty_grads(needs: Sequence[bool], *like: Tensor) -> tuple[Tensor, ...]:
+    """What stands for gradients of tensors like these where nothing is computed: empty where `needs` is False."""
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(like, needs, strict=True))
+
+
+def wanted(needs: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients that an operator gave, as autograd takes them: None where `needs` is False."""
+    return tuple(x if need else None for x, need in zip(grads, needs, strict=True))

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..reference.linear_act import LAYER_NORM_EPS
 from . import _dispatch
-from ._autocast import autocasts
-from ._derivatives import differentiable, differentiable_once
+from ._autocast import product_dtype
+from ._derivatives import differentiable, differentiable_once, empty_grads, wanted
 from ._triton import implement, triton_reason
 
 torch.library.define(
@@ -30,8 +30,7 @@ def _(x, weight, bias, dtype):
 
 @torch.library.register_fake("avadclip_fast::layer_norm_backward")
 def _(grad, x, weight, stats, needs):
-    like = (x, weight, weight)
-    return tuple(t.new_empty(t.shape) if need else weight.new_empty(0) for t, need in zip(like, needs, strict=True))
+    return empty_grads(needs, x, weight, weight)
 
 
 def _save(ctx, inputs, output):
@@ -46,7 +45,7 @@ def _backward(ctx, grad, _):
         return None, None, None, None
     needs = list(ctx.needs_input_grad[:3])
     grads = torch.ops.avadclip_fast.layer_norm_backward(grad, *ctx.saved_tensors, needs)
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+    return *wanted(needs, grads), None
 
 
 differentiable("layer_norm", _backward, _save)
@@ -58,11 +57,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = No
 
     backend: as of an op; torch serves what Triton does not.
     """
-    lowered = autocasts(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if lowered else x.dtype
-    wanted = backend or _dispatch.forced()
-    if wanted not in _dispatch.TABLE["linear_act"]:
-        wanted = None  # it has no say here
-    if wanted in (None, "triton") and not _dispatch.transformed() and triton_reason(x, weight, bias) is None:
+    dtype, asked = product_dtype(x), backend or _dispatch.forced()
+    if asked not in _dispatch.TABLE["linear_act"]:
+        asked = None  # it has no say here
+    if asked in (None, "triton") and not _dispatch.transformed() and triton_reason(x, weight, bias) is None:
         return torch.ops.avadclip_fast.layer_norm(x, weight, bias, dtype)[0]
     return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS).to(dtype)

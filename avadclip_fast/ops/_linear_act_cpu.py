@@ -8,7 +8,7 @@ from .. import _build
 from ..reference._numerics import zero_padding
 from ..reference.linear_act import LAYER_NORM_EPS, epilogue, gain
 from . import _dispatch
-from ._derivatives import differentiable, differentiable_once
+from ._derivatives import differentiable, differentiable_once, wanted
 
 ROWS, WIDTH = 512, 256  # below these torch is as fast, because every call packs the weights
 
@@ -158,7 +158,7 @@ def _backward(ctx, grad, _):
         grad, x, weight, ctx.activation, ctx.dilation, ctx.causal, lengths, needed, dot, kept, needs, mask,
         ctx.gain, ctx.amx,
     )  # fmt: skip
-    dx, dw, db, d_dot = (g if need else None for g, need in zip(grads, needs, strict=True))
+    dx, dw, db, d_dot = wanted(needs, grads)
     residual = grad if ctx.needs_input_grad[4] else None
     return dx, dw, db, None, residual, None, None, None, None, d_dot, None, None, None, None
 

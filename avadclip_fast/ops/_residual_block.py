@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from . import _dispatch
-from ._autocast import as_autocast, autocasts
+from ._autocast import as_autocast
 from ._check import check_lengths, check_needed, check_tensors, leading
-from ._derivatives import differentiable, differentiable_once
-from ._triton import declines_exact, implement, triton_reason
-from .window_attention import longest
+from ._derivatives import differentiable, differentiable_once, empty_grads, wanted
+from ._triton import implement
 
 torch.library.define(
     "avadclip_fast::residual_attention",
@@ -51,10 +50,6 @@ def _out(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
 
 
-def _grads(needs: list[bool], *like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape if need else 0) for t, need in zip(like, needs, strict=True))
-
-
 @torch.library.register_fake("avadclip_fast::residual_attention")
 def _(x, norm_weight, norm_bias, weight, bias, window, lengths):
     keys = x.new_empty(x.shape, dtype=weight.dtype)
@@ -63,7 +58,7 @@ def _(x, norm_weight, norm_bias, weight, bias, window, lengths):
 
 @torch.library.register_fake("avadclip_fast::residual_attention_backward")
 def _(grad, x, norm_weight, weight, window, lengths, keys, stats, mixed, needs):
-    return _grads(needs, x, norm_weight, norm_weight, weight, weight[:, 0])
+    return empty_grads(needs, x, norm_weight, norm_weight, weight, weight[:, 0])
 
 
 @torch.library.register_fake("avadclip_fast::residual_mlp")
@@ -75,8 +70,8 @@ def _(x, norm_weight, norm_bias, fc_weight, fc_bias, proj_weight, proj_bias):
 
 @torch.library.register_fake("avadclip_fast::residual_mlp_backward")
 def _(grad, x, norm_weight, fc_weight, proj_weight, normed, stats, y, hidden, needs):
-    like = (x, norm_weight, norm_weight, fc_weight, fc_weight[:, 0], proj_weight, proj_weight[:, 0])
-    return _grads(needs, *like)
+    linear = (fc_weight, fc_weight[:, 0], proj_weight, proj_weight[:, 0])
+    return empty_grads(needs, x, norm_weight, norm_weight, *linear)
 
 
 def _save_attention(ctx, inputs, output):
@@ -95,7 +90,7 @@ def _attention_backward(ctx, grad, *_):
     grads = torch.ops.avadclip_fast.residual_attention_backward(
         grad, x, norm_weight, weight, ctx.window, lengths, *inner, needs
     )
-    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+    return *wanted(needs, grads), None, None
 
 
 def _save_mlp(ctx, inputs, output):
@@ -111,29 +106,13 @@ def _mlp_backward(ctx, grad, *_):
         return (None,) * 7
     needs = list(ctx.needs_input_grad)
     grads = torch.ops.avadclip_fast.residual_mlp_backward(grad, *ctx.saved_tensors, needs)
-    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+    return wanted(needs, grads)
 
 
 differentiable("residual_attention", _attention_backward, _save_attention)
 differentiable_once("residual_attention", "residual_attention_backward")
 differentiable("residual_mlp", _mlp_backward, _save_mlp)
 differentiable_once("residual_mlp", "residual_mlp_backward")
-
-
-def fused(backend: str | None, x: Tensor, *weights: Tensor, window: int = 1) -> bool:
-    """Whether a half of a block is one operator here: gradients are wanted, and Triton serves its products.
-
-    backend: as of an op; window: the rows of one
-    """
-    wanted = backend or _dispatch.forced()
-    if wanted not in (None, "triton") or torch.compiler.is_exporting() or _dispatch.transformed():
-        return False
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))):
-        return False
-    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
-    if window > longest(dtype) or triton_reason(x, *weights) is not None:
-        return False
-    return wanted == "triton" or declines_exact(x, weights[0]) is None
 
 
 def residual_attention(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from .._build import once_a_device
+from . import _dispatch
+from ._autocast import product_dtype
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run slowly on the CPU, for tests
 _DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -41,17 +43,28 @@ def _too_old(device: torch.device) -> str | None:
     return f"it needs compute capability {oldest}, and {device} has {own}"
 
 
-def declines_exact(x: Tensor, weight: Tensor) -> str | None:
-    """Returns why the automatic choice leaves the products of x and a weight to the reference, or None.
+def declines_exact(weight: Tensor) -> str | None:
+    """Returns why the automatic choice leaves the products with a weight to the reference, or None.
 
     In exact float32 no tensor core helps, and cuBLAS is several times faster. A convolution is left to cuDNN only where
     that is exact too: of its own accord, it multiplies float32 in tf32.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    if INTERPRETED or dtype != torch.float32 or not _torch_is_exact(weight.ndim == 3):
+    if INTERPRETED or product_dtype(weight) != torch.float32 or not _torch_is_exact(weight.ndim == 3):
         return None
     return "in float32 without tf32, cuBLAS and cuDNN multiply faster"
+
+
+def fused(backend: str | None, x: Tensor, *weights: Tensor) -> bool:
+    """Whether a whole layer of x is one operator here: gradients are wanted, and Triton serves its products.
+
+    backend: as of an op
+    """
+    wanted = backend or _dispatch.forced()
+    if wanted not in (None, "triton") or torch.compiler.is_exporting() or _dispatch.transformed():
+        return False
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))):
+        return False
+    return triton_reason(x, *weights) is None and (wanted == "triton" or declines_exact(weights[0]) is None)
 
 
 def _torch_is_exact(convolution: bool) -> bool:

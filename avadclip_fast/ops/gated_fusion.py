@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _dispatch, _linear_act_cpu
+from ._autocast import as_autocast
 from ._check import check_lengths, check_tensors
 from ._derivatives import differentiable, differentiable_once
 from ._triton import declines_exact, implement, triton_reason
@@ -19,8 +20,7 @@ def _reference(*tensors: Tensor, needed: Tensor | None = None) -> Tensor:
 
 
 def _triton(visual: Tensor, audio: Tensor, *weights: Tensor, needed: Tensor | None = None) -> Tensor:
-    if torch.is_autocast_enabled(visual.device.type):
-        weights = tuple(w.to(torch.get_autocast_dtype(visual.device.type)) for w in weights)
+    weights = as_autocast(*weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (visual, audio, *weights))
     return torch.ops.avadclip_fast.gated_fusion(visual, audio, *weights, save)[0]
 
@@ -30,7 +30,7 @@ def _triton_supports(*tensors: Tensor, needed: Tensor | None = None) -> str | No
 
 
 def _triton_declines(visual: Tensor, audio: Tensor, gate_weight: Tensor, *_: Tensor, **__: Tensor | None) -> str | None:
-    return declines_exact(visual, gate_weight)
+    return declines_exact(gate_weight)
 
 
 def _cpu(visual: Tensor, audio: Tensor, *weights: Tensor, needed: Tensor | None = None, amx: bool) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch, _linear_act_cpu, _linear_act_onednn
 from ._check import check_are_tensors, check_counts, check_lengths, check_needed, check_tensors, leading
-from ._derivatives import differentiable, differentiable_once
+from ._derivatives import differentiable, differentiable_once, empty_grads, wanted
 from ._layer_norm import layer_norm
 from ._padding import zero_padding
 from ._triton import declines_exact, implement, triton_reason
@@ -45,7 +45,7 @@ def _supports(
 
 
 _dispatch.register("linear_act", "reference", _reference)
-_dispatch.register("linear_act", "triton", _triton, _supports, lambda x, weight, *_, **__: declines_exact(x, weight))
+_dispatch.register("linear_act", "triton", _triton, _supports, lambda x, weight, *_, **__: declines_exact(weight))
 for _backend, _amx in (("amx", True), ("cpp", False)):
     _dispatch.register(
         "linear_act",
@@ -89,8 +89,8 @@ def _(x, weight, bias, activation, residual, dilation, causal, lengths, dot, sav
 
 @torch.library.register_fake("avadclip_fast::linear_act_backward")
 def _(grad, x, weight, activation, dilation, causal, lengths, dot, y, needs, mask, gain):
-    like = (x, weight, weight.new_empty(weight.shape[0]), dot)
-    return tuple(t.new_empty(t.shape) if need else weight.new_empty(0) for t, need in zip(like, needs, strict=True))
+    bias = weight.new_empty(weight.shape[0])
+    return empty_grads(needs, x, weight, bias, bias)  # dot is as long as the bias
 
 
 def _save(ctx, inputs, output):
@@ -111,7 +111,7 @@ def _backward(ctx, grad, _):
     grads = torch.ops.avadclip_fast.linear_act_backward(
         grad, x, weight, ctx.activation, ctx.dilation, ctx.causal, lengths, dot, y, needs, mask, ctx.gain
     )
-    dx, dw, db, d_dot = (g if need else None for g, need in zip(grads, needs, strict=True))
+    dx, dw, db, d_dot = wanted(needs, grads)
     residual = grad if ctx.needs_input_grad[4] else None
     return dx, dw, db, None, residual, None, None, None, d_dot, None, None, None
 
