@@ -28,7 +28,7 @@ from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective
 from avadclip_fast.data import Batch
 from avadclip_fast.engine.graph import StepGraph, changed_by
 from avadclip_fast.engine.recipe import Recipe
-from avadclip_fast.engine.train import adamw, train_step
+from avadclip_fast.engine.step import adamw, train_step
 from avadclip_fast.models.checkpoints import official_state
 from avadclip_fast.ops._dispatch import use_backend
 

@@ -19,12 +19,14 @@ from test_train import CLASSES, SMALL, features, same, teacher, weights
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, data
 from avadclip_fast.device import current, device_of
-from avadclip_fast.engine import distributed, train
+from avadclip_fast.engine import distributed, loop, step, teacher_cache, train
 from avadclip_fast.engine.calibrate import CALIBRATION
 from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.engine.state import load_state
+from avadclip_fast.engine.step import train_step, trim
 from avadclip_fast.engine.stop import Stopped
-from avadclip_fast.engine.train import HISTORY, MODEL, STATE, TEACHER_FEATURES, fit, train_step, trim
+from avadclip_fast.engine.teacher_cache import TEACHER_FEATURES
+from avadclip_fast.engine.train import HISTORY, MODEL, STATE, fit
 
 CODES = "A=normal,B1=fighting,B2=shooting,G=explosion"
 RECIPE = Recipe(epochs=2, batch_size=5, lr=1e-5, noise=0.5, select="val", distill_weight=1e-2, milestones=())
@@ -67,7 +69,7 @@ def gradients(folder: Path) -> None:
                 part = distributed.part(lengths)
                 batch = trim(source.batch(torch.arange(count)[part.where]), model, longest=int(lengths.max()))
                 batch = batch._replace(visual=batch.visual.double(), audio=batch.audio.double())
-                known = train.teacher_features(guide, batch) if kind == "distilled" else None
+                known = teacher_cache.teacher_features(guide, batch) if kind == "distilled" else None
                 losses, asked = train_step(
                     model.train(), optimizer, batch, known, RECIPE, part, distributed.rank() == 1
                 )
@@ -86,7 +88,7 @@ def runs(folder: Path) -> None:
     fit(guide, source, RECIPE, folder / "teacher", held_out=held_out, progress=False)
     for name, limit, block in (("memory", 1 << 30, 64), ("disk", 0, 4)):
         torch.manual_seed(1)
-        train.CACHE_LIMIT, train.CACHE_BLOCK = limit, block
+        teacher_cache.CACHE_LIMIT, teacher_cache.CACHE_BLOCK = limit, block
         student = AVadCLIPStudent.beside(guide)
         fit(student, source, RECIPE, folder / name, held_out=held_out, teacher=guide, progress=False)
 
@@ -95,7 +97,7 @@ def interrupted(folder: Path) -> None:
     """A run that is not broken, and one of which the last process gets SIGTERM, and which then goes on; dropout on."""
     recipe = replace(RECIPE, checkpoint_every=100, select="last")
     fit(teacher(), features(COUNT), recipe, folder / "unbroken", progress=False)
-    plain, calls, seeds = train.objective, 0, []
+    plain, calls, seeds = step.objective, 0, []
 
     def asked(*arguments):
         nonlocal calls
@@ -105,10 +107,10 @@ def interrupted(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(*arguments)
 
-    train.objective = asked
+    step.objective = asked
     with pytest.raises(Stopped, match="SIGTERM"):
         fit(teacher(), features(COUNT), recipe, folder / "broken", progress=False)
-    train.objective = plain
+    step.objective = plain
     assert calls == 5
     (folder / f"seeds{distributed.rank()}.json").write_text(json.dumps(seeds))
     fit(teacher(seed=9), features(COUNT), recipe, folder / "broken", resume=True, progress=False)
@@ -133,7 +135,7 @@ def recorded(folder: Path) -> None:
     for resident in (True, False):
         with pytest.MonkeyPatch.context() as patch:
             recordings = let_a_processor_record(patch)
-            patch.setattr(train._Loop, "__post_init__", lambda x: vars(x).update(resident=resident, longest=16))  # noqa: B023
+            patch.setattr(loop.Loop, "__post_init__", lambda x: vars(x).update(resident=resident, longest=16))  # noqa: B023
             plain_and_recorded(folder / f"resident {resident}")
             assert recordings == 2 * [None, (0, 1), None]  # of each kind two sizes of a batch, and the update
 
@@ -166,8 +168,8 @@ def both(tmp_path_factory):
     one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
     process = torchrun(__file__, two, "gradients", "runs", "interrupted", "recorded")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "CACHE_LIMIT", 0)  # put back what `runs` sets
-        patch.setattr(train, "CACHE_BLOCK", 4)
+        patch.setattr(teacher_cache, "CACHE_LIMIT", 0)  # put back what `runs` sets
+        patch.setattr(teacher_cache, "CACHE_BLOCK", 4)
         gradients(one)
         runs(one)
     finished(process)
@@ -274,7 +276,7 @@ def test_training_makes_its_gpu_the_current_one(monkeypatch, tmp_path):
         inside.append("left")
 
     monkeypatch.setattr(train, "current", noted)
-    monkeypatch.setattr(train._Loop, "epoch", lambda *_: inside.append("epoch") or 1 / 0)
+    monkeypatch.setattr(loop.Loop, "epoch", lambda *_: inside.append("epoch") or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train.fit(teacher(), features(6), replace(RECIPE, select="last"), tmp_path, progress=False)
     assert inside == ["cpu", "epoch"]

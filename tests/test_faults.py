@@ -19,10 +19,11 @@ from test_train import RECIPE, features, same, teacher, weights
 
 from avadclip_fast import AVadCLIPStudent, data
 from avadclip_fast.data.packed import check_packed
-from avadclip_fast.engine import train
+from avadclip_fast.engine import step, teacher_cache
 from avadclip_fast.engine.state import StateError
 from avadclip_fast.engine.stop import Stopped
-from avadclip_fast.engine.train import MODEL, STATE, TEACHER_FEATURES, fit
+from avadclip_fast.engine.teacher_cache import TEACHER_FEATURES
+from avadclip_fast.engine.train import MODEL, STATE, fit
 
 DISTIL = replace(RECIPE, epochs=1, distill_weight=1e-2)
 
@@ -40,11 +41,11 @@ def file_limit(size: int):
 
 def distil(folder, pause: float = 0.0) -> None:
     """A student's run whose teacher features go to disk, two samples at a time."""
-    plain = train.teacher_features
+    plain = teacher_cache.teacher_features
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "CACHE_LIMIT", 0)
-        patch.setattr(train, "CACHE_BLOCK", 2)
-        patch.setattr(train, "teacher_features", lambda *given: time.sleep(pause) or plain(*given))
+        patch.setattr(teacher_cache, "CACHE_LIMIT", 0)
+        patch.setattr(teacher_cache, "CACHE_BLOCK", 2)
+        patch.setattr(teacher_cache, "teacher_features", lambda *given: time.sleep(pause) or plain(*given))
         guide = teacher()
         torch.manual_seed(1)
         fit(AVadCLIPStudent.beside(guide), features(24), DISTIL, folder, teacher=guide, resume=True, progress=False)
@@ -87,7 +88,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
     """At a state, and at the model that is written last: the run goes on from there, bit for bit."""
     recipe = replace(RECIPE, epochs=2)
     fit(teacher(), features(), recipe, tmp_path / "whole", progress=False)
-    plain, calls = train.objective, 0
+    plain, calls = step.objective, 0
 
     def asked(*given):
         nonlocal calls
@@ -96,7 +97,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return plain(*given)
 
-    monkeypatch.setattr(train, "objective", asked)
+    monkeypatch.setattr(step, "objective", asked)
     run = tmp_path / "cut"
     with pytest.raises(Stopped):
         fit(teacher(), features(), recipe, run, progress=False)

@@ -13,7 +13,7 @@ from test_evaluate import videos
 from test_train import CLASSES, SMALL, features, killed, same, teacher, weights
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, data
-from avadclip_fast.engine import evaluate, graph, train
+from avadclip_fast.engine import evaluate, graph, loop, residency, step, teacher_cache, train
 from avadclip_fast.engine.recipe import Recipe, RecipeError
 from avadclip_fast.engine.residency import Place
 
@@ -43,7 +43,7 @@ def let_a_processor_record(patch: pytest.MonkeyPatch) -> list:
     patch.setattr(graph, "rehearse", rehearse)
     for where in (train, evaluate):
         patch.setattr(where, "refusal", lambda device: None)
-    adamw = train.adamw  # with a tensor for a rate, as every GPU has it
+    adamw = step.adamw  # with a tensor for a rate, as every GPU has it
     patch.setattr(train, "adamw", lambda model, recipe, device, graph: adamw(model, recipe, device, True))
     return found
 
@@ -68,9 +68,9 @@ def test_recorded_steps_give_the_same_numbers(kind, resident, device, recordings
     def begin(loop):
         loop.resident, loop.longest = resident, 16
 
-    monkeypatch.setattr(train._Loop, "__post_init__", begin)
+    monkeypatch.setattr(loop.Loop, "__post_init__", begin)
     if device == "cuda" and not resident:
-        monkeypatch.setattr(train.residency, "decide", lambda *_: Place("memory", "to be sent"))
+        monkeypatch.setattr(residency, "decide", lambda *_: Place("memory", "to be sent"))
     data = features(17)  # two batches of 6 and one of 5
     plain = run(kind, tmp_path / "plain", data, RECIPE, device, graph=False)
     assert recordings == []
@@ -81,29 +81,29 @@ def test_recorded_steps_give_the_same_numbers(kind, resident, device, recordings
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("limit", [train.CACHE_LIMIT, 0], ids=["memory", "file"])
+@pytest.mark.parametrize("limit", [teacher_cache.CACHE_LIMIT, 0], ids=["memory", "file"])
 @pytest.mark.parametrize("padding", ["masked", "official"])
 def test_teacher_features_are_replays(padding, limit, device, recordings, monkeypatch, tmp_path):
     """Of full blocks, once there are enough of them; the last one, which is smaller, is a plain pass."""
-    monkeypatch.setattr(train, "CACHE_BLOCK", 3)
-    monkeypatch.setattr(train, "CACHE_LIMIT", limit)
-    monkeypatch.setattr(train, "RECORDED", 4)
+    monkeypatch.setattr(teacher_cache, "CACHE_BLOCK", 3)
+    monkeypatch.setattr(teacher_cache, "CACHE_LIMIT", limit)
+    monkeypatch.setattr(teacher_cache, "RECORDED", 4)
     torch.manual_seed(0)
     guide = AVadCLIP(CLASSES, **SMALL, padding=padding).eval().to(device)
-    passes, plain = [], train.teacher_features
+    passes, plain = [], teacher_cache.teacher_features
 
     def noted(teacher, batch, precision):
         passes.append(len(batch.lengths))
         return plain(teacher, batch, precision)
 
-    monkeypatch.setattr(train, "teacher_features", noted)
+    monkeypatch.setattr(teacher_cache, "teacher_features", noted)
 
     def cache(data, graph):
         passes.clear()
         folder, place = tmp_path / f"{len(data)} {graph}", torch.device(device)
         folder.mkdir()
-        source, _ = train.residency.place(data, place, 6)
-        return train._teacher_features(guide, data, source, {}, folder, place, 6, False, graph)[0].cpu()
+        source, _ = residency.place(data, place, 6)
+        return teacher_cache.kept_features(guide, data, source, {}, folder, place, 6, False, graph)[0].cpu()
 
     few, many = features(11), features(13)
     expected = cache(many, graph=False)
@@ -116,7 +116,7 @@ def test_teacher_features_are_replays(padding, limit, device, recordings, monkey
 
 
 def test_a_recorded_run_goes_on_as_one_that_was_never_cut(recordings, monkeypatch, tmp_path):
-    monkeypatch.setattr(train._Loop, "__post_init__", lambda loop: vars(loop).update(resident=True, longest=16))
+    monkeypatch.setattr(loop.Loop, "__post_init__", lambda loop: vars(loop).update(resident=True, longest=16))
     data, recipe = features(17), replace(RECIPE, checkpoint_every=1)
     run("distilled", tmp_path / "whole", data, recipe, "cpu", graph=True)
     with killed(lambda number, *_: number == 6):  # in the second epoch
@@ -227,13 +227,13 @@ def test_a_step_makes_the_host_wait_for_nothing(kind):
     batch = data.batch(torch.arange(6)).to(device)
     known = None
     if kind == "distilled":
-        known = train.teacher_features(model, batch)
+        known = teacher_cache.teacher_features(model, batch)
         model = AVadCLIPStudent.beside(model).cuda()
-    optimizer = train.adamw(model, RECIPE, device)
-    train.train_step(model, optimizer, batch, known, RECIPE)  # allocates, compiles, makes the moments
+    optimizer = step.adamw(model, RECIPE, device)
+    step.train_step(model, optimizer, batch, known, RECIPE)  # allocates, compiles, makes the moments
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train.train_step(model, optimizer, batch, known, RECIPE)
+        step.train_step(model, optimizer, batch, known, RECIPE)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

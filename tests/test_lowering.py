@@ -9,7 +9,7 @@ from small_models import batch, student, teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avadclip_fast.data import Batch
-from avadclip_fast.engine import lowering, train
+from avadclip_fast.engine import lowering, step
 from avadclip_fast.engine.recipe import Recipe
 from avadclip_fast.models import groups
 from avadclip_fast.ops import _autocast
@@ -33,7 +33,7 @@ class Casts(TorchDispatchMode):
 
 def gradients(model, given, known, precision="bf16") -> dict[str, torch.Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    losses = train._backward(model, optimizer, given, known, Recipe(precision=precision, distill_weight=0.1))
+    losses = step.gradients(model, optimizer, given, known, Recipe(precision=precision, distill_weight=0.1))
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -62,7 +62,7 @@ def test_gradients_are_those_of_casts_at_every_use(model, make, device, monkeypa
         known = None if make is teacher else known
         found = gradients(model, given, known)
         with monkeypatch.context() as patched:
-            patched.setattr(train, "lowered_weights", lambda *_: {})
+            patched.setattr(step, "lowered_weights", lambda *_: {})
             expected = gradients(model, given, known)
             exact = gradients(model, given, known, "fp32")
         assert found.keys() == expected.keys() and len(found) > 20

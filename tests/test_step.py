@@ -12,9 +12,11 @@ from test_train import CLASSES, SMALL, features, teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
-from avadclip_fast.engine import distributed, train
+from avadclip_fast.engine import distributed, step
 from avadclip_fast.engine.recipe import Recipe
-from avadclip_fast.engine.train import PROFILED, add_noise, feature_std, fit, teacher_features, train_step, trim
+from avadclip_fast.engine.step import add_noise, feature_std, train_step, trim
+from avadclip_fast.engine.teacher_cache import teacher_features
+from avadclip_fast.engine.train import PROFILED, fit
 from avadclip_fast.models import groups
 from avadclip_fast.ops._dispatch import use_backend
 
@@ -49,7 +51,7 @@ def test_the_host_reads_nothing_in_a_step(kind, padding, backend, processes, mon
     if processes > 1:  # the weights of a part are tensors where a step is recorded
         monkeypatch.setattr(distributed, "world", lambda: processes)
         monkeypatch.setattr(distributed.dist, "all_reduce", lambda x: None)
-        monkeypatch.setattr(train, "_weights", lambda *_: torch.tensor([0.4, 0.5, 1e-8]).unbind())
+        monkeypatch.setattr(step, "shares", lambda *_: torch.tensor([0.4, 0.5, 1e-8]).unbind())
     monkeypatch.setattr(groups, "pays", lambda x: False)  # as it is on a GPU: lengths are a processor's to look at
     data, guide = features(8), teacher().eval().requires_grad_(False)
     scale, index = feature_std(data), torch.arange(8)

@@ -22,22 +22,19 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from avadclip_fast import data
 from avadclip_fast.data import FeatureSet
-from avadclip_fast.engine import residency, state, train
+from avadclip_fast.engine import loop, residency, state, step, teacher_cache, train
 from avadclip_fast.engine.calibrate import Calibration, calibrate
 from avadclip_fast.engine.recipe import Recipe, RecipeError
 from avadclip_fast.engine.state import Saver, StateError, frozen_digest
+from avadclip_fast.engine.step import add_noise, feature_std, float32_products, trim
 from avadclip_fast.engine.stop import Stopped, listening
+from avadclip_fast.engine.teacher_cache import teacher_features
 from avadclip_fast.engine.train import (
     BEST,
     HISTORY,
     MODEL,
     STATE,
-    add_noise,
-    feature_std,
     fit,
-    float32_products,
-    teacher_features,
-    trim,
     validation_loss,
 )
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent, objective
@@ -135,7 +132,7 @@ def test_training_goes_on_while_states_are_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(state, "atomic_write", slowly)
     model = teacher()
-    optimizer = train.adamw(model, RECIPE, torch.device("cpu"))
+    optimizer = step.adamw(model, RECIPE, torch.device("cpu"))
     before, info = {name: x.clone() for name, x in state.trained(model).items()}, {"step": [1]}
     with Saver() as saver:
         saver.save(tmp_path / "best", model, None, info)
@@ -303,7 +300,7 @@ def test_sigterm_saves_and_ends(tmp_path, monkeypatch):
     """Asked to end in the middle of an epoch, a run saves after the step at hand, wherever its next state was due."""
     recipe = dataclasses.replace(RECIPE, checkpoint_every=100)
     fit(teacher(), features(), recipe, tmp_path / "whole", progress=False)
-    plain, calls = train.objective, 0
+    plain, calls = step.objective, 0
 
     def asked(*args):
         nonlocal calls
@@ -312,7 +309,7 @@ def test_sigterm_saves_and_ends(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(*args)
 
-    monkeypatch.setattr(train, "objective", asked)
+    monkeypatch.setattr(step, "objective", asked)
     with pytest.raises(Stopped, match="SIGTERM"):
         fit(teacher(), features(), recipe, tmp_path / "cut", progress=False)
     assert calls == 4 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -323,7 +320,7 @@ def test_sigterm_saves_and_ends(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("at", "stops"), [(1, True), (2, True), (3, False)])
 def test_sigterm_in_epochs_of_one_step(tmp_path, monkeypatch, at, stops):
     """It is seen between epochs; after the last one only the model is left to write."""
-    plain, calls = train.objective, 0
+    plain, calls = step.objective, 0
 
     def asked(*args):
         nonlocal calls
@@ -332,7 +329,7 @@ def test_sigterm_in_epochs_of_one_step(tmp_path, monkeypatch, at, stops):
             os.kill(os.getpid(), signal.SIGTERM)
         return plain(*args)
 
-    monkeypatch.setattr(train, "objective", asked)
+    monkeypatch.setattr(step, "objective", asked)
     with pytest.raises(Stopped) if stops else contextlib.nullcontext():
         fit(teacher(), features(), dataclasses.replace(RECIPE, batch_size=12), tmp_path, progress=False)
     assert calls == at and (tmp_path / MODEL).exists() == (not stops)
@@ -408,7 +405,7 @@ def test_noise_is_of_the_training_rows_spread_and_spares_sound_and_padding():
 
 def test_noise_is_as_loud_as_the_recipe_says(tmp_path, monkeypatch):
     scales = []
-    monkeypatch.setattr(train, "add_noise", lambda batch, scale, *_: scales.append(scale) or batch)
+    monkeypatch.setattr(loop, "add_noise", lambda batch, scale, *_: scales.append(scale) or batch)
     fit(teacher(), features(), dataclasses.replace(RECIPE, epochs=1, noise=0.25), tmp_path, progress=False)
     torch.testing.assert_close(scales[0], 0.25 * feature_std(features()))
 
@@ -423,7 +420,7 @@ def test_the_temporal_encoder_has_a_rate_of_its_own(tmp_path):
 
 
 def test_a_precision_that_is_not_to_be_had(tmp_path, monkeypatch):
-    monkeypatch.setattr("avadclip_fast.engine.train.HAS_AMX", False)
+    monkeypatch.setattr("avadclip_fast.engine.step.HAS_AMX", False)
     with pytest.raises(RecipeError, match="fp32, tf32, bf16; got 'fp8'"):
         Recipe(precision="fp8")
     with pytest.raises(RecipeError, match="tf32 needs a GPU, or a processor with tile units"):
@@ -564,7 +561,7 @@ def test_the_best_epoch_so_far_is_known_after_a_resume(tmp_path):
 
 def test_steps_have_their_epochs_rate_and_order_and_train(tmp_path, monkeypatch):
     """Also after a held-out loss, for which the model leaves training."""
-    plain, rates, orders = train.train_step, [], []
+    plain, rates, orders = step.train_step, [], []
 
     def noted(model, optimizer, batch, *rest):
         assert model.training and {group["weight_decay"] for group in optimizer.param_groups} == {0.3}
@@ -572,7 +569,7 @@ def test_steps_have_their_epochs_rate_and_order_and_train(tmp_path, monkeypatch)
         orders.append(batch.visual[:, 0, 0].tolist())
         return plain(model, optimizer, batch, *rest)
 
-    monkeypatch.setattr(train, "train_step", noted)
+    monkeypatch.setattr(loop, "train_step", noted)
     recipe = dataclasses.replace(RECIPE, epochs=2, milestones=(1,), temporal_lr=0.5, weight_decay=0.3)
     history = fit(teacher(), features(), recipe, tmp_path, held_out=features(4, seed=1), progress=False)
     assert [epoch["lr"] for epoch in history] == pytest.approx([1e-3, 1e-4])
@@ -583,14 +580,14 @@ def test_steps_have_their_epochs_rate_and_order_and_train(tmp_path, monkeypatch)
 
 def test_every_step_of_every_seed_draws_numbers_of_its_own(tmp_path, monkeypatch):
     """Of dropout and of the order of videos."""
-    plain, seeds, orders = train.train_step, [], []
+    plain, seeds, orders = step.train_step, [], []
 
     def noted(model, optimizer, batch, *rest):
         seeds.append(torch.initial_seed())
         orders.append(batch.visual[:, 0, 0].tolist())
         return plain(model, optimizer, batch, *rest)
 
-    monkeypatch.setattr(train, "train_step", noted)
+    monkeypatch.setattr(loop, "train_step", noted)
     for seed in (1, 2):
         recipe = dataclasses.replace(RECIPE, epochs=2, seed=seed)
         fit(teacher(), features(), recipe, tmp_path / str(seed), progress=False)
@@ -648,11 +645,11 @@ def test_teacher_features_are_made_block_by_block_and_without_noise(tmp_path, mo
         return [epoch["distill"] for epoch in history]
 
     whole = run(tmp_path / "whole")
-    monkeypatch.setattr(train, "CACHE_BLOCK", 5)
+    monkeypatch.setattr(teacher_cache, "CACHE_BLOCK", 5)
     assert run(tmp_path / "blocks") == pytest.approx(whole, rel=1e-4)
-    monkeypatch.setattr(train, "CACHE_LIMIT", 0)
+    monkeypatch.setattr(teacher_cache, "CACHE_LIMIT", 0)
     assert run(tmp_path / "disk") == pytest.approx(whole, rel=1e-4)
-    kept = load_file(tmp_path / "disk" / train.TEACHER_FEATURES)["features"]
+    kept = load_file(tmp_path / "disk" / teacher_cache.TEACHER_FEATURES)["features"]
     expected = teacher_features(teacher().eval(), features().batch(torch.arange(12)))
     torch.testing.assert_close(kept, expected, rtol=1e-4, atol=1e-5)
 
@@ -660,8 +657,9 @@ def test_teacher_features_are_made_block_by_block_and_without_noise(tmp_path, mo
 @pytest.mark.parametrize("lowering", [(), ("cpu",)], ids=["as on a CPU", "as on a GPU"])
 def test_teacher_features_have_the_precision_of_the_run(tmp_path, monkeypatch, lowering):
     monkeypatch.setattr(_autocast, "LOWERING", lowering)
-    monkeypatch.setattr(train, "LOWERING", lowering)
-    guide, plain, caches = teacher().eval(), train._teacher_features, []
+    for module in (loop, teacher_cache):
+        monkeypatch.setattr(module, "LOWERING", lowering)
+    guide, plain, caches = teacher().eval(), teacher_cache.kept_features, []
     whole = features().batch(torch.arange(12))
     exact, expected = (teacher_features(guide, whole, precision) for precision in ("fp32", "bf16"))
 
@@ -670,14 +668,14 @@ def test_teacher_features_have_the_precision_of_the_run(tmp_path, monkeypatch, l
         caches.append(found[0])
         return found
 
-    monkeypatch.setattr(train, "_teacher_features", noted)
+    monkeypatch.setattr(train, "kept_features", noted)
 
     def run(folder, precision):
         recipe = dataclasses.replace(RECIPE, epochs=1, precision=precision)
         return fit(AVadCLIPStudent.beside(guide), features(), recipe, folder, teacher=guide, progress=False)
 
-    for limit in (train.CACHE_LIMIT, 0):
-        monkeypatch.setattr(train, "CACHE_LIMIT", limit)
+    for limit in (teacher_cache.CACHE_LIMIT, 0):
+        monkeypatch.setattr(teacher_cache, "CACHE_LIMIT", limit)
         run(tmp_path / f"{limit}", "bf16")
         cache = caches.pop()
         assert cache.dtype == (torch.bfloat16 if lowering and limit else torch.float32)
@@ -713,10 +711,10 @@ def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
     cached = run(tmp_path / "cached")
     assert "distill" in cached[0]
     assert same(before, guide.state_dict())
-    monkeypatch.setattr(train, "CACHE_LIMIT", 0)
+    monkeypatch.setattr(teacher_cache, "CACHE_LIMIT", 0)
     assert run(tmp_path / "on disk") == cached
-    kept = tmp_path / "on disk" / train.TEACHER_FEATURES
-    assert kept.exists() and not (tmp_path / "cached" / train.TEACHER_FEATURES).exists()
+    kept = tmp_path / "on disk" / teacher_cache.TEACHER_FEATURES
+    assert kept.exists() and not (tmp_path / "cached" / teacher_cache.TEACHER_FEATURES).exists()
 
     def forbidden(*args):
         raise AssertionError("the teacher's features are there, and computed again")
@@ -724,7 +722,7 @@ def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
     (tmp_path / "again").mkdir()
     shutil.copy(kept, tmp_path / "again")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "teacher_features", forbidden)
+        patch.setattr(teacher_cache, "teacher_features", forbidden)
         assert run(tmp_path / "again") == cached
     with torch.no_grad():
         guide.fusion.gate_proj[0].bias[0] += 1e-6
@@ -737,7 +735,7 @@ def test_distillation_uses_the_frozen_teacher(tmp_path, monkeypatch, padding):
 @pytest.mark.parametrize("settings", [{"padding": "official"}, {"window": 8}, {"prompt": "paper"}])
 def test_a_teacher_is_known_by_its_settings_too(tmp_path, monkeypatch, settings):
     """Of the same weights: neither is a run resumed with another one, nor are its features taken for the other's."""
-    monkeypatch.setattr(train, "CACHE_LIMIT", 0)
+    monkeypatch.setattr(teacher_cache, "CACHE_LIMIT", 0)
     other = AVadCLIP(CLASSES, **SMALL, **settings)
     other.load_state_dict(teacher().state_dict())
     teacher().save_pretrained(tmp_path / "saved")
@@ -756,7 +754,7 @@ def test_a_teacher_is_known_by_its_settings_too(tmp_path, monkeypatch, settings)
 
 
 def test_teacher_features_of_other_videos_are_not_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CACHE_LIMIT", 0)
+    monkeypatch.setattr(teacher_cache, "CACHE_LIMIT", 0)
     guide, recipe = teacher(), dataclasses.replace(RECIPE, epochs=1)
 
     def run(videos):
@@ -814,13 +812,13 @@ def test_an_official_teacher_has_its_padding():
 
 @pytest.mark.parametrize("who", ["teacher", "student"])
 def test_nothing_is_trimmed_in_a_run_where_one_of_the_two_is_official(tmp_path, monkeypatch, who):
-    plain, rows = train.train_step, set()
+    plain, rows = step.train_step, set()
 
     def noted(model, optimizer, batch, known, *rest):
         rows.update((batch.visual.shape[1], known.shape[1]))
         return plain(model, optimizer, batch, known, *rest)
 
-    monkeypatch.setattr(train, "train_step", noted)
+    monkeypatch.setattr(loop, "train_step", noted)
     guide = AVadCLIP(CLASSES, **SMALL, padding="official" if who == "teacher" else "masked")
     student = AVadCLIPStudent.beside(guide, padding="official" if who == "student" else "masked")
     short = features().subset(torch.nonzero(features().lengths < 12).flatten())
@@ -859,7 +857,7 @@ def test_a_held_out_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
     """The step after the last saved one goes wrong: its loss was that of the weights before."""
-    plain, steps = train.train_step, 0
+    plain, steps = step.train_step, 0
 
     def spoilt(model, *rest):
         nonlocal steps
@@ -869,7 +867,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch):
             model.mlp2.c_fc.weight.data[0, 0] = float("nan")
         return found
 
-    monkeypatch.setattr(train, "train_step", spoilt)
+    monkeypatch.setattr(loop, "train_step", spoilt)
     with pytest.raises(FloatingPointError, match=r"\(weights\) at epoch 1, step 2"):
         fit(teacher(), features(), RECIPE, tmp_path, progress=False)
     assert all(x.isfinite().all() for x in load_file(tmp_path / STATE).values())

@@ -26,7 +26,7 @@ def tune(
         raise BackendError("tune: needs a GPU and Triton, and one of them is not here")
     if reason := triton_reason(torch.empty(0, device="cuda")):
         raise BackendError(f"tune: Triton cannot serve this GPU: {reason}")
-    from ..engine.train import float32_products
+    from ..engine.step import float32_products
     from ..engine.tune import gemms, tune  # imports Triton
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)

@@ -17,7 +17,8 @@ from ..models import AVadCLIP, AVadCLIPStudent
 from ..models.text import PREFIX
 from ..ops import _dispatch
 from .recipe import Recipe
-from .train import float32_products, teacher_features, train_step
+from .step import float32_products, train_step
+from .teacher_cache import teacher_features
 
 T, D = 256, 512
 CLASSES = list(XD_VIOLENCE.values())
