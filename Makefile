@@ -10,9 +10,9 @@ EXTRAS ?= dev
 demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
 
-# Most tests are one thread's work; idle threads of a process must not spin against another's.
+# Most tests are one thread's work, and threads of one process take time from another's; `make sanitize` runs with many.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
-test test-triton: export OMP_WAIT_POLICY = PASSIVE
+test test-triton: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
