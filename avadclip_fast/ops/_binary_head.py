@@ -38,20 +38,16 @@ def _(grad, x, weight, dot, direct, y, needs):
 
 def _save(ctx, inputs, output):
     x, weight, _, dot, direct = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, dot, direct, output[1])
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 5
+def _backward(ctx, grad):
     needs = list(ctx.needs_input_grad)
     grads = torch.ops.avadclip_fast.binary_head_backward(grad, *ctx.saved_tensors, needs)
     return wanted(needs, grads)
 
 
-differentiable("binary_head", _backward, _save)
+differentiable("binary_head", _backward, _save, one_result=True)
 differentiable_once("binary_head", "binary_head_backward")
 
 

@@ -11,8 +11,11 @@ from ._dispatch import BackendError
 _library = torch.library.Library("avadclip_fast", "FRAGMENT")
 
 
-def differentiable(op: str, backward: Callable, save: Callable) -> None:
+def differentiable(op: str, backward: Callable, save: Callable, one_result: bool = False) -> None:
     """Registers backward(ctx, *grads) as the derivative of an operator, and save(ctx, inputs, output) before it.
+
+    one_result: what the operator returns after it is for the backward pass alone, which is backward(ctx, grad), and is
+    not run where the result has no gradient
 
     As torch.library.register_autograd, without the defaults of arguments, of which there are none: filling them in took
     most of 57 us a call, in place of 18. A step without a CUDA graph makes hundreds of calls.
@@ -26,11 +29,17 @@ def differentiable(op: str, backward: Callable, save: Callable) -> None:
 
     def forward(ctx, *args):
         result = plain(*args)
+        if one_result:
+            ctx.mark_non_differentiable(*result[1:])
+            ctx.set_materialize_grads(False)
         save(ctx, args, result)
         return result
 
+    def of_first(ctx, grad, *_):
+        return (None,) * len(ctx.needs_input_grad) if grad is None else backward(ctx, grad)
+
     # The class names its nodes in the graph, where profiling and errors look for whose they are.
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(of_first if one_result else backward)}
     derivative: Any = type(f"avadclip_fast_{op}", (autograd.Function,), methods)
 
     def run(*args):

@@ -35,20 +35,16 @@ def _(grad, x, weight, stats, needs):
 
 def _save(ctx, inputs, output):
     x, weight, _, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, output[1])
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return None, None, None, None
+def _backward(ctx, grad):
     needs = list(ctx.needs_input_grad[:3])
     grads = torch.ops.avadclip_fast.layer_norm_backward(grad, *ctx.saved_tensors, needs)
     return *wanted(needs, grads), None
 
 
-differentiable("layer_norm", _backward, _save)
+differentiable("layer_norm", _backward, _save, one_result=True)
 differentiable_once("linear_act", "layer_norm_backward")
 
 

@@ -143,15 +143,11 @@ def _save(ctx, inputs, output):
     x, weight, _, ctx.activation, _, ctx.dilation, ctx.causal, lengths, needed, dot, save_y, *rest = inputs
     mask, ctx.gain, ctx.amx = rest
     out, y = output
-    ctx.mark_non_differentiable(y)
-    ctx.set_materialize_grads(False)
     kept = y if save_y or ctx.activation == "none" else out
     ctx.save_for_backward(x, weight, lengths, needed, dot, kept, mask)
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 14
+def _backward(ctx, grad):
     x, weight, lengths, needed, dot, kept, mask = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 9)]
     grads = torch.ops.avadclip_fast.linear_act_cpu_backward(
@@ -163,5 +159,5 @@ def _backward(ctx, grad, _):
     return dx, dw, db, None, residual, None, None, None, None, d_dot, None, None, None, None
 
 
-differentiable("linear_act_cpu", _backward, _save)
+differentiable("linear_act_cpu", _backward, _save, one_result=True)
 differentiable_once("linear_act", "linear_act_cpu_backward")

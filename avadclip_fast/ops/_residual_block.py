@@ -76,15 +76,10 @@ def _(grad, x, norm_weight, fc_weight, proj_weight, normed, stats, y, hidden, ne
 
 def _save_attention(ctx, inputs, output):
     x, norm_weight, _, weight, _, ctx.window, lengths = inputs
-    _, *inner = output
-    ctx.mark_non_differentiable(*inner)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, norm_weight, weight, lengths, *inner)
+    ctx.save_for_backward(x, norm_weight, weight, lengths, *output[1:])
 
 
-def _attention_backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 7
+def _attention_backward(ctx, grad):
     x, norm_weight, weight, lengths, *inner = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
     grads = torch.ops.avadclip_fast.residual_attention_backward(
@@ -95,23 +90,18 @@ def _attention_backward(ctx, grad, *_):
 
 def _save_mlp(ctx, inputs, output):
     x, norm_weight, _, fc_weight, _, proj_weight, _ = inputs
-    _, *inner = output
-    ctx.mark_non_differentiable(*inner)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, norm_weight, fc_weight, proj_weight, *inner)
+    ctx.save_for_backward(x, norm_weight, fc_weight, proj_weight, *output[1:])
 
 
-def _mlp_backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 7
+def _mlp_backward(ctx, grad):
     needs = list(ctx.needs_input_grad)
     grads = torch.ops.avadclip_fast.residual_mlp_backward(grad, *ctx.saved_tensors, needs)
     return wanted(needs, grads)
 
 
-differentiable("residual_attention", _attention_backward, _save_attention)
+differentiable("residual_attention", _attention_backward, _save_attention, one_result=True)
 differentiable_once("residual_attention", "residual_attention_backward")
-differentiable("residual_mlp", _mlp_backward, _save_mlp)
+differentiable("residual_mlp", _mlp_backward, _save_mlp, one_result=True)
 differentiable_once("residual_mlp", "residual_mlp_backward")
 
 

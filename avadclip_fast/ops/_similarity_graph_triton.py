@@ -70,14 +70,10 @@ def _(grad, weights, values, lengths):
 
 def _save(ctx, inputs, output):
     features, lengths, ctx.threshold = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(features, lengths, *output)
 
 
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return None, None, None
+def _backward(ctx, grad):
     grad = torch.ops.avadclip_fast.similarity_weights_backward(grad, *ctx.saved_tensors, ctx.threshold)
     return grad, None, None
 
@@ -90,7 +86,7 @@ def _product_backward(ctx, grad):
     return *torch.ops.avadclip_fast.similarity_product_backward(grad, *ctx.saved_tensors), None
 
 
-differentiable("similarity_weights", _backward, _save)
+differentiable("similarity_weights", _backward, _save, one_result=True)
 differentiable("similarity_product", _product_backward, _save_product)
 differentiable_once("similarity_graph", "similarity_weights_backward")
 differentiable_once("similarity_graph", "similarity_product_backward")

@@ -43,18 +43,14 @@ def _(grad, pooled, features, logits, lengths):
 
 def _save(ctx, inputs, output):
     features, logits, lengths = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], features, logits, lengths)
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return None, None, None
+def _backward(ctx, grad):
     return *torch.ops.avadclip_fast.attention_pool_backward(grad, *ctx.saved_tensors), None
 
 
-differentiable("attention_pool", _backward, _save)
+differentiable("attention_pool", _backward, _save, one_result=True)
 differentiable_once("attention_pool", "attention_pool_backward")
 
 

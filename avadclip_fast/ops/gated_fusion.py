@@ -97,18 +97,14 @@ def _(grad, visual, audio, gate_weight, hidden_weight, residual_weight, gate, hi
 
 def _save(ctx, inputs, output):
     visual, audio, gate_weight, _, hidden_weight, _, residual_weight, _, _ = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(visual, audio, gate_weight, hidden_weight, residual_weight, *output[1:])
 
 
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 9
+def _backward(ctx, grad):
     return *torch.ops.avadclip_fast.gated_fusion_backward(grad, *ctx.saved_tensors), None
 
 
-differentiable("gated_fusion", _backward, _save)
+differentiable("gated_fusion", _backward, _save, one_result=True)
 differentiable_once("gated_fusion", "gated_fusion_backward")
 
 

@@ -96,16 +96,12 @@ def _(grad, x, weight, activation, dilation, causal, lengths, dot, y, needs, mas
 def _save(ctx, inputs, output):
     x, weight, _, ctx.activation, _, ctx.dilation, ctx.causal, lengths, dot, save_y, mask, ctx.gain = inputs
     out, y = output
-    ctx.mark_non_differentiable(y)
-    ctx.set_materialize_grads(False)
     kept = y if save_y or ctx.activation == "none" else out
     told = ctx.activation == "relu" and not save_y  # by `out`, which is 0 where something is dropped
     ctx.save_for_backward(x, weight, lengths, dot, kept, None if told else mask)
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 12
+def _backward(ctx, grad):
     x, weight, lengths, dot, y, mask = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 8)]
     grads = torch.ops.avadclip_fast.linear_act_backward(
@@ -116,7 +112,7 @@ def _backward(ctx, grad, _):
     return dx, dw, db, None, residual, None, None, None, d_dot, None, None, None
 
 
-differentiable("linear_act", _backward, _save)
+differentiable("linear_act", _backward, _save, one_result=True)
 differentiable_once("linear_act", "linear_act_backward")
 
 

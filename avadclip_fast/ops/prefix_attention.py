@@ -54,19 +54,15 @@ def _(grad, qkv, out, lse, prefix, rows, heads):
 
 def _save(ctx, inputs, output):
     qkv, *ctx.sizes = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output)
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 4
+def _backward(ctx, grad):
     dqkv = torch.ops.avadclip_fast.prefix_attention_backward(grad, *ctx.saved_tensors, *ctx.sizes)
     return dqkv, None, None, None
 
 
-differentiable("prefix_attention", _backward, _save)
+differentiable("prefix_attention", _backward, _save, one_result=True)
 differentiable_once("prefix_attention", "prefix_attention_backward")
 
 

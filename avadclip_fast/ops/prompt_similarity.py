@@ -53,19 +53,15 @@ def _(grad, out, features, prompts, feature_norms, prompt_norms, temperature):
 
 def _save(ctx, inputs, output):
     features, prompts, ctx.temperature = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0], features, prompts, *output[1:])
 
 
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return None, None, None
+def _backward(ctx, grad):
     grads = torch.ops.avadclip_fast.prompt_similarity_backward(grad, *ctx.saved_tensors, ctx.temperature)
     return *grads, None
 
 
-differentiable("prompt_similarity", _backward, _save)
+differentiable("prompt_similarity", _backward, _save, one_result=True)
 differentiable_once("prompt_similarity", "prompt_similarity_backward")
 
 
