@@ -41,13 +41,14 @@ from avadclip_fast.engine.calibrate import (
 from avadclip_fast.engine.evaluate import at_threshold, evaluate, score_videos
 from avadclip_fast.engine.metrics import frame_ap
 from avadclip_fast.engine.missing import missing_sound
-from avadclip_fast.engine.plots import bar_groups, reliability_plot
+from avadclip_fast.engine.plots import reliability_plot
 from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER, ROBUST_STREAMS, Recipe
 from avadclip_fast.engine.step import adamw, add_noise, feature_std, set_lr, trim
 from avadclip_fast.engine.train import HISTORY, fit
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent, objective
 
 from . import fightsurv_folds as folds
+from .plots import bar_groups
 
 PRESET = data.PRESETS["cctv-fights"]
 CLASSES = list(PRESET.codes.values())

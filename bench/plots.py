@@ -1,7 +1,7 @@
-"""Plots of benchmarks: times of the alternatives relative to ours, and kernels in a roofline."""
+"""Plots of benchmarks: times of the alternatives relative to ours, kernels in a roofline, and bars of any numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from avadclip_fast.engine.plots import COLOURS, DPI, save
@@ -143,4 +143,48 @@ def roofline(path: Path, records: Sequence[dict]) -> None:
     ax.grid(color="0.9", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def bar_groups(
+    path: Path, panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]], title: str, axis: str
+) -> None:
+    """Writes one PNG with one panel per title, one below the other: grouped horizontal bars with error bars.
+
+    panels: title -> group -> label -> (value, spread); a label has the same colour in every group.
+    title: of the figure, above the panels. axis: label of the common x axis.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    labels = list(dict.fromkeys(label for groups in panels.values() for bars in groups.values() for label in bars))
+    rows = [len(groups) for groups in panels.values()]
+    longest = max(len(group) for groups in panels.values() for group in groups)
+    size = 4.2 + 0.075 * longest, 1.1 + 0.3 * len(rows) + 0.42 * sum(rows)  # inches
+    figure = Figure(size, dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
+    height = 0.8 / len(labels)
+    for ax, (name, groups) in zip(axes, panels.items(), strict=True):
+        for j, bars in enumerate(groups.values()):
+            shown = [label for label in labels if label in bars]
+            for i, label in enumerate(shown):
+                value, spread = bars[label]
+                at = j + (i - (len(shown) - 1) / 2) * height  # centred on the group's name
+                ax.barh(
+                    at, value, height, xerr=spread, color=COLOURS[labels.index(label) % len(COLOURS)],
+                    error_kw={"linewidth": 0.8},
+                )  # fmt: skip
+        ax.set_yticks(range(len(groups)), list(groups))
+        ax.set_ylim(len(groups) - 0.45, -0.55)
+        ax.grid(axis="x", color="0.9", linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.set_title(name, fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[-1].set(xlim=(0, None), xlabel=axis)
+    figure.suptitle(title, fontsize=11)
+    # One legend for all panels, below them, where it covers no bar.
+    figure.legend(
+        [Patch(color=COLOURS[i % len(COLOURS)]) for i in range(len(labels))], labels, loc="outside lower center",
+        ncols=len(labels), frameon=False, fontsize=8,
+    )  # fmt: skip
     save(figure, path)

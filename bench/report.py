@@ -13,9 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from . import fightsurv, harness, plots
+from .harness import RESULTS, ROOT
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench/results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 OPERATIONS = ("topk_mean", "mil_loss", "distance_graph", "similarity_graph", "uniform_pool")

@@ -74,7 +74,8 @@ def test_reliability_and_bars(tmp_path):
     plots.reliability_plot(
         tmp_path / "r.png", {"before": [[0.1, 0.2, 0.5], [0.9, 0.7, 0.5]], "after": [[0.5, 0.5, 1.0]]}
     )
-    plots.bar_groups(tmp_path / "b.png", {"AP": {"a": {"x": (3, 1), "y": (2, 0.5)}, "b": {"x": (1, 0.1)}}})
+    bars = {"AP": {"a": {"x": (3, 1), "y": (2, 0.5)}, "b": {"x": (1, 0.1)}}}
+    bench_plots.bar_groups(tmp_path / "b.png", bars, "", "")
     for name in ("r", "b"):
         image = imread(tmp_path / f"{name}.png")[..., :3]
         for colour in plots.COLOURS[:2]:
@@ -98,10 +99,10 @@ def test_reliability_says_what_dots_and_diagonal_mean(monkeypatch):
 
 def test_bars_stand_at_their_groups_names_and_titles_fit(monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(bench_plots, "save", lambda figure, path: drawn.append(figure))
     both, one = {"x": (3, 1), "y": (2, 0.5)}, {"z": (1, 0.1)}
     title = "Frame AP of everything that was held out, %"
-    plots.bar_groups("b.png", {"teacher": {"a": both}, "student": {"a": one, "b" * 50: both}}, title, "AP")
+    bench_plots.bar_groups("b.png", {"teacher": {"a": both}, "student": {"a": one, "b" * 50: both}}, title, "AP")
     (figure,) = drawn
     upper, lower = figure.axes
     assert (upper.get_title(), lower.get_title(), lower.get_xlabel()) == ("teacher", "student", "AP")

@@ -57,9 +57,12 @@ def reliability_plot(
     bins: label -> rows (mean score, share positive, share of all) from `calibrate.reliability`; the share of all sets
     the area of a marker. of: what is positive or not, for the label of the y axis. Raises ValueError without bins.
     """
+    from matplotlib.figure import Figure
+
     if not bins or not all(len(rows) for rows in bins.values()):
         raise ValueError(f"expected label -> bins, got {dict(bins)}")
-    figure, (ax,) = _figure((4.6, 5.0))
+    figure = Figure((4.6, 5.0), dpi=DPI, layout="constrained")
+    ax = figure.subplots()
     for i, (label, rows) in enumerate(bins.items()):
         score, share, mass = np.asarray(rows, np.float64).T
         colour = COLOURS[i % len(COLOURS)]
@@ -74,60 +77,6 @@ def reliability_plot(
     for text in key.get_texts():
         text.set_parse_math(False)
     save(figure, path)
-
-
-def bar_groups(
-    path: str | Path,
-    panels: Mapping[str, Mapping[str, Mapping[str, tuple[float, float]]]],
-    title: str = "",
-    axis: str = "",
-) -> None:
-    """Writes one PNG with one panel per title, one below the other: grouped horizontal bars with error bars.
-
-    panels: title -> group -> label -> (value, spread); a label has the same colour in every group.
-    title: of the figure, above the panels. axis: label of the common x axis.
-    """
-    from matplotlib.patches import Patch
-
-    labels = list(dict.fromkeys(label for groups in panels.values() for bars in groups.values() for label in bars))
-    rows = [len(groups) for groups in panels.values()]
-    longest = max(len(group) for groups in panels.values() for group in groups)
-    size = 4.2 + 0.075 * longest, 1.1 + 0.3 * len(rows) + 0.42 * sum(rows)  # inches
-    figure, axes = _figure(size, rows)
-    height = 0.8 / len(labels)
-    for ax, (name, groups) in zip(axes, panels.items(), strict=True):
-        for j, bars in enumerate(groups.values()):
-            shown = [label for label in labels if label in bars]
-            for i, label in enumerate(shown):
-                value, spread = bars[label]
-                at = j + (i - (len(shown) - 1) / 2) * height  # centred on the group's name
-                ax.barh(
-                    at, value, height, xerr=spread, color=COLOURS[labels.index(label) % len(COLOURS)],
-                    error_kw={"linewidth": 0.8},
-                )  # fmt: skip
-        ax.set_yticks(range(len(groups)), list(groups))
-        ax.set_ylim(len(groups) - 0.45, -0.55)
-        ax.grid(axis="x", color="0.9", linewidth=0.6)
-        ax.set_axisbelow(True)
-        ax.set_title(name, fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[-1].set(xlim=(0, None), xlabel=axis)
-    if title:
-        figure.suptitle(title, fontsize=11)
-    # One legend for all panels, below them, where it covers no bar.
-    figure.legend(
-        [Patch(color=COLOURS[i % len(COLOURS)]) for i in range(len(labels))], labels, loc="outside lower center",
-        ncols=len(labels), frameon=False, fontsize=8,
-    )  # fmt: skip
-    save(figure, path)
-
-
-def _figure(size: tuple[float, float], heights: Sequence[float] = (1,)):
-    """Creates a figure of panels one below the other, which share their x axis; returns it and its axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(size, dpi=DPI, layout="constrained")
-    return figure, figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
 
 
 def save(figure, path: str | Path) -> None:
