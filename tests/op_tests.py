@@ -3,7 +3,6 @@
 A backend is tested on the devices it can run on, as soon as it has a row in the table.
 """
 
-import os
 import re
 import sys
 from typing import Any, ClassVar
@@ -19,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from avadclip_fast import BackendError, ops
 from avadclip_fast.ops import _dispatch
 from avadclip_fast.ops._linear_act_cpu import HAS_AMX, HAS_AVX512
+from avadclip_fast.ops._triton import INTERPRETED
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = {
     "reference": ("cpu", "cuda"),
     "cpp": ("cpu",),

@@ -500,7 +500,7 @@ def test_absent_text_weights():
         teacher(text_weights="nowhere.pt")
 
 
-def test_misshapen_text_weights(clip, tmp_path):
+def test_misshapen_text_weights(clip):
     _, path = clip
     with pytest.raises(TextWeightsError) as raised:
         text.TextEncoder(TOKENS, 16, 64, 2).load(path)

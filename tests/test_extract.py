@@ -58,7 +58,7 @@ def folder(tmp_path):
     return films
 
 
-def test_folder_to_features(folder, tmp_path, capsys):
+def test_folder_to_features(folder, tmp_path):
     out = tmp_path / "out"
     assert call("extract", folder, "-o", out, "--crops", "10", "--label", "A", "--float32", *QUICK) == 0
     rows = read_list(out / "list.csv", audio=False)
@@ -130,7 +130,7 @@ def test_one_that_fails_does_not_stop_the_rest(folder, tmp_path, capsys):
     assert not list(out.rglob("*.tmp")) and not list(out.rglob("text*"))
 
 
-def test_bad_input_is_told_and_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_told_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     films, out = bad_videos(tmp_path / "bad"), tmp_path / "out"
     (films / "locked").mkdir()
     make_video(films / "locked" / "unseen.mp4", frames=20)
@@ -148,11 +148,11 @@ def test_bad_input_is_told_and_leaves_nothing(folder, tmp_path, capsys, monkeypa
     ]  # fmt: skip
 
 
-def test_addresses_are_not_read(folder, tmp_path, capsys, monkeypatch):
+def test_addresses_are_not_read(tmp_path, capsys, monkeypatch):
     """Of videos and in lists: what looks like one is a path, and nobody is asked."""
     monkeypatch.setattr("socket.socket.connect", None)
-    (folder / "films.txt").write_text("http://127.0.0.1/a.mp4\nconcat:a.mp4|b.mp4\n")
-    for given, told in ((folder / "films.txt", "o such file"), ("file:///etc/passwd", "file:// is not read")):
+    (tmp_path / "films.txt").write_text("http://127.0.0.1/a.mp4\nconcat:a.mp4|b.mp4\n")
+    for given, told in ((tmp_path / "films.txt", "o such file"), ("file:///etc/passwd", "file:// is not read")):
         assert call("extract", given, "-o", tmp_path / "out", *QUICK) == 1
         assert told in capsys.readouterr().err
 

@@ -87,7 +87,7 @@ def features(encoder: TextEncoder) -> torch.Tensor:
         return encoder()
 
 
-def test_the_encoder_converts_every_weight_of_its_products_once(encoder, monkeypatch):
+def test_the_encoder_converts_every_weight_of_its_products_once(encoder):
     """Of the kernels of a second call, none converts a weight."""
     features(encoder)
     sizes = {p.numel() for p in encoder.parameters() if p.ndim == 2}

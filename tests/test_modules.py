@@ -140,7 +140,7 @@ def test_a_backend_an_op_has_not_says_which_it_has():
         ops.topk_mean(rows(1, 4, 2), torch.tensor([4]), backend="triton")
 
 
-def test_use_backend_holds_inside_its_block_alone(served):
+def test_use_backend_holds_inside_its_block_alone():
     with pytest.raises(BackendError, match="backend 'cuda'"), use_backend("cuda"):
         MILLoss()(rows(B, T), LABELS, LENGTHS)
     with use_backend("cuda"), use_backend("reference"):
