@@ -530,14 +530,23 @@ def test_bad_input_is_told_and_leaves_nothing(pair, tmp_path, capsys, monkeypatc
 )
 def test_parts_of_sound(heard, expected):
     mask = np.array([x == "1" for x in heard])
-    assert list(detect.sound_parts(mask, True, 1.0)) == expected
-    assert list(detect.sound_parts(mask, False, 1.0)) == [(0, len(mask), False, "no sound track")]
+    assert list(detect.sound_parts(mask, True, np.ones(len(mask)))) == expected
+    assert list(detect.sound_parts(mask, False, np.ones(len(mask)))) == [(0, len(mask), False, "no sound track")]
 
 
 def test_a_pause_is_told_by_its_seconds():
     heard = np.arange(8) < 2  # then six snippets of silence
-    assert list(detect.sound_parts(heard, True, 0.5)) == [(0, 8, True, "sound")]
-    assert [part[:3] for part in detect.sound_parts(heard, True, 1.0)] == [(0, 2, True), (2, 8, False)]
+    assert list(detect.sound_parts(heard, True, np.full(8, 0.5))) == [(0, 8, True, "sound")]
+    assert [part[:3] for part in detect.sound_parts(heard, True, np.ones(8))] == [(0, 2, True), (2, 8, False)]
+
+
+def test_a_silence_in_which_frames_are_fewer_lasts_as_long_as_they_do(pair):
+    """Ten snippets of half a second, then four of three seconds: as many frames each."""
+    times = np.array([*np.arange(10) / 2, *range(5, 17, 3)])
+    visual, heard = np.zeros((1, 14, 512), np.float32), np.arange(14) < 10
+    found = VideoFeatures(visual, visual[0], times, 0.5, heard)
+    parts = detect.detect("a", found, detect.load_scorers(pair)).parts
+    assert [(part.start, part.end, part.by) for part in parts] == [(0, 10, "teacher"), (10, 14, "student")]
 
 
 def test_sound_that_ends_is_taken_over_by_the_student(pair):
@@ -738,11 +747,11 @@ def test_gaps_are_left_out_of_what_is_shown():
 
 
 def test_what_ends_at_a_gap_is_not_the_end_of_the_sound():
-    heard = np.arange(20) < 2
+    heard, lasts, at = np.arange(20) < 2, np.ones(20), [9]
     parts = [(0, 2, True, "sound"), (2, 9, False, "silent"), (9, 20, False, "the sound ends")]
-    assert list(detect.sound_parts(heard, True, 1.0, [9])) == parts
-    assert [part[3] for part in detect.sound_parts(heard & False, True, 1.0, [9])] == ["the sound track is silent"] * 2
-    assert [part[:2] for part in detect.sound_parts(heard, False, 1.0, [9])] == [(0, 9), (9, 20)]
+    assert list(detect.sound_parts(heard, True, lasts, at)) == parts
+    assert [part[3] for part in detect.sound_parts(heard & False, True, lasts, at)] == ["the sound track is silent"] * 2
+    assert [part[:2] for part in detect.sound_parts(heard, False, lasts, at)] == [(0, 9), (9, 20)]
 
 
 def test_time_codes():

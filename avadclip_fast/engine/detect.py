@@ -81,10 +81,7 @@ class Detection:
     @property
     def ends(self) -> np.ndarray:
         """(n,) end of each snippet in seconds: where the next one starts, except before a gap, or the video ends."""
-        ends = np.append(self.times[1:], self.times[-1] + self.seconds)
-        last = np.array(self.cuts, int) - 1
-        ends[last] = self.times[last] + self.seconds
-        return np.minimum(ends, self.until)
+        return np.minimum(ends_of(self.times, self.seconds, self.cuts), self.until)
 
     def span(self, start: int, end: int) -> tuple[float, float]:
         """Returns the time in seconds that snippets start (inclusive) to end (exclusive) take."""
@@ -208,9 +205,10 @@ def detect(
     if "audio" not in first.model.streams():
         parts = [Part(start, end, "student", "the model needs no sound") for start, end in stretches]
     else:
+        lasts = ends_of(found.times, found.seconds, cuts) - found.times
         parts = [
             Part(start, end, "teacher" if heard else deaf_name(scorers), why)
-            for start, end, heard, why in sound_parts(found.heard, found.audio is not None, found.seconds, cuts)
+            for start, end, heard, why in sound_parts(found.heard, found.audio is not None, lasts, cuts)
         ]
     anomaly = np.zeros(n, np.float32)
     probabilities = np.zeros((n, len(first.model.classes)), np.float32)
@@ -242,6 +240,14 @@ def cuts_of(found: VideoFeatures) -> list[int]:
     steps = np.diff(found.times)
     waits = steps if found.waits is None else found.waits[1:]
     return (np.flatnonzero((steps > PAUSE + found.seconds) & (waits > PAUSE)) + 1).tolist()
+
+
+def ends_of(times: np.ndarray, seconds: float, cuts: Sequence[int]) -> np.ndarray:
+    """Returns (n,) the end of each snippet: where the next one starts, except before a gap and at the end."""
+    ends = np.append(times[1:], times[-1] + seconds)
+    last = np.array(cuts, int) - 1
+    ends[last] = times[last] + seconds
+    return ends
 
 
 def check_widths(model: Detector, visual: int, audio: int | None) -> None:
@@ -278,13 +284,13 @@ def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: 
 
 
 def sound_parts(
-    heard: np.ndarray, stream: bool, seconds: float, cuts: Sequence[int] = ()
+    heard: np.ndarray, stream: bool, seconds: np.ndarray, cuts: Sequence[int] = ()
 ) -> Iterator[tuple[int, int, bool, str]]:
     """Yields (start, end, whether there is sound, why) for each part of a video, in order.
 
-    heard: (n,) bool, whether each snippet is audible. stream: whether the video has a sound track. seconds: duration
-    of a snippet. cuts: snippets at which a part ends in any case, without 0. Silences shorter than PAUSE count as part
-    of the surrounding sound.
+    heard: (n,) bool, whether each snippet is audible. stream: whether the video has a sound track. seconds: (n,)
+    duration of each snippet. cuts: snippets at which a part ends in any case, without 0. Silences shorter than PAUSE
+    count as part of the surrounding sound.
     """
     n = len(heard)
     for first, last in pairwise([0, *cuts, n]):
@@ -294,7 +300,7 @@ def sound_parts(
         here = heard[first:last]
         sound = here.copy()
         for start, end in runs(~here):
-            if here.any() and (end - start) * seconds < PAUSE:
+            if here.any() and seconds[first + start : first + end].sum() < PAUSE - 1e-6:
                 sound[start:end] = True
         for start, end in pairwise([0, *(np.flatnonzero(np.diff(sound)) + 1).tolist(), last - first]):
             if sound[start]:
