@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+import inspect
 import math
+import pkgutil
 import re
 import shlex
 import shutil
@@ -310,6 +312,23 @@ def test_pages_are_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in sorted((ROOT / "docs").rglob("*.md")):
         assert str(page.relative_to(ROOT / "docs")) in navigation
+
+
+def shown(page: Path) -> str:
+    """The text of a page with the docstrings that it shows, without their code."""
+    text = page.read_text()
+    for name in re.findall(r"^::: ([\w.]+)$", text, re.M):
+        thing = pkgutil.resolve_name(name)
+        for part in (thing, getattr(thing, "forward", None)):
+            text += "\n" + re.sub(r"^    .*", "", inspect.getdoc(part) or "", flags=re.M)
+    return INLINE.sub("", FENCE.sub("", text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_product_is_taken_for_html(page):
+    """<x, y> outside of code is a tag to Markdown, and not shown."""
+    tags = re.findall(r"<(?!https?:)[A-Za-z][^<\n]*", shown(page))
+    assert not tags, f"{name_of(page)}: {tags}"
 
 
 def test_lines_are_short():

@@ -16,7 +16,7 @@ class AVPrompt(nn.Module):
         y_bc = text_c + w_bc g_b,   X_bc = y_bc + mlp1(y_bc),   class_logits_btc = cos(features_bt, X_bc) / 0.07
 
     prompt: "official" sets w_bc = 1, as in the official code (its softmax runs over identical columns);
-    "paper" uses w_b = softmax over the classes of <text_c, g_b> (eq. 5) and X_bc = text_c + mlp1(y_bc) (eq. 7)
+    "paper" uses w_b = softmax over the classes of `<text_c, g_b>` (eq. 5), X_bc = text_c + mlp1(y_bc) (eq. 7)
 
         prompt = AVPrompt(512)
         class_logits = prompt(features, text, anomaly_logits, lengths)     # (B, T, C)
