@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import fightsurv, harness, plots
@@ -28,14 +28,14 @@ def read(name: str) -> dict:
 def operations() -> str:
     """Returns a table of our time per case, and the relative time of each alternative in the same run."""
     lines = ["| op | case | ours, ms | times as long in the same run |", "|---|---|---|---|"]
-    records = [read(f"bench_{op}") for op in OPERATIONS]
-    for op, record in zip(OPERATIONS, records, strict=True):
-        name, rows = f"`{op}`".replace("_amx`", "`, AMX"), record["rows"]
+    records = {f"`{op}`".replace("_amx`", "` (AMX)"): read(f"bench_{op}") for op in OPERATIONS}
+    for name, record in records.items():
+        rows = record["rows"]
         for case in dict.fromkeys(row["case"] for row in rows):
             *others, ours = [row for row in rows if row["case"] == case]
             ratios = ", ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in others)
             lines.append(f"| {name} | {case} | {ours['median_ms']:.2f} | {ratios} |")
-    return "\n".join(lines) + _where(*records)
+    return "\n".join(lines) + _where(*records.values(), names=records)
 
 
 def steps(name: str, unit: str = "s") -> str:
@@ -112,10 +112,14 @@ def gpu_records(folder: str) -> dict[str, dict]:
     return {name: found[name] for name in sorted(found, key=lambda name: name not in whole)}
 
 
-def _where(*records: dict) -> str:
-    """Returns the machine of the records, whether kernels have changed since, and whether cases are missing."""
+def _where(*records: dict, names: Iterable[str] = ()) -> str:
+    """Returns the machine of the records, whether kernels have changed since, and whether cases are missing.
+
+    names: what the records are called, by default the name of their bench
+    """
     found: dict[str, list[str]] = {}
-    for record in records:
+    called = list(names) or [f"`{record['bench'].removeprefix('bench_')}`" for record in records]
+    for record, shown in zip(records, called, strict=True):
         setting, name = record["setting"], record["bench"]
         device = "cuda" if setting["gpu"] else "cpu"
         machine = setting["gpu"] or f"{setting['cpu']}, {setting['threads']} threads"
@@ -123,7 +127,7 @@ def _where(*records: dict) -> str:
         stale = setting.get("source") != harness.source_hash(device, name)
         where += " **Stale**: the kernels have changed since." * stale
         where += f" **Cut short**: cases of {name} are missing." * bool(record.get("cut"))
-        found.setdefault(where, []).append(f"`{name.removeprefix('bench_')}`")
+        found.setdefault(where, []).append(shown)
     lines = list(found) if len(found) == 1 else [f"{', '.join(names)}: {where}" for where, names in found.items()]
     return "\n\n" + "\n\n".join(textwrap.fill(line, 120) for line in lines) + "\n"
 

@@ -42,6 +42,7 @@ def test_a_figure_older_than_the_kernels_says_so(monkeypatch):
     assert told[1:] == ["`topk_mean`, `mil_loss`: A, 2 threads, torch 2.", "`linear_act`: B, 2 threads, torch 2.\n"]
     monkeypatch.setattr(harness, "source_hash", lambda device, bench: "another")
     assert "Stale" in report._where(one)
+    assert "\n\n`linear_act` (AMX): Intel" in report.operations()  # which of its two records is stale
 
 
 def test_what_was_cut_short_says_so(monkeypatch):
