@@ -14,7 +14,6 @@ import torch
 from op_tests import ON_GPU
 from small_models import CLASSES, TOKENS, batch, draw, student, teacher
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective, use_backend
 from avadclip_fast.data import DataError
@@ -646,41 +645,6 @@ def test_compiles_and_exports_whole(make):
     for other in (compiled, exported):
         torch.testing.assert_close(other.class_logits, expected.class_logits, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(other.anomaly_logits, expected.anomaly_logits, rtol=1e-5, atol=1e-5)
-
-
-# Nothing waits for the device
-
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "repeat_interleave")
-
-
-class NoSync(TorchDispatchMode):
-    """Raises at every operator that on a GPU makes the host wait for a value or for a size."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.removeprefix("aten::")
-        by_mask = name.startswith("index") and any(
-            x is not None and x.dtype in (torch.bool, torch.uint8)
-            for x in (args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ())
-        )
-        if name in WAITING or by_mask:
-            raise AssertionError(f"{name} makes the host wait for the device")
-        return function(*args, **(kwargs or {}))
-
-
-def test_the_guard_against_waiting_works():
-    for wait in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any())):
-        with pytest.raises(AssertionError, match="wait for the device"), NoSync():
-            wait(torch.ones(3))
-
-
-@pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("make", [teacher, student])
-def test_a_training_step_never_waits(make, backend, monkeypatch):
-    monkeypatch.setattr(groups, "pays", lambda x: False)  # as on a GPU: lengths are a processor's to look at
-    model = make(dropout=0.1) if make is teacher else make()
-    visual, audio, labels, lengths = batch([9, 16, 5], 16)
-    with NoSync(), use_backend(backend):
-        run(make, model.train(), visual, audio, labels, lengths)
 
 
 # The text side
