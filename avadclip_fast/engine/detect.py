@@ -266,15 +266,15 @@ def deaf_name(scorers: Sequence[Scorer]) -> str:
 def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: str | torch.device) -> VideoScores:
     """Returns the scores of one video from features (n, D); audio None is silence to a teacher."""
     model, calibration, text = scorer
-    full = PACKED_CHUNKS * model.temporal.positions.num_embeddings  # rows per pass
+    full = PACKED_CHUNKS * model.length  # rows per pass
 
     def parts() -> Iterator[TestVideo]:
         """Splits long videos, so that padding copies one part at a time."""
         for start in range(0, len(visual), full):
             here = slice(start, min(start + full, len(visual)))
             seen = with_motion(visual, here.start, here.stop) if model.motion else visual[here]
-            chunks, lengths = chunk(seen, full // PACKED_CHUNKS)
-            heard = None if audio is None else chunk(audio[here], full // PACKED_CHUNKS)[0]
+            chunks, lengths = chunk(seen, model.length)
+            heard = None if audio is None else chunk(audio[here], model.length)[0]
             yield TestVideo("", chunks, heard, lengths, len(seen))
 
     found = list(stream_scores(model, parts(), device, silent=audio is None, calibration=calibration, text=text))

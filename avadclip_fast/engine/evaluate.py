@@ -125,14 +125,13 @@ def score_rows(
     In a distributed run (`distributed.joined`) the ranks share the list, and each returns all scores. Each rank scores
     whole packs, the same ones as in a single process, so that the scores are bitwise equal. Raises DataError.
     """
-    length, width = model.temporal.positions.num_embeddings, model.width
     rank, world = distributed.rank(), distributed.world()
     own = list(range(len(rows)))
     if world > 1:
-        snippets = [snippet_count(row.visual, width) for row in rows]  # reads only the headers
-        packs = list(_packs(own, lambda i: -(-snippets[i] // length), PACKED_CHUNKS))
+        snippets = [snippet_count(row.visual, model.width) for row in rows]  # reads only the headers
+        packs = list(_packs(own, lambda i: -(-snippets[i] // model.length), PACKED_CHUNKS))
         own = [i for pack in packs[rank::world] for i in pack]
-    videos = test_videos([rows[i] for i in own], length, width, audio, model.motion)
+    videos = test_videos([rows[i] for i in own], model.length, model.width, audio, model.motion)
     scores = score_videos(
         model, videos, device, silent=silent, calibration=calibration, total=len(own), progress=progress and rank == 0
     )

@@ -62,7 +62,7 @@ class Scores(nn.Module):
     def __init__(self, model: Detector, calibration: Calibration | None = None):
         super().__init__()
         calibration = calibration or Calibration()
-        self.length = model.temporal.positions.num_embeddings
+        self.length = model.length
         self.temperatures = calibration.binary.temperature, calibration.align.temperature
         with torch.no_grad():
             self.register_buffer("text", model.encode_text())
@@ -147,7 +147,7 @@ def metadata(model: Detector, calibration: Calibration, every: int | None = None
         "inputs": [*model.streams(), "lengths"],
         "outputs": OUTPUTS,
         "classes": model.classes,
-        "length": model.temporal.positions.num_embeddings,
+        "length": model.length,
         "width": model.width,
         "motion": model.motion,
         "every": every,
@@ -177,7 +177,7 @@ def trace(model: Detector, calibration: Calibration | None = None) -> ExportedPr
 
 
 def _free(model: Detector) -> tuple:
-    batch, snippets = Dim("batch", min=1), Dim("snippets", min=1, max=model.temporal.positions.num_embeddings)
+    batch, snippets = Dim("batch", min=1), Dim("snippets", min=1, max=model.length)
     return (tuple({0: batch, 1: snippets} for _ in model.streams()) + ({0: batch},),)
 
 
@@ -263,7 +263,7 @@ def largest_difference(run: Run, model: Detector, calibration: Calibration) -> f
     The inputs are random videos of one snippet, an odd number of snippets and the full length, alone and in batches of
     three, padded with NaN.
     """
-    length = model.temporal.positions.num_embeddings
+    length = model.length
     odd = (length + 1) // 2 | 1 if length > 1 else 1
     generator = np.random.default_rng(0)
     worst = []
@@ -290,7 +290,7 @@ def _draw(model: Detector, calibration: Calibration, n: int, generator) -> tuple
     The similarity graph drops cosines up to 0.7, so rounding decides about a cosine near 0.7. Of DRAWS videos, returns
     the one whose cosines stay farthest from it.
     """
-    length = model.temporal.positions.num_embeddings
+    length = model.length
     graph = model.temporal.aggregator.simAdj
     margin = np.inf
 

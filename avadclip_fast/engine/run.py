@@ -68,12 +68,11 @@ def train_on_list(
     motion = model.motion or (teacher is not None and teacher.motion)
 
     def load(path: Path) -> tuple[FeatureSet, list[Row]]:
-        length = model.temporal.positions.num_embeddings
         if path.suffix == PACKED:
-            return FeatureSet.open(path, codes, length, model.width, audio, motion)
+            return FeatureSet.open(path, codes, model.length, model.width, audio, motion)
         rows = data.read_list(path, root, audio=audio)
         shown = report.bar("reading features", "file") if progress else None
-        return FeatureSet.load(rows, codes, length, model.width, audio, motion, progress=shown), rows
+        return FeatureSet.load(rows, codes, model.length, model.width, audio, motion, progress=shown), rows
 
     features, rows = load(list_)
     if (warning := data.one_kind((row.label for row in rows), codes)) and distributed.is_main():

@@ -79,7 +79,7 @@ class Detector(Checkpointed):
             raise ValueError(
                 f"motion and sight are standardised and added up: add 'visual' to standardize={standardize!r}"
             )
-        self.motion, self.width = motion, width
+        self.motion, self.length, self.width = motion, length, width
         self.standardize = nn.ModuleDict({stream: Standardize(self.width_of(stream)) for stream in standardize})
         self.temporal = TemporalEncoder(width, length, window, layers, heads, padding)
         self.mlp2 = MLP(width)
@@ -296,10 +296,10 @@ class AVadCLIPStudent(Detector):
         train on are no longer than the shorter `length` of the two.
         Raises ValueError on a setting that must be the teacher's and is not: classes, width, motion and the text side.
         """
-        positions, text = teacher.temporal.positions, teacher.text
+        text = teacher.text
         shared: dict[str, Any] = {
             "classes": teacher.classes,
-            "width": positions.embedding_dim,
+            "width": teacher.width,
             "text_width": text.positional_embedding.shape[1],
             "text_layers": len(text.transformer.resblocks),
             "text_weights": None,
@@ -311,7 +311,7 @@ class AVadCLIPStudent(Detector):
         for name, own in shared.items():
             if (given := settings.get(name, own)) != own:
                 raise ValueError(f"{name}={given!r}: a student has its teacher's {name}; leave it out")
-        student = cls(**{"length": positions.num_embeddings, **settings, **shared})
+        student = cls(**{"length": teacher.length, **settings, **shared})
         frozen = {name: p for name, p in text.state_dict().items() if not name.startswith("prompt.")}
         student.text.load_state_dict(frozen, strict=False)
         return student
