@@ -16,7 +16,7 @@ from ..data import DataError, Row, TestVideo, snippet_count, test_videos
 from ..data.lists import names_of
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError, TextWeightsError
 from ..models.avadclip import Detector
-from ..models.checkpoints import CONFIG, model_folder, read_official
+from ..models.checkpoints import CONFIG, MODEL, kind_of, model_folder, read_official
 from . import distributed
 from .calibrate import Calibration, reliability
 from .graph import StepGraph, refusal
@@ -26,7 +26,6 @@ from .state import STATE
 KINDS: dict[str, type[Detector]] = {"AVadCLIP": AVadCLIP, "AVadCLIPStudent": AVadCLIPStudent}
 WIDEST = 1 << 14  # snippets in a window: its attention matrix takes a gigabyte per video at this size
 PACKED_CHUNKS = 16  # chunks of 256 rows: enough to fill a CPU, and 50 MB of activations per layer
-
 
 Item = TypeVar("Item")
 
@@ -52,7 +51,7 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
             raise CheckpointError(f"{path} holds no model yet: its training has not ended; go on with --resume")
         inner = sorted(f for f in path.iterdir() if model_folder(f))
         hint = f"; did you mean {' or '.join(map(str, inner[:5]))}?" if inner else ""
-        raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor model/{CONFIG} is there{hint}")
+        raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor {MODEL}/{CONFIG} is there{hint}")
     if not path.exists():
         raise CheckpointError(f"no model at {path}")
     where = path if folder is None else folder / CONFIG
@@ -61,8 +60,7 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
             kind = json.loads(where.read_text())["model"]
             model = KINDS[kind].from_pretrained(folder)
         else:
-            state = read_official(path)
-            official = KINDS["AVadCLIPStudent" if any(n.startswith("uncertainty.") for n in state) else "AVadCLIP"]
+            official = KINDS[kind_of(read_official(path))]
             model = official.from_official(path, classes, **({} if window is None else {"window": window}))
     except (CheckpointError, TextWeightsError):
         raise

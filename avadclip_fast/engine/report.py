@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from .. import _build
 from ..data import DataError
+from ..models.checkpoints import MODEL
 from ..ops import _dispatch
 from .calibrate import Calibration
 from .evaluate import VideoScores
 from .plots import score_curves
-from .train import HISTORY, MODEL
+from .train import HISTORY
 
 FEW = 20  # held-out videos: with fewer, one video moves precision and recall by 5 points or more
 

@@ -16,11 +16,12 @@ from ..data.dataset import load_row
 from ..data.lists import Row
 from ..data.packed import PACKED
 from ..models import AVadCLIP, AVadCLIPStudent
+from ..models.checkpoints import MODEL
 from . import distributed, report
 from .evaluate import check_truth, evaluate, score_rows
 from .recipe import Recipe
-from .state import alone
-from .train import MODEL, STATE, check_resumable, fit
+from .state import STATE, alone
+from .train import check_resumable, fit
 
 _log = logging.getLogger("avadclip_fast")
 

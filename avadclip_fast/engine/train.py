@@ -16,6 +16,7 @@ from ..data import FeatureSet
 from ..data.atomic import atomic_write, remove_left
 from ..device import current
 from ..models import AVadCLIP, AVadCLIPStudent, objective
+from ..models.checkpoints import MODEL
 from ..profiling import trace
 from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
@@ -27,7 +28,7 @@ from .step import adamw, feature_std, float32_products, set_lr, trim
 from .stop import Stopped, listening
 from .teacher_cache import kept_features
 
-BEST, MODEL, HISTORY = "best.safetensors", "model", "history.json"
+BEST, HISTORY = "best.safetensors", "history.json"
 MAY_CHANGE = ("epochs", "checkpoint_every")  # of a recipe, on resuming; epochs only upwards
 PROFILED = 10  # traced steps, after the warm-up steps
 

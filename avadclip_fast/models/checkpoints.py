@@ -17,6 +17,7 @@ from .text import unreadable
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CALIBRATION = "calibration.json"  # beside them, by engine.calibrate
+MODEL = "model"  # the folder of these three, in that of a run
 
 # official prefix -> ours; the first match wins
 NAMES = {
@@ -60,7 +61,7 @@ def model_folder(path: str | Path) -> Path | None:
     path = Path(path)
     if path.name in (CONFIG, WEIGHTS) and (path.parent / CONFIG).is_file():
         raise CheckpointError(f"{path} is a file of a model folder: give the folder, {path.parent}")
-    return next((folder for folder in (path, path / "model") if (folder / CONFIG).is_file()), None)
+    return next((folder for folder in (path, path / MODEL) if (folder / CONFIG).is_file()), None)
 
 
 def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,6 +154,11 @@ def infer_sizes(state: dict[str, Tensor]) -> dict[str, int]:
         }
     except KeyError as error:
         raise CheckpointError(f"not an AVadCLIP checkpoint: {error.args[0]} is missing") from error
+
+
+def kind_of(state: dict[str, Tensor]) -> str:
+    """Returns the class of the model that a state dict (our names) is of."""
+    return "AVadCLIPStudent" if any(name.startswith("uncertainty.") for name in state) else "AVadCLIP"
 
 
 CARD = """---
@@ -265,7 +271,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
                 kind = (file.metadata() or {}).get("model", cls.__name__)
                 state = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            inner = folder / "model"
+            inner = folder / MODEL
             hint = f"; did you mean {inner}, the model of this run?" if (inner / WEIGHTS).is_file() else ""
             raise CheckpointError(f"{path} cannot be read: {error}{hint}") from error
         if kind != cls.__name__:
@@ -303,7 +309,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
                 "trained with, in its order, by --classes or classes=[...]"
             )
         model = cls(classes, **{"padding": "official", "text_weights": None, **sizes, **settings})
-        kind = "AVadCLIPStudent" if any(name.startswith("uncertainty.") for name in state) else "AVadCLIP"
+        kind = kind_of(state)
         of = "" if kind in [base.__name__ for base in cls.__mro__] else f" of an {kind}"
         load_strict(model, {k: v.float() for k, v in state.items()}, f"the official checkpoint{of}")
         return model.eval()
