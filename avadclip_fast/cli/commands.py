@@ -1,6 +1,5 @@
 """Commands train, distill, eval, demo, check, pack, convert and env."""
 
-import json
 import math
 import os
 from enum import StrEnum
@@ -13,7 +12,7 @@ from typer import Argument, Option
 
 from .. import __version__, data
 from ..data import DataError, Row
-from ..data.atomic import atomic_write, make_folder
+from ..data.atomic import make_folder, write_json
 from ..data.labels import FILLER
 from ..data.lists import names_of
 from ..data.packed import PACKED
@@ -475,8 +474,7 @@ def evaluate_(
         result["missing_sound"] = missing_sound(scores, deaf, others, truth, detector.classes, frames, percents, seed)
         typer.echo("\n" + format_missing(result["missing_sound"]))
     if json_ is not None:
-        with atomic_write(json_) as file:
-            file.write(json.dumps(result, indent=1).encode())
+        write_json(json_, result)
     if plots is not None:
         for path in report.draw(scores, truth, frames, plots, plot):
             typer.echo(f"wrote {path}")

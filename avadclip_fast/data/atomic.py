@@ -1,12 +1,13 @@
 """Atomic writes: a file is complete or does not exist."""
 
 import contextlib
+import json
 import os
 import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import DataError
 
@@ -34,6 +35,12 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             if isinstance(error, OSError) and error.errno is not None and error.filename is None:
                 error.filename = str(path)  # which Python does not add where the disk is full
             raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a value as JSON, atomically."""
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(value, indent=1))
 
 
 def make_folder(folder: str | Path) -> None:

@@ -10,14 +10,13 @@ embeddings of real videos. Events add a direction over a span:
 Change alone is therefore uninformative, and a detector without audio misses audible-only anomalies.
 """
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from .atomic import atomic_write
+from .atomic import atomic_write, write_json
 from .dataset import Progress
 from .errors import DataError
 from .labels import FILLER, XD_VIOLENCE
@@ -115,8 +114,7 @@ def make_synthetic(
         "test": {"videos": test_videos, "frames": len(frames), "positive": int(frames.sum()), "shown": shown},
     }
     for name, content in (("gt_segments.json", spans), ("info.json", info)):
-        with atomic_write(folder / name, "w") as file:
-            json.dump(content, file, indent=1)
+        write_json(folder / name, content)
 
 
 def _codes(classes: Iterable[str]) -> list[str]:

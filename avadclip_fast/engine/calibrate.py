@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data import DataError, FeatureSet
-from ..data.atomic import atomic_write
+from ..data.atomic import write_json
 from ..models.avadclip import Detector
 from ..models.checkpoints import CALIBRATION, model_folder
 
@@ -42,8 +42,7 @@ class Calibration:
     videos: int = 0  # held-out videos used for the fit
 
     def save(self, folder: str | Path) -> None:
-        with atomic_write(Path(folder) / CALIBRATION) as file:
-            file.write(json.dumps(asdict(self), indent=1).encode())
+        write_json(Path(folder) / CALIBRATION, asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":

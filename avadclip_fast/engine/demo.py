@@ -1,6 +1,5 @@
 """The demo: trains, distils and evaluates models on a generated set in a few minutes."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from .. import data
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, write_json
 from ..models import AVadCLIP, AVadCLIPStudent
 from .evaluate import evaluate, score_rows
 from .plots import score_grid
@@ -78,8 +77,7 @@ def run(folder: Path, device: torch.device) -> str:
         curves[name] = score_rows(model, test, device, silent=silent)
         result = evaluate(curves[name], truth, classes, FRAMES, spans, CODES)
         results[name] = result["align"] | {"detection": result["detection"]["average"]}
-        with atomic_write(folder / f"{name.replace(', ', '-').replace(' ', '-')}.json") as file:
-            file.write(json.dumps(result, indent=1).encode())
+        write_json(folder / f"{name.replace(', ', '-').replace(' ', '-')}.json", result)
     _plot(folder / "curves.png", curves, spans)
     lines = ["| | AP | AUC | detection mAP |", "|---|---|---|---|"]
     lines += [
@@ -87,8 +85,7 @@ def run(folder: Path, device: torch.device) -> str:
     ]
     text, seconds = "\n".join(lines), round(time.monotonic() - started)
     setting = {"torch": torch.__version__, "device": device.type, "threads": torch.get_num_threads()}
-    with atomic_write(folder / "results.json") as file:
-        file.write(json.dumps({**setting, "seconds": seconds, "results": results}, indent=1).encode())
+    write_json(folder / "results.json", {**setting, "seconds": seconds, "results": results})
     with atomic_write(folder / "report.md") as file:
         file.write(f"{INTRODUCTION}{text}\n\n![score curves](curves.png)\n".encode())
     return f"{text}\n\n{seconds} s; report: {folder / 'report.md'}, plots: {folder / 'curves.png'}"
