@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..data import FeatureSet
-from ..data.atomic import atomic_write, remove_left
+from ..data.atomic import remove_left, write_json
 from ..device import current
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.checkpoints import MODEL
@@ -77,18 +77,7 @@ def fit(
         if main:
             for left in (folder, folder / MODEL):
                 remove_left(left)
-    for one, videos in ((model, data), (teacher, data), (model, held_out)):
-        if one is None or videos is None:
-            continue
-        if "audio" in one.streams() and videos.audio is None:
-            raise RecipeError(f"{type(one).__name__} takes sound, and the set has none: load it with audio=True")
-        if "visual" in one.streams() and videos.visual.shape[2] != one.width_of("visual"):
-            wanted = f"{one.width_of('visual')}, {'with' if one.motion else 'without'} motion"
-            raise RecipeError(f"sight has {videos.visual.shape[2]} numbers a row; the model takes {wanted}")
-    if teacher is not None and not isinstance(model, AVadCLIPStudent):
-        raise RecipeError(f"a teacher distils a student; the model is an {type(model).__name__}")
-    if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
-        raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
+    _check_fits(model, data, recipe, teacher, held_out, test_ap)
     reason = refusal(device)
     if graph and reason is not None:
         raise RecipeError(f"steps cannot be recorded in a CUDA graph: {reason}")
@@ -101,17 +90,8 @@ def fit(
     optimizer = adamw(model, recipe, device, graph)
     noise = recipe.noise * feature_std(data).to(device) if recipe.noise else None
     run = _settings(model, teacher, data, held_out, test_videos, recipe)
-    info: dict = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
     check_resumable(folder, resume)
-    state = folder / STATE
-    if state.exists():
-        info = load_state(state, model, optimizer)
-        _check_continues(folder, info, run)
-        if info["epoch"] == recipe.epochs and load_state(folder / BEST, model) != info["best"]:
-            raise StateError(  # a kill came between the two files
-                f"{folder} has gone beyond {recipe.epochs} epochs: {BEST} is of a later one; resume it with more epochs"
-            )
-        info["run"] = run
+    info, state = _begun(folder, model, optimizer, run), folder / STATE
     steps = -(-len(data) // recipe.batch_size)
     first = info["epoch"]
     with contextlib.ExitStack() as stack:
@@ -145,16 +125,17 @@ def fit(
         for epoch in range(first, recipe.epochs):
             set_lr(optimizer, recipe.lr_at(epoch))
             loop.epoch(info)
-            record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"]}
+            found = {}
             if held_out is not None:
-                record["val"] = validation_loss(model, held_out, recipe.batch_size, device)
+                found["val"] = validation_loss(model, held_out, recipe.batch_size, device)
             if test_ap is not None and recipe.select == "test":
-                record["test_ap"] = distributed.agreed(test_ap(model))
-            check_finite({k: v for k, v in record.items() if k in ("val", "test_ap")}, model, epoch, steps - 1)
-            for name in ("val", "test_ap"):
-                if name in record and board is not None:
-                    board.add_scalar(f"epoch/{name}", record[name], (epoch + 1) * steps)
-            score = {"last": epoch, "val": -record.get("val", 0), "test": record.get("test_ap", 0)}[recipe.select]
+                found["test_ap"] = distributed.agreed(test_ap(model))
+            check_finite(found, model, epoch, steps - 1)
+            if board is not None:
+                for name, value in found.items():
+                    board.add_scalar(f"epoch/{name}", value, (epoch + 1) * steps)
+            record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"], **found}
+            score = {"last": epoch, "val": -found.get("val", 0), "test": found.get("test_ap", 0)}[recipe.select]
             if info["best"] is None or score > info["best"]["score"]:
                 info["best"] = {"epoch": epoch + 1, "score": score}
                 if main:
@@ -167,19 +148,25 @@ def fit(
                 saver.wait()
                 raise Stopped(request.number or signal.SIGTERM)
     if main:
-        load_state(folder / BEST, model)
-        model.eval()
-        history = {"run": run, "selected_epoch": info["best"]["epoch"], "epochs": info["history"]}
-        with writing(folder):
-            model.save_pretrained(folder / MODEL)
-            if held_out is not None and has_both_kinds(held_out):
-                calibrate(model, held_out, recipe.batch_size, device).save(folder / MODEL)
-            elif held_out is not None:
-                _log.warning("not calibrated: the held-out videos are all normal, or all abnormal")
-            with atomic_write(folder / HISTORY) as file:
-                file.write(json.dumps(history, indent=1).encode())
+        _keep_best(folder, model, info, held_out, recipe.batch_size, device)
     distributed.share_weights(model.eval())  # also a barrier: all ranks wait until the folder is complete
     return info["history"]
+
+
+def _check_fits(model, data: FeatureSet, recipe: Recipe, teacher, held_out: FeatureSet | None, test_ap) -> None:
+    """Raises RecipeError on arguments of `fit` that do not go together."""
+    for one, videos in ((model, data), (teacher, data), (model, held_out)):
+        if one is None or videos is None:
+            continue
+        if "audio" in one.streams() and videos.audio is None:
+            raise RecipeError(f"{type(one).__name__} takes sound, and the set has none: load it with audio=True")
+        if "visual" in one.streams() and videos.visual.shape[2] != one.width_of("visual"):
+            wanted = f"{one.width_of('visual')}, {'with' if one.motion else 'without'} motion"
+            raise RecipeError(f"sight has {videos.visual.shape[2]} numbers a row; the model takes {wanted}")
+    if teacher is not None and not isinstance(model, AVadCLIPStudent):
+        raise RecipeError(f"a teacher distils a student; the model is an {type(model).__name__}")
+    if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
+        raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
 
 
 def check_resumable(folder: Path, resume: bool) -> None:
@@ -220,6 +207,33 @@ def _settings(
         "frozen": frozen_digest(model),
     }
     return json.loads(json.dumps(settings))  # as loaded from a state: tuples become lists
+
+
+def _begun(folder: Path, model, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> dict:
+    """How far the run in `folder` has got, whose state is loaded. run: its settings. Raises StateError."""
+    if not (folder / STATE).exists():
+        return {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
+    info, epochs = load_state(folder / STATE, model, optimizer), run["recipe"]["epochs"]
+    _check_continues(folder, info, run)
+    if info["epoch"] == epochs and load_state(folder / BEST, model) != info["best"]:
+        raise StateError(  # a kill came between the two files
+            f"{folder} has gone beyond {epochs} epochs: {BEST} is of a later one; resume it with more epochs"
+        )
+    return info | {"run": run}
+
+
+def _keep_best(folder: Path, model, info: dict, held_out: FeatureSet | None, batch_size: int, device) -> None:
+    """Loads the selected weights, and writes the model, its calibration and the history. Raises StateError."""
+    load_state(folder / BEST, model)
+    model.eval()
+    history = {"run": info["run"], "selected_epoch": info["best"]["epoch"], "epochs": info["history"]}
+    with writing(folder):
+        model.save_pretrained(folder / MODEL)
+        if held_out is not None and has_both_kinds(held_out):
+            calibrate(model, held_out, batch_size, device).save(folder / MODEL)
+        elif held_out is not None:
+            _log.warning("not calibrated: the held-out videos are all normal, or all abnormal")
+        write_json(folder / HISTORY, history)
 
 
 def _check_continues(folder: Path, info: dict, run: dict[str, Any]) -> None:
