@@ -48,7 +48,7 @@ def annotate(
         out: Any = None
         strip, last = np.zeros(0), -1
         for time, frame in frames(source, seen, given, clock):
-            image = upright(frame, frame.to_ndarray(format="rgb24"))
+            image = upright(frame)
             if out is None:
                 height, width = (max(2, size // 2 * 2) for size in image.shape[:2])  # encoders require even sizes
                 codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"

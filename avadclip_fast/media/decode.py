@@ -213,8 +213,9 @@ class Reach:
             raise MediaError(f"{source}: cut short: {self.end:.1f} s of {self.declared:.1f} s are there")
 
 
-def upright(frame: Any, image: np.ndarray) -> np.ndarray:
-    """Rotates an image as a player displays it."""
+def upright(frame: Any) -> np.ndarray:
+    """Returns a frame's image, (H, W, 3) uint8 RGB, rotated as a player displays it."""
+    image = frame.to_ndarray(format="rgb24")
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90) % 4)) if frame.rotation else image
 
 
@@ -243,11 +244,11 @@ def snippet_frames(
             last, wait = time, max(wait, time - last)
             if beat is not None:
                 if beat(time):
-                    yield Frame(time, upright(frame, frame.to_ndarray(format="rgb24")), wait)
+                    yield Frame(time, upright(frame), wait)
                     wait = 0.0
                 continue
             if count % every == 0:
-                held, wait = Frame(time, upright(frame, frame.to_ndarray(format="rgb24")), wait), 0.0
+                held, wait = Frame(time, upright(frame), wait), 0.0
             count += 1
             if count % every == 0 and held is not None:
                 yield held

@@ -145,7 +145,7 @@ class LiveSource:
                     for frame in decoded(packet):
                         before = clock.seen
                         if beat(clock(frame)):
-                            waiting.append((clock.now, upright(frame, frame.to_ndarray(format="rgb24")), before))
+                            waiting.append((clock.now, upright(frame), before))
                         self.frames += 1
                     sound.settle()
                     while waiting and self._complete(waiting[0][0], clock, audio, sound):
