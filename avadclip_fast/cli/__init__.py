@@ -53,12 +53,11 @@ def _run() -> int:
         TextWeightsError,
         BackendError,
         FloatingPointError,
+        OSError,  # a full disk, a folder without permission
     ) as error:
         return _fail(error, 2)
     except Stopped as stop:
         return _fail(stop, 128 + stop.number)
-    except OSError as error:  # a full disk, a folder without permission
-        return _fail(error, 2)
     except (MemoryError, RuntimeError) as error:
         said = str(error)
         # torch has no type of error for a processor's memory

@@ -278,28 +278,29 @@ def train(
     streams = [modality] if student else list(Modality)
     seen = Modality.visual in streams
     motion = recipe == "robust" and seen if motion is None else motion
-    scaled = _scaled(standardize, recipe, streams, motion)
-    shape: dict[str, Any] = {"length": length, "padding": padding, "prompt": prompt}
-    shape |= {"standardize": scaled, "motion": motion}
+    shape: dict[str, Any] = {
+        "length": length, "padding": padding, "prompt": prompt, "motion": motion,
+        "standardize": _scaled(standardize, recipe, streams, motion),
+        "text_weights": text_weights, "text_layers": text_layers,
+    }  # fmt: skip
     if window is not None:
         shape["window"] = window
-    shape |= {"text_weights": text_weights, "text_layers": text_layers}
     settings = _recipe(
         recipe, seen, epochs=epochs, milestones=milestones, batch_size=batch_size, lr=lr, temporal_lr=temporal_lr,
         noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every, precision=precision,
     )  # fmt: skip
-    files: dict[str, Any] = {"root": root, **_held_out(held_out, held_out_list, select)}
-    files |= {"test_list": test_list, "gt": gt, "frames_per_snippet": frames}
-    how: dict[str, Any] = {"device": _device(device), "progress": not quiet}
-    how |= {"profile": profile, "graph": graph, "resume": resume}
+    held, where = _held_out(held_out, held_out_list, select), _device(device)
     model: AVadCLIP | AVadCLIPStudent
-    with distributed.joined(how["device"]):
+    with distributed.joined(where):
         with distributed.main_first():  # rank 0 downloads the text weights
             if student:
                 model = AVadCLIPStudent(list(codes.values()), modality=modality, **shape)
             else:
                 model = AVadCLIP(list(codes.values()), fusion=fusion, **shape)
-        train_on_list(model, settings, list_, output, codes, **files, **how)
+        train_on_list(
+            model, settings, list_, output, codes, root=root, **held, test_list=test_list, gt=gt,
+            frames_per_snippet=frames, device=where, progress=not quiet, profile=profile, graph=graph, resume=resume,
+        )  # fmt: skip
         if distributed.is_main():
             typer.echo(report.finished(output))
 
@@ -358,8 +359,8 @@ def distill(
         raise CheckpointError(f"{teacher} holds a student; --teacher wants an AVadCLIP teacher")
     _same_classes(known, codes, teacher)
     _seed(seed, deterministic)
-    shape: dict[str, Any] = {"padding": padding, "prompt": prompt}
-    shape["standardize"] = _scaled(standardize, recipe, [modality])
+    scaled = _scaled(standardize, recipe, [modality])
+    shape: dict[str, Any] = {"padding": padding, "prompt": prompt, "standardize": scaled}
     if window is not None:
         shape["window"] = window
     model = AVadCLIPStudent.beside(known, modality=modality, **shape)
@@ -370,12 +371,12 @@ def distill(
         temporal_lr=temporal_lr, noise=noise, seed=seed, select=select, checkpoint_every=checkpoint_every,
         precision=precision, distill_weight=distill_weight,
     )  # fmt: skip
-    files: dict[str, Any] = {"root": root, **_held_out(held_out, held_out_list, select)}
-    files |= {"test_list": test_list, "gt": gt, "frames_per_snippet": frames}
-    how: dict[str, Any] = {"device": _device(device), "progress": not quiet}
-    how |= {"profile": profile, "graph": graph, "resume": resume}
-    with distributed.joined(how["device"]):
-        train_on_list(model, settings, list_, output, codes, teacher=known, **files, **how)
+    held, where = _held_out(held_out, held_out_list, select), _device(device)
+    with distributed.joined(where):
+        train_on_list(
+            model, settings, list_, output, codes, teacher=known, root=root, **held, test_list=test_list, gt=gt,
+            frames_per_snippet=frames, device=where, progress=not quiet, profile=profile, graph=graph, resume=resume,
+        )  # fmt: skip
         if distributed.is_main():
             typer.echo(report.finished(output))
 

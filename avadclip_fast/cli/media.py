@@ -15,11 +15,12 @@ from tqdm import tqdm
 from typer import Argument, Option
 
 from ..data import DataError, pack
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, make_folder
 from ..data.lists import video_of
 from ..data.lists import videos as by_video
+from ..data.packed import PACKED
 from ..device import device_of
-from .commands import MOST, PACKED, Device, Quiet, Root, app, make_folder
+from .commands import MOST, Device, Quiet, Root, app
 
 if TYPE_CHECKING:  # imported when a command runs, so that other commands start fast and without PyAV
     from ..engine.detect import Event, Scorer

@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,7 +41,9 @@ def train_on_list(
     frames_per_snippet: int = 16,
     device: str | torch.device = "cpu",
     progress: bool = True,
-    **how: Any,
+    resume: bool = False,
+    profile: str | Path | None = None,
+    graph: bool | None = None,
 ) -> Path:
     """Trains a model, or distils a student from `teacher`, on the videos of a list. All inputs are checked first.
 
@@ -51,10 +52,9 @@ def train_on_list(
     held_out: for select="val", the share of videos to hold out; they select the epoch and calibrate the model.
     held_out_list: a separate held-out list, used instead; it calibrates the model under any `select`.
     test_list, gt, frames_per_snippet: for select="test", the test list and its frame ground truth.
-    how: `resume`, `profile` and `graph` of `fit`.
+    resume, profile, graph: of `fit`.
     Returns the model's folder. Raises DataError on invalid lists, features or ground truth; otherwise as `fit`.
     """
-    resume = how.get("resume", False)
     check_resumable(output, resume)  # before any feature is read
     if resume and not (output / STATE).exists() and distributed.is_main():
         _log.warning("%s holds no run to resume: starting one", output)
@@ -102,7 +102,7 @@ def train_on_list(
         fit(
             model, features, recipe, output,
             teacher=teacher, held_out=held, test_ap=test_ap, test_videos=test_videos, device=device, progress=progress,
-            **how,
+            resume=resume, profile=profile, graph=graph,
         )  # fmt: skip
     return output / MODEL
 
