@@ -33,9 +33,7 @@ class Batch(NamedTuple):
     labels: Tensor  # (B, C) float32, multi-hot
 
     def to(self, device: str | torch.device) -> "Batch":
-        audio = None if self.audio is None else self.audio.to(device, non_blocking=True)
-        visual, lengths, labels = (x.to(device, non_blocking=True) for x in (self.visual, self.lengths, self.labels))
-        return Batch(visual, audio, lengths, labels)
+        return Batch(*(None if x is None else x.to(device, non_blocking=True) for x in self))  # type: ignore[arg-type]
 
     def float(self) -> "Batch":
         """Casts the streams to float32."""

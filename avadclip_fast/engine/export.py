@@ -110,9 +110,9 @@ def export_model(
         format = {".onnx": "onnx", ".pt2": "torch"}.get(path.suffix, "")
     if FORMATS.get(format) != path.suffix:
         raise ExportError(f"{path}: export writes NAME.onnx, or NAME.pt2 as torch or aoti")
-    write, load = {"onnx": (_write_onnx, _load_onnx), "torch": (_write_torch, _load_torch)}.get(
-        format, (_write_aoti, _load_aoti)
-    )
+    write, load = {
+        "onnx": (_write_onnx, _load_onnx), "torch": (_write_torch, _load_torch), "aoti": (_write_aoti, _load_aoti),
+    }[format]  # fmt: skip
     _require(format)
     path.parent.mkdir(parents=True, exist_ok=True)
     calibration = calibration or Calibration()

@@ -65,7 +65,7 @@ def run(
     Raises DataError on an unknown case or a trace that cannot be written there, RecipeError on a precision that the
     device does not support, and OSError.
     """
-    setting = Setting(device, precision, batch or BATCH.get(device.type, BATCH["cpu"]))
+    setting = Setting(device, precision, batch or BATCH[device.type])
     with float32_products(precision, device):
         step = make(case, setting)
         if trace is not None:  # before the iterations, which may take minutes

@@ -53,17 +53,9 @@ class AVFusion(nn.Module):
             layers = self.gate_proj[0], self.residual_proj[0], self.residual_proj[2]
             gate, hidden, residual = (cast(nn.Linear, layer) for layer in layers)
             return ops.gated_fusion(
-                visual,
-                audio,
-                gate.weight,
-                gate.bias,
-                hidden.weight,
-                hidden.bias,
-                residual.weight,
-                residual.bias,
-                needed=lengths,
-                backend=self.backend,
-            )
+                visual, audio, gate.weight, gate.bias, hidden.weight, hidden.bias, residual.weight, residual.bias,
+                needed=lengths, backend=self.backend,
+            )  # fmt: skip
         sizes = check_tensors("AVFusion", ("visual", visual, "B T D"), ("audio", audio, "B T D"))
         check_lengths("AVFusion", lengths, sizes["B"], sizes["T"], visual.device)
         if self.mode == "add":

@@ -144,16 +144,5 @@ def gated_fusion(
         ("residual_bias", residual_bias, "D"),
     )
     check_lengths("gated_fusion", needed, sizes["B"], sizes["T"], visual.device, name="needed lengths")
-    return _dispatch.run(
-        "gated_fusion",
-        backend,
-        visual,
-        audio,
-        gate_weight,
-        gate_bias,
-        hidden_weight,
-        hidden_bias,
-        residual_weight,
-        residual_bias,
-        needed=needed,
-    )
+    weights = gate_weight, gate_bias, hidden_weight, hidden_bias, residual_weight, residual_bias
+    return _dispatch.run("gated_fusion", backend, visual, audio, *weights, needed=needed)
