@@ -1,6 +1,7 @@
 """A frozen teacher's features, computed once per sample and kept for every epoch of a distillation."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data import Batch, FeatureSet
+from ..data.dataset import Progress
 from ..data.packed import Field, open_packed, write_packed
 from ..models import AVadCLIP
 from ..ops._autocast import LOWERING
@@ -67,8 +69,8 @@ def kept_features(
         batch = trim(source.batch(index), teacher, longest=longest)
         return teacher_features(teacher, batch.to(device), precision).to(dtype)
 
-    recorded = None
-    if graph and distributed.world() == 1 and source.visual.device.type == device.type:
+    recorded, pays = None, len(data) >= RECORDED * CACHE_BLOCK
+    if graph and pays and distributed.world() == 1 and source.visual.device.type == device.type:
         recorded = StepGraph(partial(features_of, longest=longest))
 
     def compute(index: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ def kept_features(
         if part.samples:
             own = index[part.where]
             with span("teacher"):
-                if recorded is not None and len(own) == CACHE_BLOCK and len(data) >= RECORDED * CACHE_BLOCK:
+                if recorded is not None and len(own) == CACHE_BLOCK:
                     own = own.to(device)
                     recorded.record(own)
                     features = recorded(own)
@@ -95,27 +97,36 @@ def kept_features(
         for index in shown(torch.arange(len(data)).split(CACHE_BLOCK)):
             cache[index[0] : index[-1] + 1] = compute(index)
         return cache, told
-    path = folder / TEACHER_FEATURES
+    features = _in_file(folder / TEACHER_FEATURES, compute, len(data), field, made_by, shown)
+    if chosen.where == "gpu":
+        features = features.to(device, dtype)
+    elif chosen.where == "memory":
+        features = features.to(dtype, copy=True)  # what it was decided for: float32 would take twice the memory
+    return features, told
+
+
+def _in_file(
+    path: Path, compute: Callable[[Tensor], Tensor], count: int, field: Field, made_by: dict[str, str], shown: Progress
+) -> Tensor:
+    """Returns the memory-mapped features of `count` samples in a file, which is written if it is not there yet.
+
+    Rank 0 writes what all ranks `compute`, block by block. Raises StateError if the file was not `made_by` the same.
+    """
     there = distributed.agreed(path.exists())
     if there and open_packed(path)[1] != made_by:
         raise StateError(
             f"{path} holds the features of another teacher, precision or data; remove it, and they are made anew"
         )
     if not there and distributed.is_main():
-        _log.warning("teacher features of %d samples are kept in %s", len(data), path)
+        _log.warning("teacher features of %d samples are kept in %s", count, path)
 
         def block(start: int, stop: int) -> dict[str, np.ndarray]:
             distributed.agreed(stop)  # tells the others which block: writing resumes in the middle of a partial file
             return {"features": compute(torch.arange(start, stop)).float().cpu().numpy()}
 
-        write_packed(path, {"features": field}, len(data), block, made_by, block=CACHE_BLOCK, progress=shown)
+        write_packed(path, {"features": field}, count, block, made_by, block=CACHE_BLOCK, progress=shown)
         distributed.agreed(0)
     elif not there:
         while stop := int(distributed.agreed(0)):
             compute(torch.arange((stop - 1) // CACHE_BLOCK * CACHE_BLOCK, stop))
-    features = open_packed(path)[0]["features"]
-    if chosen.where == "gpu":
-        features = features.to(device, dtype)
-    elif chosen.where == "memory":
-        features = features.to(dtype, copy=True)  # what it was decided for: float32 would take twice the memory
-    return features, told
+    return open_packed(path)[0]["features"]
