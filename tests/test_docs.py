@@ -334,9 +334,10 @@ def test_no_product_is_taken_for_html(page):
 
 
 def test_lines_are_short():
-    own = [page for page in PAGES if page.name != "training-that-hears.md"]
-    long = [f"{name_of(p)}:{i}" for p in own for i, line in enumerate(p.read_text().splitlines(), 1) if len(line) > 120]
-    assert not [line for line in long if not line.startswith("README.md")]
+    wide = ("README.md", "training-that-hears.md")  # their tables
+    for page in PAGES:
+        for number, line in enumerate(page.read_text().splitlines(), 1):
+            assert len(line) <= 120 or (page.name in wide and line.startswith("|")), f"{name_of(page)}:{number}"
 
 
 # Workflows
