@@ -70,7 +70,9 @@ def _joined(numbers) -> str:
 List_ = Annotated[
     Path,
     Argument(
-        metavar="LIST", help=f"CSV: path,audio_path,label; to train on, also a {PACKED} of `pack`.", show_default=False
+        metavar="LIST",
+        help=f"CSV: path,audio_path,label. train, distill and check also take a {PACKED} of `pack`.",
+        show_default=False,
     ),
 ]
 Root = Annotated[
@@ -407,7 +409,7 @@ def evaluate_(
     window: OfficialWindow = None,
     json_: Annotated[Path | None, Option("--json", help="Write the numbers here.")] = None,
     plots: Annotated[Path | None, Option(help="Draw score curves into this folder.")] = None,
-    plot: Annotated[list[str] | None, Option(help="Videos to draw, by name; default: five, anomalous first.")] = None,
+    plot: Annotated[list[str] | None, Option(help="Videos to draw, by name; default: five, abnormal first.")] = None,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
