@@ -143,6 +143,16 @@ def test_whoever_scores_has_its_own_threshold(pair, delay):
     assert event.start == pytest.approx((first - delay) * SECONDS) and event.end == pytest.approx(32 * SECONDS)
 
 
+def test_a_pause_is_told_by_the_clock(pair):
+    """Where a slow source or reader leaves snippets out, a second a snippet."""
+    detector, by = online(pair), []
+    for i in range(12):
+        detector.push(grey(30), LOUD if i < 3 else None, float(i))
+        by.append(detector.by)
+    pause = int(detect.PAUSE)
+    assert by == ["teacher"] * (3 + pause) + ["student"] * (9 - pause)
+
+
 def test_a_pause_is_no_gap(pair):
     detector = online(pair)
     detector.push(grey(220), LOUD, 0.0)

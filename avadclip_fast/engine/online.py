@@ -65,7 +65,7 @@ class OnlineDetector:
         self._heard: deque = deque(maxlen=self.window)
         self._loudness: deque = deque(maxlen=self.window)  # mean and mean square of each spectrogram, or NaN
         self._sounding = 0  # snippets since the sound began, including pauses
-        self._silent = 0.0  # seconds since the last sound
+        self._quiet: float | None = None  # start of the first snippet without sound, since the last with
         self._open: list[np.ndarray] = []  # probabilities (C,) of the snippets of the open event
         self._from = self._until = 0.0  # start of its first snippet, end of its last
         self._later: list[tuple[float, float, np.ndarray, float]] = []  # pending: start, end, probabilities, threshold
@@ -90,7 +90,7 @@ class OnlineDetector:
         self._time = time
         images = cut(frame, 1, self.geometry, self.visual.size)
         self._seen.append(encoded("visual", self.visual, images, 1)[0])
-        self._listen(audio)
+        self._listen(audio, time)
         hears = self._sounding > 0
         scorer = self.scorers[0 if hears else -1]
         rows = min(self._sounding, len(self._seen)) if hears else len(self._seen)
@@ -116,7 +116,7 @@ class OnlineDetector:
         self._forget()
         return events
 
-    def _listen(self, audio: np.ndarray | None) -> None:
+    def _listen(self, audio: np.ndarray | None, time: float) -> None:
         loud = False
         if self.audio is not None and audio is not None:
             samples = np.zeros((1, round(self.seconds * RATE)), np.float32)
@@ -126,8 +126,9 @@ class OnlineDetector:
         else:
             self._heard.append(np.zeros(self.scorers[0].model.width, np.float32))
             self._loudness.append((np.nan, np.nan))  # in step with the window
-        self._silent = 0.0 if loud else self._silent + self.seconds
-        if loud or (self._sounding and self._silent < PAUSE):
+        self._quiet = None if loud else time if self._quiet is None else self._quiet
+        # By the clock, as snippets may be missing; less what rounding adds to the times.
+        if self._quiet is None or (self._sounding and time + self.seconds - self._quiet < PAUSE - 1e-6):
             self._sounding += 1
         else:
             self._sounding = 0
