@@ -408,6 +408,7 @@ def test_the_text_loss_is_the_mean_of_absolute_cosines():
     """Of cosines of both signs, which must not make up for each other."""
     text = torch.tensor([[1.0, 0], [3, 0], [-1, 1]])
     torch.testing.assert_close(avadclip.text_loss(text), torch.tensor((1 + 0.5**0.5) / 2))
+    assert torch.autograd.gradcheck(avadclip.text_loss, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
 
 
 def test_the_objective_weighs_as_the_recipe_does():

@@ -347,8 +347,9 @@ class AVadCLIPStudent(Detector):
 
 
 def text_loss(text_features: Tensor) -> Tensor:
-    """Pushes the anomalous classes away from normal: mean over c >= 1 of |cos(X_0, X_c)|, float32 scalar."""
-    x = F.normalize(text_features.float(), dim=-1)
+    """Pushes the anomalous classes away from normal: mean over c >= 1 of |cos(X_0, X_c)|, float32 (float64) scalar."""
+    x = text_features if text_features.dtype == torch.float64 else text_features.float()
+    x = F.normalize(x, dim=-1)
     return (x[1:] * x[0]).sum(1).abs().mean()  # not a matrix product, which autocast would run in low precision
 
 
@@ -369,7 +370,8 @@ def objective(
     labels: (B, C) multi-hot, class 0 is normal, and every video has a class
     lengths: (B,) int, or None if all snippets are valid
     teacher_features: (B, T, D) from the frozen teacher, to distil a student, or None
-    Returns float32 scalars: total, mil, align, text, and distill if teacher features are given.
+    Returns float32 scalars (float64 for float64 outputs): total, mil, align, text, and distill if teacher features
+    are given.
     Raises ValueError on invalid shapes or lengths, or teacher features for a teacher's output.
     """
     if lengths is None:
