@@ -387,6 +387,9 @@ def test_fusion_modes(lengths):
         n = T if lengths is None else lengths[b]
         heard, _ = cross.attention(v[b : b + 1], a[b : b + 1, :n], a[b : b + 1, :n])
         torch.testing.assert_close(cross(v, a, lengths)[b], v[b] + heard[0])
+    if lengths is not None:  # a padded row may hold anything
+        void = a.masked_fill(torch.arange(T)[:, None] >= lengths[:, None, None], torch.nan)
+        torch.testing.assert_close(cross(v, void, lengths), cross(v, a, lengths))
 
 
 @pytest.mark.parametrize("mode", ["gated", "add", "concat", "cross_attention"])

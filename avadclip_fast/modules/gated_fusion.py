@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._check import check_lengths, check_tensors
+from ..ops._padding import valid_mask, zero_padding
 
 MODES = ("gated", "add", "concat", "cross_attention")
 HEADS = 8  # of cross_attention
@@ -64,7 +65,8 @@ class AVFusion(nn.Module):
             return self.proj(torch.cat([visual, audio], dim=-1))
         padding = None
         if lengths is not None:
-            padding = torch.arange(audio.shape[1], device=audio.device) >= lengths[:, None]
+            padding = ~valid_mask(lengths, audio.shape[1])
+            audio = zero_padding(audio, lengths)  # a weight of 0 does not undo NaN
         attended, _ = self.attention(visual, audio, audio, key_padding_mask=padding, need_weights=False)
         return visual + attended
 
