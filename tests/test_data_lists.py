@@ -208,6 +208,8 @@ def test_feature_set(listed):
     features = FeatureSet.load(listed, CODES, 8, width=6, progress=lambda items: (shown.append(i) or i for i in items))
     assert len(features) == features.videos() == len(shown) == 4 and features.visual.dtype == torch.float32
     assert features.lengths.tolist() == [3, 8, 8, 8]
+    with torch.device("meta"):  # features lie in host memory, whatever the default device
+        assert FeatureSet.load(listed, CODES, 8, width=6).fingerprint() == features.fingerprint()
     batch = features.batch(torch.tensor([3, 0]))
     assert batch.visual.dtype == batch.audio.dtype == batch.labels.dtype == torch.float32
     for b, row in enumerate((listed[3], listed[0])):

@@ -424,6 +424,17 @@ def test_text_features_at_hand_are_used():
     assert not torch.equal(model(visual, lengths, -text).class_logits, model(visual, lengths).class_logits)
 
 
+def test_a_model_is_where_its_weights_are_whatever_the_default_device():
+    model = teacher(standardize=["visual"])
+    visual, audio, labels, lengths = batch([9, 16], 16)
+    with torch.device("meta"):  # one that no other device can copy from or compute with
+        model.text.randomize()
+        model.load_state_dict(model.state_dict())
+        model.fit_inputs([SimpleNamespace(lengths=lengths, visual=visual, audio=audio)])
+        losses = objective(model, model(visual, audio, lengths), labels)
+    assert losses["total"].isfinite()
+
+
 def test_silence_is_audio_of_zeros():
     model = teacher()
     visual, audio, _, lengths = batch([9, 16], 16)

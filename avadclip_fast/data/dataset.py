@@ -81,9 +81,9 @@ class FeatureSet:
         if not rows:
             raise DataError("no videos to load: the list, or this part of it, is empty")
         labels = np.stack([_encode(row, codes) for row in rows])
-        visual = torch.zeros(len(rows), length, (1 + motion) * width)
-        heard = torch.zeros(len(rows), length, width) if audio else None
-        lengths = torch.zeros(len(rows), dtype=torch.int64)
+        visual = torch.zeros(len(rows), length, (1 + motion) * width, device="cpu")  # whatever the default device
+        heard = torch.zeros(len(rows), length, width, device="cpu") if audio else None
+        lengths = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
 
         def fill(i: int) -> None:
             seen, sound, lengths[i] = _pooled(rows[i], length, width, audio, motion)
@@ -169,14 +169,14 @@ class FeatureSet:
 
     def batches(self) -> Iterator[Batch]:
         """The whole set in order, 256 rows at a time."""
-        return (self.batch(index) for index in torch.arange(len(self)).split(256))
+        return (self.batch(index) for index in torch.arange(len(self), device="cpu").split(256))
 
     def fingerprint(self) -> str:
         """SHA-256 of the exact contents in order; uses the checksum of a packed file instead of its bytes."""
         digest = hashlib.sha256()
         if self.checksum is not None:
-            index = torch.arange(len(self)) if self.index is None else self.index.cpu()
-            for held in (index, self.labels.cpu(), torch.tensor(self.audio is not None)):
+            index = torch.arange(len(self), device="cpu") if self.index is None else self.index.cpu()
+            for held in (index, self.labels.cpu(), torch.tensor(self.audio is not None, device="cpu")):
                 digest.update(held.numpy().tobytes())
             return hashlib.sha256(self.checksum.encode() + digest.digest()).hexdigest()
         for batch in self.batches():
@@ -246,7 +246,7 @@ def _pooled(
 def _numbered(rows: Sequence[Row]) -> Tensor:
     """Returns the number of each row's video, (N,) int64."""
     numbers: dict[Path, int] = {}
-    return torch.tensor([numbers.setdefault(video_of(row), len(numbers)) for row in rows])
+    return torch.tensor([numbers.setdefault(video_of(row), len(numbers)) for row in rows], device="cpu")
 
 
 def packed_rows(path: str | Path, codes: dict[str, str]) -> tuple[list[Row], np.ndarray]:

@@ -113,7 +113,7 @@ def pool(features: np.ndarray, length: int) -> tuple[np.ndarray, int]:
     n = len(features)
     if n <= length:
         return _padded(features, length), n
-    return ops.uniform_pool(torch.from_numpy(features), torch.tensor([n]), length)[0].numpy(), length
+    return ops.uniform_pool(torch.from_numpy(features), torch.tensor([n], device="cpu"), length)[0].numpy(), length
 
 
 def chunk(features: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -60,7 +60,7 @@ def moments(batches: Iterable, streams: Iterable[str]) -> dict[str, tuple[Tensor
     batches: objects with `lengths` (B,) and streams (B, T, D) that are zero in padded rows, as `FeatureSet.batches()`
     Raises ValueError if the batches lack a stream.
     """
-    rows, sums = 0, {stream: torch.zeros(()) for stream in streams}
+    rows, sums = 0, {stream: torch.zeros((), device="cpu") for stream in streams}
     for batch in batches:
         rows += int(batch.lengths.sum())
         for stream in sums:

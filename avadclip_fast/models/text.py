@@ -147,22 +147,23 @@ class TextEncoder(nn.Module):
                 f"at most {CONTEXT - 2 * LEARNABLE - 2} fit between the prompt rows: shorten it"
             )
         rows = max(eos) + LEARNABLE  # S: the longest name's tokens, 10 learnable rows, EOS
-        codes = torch.zeros(len(tokens), rows, dtype=torch.long)
-        fixed = torch.zeros(len(tokens), rows, dtype=torch.bool)
-        for c, t in enumerate(tokens):
-            name, end = t[1:-1], LEARNABLE + eos[c] - 1
-            codes[c, : len(name)] = torch.tensor(name, dtype=torch.long)
-            codes[c, end] = t[-1]
-            fixed[c, : len(name)] = True
-            fixed[c, end] = True
-        sos = torch.tensor([tokens[0][0]] + [0] * LEARNABLE)
-        positions = torch.arange(PREFIX + rows)
-        rows_of = {
-            "codes": torch.cat([sos, codes.flatten()]),
-            "fixed": torch.cat([torch.arange(PREFIX) == 0, fixed.flatten()])[:, None],
-            "positions": torch.cat([positions[:PREFIX], positions[PREFIX:].repeat(len(tokens))]),
-            "eos": PREFIX + torch.arange(len(tokens)) * rows + LEARNABLE - 1 + torch.tensor(eos),
-        }
+        with torch.device("cpu"):  # whatever the default device
+            codes = torch.zeros(len(tokens), rows, dtype=torch.long)
+            fixed = torch.zeros(len(tokens), rows, dtype=torch.bool)
+            for c, t in enumerate(tokens):
+                name, end = t[1:-1], LEARNABLE + eos[c] - 1
+                codes[c, : len(name)] = torch.tensor(name, dtype=torch.long)
+                codes[c, end] = t[-1]
+                fixed[c, : len(name)] = True
+                fixed[c, end] = True
+            sos = torch.tensor([tokens[0][0]] + [0] * LEARNABLE)
+            positions = torch.arange(PREFIX + rows)
+            rows_of = {
+                "codes": torch.cat([sos, codes.flatten()]),
+                "fixed": torch.cat([torch.arange(PREFIX) == 0, fixed.flatten()])[:, None],
+                "positions": torch.cat([positions[:PREFIX], positions[PREFIX:].repeat(len(tokens))]),
+                "eos": PREFIX + torch.arange(len(tokens)) * rows + LEARNABLE - 1 + torch.tensor(eos),
+            }
         device = self.positional_embedding.device
         self.tokens = tokens
         self.rows = rows
@@ -191,7 +192,8 @@ class TextEncoder(nn.Module):
         width, layers = self.positional_embedding.shape[1], len(self.transformer.resblocks)
 
         def draw(parameter: Tensor, std: float) -> None:
-            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+            drawn = torch.empty(parameter.shape, device="cpu")  # where the generator is, whatever the default device
+            parameter.copy_(drawn.normal_(0, std, generator=generator))
 
         draw(self.token_embedding.weight, 0.02)
         draw(self.positional_embedding, 0.01)
