@@ -128,7 +128,7 @@ def forced() -> str | None:
 def use_backend(backend: str | None) -> Iterator[None]:
     """Forces one backend inside the block for every op that has it (None: automatic choice for all).
 
-    It holds for the whole process, other threads included.
+    It holds for the whole process, other threads included; blocks of two threads must not overlap.
     """
     global _forced
     if backend is not None and backend not in ORDER:
