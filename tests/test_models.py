@@ -535,6 +535,14 @@ def test_what_does_not_fit_is_named():
         teacher(standardize=["smell"])
     with pytest.raises(ValueError, match=r"text_features must have shape \[3, 32\].*\[3, 16\]"):
         model(visual, audio, lengths, text_features=torch.zeros(3, 16))
+    for lower in (False, True):  # NumPy's own dtype, which autocast leaves as it is
+        with (
+            torch.autocast("cpu", enabled=lower),
+            pytest.raises(ValueError, match="audio is torch.float64.*float32; cast"),
+        ):
+            model(visual, audio.double(), lengths)
+    with pytest.raises(ValueError, match="visual is torch.float16, but the model is torch.float32; cast one, or use"):
+        model(visual.half(), audio, lengths)
     with pytest.raises(ValueError, match="distil a student"):
         objective(model, model(visual, audio, lengths), labels, lengths, teacher_features=visual)
 

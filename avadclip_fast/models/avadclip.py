@@ -20,7 +20,7 @@ from ..modules import (
     UncertaintyHead,
 )
 from ..modules.linear_act import binary_head
-from ..ops._autocast import activations
+from ..ops._autocast import activations, autocasts
 from ..ops._check import check_lengths
 from ..ops._linear_act_cpu import spares
 from ..ops._padding import zero_padding
@@ -128,6 +128,10 @@ class Detector(Checkpointed):
             x = self.standardize[stream](x, lengths)
         elif x.ndim == 3:  # what is not finite there would reach the gradients of weights, as 0 * NaN
             x = zero_padding(activations(x), self.valid(lengths))
+        dtype, double = self.temporal.positions.weight.dtype, x.dtype == torch.float64
+        if x.dtype != dtype and (double or not autocasts(x.device.type)):  # autocast leaves float64 alone
+            remedy = "cast one" if double else "cast one, or use torch.autocast"
+            raise ValueError(f"{type(self).__name__}: {stream} is {x.dtype}, but the model is {dtype}; {remedy}")
         return activations(x[..., : self.width] + x[..., self.width :] if moves else x)
 
     def infer(
