@@ -420,6 +420,7 @@ def test_lines_are_not_glued_to_the_progress_bar(pair, tmp_path, monkeypatch):
     """As a terminal shows both: what is told begins at the start of a line."""
     film(tmp_path / "a.mkv", [(12, 20, 220)])
     terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("sys.stdout", terminal)
     monkeypatch.setattr("sys.stderr", terminal)
     assert call("stream", tmp_path / "a.mkv", "-m", pair / "student", "--every", "5", *NAMED) == 0
@@ -447,6 +448,7 @@ def test_stream_command(pair, tmp_path, capsys):
     said = capsys.readouterr()
     (line,) = map(json.loads, said.out.splitlines())  # nothing else on standard output
     assert line["class"] == "explosion" and line["source"].endswith("a.mkv") and line["clock"].endswith("+00:00")
+    assert "\r" not in said.err  # no progress bar, which would fill a log
     assert overlap((line["start"], line["end"]), 2.4, 4) >= 0.5
     assert "scored by the teacher" in said.err and "150 frames, 0 dropped; connected again 0 times" in said.err
     assert "no such file" in mistake(capsys, "stream", tmp_path / "none.mkv", "-m", pair, "-q", *NAMED)

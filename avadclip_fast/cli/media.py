@@ -20,6 +20,7 @@ from ..data.lists import video_of
 from ..data.lists import videos as by_video
 from ..data.packed import PACKED
 from ..device import device_of
+from ..engine.progress import bar, frames_in
 from .commands import MOST, Device, Quiet, Root, app
 
 if TYPE_CHECKING:  # imported when a command runs, so that other commands start fast and without PyAV
@@ -198,10 +199,10 @@ def extract(
     by_ray = engine == "ray"
     # also loaded here with ray, so that their errors are reported once, not for every video
     seen, heard = (replace(chosen, device="cpu") if by_ray else chosen).load()
-    with tqdm(total=len(sources), desc="extracting", unit="video", disable=quiet) as bar, listening() as request:
+    with bar(total=len(sources), desc="extracting", unit="video", shown=not quiet) as meter, listening() as request:
 
         def ended(_: str) -> None:
-            bar.update()
+            meter.update()
 
         def until() -> bool:
             return request.number is not None
@@ -211,7 +212,8 @@ def extract(
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 record = cluster.extract(sources, folder, sampling, chosen, settings, ended, until)
         else:
-            record = media.extract(sources, folder, sampling, seen, heard, settings, workers, ended, until)
+            decoded = frames_in(meter)
+            record = media.extract(sources, folder, sampling, seen, heard, settings, workers, ended, until, decoded)
     record["failed"] = failed + record["failed"]
     with atomic_write(log, "w") as file:
         file.write(json.dumps(record, indent=1) + "\n")
@@ -338,21 +340,23 @@ def detect(
         except Exception as error:
             failed.append(f"{reason_of(path, error)} ({target} alone was not written)")
 
-    request = Request()
+    request, meter = Request(), bar(sources, desc="detecting", unit="video", shown=not quiet)
+    decode = frames_in(meter)
 
-    def stop(_: int = 0) -> None:
+    def stop(decoded: int = 0) -> None:
         if request.number is not None:
             raise KeyboardInterrupt  # which nothing takes for the failure of a video
+        decode(decoded)
 
     try:
         with listening() as request:
-            for source in tqdm(sources, desc="detecting", unit="video", disable=quiet):
+            for source in meter:
                 frames = 0
 
                 def count(decoded: int) -> None:
                     nonlocal frames
                     frames += decoded
-                    stop()
+                    stop(decoded)
 
                 def target(ending: str, name: str = source.name) -> Path:
                     return output / f"{name}{ending}"
@@ -454,7 +458,7 @@ def stream(
             tqdm.write(json.dumps({"source": source, "clock": clock, **event_record(event)}), file=sys.stdout)
             sys.stdout.flush()
 
-    with listening() as request, tqdm(unit="snippet", disable=quiet) as bar:
+    with listening() as request, bar(unit="snippet", shown=not quiet) as meter:
         live = LiveSource(source, every, fps, retries, until=lambda: request.number is not None)
         try:
             for snippet in live:
@@ -473,8 +477,8 @@ def stream(
                 if detector.by != by and not quiet:
                     by = detector.by
                     tqdm.write(f"{snippet.time:.1f} s: scored by the {by}", file=sys.stderr)
-                bar.update()
-                bar.set_postfix(score=f"{detector.score:.2f}", dropped=live.dropped, reconnects=live.reconnects)
+                meter.update()
+                meter.set_postfix(score=f"{detector.score:.2f}", dropped=live.dropped, reconnects=live.reconnects)
         finally:
             if detector is not None:
                 tell(detector.flush())

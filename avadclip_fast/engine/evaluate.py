@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ..data import DataError, Row, TestVideo, snippet_count, test_videos
 from ..data.lists import names_of
@@ -21,6 +20,7 @@ from . import distributed
 from .calibrate import Calibration, reliability
 from .graph import StepGraph, refusal
 from .metrics import evaluate_scores, positive_frames
+from .progress import bar
 from .state import STATE
 
 KINDS: dict[str, type[Detector]] = {"AVadCLIP": AVadCLIP, "AVadCLIPStudent": AVadCLIPStudent}
@@ -86,7 +86,7 @@ def score_videos(
 ) -> list[VideoScores]:
     """Returns the `stream_scores` of all videos, with a progress bar."""
     scores = stream_scores(model, videos, device, silent=silent, calibration=calibration)
-    return list(tqdm(scores, total=total, desc="scoring", unit="video", disable=not progress))
+    return list(bar(scores, total=total, desc="scoring", unit="video", shown=progress))
 
 
 def check_truth(path: Path, truth: np.ndarray, rows: Sequence[Row], width: int, frames_per_snippet: int) -> np.ndarray:

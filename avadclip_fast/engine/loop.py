@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data import Batch, FeatureSet, epoch_order
 from ..models import AVadCLIP, AVadCLIPStudent
@@ -18,6 +17,7 @@ from ..ops._autocast import LOWERING
 from ..profiling import span
 from . import distributed, residency
 from .graph import StepGraph, changed_by
+from .progress import bar as progress_bar
 from .recipe import Recipe
 from .state import Saver, trained, writing
 from .step import add_noise, gradients, shares, train_step, trim
@@ -77,12 +77,12 @@ class Loop:
         self.model.train()
         recipe, epoch, size = self.recipe, info["epoch"], self.recipe.batch_size
         chunks = epoch_order(len(self.lengths), recipe.seed, epoch).split(size)
-        bar = tqdm(
+        bar = progress_bar(
             total=len(self.lengths),
             initial=min(info["step"] * size, len(self.lengths)),
             desc=f"epoch {epoch + 1}/{recipe.epochs}",
             unit="sample",
-            disable=not self.progress,
+            shown=self.progress,
         )
         # Sums stay on the device between checkpoints: reading a loss every step would stall the host.
         sums = torch.tensor(list(info["sums"].values()) or 0.0, dtype=torch.float64, device=self.device)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from .. import _build
 from ..data import DataError
 from ..models.checkpoints import MODEL
 from ..ops import _dispatch
+from . import progress
 from .calibrate import Calibration
 from .evaluate import VideoScores
 from .plots import score_curves
@@ -39,7 +39,7 @@ PACKAGES = (
 
 def bar(description: str, unit: str) -> Callable:
     """Returns a progress callback for the data functions that wraps an iterable in a progress bar."""
-    return lambda items: tqdm(items, desc=description, unit=unit)
+    return lambda items: progress.bar(items, desc=description, unit=unit)
 
 
 def draw(

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data import Batch, FeatureSet
 from ..data.dataset import Progress
@@ -19,6 +18,7 @@ from ..ops._padding import zero_padding
 from ..profiling import span
 from . import distributed, residency
 from .graph import StepGraph
+from .progress import bar
 from .state import StateError
 from .step import trim
 
@@ -89,7 +89,7 @@ def kept_features(
         return distributed.total(known)  # each rank fills its part; the rest is zero
 
     def shown(blocks):
-        return tqdm(blocks, desc="teacher features", unit="batch", disable=not progress)
+        return bar(blocks, desc="teacher features", unit="batch", shown=progress)
 
     everywhere = not distributed.any_of(chosen.where != "gpu")  # all ranks take the same branch
     if everywhere or size <= CACHE_LIMIT:

@@ -214,6 +214,7 @@ def extract(
     workers: int = 2,
     progress: Callable[[str], None] | None = None,
     until: Callable[[], bool] = lambda: False,
+    decoded: Callable[[int], None] = lambda frames: None,
 ) -> dict[str, list]:
     """Extracts every source that is not done, in parallel threads; a failure does not stop the others.
 
@@ -221,6 +222,7 @@ def extract(
     workers: threads
     progress: called with the name of each finished video
     until: polled; returning True stops the extraction and leaves the remaining videos undone
+    decoded: called with the number of frames decoded since the last call, by any thread
     Returns the result of `Tally.record`.
     """
     output, tally = Path(output), Tally(progress)
@@ -229,7 +231,7 @@ def extract(
     heard: Any = None if audio is None else _Locked(audio, encoding, until)
     with ThreadPoolExecutor(max(1, workers)) as pool:
         tasks = {
-            pool.submit(extract_one, source, output, sampling, seen, heard, settings, until): source
+            pool.submit(extract_one, source, output, sampling, seen, heard, settings, until, decoded): source
             for source in sources
         }
         try:
@@ -258,15 +260,17 @@ def extract_one(
     audio: AudioEncoder | None,
     settings: dict[str, Any],
     until: Callable[[], bool] = lambda: False,
+    decoded: Callable[[int], None] = lambda frames: None,
 ) -> str:
     """Extracts one video and returns "done", or "skipped" if it was done with these settings before.
 
     A skipped video's label is updated. Raises MediaError, and Interrupted once `until` returns True.
     """
 
-    def go_on(_: int = 0) -> None:
+    def go_on(frames: int = 0) -> None:
         if until():
             raise Interrupted
+        decoded(frames)
 
     go_on()
     if (record := _done(output, source, settings)) is not None:
