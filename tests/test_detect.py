@@ -632,11 +632,11 @@ def test_plot_names_each_kind_of_part_once_and_keeps_names_inside(monkeypatch):
     for seconds in (12.6, 0.5, 0.004):
         times = np.arange(n) * seconds
         arguments = ["normal", "fighting, $long$ name"], times, seconds, np.zeros(n), probabilities, np.full(n, 0.5)
-        timeline.timeline("x.png", detect.Detection("x", *arguments, parts), {1: np.zeros((9, 16, 3), np.uint8)})
+        timeline.timeline("x.png", detect.Detection("x" * 250, *arguments, parts), {1: np.zeros((9, 16, 3), np.uint8)})
     for figure, last in zip(drawn, ("3:30:00", "8:00", "0:04.0"), strict=True):
         figure.draw_without_rendering()
         image, ax = figure.axes
-        assert image.get_title().endswith("  score 0.90")
+        assert image.get_title().endswith("  score 0.90") and len(figure.get_suptitle()) == 90
         said = [text.get_text() for text in figure.legends[0].get_texts()]
         assert sorted(said) == ["event", "score", "student: silent", "student: the sound ends", "threshold"]
         inside = ax.get_window_extent()
