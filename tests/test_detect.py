@@ -1,6 +1,7 @@
 """`avadclip-fast detect`: models trained on a stand-in encoder find what stands at known places in videos."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -476,6 +477,14 @@ def test_a_name_that_is_not_utf_8_fails_alone(pair, tmp_path, capsys):
     assert call("detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *QUICK, "--no-plot") == 1
     assert r"\xe9.mkv: its name is not UTF-8" in capsys.readouterr().err
     assert len((tmp_path / "out" / "events.csv").read_text().splitlines()) == 2
+
+
+def test_a_name_for_which_neither_output_nor_fonts_have_letters(pair, tmp_path, monkeypatch, recwarn):
+    path, written = film(tmp_path / "日本.mkv", [(10, 16, 220)]), io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "latin-1", write_through=True))
+    assert call("detect", path, "-m", pair / "student", "-o", tmp_path / "out", *QUICK) == 0
+    assert rb"\u65e5\u672c: 00:00:01.800" in written.getvalue()
+    assert (tmp_path / "out" / "日本.png").is_file() and not [one for one in recwarn if "Glyph" in str(one.message)]
 
 
 def test_an_annotated_copy_goes_on_where_time_stamps_begin_anew(pair, tmp_path):

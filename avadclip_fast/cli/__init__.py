@@ -1,5 +1,6 @@
 """The command line: `avadclip-fast COMMAND`. Commands parse options and call the library, without further logic."""
 
+import io
 import sys
 
 INTERRUPTED = 130  # exit code of typer on Ctrl-C, and of shells for a process ended by SIGINT
@@ -30,6 +31,7 @@ def main() -> None:
 def _run() -> int:
     """Imports and runs the commands: Ctrl-C may come while the imports still take seconds. Returns the exit code."""
     import logging
+    import warnings
 
     import torch
 
@@ -43,6 +45,9 @@ def _run() -> int:
     from .commands import app
 
     logging.basicConfig(format="%(message)s")
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # plots show a box, and files keep the name
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name ends no call where it has no encoding
     try:
         app()
     except (
