@@ -70,9 +70,15 @@ def test_known_spans_are_found(pair, tmp_path, capsys):
 
 
 def test_annotated_copy(pair, tmp_path):
-    """As many frames at the same times, the same sound, and red around what is part of an event."""
+    """As many frames at the same times, the same sound, and red around what is part of an event.
+
+    And what a killed call left of one an hour ago is removed.
+    """
     film(tmp_path / "a.mkv", [(18, 24, 220)], audio=2, tone=(0, 6), width=160, height=121)
     out = tmp_path / "out"
+    out.mkdir()
+    (left := out / ".0123456789abcdef.tmp").touch()
+    os.utime(left, (0, 0))
     assert call("detect", tmp_path / "a.mkv", "-m", pair, "-o", out, *QUICK, "--no-plot", "--annotate") == 0
     (event,) = json.loads((out / "a.json").read_text())["events"]
     pictures = {}
@@ -87,6 +93,7 @@ def test_annotated_copy(pair, tmp_path):
         assert (red[0] - red[2] > 60) == (event["start"] <= at < event["end"] - 1e-6), at
     sounds = [decode.read_sound(path).samples for path in (tmp_path / "a.mkv", out / "a.mkv")]
     np.testing.assert_array_equal(*sounds)
+    assert not left.exists()
 
 
 def test_annotating_replaces_no_video(pair, tmp_path, capsys, monkeypatch):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from typer import Argument, Option
 
 from ..data import DataError, pack
-from ..data.atomic import atomic_write, make_folder
+from ..data.atomic import atomic_write, make_folder, remove_left
 from ..data.lists import video_of
 from ..data.lists import videos as by_video
 from ..data.packed import PACKED
@@ -326,6 +326,8 @@ def detect(
     for source in sources:
         check_video(output / f"{source.name}.json", source.path)
     make_folder(output)
+    for folder in {path.parent for path in results}:
+        remove_left(folder)  # copies that a killed call had not finished
     scorers, seen, heard = watchers(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
     )
