@@ -20,3 +20,8 @@ def test_a_bar_of_videos_counts_frames_on_a_terminal_alone(monkeypatch, terminal
             add(100)
     assert ("0/1" in screen.getvalue() and "frames=400" in screen.getvalue()) == seen
     assert seen or not screen.getvalue()
+
+
+def test_closed_standard_error_shows_nothing(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    assert list(progress.bar(range(3))) == [0, 1, 2]

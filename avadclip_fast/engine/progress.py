@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 def bar(*given: Any, shown: bool = True, **options: Any) -> tqdm:
     """Returns tqdm(...), which draws nothing unless `shown`, nor into a log, which a watched camera would fill."""
-    return tqdm(*given, disable=not shown or not (sys.stderr.isatty() or "ipykernel" in sys.modules), **options)
+    seen = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())  # None where it is closed
+    return tqdm(*given, disable=not (shown and seen), **options)
 
 
 def frames_in(shown: tqdm) -> Callable[[int], None]:
