@@ -56,9 +56,9 @@ def test_any_name_and_label_is_drawn(tmp_path, name):
 
 
 def test_long_names_keep_both_ends():
-    assert plots._plain("a" * 100 + "_label_B1", 30) == "a" * 14 + "…" + "aaaaaa_label_B1"
-    assert len(plots._plain("b" * 1000, 64)) == 64
-    assert plots._plain("c" * 64, 64) == "c" * 64
+    assert plots.plain("a" * 100 + "_label_B1", 30) == "a" * 14 + "…" + "aaaaaa_label_B1"
+    assert len(plots.plain("b" * 1000, 64)) == 64
+    assert plots.plain("c" * 64, 64) == "c" * 64
 
 
 def test_grid_has_a_panel_a_video(tmp_path):

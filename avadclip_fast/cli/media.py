@@ -479,8 +479,9 @@ def stream(
                 if detector.by != by and not quiet:
                     by = detector.by
                     tqdm.write(f"{snippet.time:.1f} s: scored by the {by}", file=sys.stderr)
+                state = {"score": f"{detector.score:.2f}", "dropped": live.dropped, "reconnects": live.reconnects}
+                meter.set_postfix(state, refresh=False)
                 meter.update()
-                meter.set_postfix(score=f"{detector.score:.2f}", dropped=live.dropped, reconnects=live.reconnects)
         finally:
             if detector is not None:
                 tell(detector.flush())

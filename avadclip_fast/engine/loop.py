@@ -18,6 +18,7 @@ from ..profiling import span
 from . import distributed, residency
 from .graph import StepGraph, changed_by
 from .progress import bar as progress_bar
+from .progress import due as bar_due
 from .recipe import Recipe
 from .state import Saver, trained, writing
 from .step import add_noise, gradients, shares, train_step, trim
@@ -94,10 +95,10 @@ class Loop:
                 given = next(inputs)
             losses, asked = self._step(given, index, recipe.seed + 1_000_003 * number)
             sums = sums + losses.double() * len(index)
-            bar.update(len(index))
-            if self.progress and time.monotonic() - shown > 1:
+            if bar_due(bar, shown):
                 shown = time.monotonic()
-                bar.set_postfix(loss=f"{losses[self.names.index('total')].item():.4f}")
+                bar.set_postfix(loss=f"{losses[self.names.index('total')].item():.4f}", refresh=False)
+            bar.update(len(index))
             last, due = step + 1 == len(chunks), (step + 1) % every == 0
             if self.board is not None and ((step + 1) % 10 == 0 or last):
                 self.board.note(self.names, losses.clone(), number + 1)

@@ -66,7 +66,7 @@ def reliability_plot(
     for i, (label, rows) in enumerate(bins.items()):
         score, share, mass = np.asarray(rows, np.float64).T
         colour = COLOURS[i % len(COLOURS)]
-        ax.plot(score, share, color=colour, linestyle=DASHES[i % len(DASHES)], label=_plain(label))
+        ax.plot(score, share, color=colour, linestyle=DASHES[i % len(DASHES)], label=plain(label))
         ax.scatter(score, share, s=12 + 300 * mass, color=colour, alpha=0.5, linewidth=0)
     ax.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=0, label="diagonal = calibrated")
     ax.scatter([], [], s=60, color="0.6", alpha=0.5, linewidth=0, label="dot area = share of scores")
@@ -107,7 +107,7 @@ def _write(path, items, frames_per_snippet: int, columns: int, panel: tuple[floa
     shaded = False
     for ax, (name, curves, spans) in zip(axes, panels, strict=False):
         lines |= _panel(ax, curves, spans, labels, frames_per_snippet)
-        ax.set_title(_plain(name, int(panel[0] * TITLE_PER_INCH)), fontsize=10, parse_math=False)
+        ax.set_title(plain(name, int(panel[0] * TITLE_PER_INCH)), fontsize=10, parse_math=False)
         shaded |= len(spans) > 0
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
@@ -121,7 +121,7 @@ def _write(path, items, frames_per_snippet: int, columns: int, panel: tuple[floa
         handles.append(Patch(facecolor=TRUTH_COLOUR, alpha=0.3))
     legend = figure.legend(
         handles,
-        [*map(_plain, labels), *(["ground truth"] if shaded else [])],
+        [*map(plain, labels), *(["ground truth"] if shaded else [])],
         loc="outside lower center",
         ncols=min(5, len(handles)),
         frameon=False,
@@ -180,7 +180,7 @@ def _spans(name: str, truth, frames: int) -> list[tuple[float, float]]:
     return [(row[0], row[1]) for row in truth if len(row) == 2 or row[2] != 0]
 
 
-def _plain(text: str, longest: int = 40) -> str:
+def plain(text: str, longest: int = 40) -> str:
     """Returns a single printable line, shortened in the middle, since file names may contain any characters."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     text = "".join(char if char.isprintable() else "?" for char in text)

@@ -1,4 +1,4 @@
-"""Progress bars, for people who look on: on a terminal or in a notebook, not in a log or a pipe."""
+"""Progress bars: live for people who look on, a line a minute in a log or a pipe."""
 
 import sys
 import time
@@ -7,11 +7,20 @@ from typing import Any
 
 from tqdm import tqdm
 
+A_LINE = 60.0  # seconds, where nobody looks on: more would fill the log of a watched camera
+
 
 def bar(*given: Any, shown: bool = True, **options: Any) -> tqdm:
-    """Returns tqdm(...), which draws nothing unless `shown`, nor into a log, which a watched camera would fill."""
-    seen = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())  # None where it is closed
-    return tqdm(*given, disable=not (shown and seen), **options)
+    """Returns tqdm(...), which draws nothing unless `shown`, and in a log no more than a line a minute."""
+    closed = sys.stderr is None
+    live = "ipykernel" in sys.modules or (not closed and sys.stderr.isatty())
+    seldom = {} if live else {"mininterval": A_LINE, "maxinterval": A_LINE}
+    return tqdm(*given, disable=closed or not shown, **seldom, **options)
+
+
+def due(shown: tqdm, since: float) -> bool:
+    """Whether a bar should tell more, having done so at `since` by time.monotonic()."""
+    return not shown.disable and time.monotonic() - since > max(1, shown.mininterval)
 
 
 def frames_in(shown: tqdm) -> Callable[[int], None]:
@@ -21,7 +30,7 @@ def frames_in(shown: tqdm) -> Callable[[int], None]:
     def add(decoded: int) -> None:
         nonlocal frames, told
         frames += decoded
-        if time.monotonic() - told > 1:
+        if due(shown, told):
             told = time.monotonic()
             shown.set_postfix(frames=frames)
 

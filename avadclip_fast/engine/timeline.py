@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from .detect import Detection, Event, time_code
-from .plots import COLOURS, DPI, TITLE_PER_INCH, TRUTH_COLOUR, _plain, save
+from .plots import COLOURS, DPI, TITLE_PER_INCH, TRUTH_COLOUR, plain, save
 
 WIDTH = 9.0  # inches
 PLOT = 8.0  # inches, a little less than what the labels beside the plot leave of it
@@ -24,7 +24,7 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
 
     figure = Figure((WIDTH, 4.6), dpi=DPI, layout="constrained")
     renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.suptitle(_plain(detection.name, int(WIDTH * TITLE_PER_INCH)), fontsize=10, parse_math=False)
+    figure.suptitle(plain(detection.name, int(WIDTH * TITLE_PER_INCH)), fontsize=10, parse_math=False)
     grid = figure.add_gridspec(2, max(1, len(frames)), height_ratios=(1, 1.5))
     for column, (snippet, image) in enumerate(sorted(frames.items())):
         ax = figure.add_subplot(grid[0, column])
