@@ -120,6 +120,13 @@ def test_load(tmp_path, dtype, order):
     assert snippet_count(path) == 5
 
 
+def test_a_size_that_is_a_truth_value(tmp_path):
+    header(tmp_path / "x.npy", "'descr': '<f2', 'fortran_order': False, 'shape': (True, 8)")
+    with open(tmp_path / "x.npy", "ab") as file:
+        file.write(b"\0" * 16)
+    assert load_features(tmp_path / "x.npy").shape == (1, 8)
+
+
 class Bomb:
     def __reduce__(self):
         return (os.mkdir, (self.path,))
@@ -132,6 +139,10 @@ def saved(path, array, **options):
     np.save(path, array, **options)
 
 
+def header(path, text):
+    path.write_bytes(b"\x93NUMPY\x01\0" + (len(text) + 3).to_bytes(2, "little") + f"{{{text}}}\n".encode())
+
+
 BAD = {
     "missing": (lambda p: None, "no such file"),
     "folder": (lambda p: p.mkdir(), "cannot be read"),
@@ -139,6 +150,11 @@ BAD = {
     "text": (lambda p: p.write_text("1,2,3\n"), "not a .npy file"),
     "pickle": (lambda p: p.write_bytes(pickle.dumps([1.0])), "not a .npy file"),
     "header cut": (lambda p: (saved(p, rows(9)), os.truncate(p, 40)), "not a .npy file"),
+    "header of nothing": (
+        lambda p: header(p, "'descr': (), 'fortran_order': False, 'shape': (2, 8)"),
+        "not a .npy file",
+    ),
+    "header too deep": (lambda p: header(p, "-" * 9000 + "1"), "not a .npy file"),  # for which Python has no memory
     "data cut": (lambda p: (saved(p, rows(9)), os.truncate(p, 128 + 100)), "cut short"),
     "objects": (lambda p: saved(p, np.array([[1, "a"]], object), allow_pickle=True), "pickled object array"),
     "integers": (lambda p: saved(p, np.ones((2, 8), int)), "int64"),

@@ -5,12 +5,14 @@ import json
 import os
 import pickle
 import sys
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
 
 from avadclip_fast import data
-from avadclip_fast.data import DataError, Span
+from avadclip_fast.data import DataError, Span, ground_truth
 
 
 def official(path, video_lists):
@@ -138,6 +140,33 @@ def test_other_pickles_are_errors(tmp_path, payload):
         data.read_object_array(with_payload(tmp_path / "x.npy", payload))
 
 
+def array_of(items: bytes, shape: bytes = b"(K\x01t") -> bytes:
+    """The pickle of an object array, opcode by opcode."""
+    return b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n)R(K\x01" + shape + b"NN" + items + b"tb."
+
+
+def doubled(times: int) -> bytes:
+    """A list of a list twice, and so on."""
+    return b"]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(times))
+
+
+@pytest.mark.parametrize(
+    ("payload", "words"),
+    [
+        (array_of(b"](" + doubled(60) + b"e"), "more than"),
+        (array_of(b"]q\0(h\0e"), "recursion"),  # a list that holds itself
+        (array_of(b"]", b"(J\xff\xff\xff\x7fK\0t"), "shape"),  # two thousand million empty lists
+        (b"\x80\x02]r\0\0\0\x08.", "numbers an object 134217728"),
+        (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"x.", "expected 1099511627776 bytes"),
+    ],
+    ids=["doubled", "in itself", "empty", "memo", "bytes"],
+)
+def test_a_pickle_takes_no_memory_beyond_its_bytes(tmp_path, payload, words, monkeypatch):
+    monkeypatch.setattr(ground_truth, "MOST", 1 << 12)
+    with pytest.raises(DataError, match=f"x.npy: .*{words}"):
+        data.read_object_array(with_payload(tmp_path / "x.npy", payload))
+
+
 def test_damaged_official_files_are_errors_of_ours(tmp_path):
     path = official(tmp_path / "x.npy", SEGMENTS)
     content, rng = path.read_bytes(), np.random.default_rng(0)
@@ -174,7 +203,9 @@ def test_spans_refused(tmp_path, segments, labels, words):
         data.read_segments_json(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"segments": []}', '{"segments": 1, "labels": 2}', None])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "[" * 100_000, '{"segments": []}', '{"segments": 1, "labels": 2}', None]
+)
 def test_json_refused(tmp_path, text):
     path = tmp_path / "t.json"
     if text is not None:
@@ -246,6 +277,22 @@ def test_read_frame_gt_refuses(tmp_path):
             data.read_frame_gt(path)
     with pytest.raises(DataError, match="no such file"):
         data.read_frame_gt(tmp_path / "absent.npy")
+
+
+def test_frames_are_all_that_is_read_of_an_archive(tmp_path):
+    """Gigabytes of zeros behind them would fit in a megabyte."""
+    frames, path = io.BytesIO(), tmp_path / "x.npz"
+    np.save(frames, np.ones(8, np.uint8))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("gt.npy", frames.getvalue() + bytes(1 << 27))
+    tracemalloc.start()
+    assert data.read_frame_gt(path).tolist() == [1] * 8
+    assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    tracemalloc.stop()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as file:  # whose damage has an error of its own
+        file.writestr("gt.npy", frames.getvalue())
+    with pytest.raises(DataError, match="x.npz: compressed as numpy.savez_compressed does not"):
+        data.read_frame_gt(path)
 
 
 @pytest.mark.parametrize("name", ["a.npy", "b.npz", "c.npz"])

@@ -1,21 +1,28 @@
 """Ground truth of the test sets: anomalous spans and frame labels."""
 
+import io
 import json
+import math
 import pickle
+import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
 from .errors import DataError
-from .npy import read_header
+from .npy import bytes_left, read_header
 
 # What zipfile raises on a damaged file: RuntimeError where it seems encrypted, or compressed in another way.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, KeyError, EOFError)
+
+# Lists, numbers and codes of an official file; XD-Violence's has 5,000. A pickle can name one list many times, and
+# so hold more of them than any memory.
+MOST = 1 << 20
 
 
 class Span(NamedTuple):
@@ -55,7 +62,7 @@ def read_segments_json(path: str | Path) -> list[list[Span]]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{path}: not JSON of the form {{"segments": ..., "labels": ...}}: {error!r}') from error
 
 
@@ -99,7 +106,7 @@ def read_object_array(path: str | Path) -> list:
             _, _, dtype = read_header(file, path)
             if dtype.kind != "O":
                 raise DataError(f"{path}: dtype {dtype}; expected Python objects, as in the official gt_*_segment.npy")
-            array = _Unpickler(file).load()
+            array = _Unpickler(io.BytesIO(_bounded(file.read()))).load()
         if not isinstance(array, _Array):
             raise pickle.UnpicklingError(f"a {type(array).__name__} instead of an array")
         return array.tolist()
@@ -119,8 +126,17 @@ def read_object_array(path: str | Path) -> list:
         AttributeError,
         MemoryError,
         OverflowError,
+        RecursionError,
     ) as error:
         raise DataError(f"{path}: not an array of lists, or cut short: {error}") from error
+
+
+def _bounded(pickled: bytes) -> bytes:
+    """The pickle itself. Raises ValueError if it would take memory for more than its bytes can hold."""
+    for code, argument, _ in pickletools.genops(pickled):  # refuses strings that are said to be longer
+        if code.name in ("PUT", "BINPUT", "LONG_BINPUT") and cast(int, argument) > len(pickled):
+            raise ValueError(f"it numbers an object {argument}, and pickle keeps room for as many")
+    return pickled
 
 
 class _Forbidden(Exception):
@@ -138,9 +154,12 @@ class _Array:
 
     def tolist(self) -> list:
         _, shape, _, _, items = self.state
+        if math.prod(size or 1 for size in shape) > MOST:  # of which most may be empty
+            raise ValueError(f"its shape is {shape}")
+        room = iter(range(MOST))
         array: np.ndarray = np.empty(len(items), dtype=object)
         for i, item in enumerate(items):  # assigning all at once would make numpy unpack the lists
-            array[i] = _plain(item)
+            array[i] = _plain(item, room)
         return array.reshape(shape).tolist()  # object arrays are pickled in C order, whatever the flag says
 
 
@@ -168,9 +187,11 @@ class _Unpickler(pickle.Unpickler):
         return self.KNOWN[module, name]
 
 
-def _plain(item: Any) -> Any:
+def _plain(item: Any, room: Iterator[int]) -> Any:
+    if next(room, None) is None:
+        raise ValueError(f"more than {MOST} lists, numbers and codes")
     if isinstance(item, list | tuple):
-        return [_plain(part) for part in item]
+        return [_plain(part, room) for part in item]
     if type(item) not in (str, int):
         raise ValueError(f"a {type(item).__name__} among strings, integers and lists")
     return item
@@ -233,7 +254,7 @@ def read_frame_gt(path: str | Path) -> np.ndarray:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"
             file.seek(0)
-            loaded = _zipped_vector(file, path) if zipped else _vector(file, path)
+            loaded = _zipped_vector(file, path) if zipped else _vector(file, path, bytes_left(file))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file") from error
     except DataError:
@@ -252,16 +273,20 @@ def _zipped_vector(file: IO[bytes], path: str | Path) -> np.ndarray:
         names = [name.removesuffix(".npy") for name in arrays.namelist()]
         if "gt" not in names and len(names) != 1:
             raise DataError(f"{path}: holds {', '.join(names) or 'no arrays'}; name one of them gt")
-        with arrays.open(arrays.namelist()[names.index("gt") if "gt" in names else 0]) as member:
-            return _vector(member, path)
+        info = arrays.infolist()[names.index("gt") if "gt" in names else 0]
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"{path}: compressed as numpy.savez_compressed does not; write it with that")
+        with arrays.open(info) as member:
+            return _vector(member, path, info.file_size)
 
 
-def _vector(file: IO[bytes], path: str | Path) -> np.ndarray:
-    """Reads a non-empty vector of numbers in `.npy` format."""
+def _vector(file: IO[bytes], path: str | Path, size: int) -> np.ndarray:
+    """Reads a non-empty vector of numbers in `.npy` format from a file of `size` bytes."""
     shape, _, dtype = read_header(file, path)
     if len(shape) != 1 or shape[0] < 1 or dtype.kind not in "bfiu":
         raise DataError(f"{path}: expected a vector with a number per frame, got {dtype} {shape}")
-    stored = file.read()
-    if len(stored) < shape[0] * dtype.itemsize:
+    wanted = shape[0] * dtype.itemsize
+    stored = file.read(min(wanted, size))  # a few bytes of a .npz may stand for gigabytes behind them
+    if len(stored) < wanted:
         raise DataError(f"{path}: cut short: fewer bytes than its {shape[0]} frames take; copy or make it again")
     return np.frombuffer(stored, dtype, shape[0])

@@ -21,9 +21,12 @@ def read_header(file: IO[bytes], path: str | Path) -> tuple[tuple[int, ...], boo
     try:
         reader = _READERS[np.lib.format.read_magic(file)]
         with _parsing:
-            return reader(file)
-    except (ValueError, KeyError, TypeError, SyntaxError, tokenize.TokenError, RecursionError) as error:
+            shape, fortran, dtype = reader(file)
+    except (
+        ValueError, KeyError, IndexError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError,
+    ) as error:  # fmt: skip
         raise DataError(f"{path}: not a .npy file, or cut short; write it with numpy.save") from error
+    return tuple(map(int, shape)), fortran, dtype  # NumPy takes True for a size
 
 
 def bytes_left(file: IO[bytes]) -> int:
