@@ -8,11 +8,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from small_models import CLASSES, TOKENS, batch, student, teacher
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
 from avadclip_fast.data import DataError
+from avadclip_fast.engine.evaluate import load_model
 from avadclip_fast.models import CheckpointError, TextWeightsError, text
 from avadclip_fast.models.checkpoints import official_state
 
@@ -238,6 +239,25 @@ def test_what_is_no_checkpoint(settings, tmp_path):
         teacher(text_weights=str(tmp_path / "text.pth"))
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.tensor(1.0), r"temporal.positions.weight is \[\]"),
+        (torch.ones(1).expand(10**8, 32), "frame_position_embeddings.weight does not hold the numbers of its shape"),
+        (torch.empty(10**8, 32, device="meta"), "frame_position_embeddings.weight does not hold"),
+        (torch.ones(2, 32).to_sparse(), "frame_position_embeddings.weight does not hold"),
+        (torch.ones(24, 32, dtype=torch.int32), "dtype: temporal.positions.weight is torch.int32"),
+    ],
+    ids=["scalar", "repeated", "meta", "sparse", "integers"],
+)
+def test_a_checkpoint_of_tensors_that_are_no_weights(official, settings, tensor, said):
+    state = torch.load(official[1], weights_only=True)
+    torch.save(state | {"frame_position_embeddings.weight": tensor}, official[1])
+    with pytest.raises(CheckpointError, match=f"(?s)teacher.pth.*{said}"):
+        AVadCLIP.from_official(official[1], **settings)
+
+
 def test_a_truncated_checkpoint(official, settings):
     path = official[1]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -395,12 +415,78 @@ def test_a_folder_without_its_config(tmp_path):
         AVadCLIP.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"layers": 10**9}, "does not fit config.json: layers is 2, not 1000000000"),
+        ({"length": 10**8}, "does not fit config.json: length is 24, not 100000000"),  # 13 GB
+        ({"layers": "2"}, "does not fit config.json: layers is 2, not '2'"),
+        ({"heads": 3}, "config.json does not describe a model of this library: .*heads"),
+        ({"window": 2.5}, "config.json does not describe .*window"),
+        ({"classes": [1, 2, 3]}, "config.json does not describe"),
+        ({"classes": 3}, "config.json does not describe"),
+        ({"class_tokens": [[1, 10**6]] * 3}, "config.json does not describe .*class_tokens must be ids"),
+        ({"class_tokens": [[]] * 3}, "config.json does not describe .*class_tokens must be ids"),
+        ([1], "config.json holds no settings"),
+        ("[" * 100_000, "config.json is not JSON"),
+        (b"\xff", "config.json is not JSON"),
+    ],
+    ids=str,
+)
+def test_a_config_that_describes_no_model(saved, wrong, said):
+    path = saved / "config.json"
+    before = path.read_bytes()
+    if isinstance(wrong, dict):
+        wrong = json.dumps(json.loads(before) | wrong)
+    path.write_bytes(wrong if isinstance(wrong, bytes) else str(wrong).encode())
+    try:
+        for load, told in ((AVadCLIP.from_pretrained, said), (load_model, "")):
+            with pytest.raises(CheckpointError, match=f"(?s){saved}.*{told}"):
+                load(saved)
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    teacher().save_pretrained(folder)
+    return folder
+
+
+def test_a_config_leads_to_no_other_file(saved, monkeypatch):
+    """Nothing but its own weights is read, whoever wrote it: not the path in it, nor CLIP's by default."""
+    path = saved / "config.json"
+    monkeypatch.setattr(text, "read_weights", None)
+    monkeypatch.setattr(text, "_download", None)
+    kept = json.loads(path.read_text())
+    del kept["text_weights"]
+    for settings in (kept, kept | {"text_weights": "openai"}, kept | {"text_weights": str(path)}):
+        path.write_text(json.dumps(settings))
+        assert AVadCLIP.from_pretrained(saved).settings()["text_weights"] is None
+
+
+def test_weights_of_integers(tmp_path):
+    """They would be taken for floats: a quantised model's names and shapes fit."""
+    model = teacher()
+    model.save_pretrained(tmp_path)
+    state = {name: x.contiguous().to(torch.int8) for name, x in model.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="dtype: classifier.weight is torch.int8, weights are floating point"):
+        AVadCLIP.from_pretrained(tmp_path)
+
+
 def test_a_folder_of_other_weights(tmp_path):
     teacher().save_pretrained(tmp_path)
-    save_file({"alpha": torch.zeros(3)}, tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors") | {"alpha": torch.zeros(3)}
+    del state["classifier.bias"]
+    save_file(state, tmp_path / "model.safetensors")
     with pytest.raises(
         CheckpointError, match=r"(?s)does not fit AVadCLIP.*missing: classifier.bias \[1\].*unknown: alpha"
     ):
+        AVadCLIP.from_pretrained(tmp_path)
+    save_file({"alpha": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="model.safetensors is not an AVadCLIP checkpoint: .* is missing"):
         AVadCLIP.from_pretrained(tmp_path)
 
 

@@ -15,7 +15,7 @@ from ..data import DataError, Row, TestVideo, snippet_count, test_videos
 from ..data.lists import names_of
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError, TextWeightsError
 from ..models.avadclip import Detector
-from ..models.checkpoints import CONFIG, MODEL, kind_of, model_folder, read_official
+from ..models.checkpoints import CONFIG, MISFITS, MODEL, kind_of, model_folder, read_official
 from . import distributed
 from .calibrate import Calibration, reliability
 from .graph import StepGraph, refusal
@@ -64,7 +64,7 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
             model = official.from_official(path, classes, **({} if window is None else {"window": window}))
     except (CheckpointError, TextWeightsError):
         raise
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # RuntimeError: invalid or too large sizes
+    except MISFITS as error:
         reason = " ".join(str(error).split()) or repr(error)
         raise CheckpointError(f"{where} does not describe a model of this library: {reason}") from error
     if (wide := model.settings()["window"]) > WIDEST:
@@ -105,7 +105,10 @@ def check_spans(path: Path, spans: Sequence, videos: int, classes: list[str], co
     """Checks that the spans read from `path` are of so many videos and of the model's classes. Raises DataError."""
     if len(spans) != videos:
         raise DataError(f"{path}: spans of {len(spans)} videos, the list has {videos}; are they of the same set?")
-    _class_spans(spans, classes, codes)
+    try:
+        _class_spans(spans, classes, codes)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def score_rows(

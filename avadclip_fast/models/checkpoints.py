@@ -12,8 +12,9 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 
+from ..data import DataError
 from ..data.atomic import atomic_write, make_folder
-from .text import unreadable
+from .text import TextWeightsError, unreadable
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CALIBRATION = "calibration.json"  # beside them, by engine.calibrate
@@ -43,6 +44,10 @@ NAMES = {
 ALIASES = {"net.0.": "conv1.", "net.4.": "conv2."}
 IMAGE_TOWER = "clipmodel.visual."
 HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "resume_download")
+# argument -> names of a layer's tensors
+BLOCKS = {"layers": r"temporal\.resblocks\.(\d+)\.", "text_layers": r"text\.transformer\.resblocks\.(\d+)\."}
+# What a constructor raises on settings that nobody checked; RuntimeError: on impossible sizes.
+MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # The only values that the official code supports; the heads are those of its window attention.
 OFFICIAL = {"modality": "visual", "fusion": "gated", "prompt": "official", "heads": 1}
 
@@ -93,6 +98,8 @@ def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
         if prefix is None or not isinstance(tensor, Tensor):
             foreign.append(name)
             continue
+        if not isinstance(source, dict) and not _is_whole(tensor):
+            raise CheckpointError(f"{where}: {name} does not hold the numbers of its shape {list(tensor.shape)}")
         name = NAMES[prefix] + name[len(prefix) :]
         if prefix == "temporalconvnet.":
             for alias, own in ALIASES.items():
@@ -105,6 +112,11 @@ def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
             f"{where} is not an official AVadCLIP checkpoint; unknown names:\n  " + "\n  ".join(foreign)
         )
     return state
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is stored number by number; one repeated or left out may stand for more than memory holds."""
+    return tensor.layout == torch.strided and not tensor.is_meta and tensor.untyped_storage().nbytes() >= tensor.nbytes
 
 
 def official_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -122,7 +134,7 @@ def official_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Loads every tensor, or raises CheckpointError listing missing, unknown and wrongly shaped ones."""
+    """Loads every tensor, or raises CheckpointError listing those missing, unknown, misshapen or of integers."""
     own = model.state_dict()
     problems = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in state]
     problems += [f"unknown: {name} {list(state[name].shape)}" for name in state if name not in own]
@@ -131,29 +143,35 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
+    problems += [
+        f"dtype: {name} is {state[name].dtype}, weights are floating point"
+        for name in own
+        if name in state and not state[name].is_floating_point()
+    ]
     if problems:
         raise CheckpointError(f"{where} does not fit {type(model).__name__}:\n  " + "\n  ".join(problems))
     model.load_state_dict(state)
 
 
-def infer_sizes(state: dict[str, Tensor]) -> dict[str, int]:
-    """Infers length, width, layers, text width, text layers and class count from a state dict (our names)."""
+def infer_sizes(state: dict[str, Tensor], where: str) -> dict[str, int]:
+    """Infers length, width, layers, text width, text layers and class count from a state dict (our names).
 
-    def count(pattern: str) -> int:
-        return len({m[1] for name in state if (m := re.match(pattern, name))})
+    Raises CheckpointError, which names `where`, if it is of no model.
+    """
 
-    try:
-        length, width = state["temporal.positions.weight"].shape
-        return {
-            "length": length,
-            "width": width,
-            "layers": count(r"temporal\.resblocks\.(\d+)\."),
-            "text_width": state["text.positional_embedding"].shape[1],
-            "text_layers": count(r"text\.transformer\.resblocks\.(\d+)\."),
-            "classes": state["align_loss.alpha"].shape[0],
-        }
-    except KeyError as error:
-        raise CheckpointError(f"not an AVadCLIP checkpoint: {error.args[0]} is missing") from error
+    def shape(name: str, dimensions: int) -> list[int]:
+        if name not in state:
+            raise CheckpointError(f"{where} is not an AVadCLIP checkpoint: {name} is missing")
+        found = list(state[name].shape)
+        if len(found) != dimensions:
+            raise CheckpointError(f"{where} is not an AVadCLIP checkpoint: {name} is {found}")
+        return found
+
+    length, width = shape("temporal.positions.weight", 2)
+    _, text_width = shape("text.positional_embedding", 2)
+    (classes,) = shape("align_loss.alpha", 1)
+    sizes = {"length": length, "width": width, "text_width": text_width, "classes": classes}
+    return sizes | {name: len({m[1] for own in state if (m := re.match(layer, own))}) for name, layer in BLOCKS.items()}
 
 
 def kind_of(state: dict[str, Tensor]) -> str:
@@ -239,19 +257,26 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         """
         name = str(pretrained_model_name_or_path)
         if Path(name).is_dir():
-            try:
-                return super().from_pretrained(name, **settings)
-            except json.JSONDecodeError as error:
-                raise CheckpointError(f"{Path(name) / CONFIG} is not JSON: {error}") from error
+            return cls._described(name, settings)
         if Path(name).is_file():
             raise CheckpointError(f"{name} is a file, not a folder; an official .pth is loaded with from_official")
         # Without a network the Hub is asked for half a minute, so not for what can only be a folder.
         if name.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             raise CheckpointError(f"no folder {name}; a model on the Hub is given as user/name")
         try:
-            return super().from_pretrained(name, **settings)
+            return cls._described(name, settings)
         except OSError as error:
             raise CheckpointError(f"no folder {name}, and no model of that name from the Hub: {error}") from error
+
+    @classmethod
+    def _described(cls, name: str, settings: dict[str, Any]) -> Self:
+        """The mixin's `from_pretrained`, which reads config.json. Raises CheckpointError if that is no JSON object."""
+        try:
+            return super().from_pretrained(name, **settings)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise CheckpointError(f"{Path(name) / CONFIG} is not JSON: {error}") from error
+        except AttributeError as error:
+            raise CheckpointError(f"{Path(name) / CONFIG} holds no settings: {error}") from error
 
     @classmethod
     def _from_pretrained(
@@ -260,9 +285,6 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         from safetensors import SafetensorError, safe_open
 
         names, stored = settings.get("classes"), config or {}
-        renamed = names is not None and list(names) != stored.get("classes")
-        if renamed and settings.get("class_tokens") == stored.get("class_tokens"):
-            settings["class_tokens"] = None  # the stored ones are of other names
         hub = {name: settings.pop(name) for name in HUB if name in settings}
         folder = Path(model_id)
         path = folder / WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **hub))
@@ -278,7 +300,20 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             raise CheckpointError(f"{model_id} holds an {kind}; load it with {kind}.from_pretrained")
         if config is None and names is None:
             raise CheckpointError(f"{model_id} has no {CONFIG}, which tells the model's classes and settings")
-        model = cls(**settings)
+        for name, size in infer_sizes(state, str(path)).items():  # before anything of another size takes memory
+            if name != "classes" and settings.get(name, size) != size:
+                raise CheckpointError(f"{path} does not fit {CONFIG}: {name} is {size}, not {settings[name]!r}")
+        settings["text_weights"] = None  # they are among the weights: no file that config.json names is read for them
+        try:
+            if names is not None and list(names) != stored.get("classes"):
+                if settings.get("class_tokens") == stored.get("class_tokens"):
+                    settings["class_tokens"] = None  # the stored ones are of other names
+            model = cls(**settings)
+        except (DataError, TextWeightsError):
+            raise
+        except MISFITS as error:
+            reason = " ".join(str(error).split()) or repr(error)
+            raise CheckpointError(f"{folder / CONFIG} does not describe a model of this library: {reason}") from error
         load_strict(model, state, str(path))
         return model.to(map_location).eval()
 
@@ -295,7 +330,8 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         Raises CheckpointError listing every mismatch.
         """
         state = read_official(source)
-        sizes = infer_sizes(state)
+        where = "the checkpoint" if isinstance(source, dict) else str(source)
+        sizes = infer_sizes(state, where)
         if classes is None:
             from ..data import XD_VIOLENCE
 
@@ -303,15 +339,14 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         classes = list(classes)
         count = sizes.pop("classes")
         if count != len(classes):
-            where = "the checkpoint" if isinstance(source, dict) else source
             raise CheckpointError(
                 f"{where} has {count} classes, {len(classes)} names are given: {', '.join(classes)}; give those it was "
                 "trained with, in its order, by --classes or classes=[...]"
             )
-        model = cls(classes, **{"padding": "official", "text_weights": None, **sizes, **settings})
         kind = kind_of(state)
         of = "" if kind in [base.__name__ for base in cls.__mro__] else f" of an {kind}"
-        load_strict(model, {k: v.float() for k, v in state.items()}, f"the official checkpoint{of}")
+        model = cls(classes, **{"padding": "official", "text_weights": None, **sizes, **settings})
+        load_strict(model, state, where + of)
         return model.eval()
 
     def to_official(self, path: str | Path, image_tower: str | Path | None = None) -> None:

@@ -11,6 +11,7 @@ import math
 import pickle
 import re
 from collections.abc import Iterable, Iterator
+from operator import index
 from pathlib import Path
 from typing import Self, cast
 
@@ -44,7 +45,8 @@ def tokenize(names: list[str]) -> list[list[int]]:
         from open_clip import tokenizer
     except ImportError as error:
         raise TextWeightsError("class names need open_clip's tokenizer: pip install open_clip_torch") from error
-    tokens = tokenizer.tokenize(names, context_length=CONTEXT)  # [C, 77], EOS has the highest id
+    with torch.device("cpu"):  # whatever the default device
+        tokens = tokenizer.tokenize(names, context_length=CONTEXT)  # [C, 77], EOS has the highest id
     return [row[: int(row.argmax()) + 1].tolist() for row in tokens]
 
 
@@ -139,6 +141,8 @@ class TextEncoder(nn.Module):
 
     def set_tokens(self, tokens: list[list[int]]) -> None:
         """Sets the classes and lays out their rows after the shared prefix. Raises DataError as the class."""
+        if min(map(len, tokens)) < 2 or not all(0 <= index(i) < VOCABULARY for t in tokens for i in t):
+            raise ValueError(f"class_tokens must be ids of CLIP's tokens, in 0..{VOCABULARY - 1}, from [SOS] to [EOS]")
         eos = [len(t) - 1 for t in tokens]  # index of EOS in the plain tokenisation
         if max(eos) + 2 * LEARNABLE >= CONTEXT:
             worst = eos.index(max(eos))

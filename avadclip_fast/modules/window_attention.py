@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._autocast import as_autocast, product_dtype
-from ..ops._check import check_tensors
+from ..ops._check import check_counts, check_tensors
 from ..ops._layer_norm import layer_norm
 from ..ops._residual_block import residual_attention
 from ..ops._triton import fused
@@ -33,8 +33,9 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim: int = 512, window: int = 64, heads: int = 1, backend: str | None = None):
         super().__init__()
-        if window < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"WindowAttention: window={window} and heads={heads} must be >= 1, heads divide dim={dim}")
+        check_counts("WindowAttention", window=window, heads=heads)
+        if dim % heads:
+            raise ValueError(f"WindowAttention: heads={heads} must divide dim={dim}")
         self.window, self.heads, self.backend = window, heads, backend
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
