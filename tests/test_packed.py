@@ -106,6 +106,22 @@ def test_rows_are_not_there_because_the_journal_says_so(tmp_path):
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("rows", ["8", -8, 10**30, None])
+def test_a_journal_that_counts_no_rows(tmp_path, rows):
+    def failing(start, stop):
+        if start == 24:
+            raise KeyboardInterrupt
+        return block(start, stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "cut.safetensors", failing)
+    journal = tmp_path / "cut.safetensors.part.json"
+    journal.write_text(json.dumps(json.loads(journal.read_text()) | {"rows": rows}))
+    write(tmp_path / "cut.safetensors")
+    write(tmp_path / "whole.safetensors")
+    assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
 def test_a_kill_at_the_very_end(tmp_path, monkeypatch):
     """After the file has its name nothing is left to do, and nothing that could undo it."""
     replace = os.replace
@@ -335,6 +351,21 @@ def test_a_packed_file_that_does_not_fit(made, tmp_path, capsys):
         FeatureSet.open(path, CODES, 32, audio=False)
     with pytest.raises(DataError, match="packed without sound"):
         FeatureSet.open(path, CODES, 16)
+    streams, _ = open_packed(path)
+    rows = json.dumps({"rows": [["a.npy", "", "A"]] * 2})
+    for changed, info in (
+        (streams, json.dumps({"rows": 5})),
+        (streams, "[" * 100_000),
+        (streams | {"lengths": streams["lengths"].double()}, rows),  # more rows than names too
+        ({name: x[:2, :1].flatten(1) for name, x in streams.items() if x.ndim > 1} | {"lengths": torch.ones(2)}, rows),
+    ):
+        save_file({name: x.contiguous() for name, x in changed.items()}, tmp_path / "b.safetensors", {"info": info})
+        with pytest.raises(DataError, match="b.safetensors: (not a packed list|a safetensors file, but not)"):
+            FeatureSet.open(tmp_path / "b.safetensors", CODES, 16, audio=False)
+    two = {"visual": streams["visual"][:2].clone(), "lengths": torch.tensor([3, 17])}
+    save_file(two, tmp_path / "b.safetensors", {"info": rows})
+    with pytest.raises(DataError, match="b.safetensors: damaged, for a video has not 1 to 16 snippets"):
+        FeatureSet.open(tmp_path / "b.safetensors", CODES, 16, audio=False)
     save_file({"model.a": torch.ones(3)}, path, metadata={"info": json.dumps({"epoch": 1})})  # as the state of a run
     with pytest.raises(DataError, match="a.safetensors: not a packed list; make one"):
         FeatureSet.open(path, CODES, 16)

@@ -128,6 +128,8 @@ class FeatureSet:
             )
         if audio and "audio" not in tensors:
             raise DataError(f"{path}: packed without sound, which is required; pack it again with --audio")
+        if not ((tensors["lengths"] >= 1) & (tensors["lengths"] <= length)).all():
+            raise DataError(f"{path}: damaged, for a video has not 1 to {length} snippets; pack it again")
         heard = tensors["audio"] if audio else None
         streams = tensors["visual"], heard, tensors["lengths"]
         video = _numbered(rows)
@@ -252,10 +254,23 @@ def _numbered(rows: Sequence[Row]) -> Tensor:
 def packed_rows(path: str | Path, codes: dict[str, str]) -> tuple[list[Row], np.ndarray]:
     """The list rows that a packed set was made from, and their labels (N, C). Raises DataError, LabelError."""
     tensors, info = open_packed(path)
-    if not {"visual", "lengths"} <= tensors.keys() or "rows" not in info:
+    if not _is_packed_list(tensors, info):
         raise DataError(f"{path}: not a packed list; make one with `avadclip-fast pack`, or give the list itself")
     rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
     return rows, np.stack([_encode(row, codes) for row in rows])
+
+
+def _is_packed_list(tensors: dict[str, Tensor], info: object) -> bool:
+    """Whether the content of a packed file is as `pack` writes it."""
+    rows = info.get("rows") if isinstance(info, dict) else None
+    if not isinstance(rows, list) or not rows or not {"visual", "lengths"} <= tensors.keys():
+        return False
+    visual, lengths = tensors["visual"], tensors["lengths"]
+    streams = [visual, tensors.get("audio", visual)]
+    named = all(isinstance(row, list) and [*map(type, row)] == [str] * 3 and Path(row[0]).name for row in rows)
+    alike = all(x.ndim == 3 and x.shape[:2] == (len(rows), visual.shape[1]) and x.is_floating_point() for x in streams)
+    counted = lengths.shape == (len(rows),) and lengths.dtype == torch.int64
+    return named and alike and counted
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:

@@ -63,7 +63,7 @@ def write_packed(
         if not path.parent.exists():  # where it is a file, opening says so better than making it a folder would
             path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(part, path) as file:
-            done = _done(journal, begun) if os.fstat(file.fileno()).st_size == size else 0
+            done = _done(journal, begun, rows) if os.fstat(file.fileno()).st_size == size else 0
             if done == 0:
                 file.truncate(0)
                 os.posix_fallocate(file.fileno(), 0, size)  # fail now if the disk is too small, not after hours
@@ -115,7 +115,7 @@ def open_packed(path: str | Path) -> tuple[dict[str, Tensor], dict]:
             return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: cannot be read as packed features: {error}") from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: a safetensors file, but not of packed features: it has no info") from error
 
 
@@ -159,12 +159,13 @@ def _write_rows(file: int, at: int, fields: dict[str, Field], rows: int, start: 
         at += rows * field.row_bytes
 
 
-def _done(journal: Path, begun: str) -> int:
-    """Number of rows written by an earlier call with the same header, or 0."""
+def _done(journal: Path, begun: str, rows: int) -> int:
+    """Number of rows written by an earlier call with the same header, or 0. rows: of the whole file"""
     try:
         note = json.loads(journal.read_text())
-        return note["rows"] if note["begun"] == begun else 0
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        done = range(rows + 1).index(note["rows"])
+        return done if note["begun"] == begun else 0
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return 0
 
 
