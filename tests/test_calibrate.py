@@ -117,7 +117,10 @@ def test_saved_beside_a_model_and_loaded(tmp_path):
         Calibration.load(tmp_path)
 
 
-@pytest.mark.parametrize("temperature, threshold", [(0, 0.5), (-1.0, 0.5), ("NaN", 0.5), (1.0, "NaN"), ('"2"', 0.5)])
+@pytest.mark.parametrize(
+    "temperature, threshold",
+    [(0, 0.5), (-1.0, 0.5), ("NaN", 0.5), (1.0, "NaN"), ('"2"', 0.5), (10**400, 0.5), (1.0, 10**400)],
+)
 def test_edited_so_that_no_score_is_a_number(temperature, threshold, tmp_path):
     """Told with the file's name: the scores that it spoils have none."""
     head = f'{{"temperature": {temperature}, "threshold": {threshold}}}'

@@ -99,6 +99,7 @@ def test_sound_is_optional_where_it_is_not_wanted(tmp_path):
         ("path,label\na.npy,A\n", ["no column audio_path", "found path,label; without sound, train --student"]),
         ("path,audio_path,label\na.npy,b.npy,A\nc\0.npy,d.npy,A\n", ["line 3", "NUL"]),
         ("path,audio_path,label\na.npy,b\0.npy,A\n", ["line 2", "NUL"]),
+        ("path,audio_path,label\n.,b.npy,A\n", ["line 2: . is a folder"]),
     ],
 )
 def test_read_refuses(tmp_path, text, words):

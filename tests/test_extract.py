@@ -328,8 +328,13 @@ def test_damaged_frames_are_left_out_and_told(folder, tmp_path, capsys):
 def test_a_broken_record_is_done_again(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert call("extract", folder, "-o", out, *QUICK) == 0
-    (out / "done" / "more" / "b.json").write_text('{"settings": ')
+    record = json.loads((out / "done" / "more" / "b.json").read_text())
     (out / "done" / "gone.json").write_text("[]")
+    for wrong in ({"settings": {"visual": 1}}, {"source": 5}, {"source": "a\0b"}, {"crops": "1"}, {"label": []}):
+        (out / "done" / "gone.json").write_text(json.dumps(record | wrong))
+        assert extract._read_record(out / "done" / "gone.json") is None
+    for content in ("[" * 100_000, '{"settings": '):
+        (out / "done" / "more" / "b.json").write_text(content)
     capsys.readouterr()
     assert call("extract", folder, "-o", out, *QUICK) == 0
     assert capsys.readouterr().out.startswith("1 extracted, 1 were there, 0 failed")
@@ -372,6 +377,8 @@ def test_lists_stay_in_their_folder(folder, tmp_path, capsys):
     for way_out in ("../films2/x.mp4", "/etc/passwd", "more/../../x.mp4"):
         listed.write_text(f"path\n{way_out}\n")
         assert "leads out of" in mistake(capsys, "extract", listed, "-o", tmp_path / "out", *QUICK)
+    listed.write_text("path\na\0.mp4\n")
+    assert "films.csv, line 2: a NUL in a path" in mistake(capsys, "extract", listed, "-o", tmp_path / "out", *QUICK)
     listed.write_text(f"path\n{'x' * 200_000}\n")
     assert "not a CSV file in UTF-8: field larger" in mistake(capsys, "extract", listed, "-o", tmp_path, *QUICK)
     listed.write_text("path,audio_path,label\na.npy,b.npy,A\nc.npy,d.npy,A\n")

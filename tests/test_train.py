@@ -525,9 +525,10 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
             fit(teacher(), videos, RECIPE, tmp_path, resume=True, progress=False)
     with pytest.raises(StateError, match=r"other settings \(held-out videos\)"):
         fit(teacher(), features(), RECIPE, tmp_path, held_out=features(5), resume=True, progress=False)
-    (tmp_path / STATE).write_bytes(b"not a state")
-    with pytest.raises(StateError, match="cannot be read"):
-        fit(teacher(), features(), RECIPE, tmp_path, resume=True, progress=False)
+    for content, said in ((b"not a state", "cannot be read"), ((tmp_path / BEST).read_bytes(), "not hold the state")):
+        (tmp_path / STATE).write_bytes(content)
+        with pytest.raises(StateError, match=said):
+            fit(teacher(), features(), RECIPE, tmp_path, resume=True, progress=False)
 
 
 def test_selection(tmp_path):

@@ -16,7 +16,7 @@ from .labels import is_normal
 from .packed import PACKED
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs"}  # which spreadsheets write in the place of commas
-_CROP = re.compile(r"__\d$")
+_CROP = re.compile(r"(?<=[^.])__\d$")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
             problems.append(f"{path}, line {line}: a NUL in a path, which no file has; write the list again in UTF-8")
         elif outside := [cells[name] for name in ("path", "audio_path") if not is_inside(root, cells[name])]:
             problems.append(f"{path}, line {line}: {outside[0]} leads out of {root}; name a --root that holds it")
+        elif not Path(cells["path"]).name:
+            problems.append(f"{path}, line {line}: {cells['path']} is a folder, not a feature file")
         elif file in seen:
             problems.append(f"{path}, line {line}: {cells['path']} is on line {seen[file]} already; remove one")
         else:
@@ -150,7 +152,7 @@ def videos(rows: Sequence[Row]) -> list[list[Row]]:
 
 def video_of(row: Row) -> Path:
     """The video of a row: its visual file without suffix and crop number."""
-    return row.visual.with_name(_CROP.sub("", row.visual.stem))
+    return row.visual.with_name(_CROP.sub("", row.visual.stem)) if row.visual.name else row.visual
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:

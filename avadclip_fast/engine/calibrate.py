@@ -6,6 +6,7 @@ mean of its top len // 16 + 1 snippet scores, as in training, against whether th
 
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,14 +54,14 @@ class Calibration:
         try:
             stored = json.loads(file.read_text())
             heads = {name: _head(**stored[name]) for name in HEADS}
-            return cls(**heads, videos=stored["videos"])
-        except (ValueError, KeyError, TypeError) as error:
+            return cls(**heads, videos=operator.index(stored["videos"]))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise DataError(f"{file} holds no calibration: {error!r}; remove it, or train again") from error
 
 
 def _head(temperature: float, threshold: float) -> Head:
     """The calibration of an output, as a file gives it. Raises ValueError, also where no score would be finite."""
-    if not (0 < temperature < math.inf and math.isfinite(threshold)):
+    if not (temperature > 0 and math.isfinite(temperature) and math.isfinite(threshold)):
         raise ValueError(f"a temperature of {temperature} and a threshold of {threshold}")
     return Head(temperature, threshold)
 

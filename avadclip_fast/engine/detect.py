@@ -386,7 +386,7 @@ def check_video(path: Path, source: str | Path) -> None:
         video = record["video"]
         there = os.path.isfile(video)
         other = not os.path.samefile(video, source) if there else (record.get("file") or own) != own
-    except (OSError, ValueError, TypeError, KeyError):  # no such file, or none of ours
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):  # no such file, or none of ours
         return
     if other and own is not None:
         gone, remedy = ("", "their common folder as the videos") if there else (", which is gone", f"remove {path}")

@@ -148,7 +148,7 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | 
         with safe_open(path, framework="pt") as file:
             info = json.loads(file.metadata()["info"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StateError(f"{path} cannot be read as the state of a run: {error}") from error
     own = trained(model)
     stored = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}

@@ -211,9 +211,14 @@ def _settings(
 
 def _begun(folder: Path, model, optimizer: torch.optim.Optimizer, run: dict[str, Any]) -> dict:
     """How far the run in `folder` has got, whose state is loaded. run: its settings. Raises StateError."""
+    start: dict = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
     if not (folder / STATE).exists():
-        return {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
+        return start
     info, epochs = load_state(folder / STATE, model, optimizer), run["recipe"]["epochs"]
+    if not isinstance(info, dict) or not info.keys() >= start.keys():  # such as BEST under its name
+        raise StateError(
+            f"{folder / STATE} does not hold the state of a run; put that back, or choose another output folder"
+        )
     _check_continues(folder, info, run)
     if info["epoch"] == epochs and load_state(folder / BEST, model) != info["best"]:
         raise StateError(  # a kill came between the two files

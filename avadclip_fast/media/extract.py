@@ -26,7 +26,8 @@ from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
 from .features import Sampling, VideoFeatures, video_features
 
-RECORDED = {"source", "file", "settings", "label", "crops", "audio"}  # keys required in OUTPUT/done/NAME.json
+# required in OUTPUT/done/NAME.json
+RECORDED = {"source": str, "file": dict, "settings": dict, "label": str, "crops": int, "audio": bool}
 SUFFIXES = (
     ".mp4", ".mkv", ".avi", ".mov", ".webm", ".flv", ".mpg", ".mpeg", ".mpe", ".vob", ".ts", ".mts", ".m2ts", ".m4v",
     ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".mxf", ".dav",
@@ -154,6 +155,8 @@ def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
     for number, name, listed in rows:
         if not name:
             continue
+        if "\0" in name:
+            raise DataError(f"{path}, line {number}: a NUL in a path, which no file has; write the list again in UTF-8")
         if not is_inside(root, name):
             raise DataError(f"{path}, line {number}: {name} leads out of {root}; name a --root that holds it")
         file = Path(os.path.abspath(root / name))
@@ -379,9 +382,11 @@ def _read_record(path: Path) -> dict | None:
     """Reads OUTPUT/done/NAME.json; returns None if it is missing or invalid, so that the video counts as not done."""
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError):
+        _options(record["settings"])
+        valid = all(isinstance(record[name], kind) for name, kind in RECORDED.items()) and "\0" not in record["source"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return record if isinstance(record, dict) and record.keys() >= RECORDED else None
+    return record if valid else None
 
 
 def _write_record(output: Path, name: str, record: dict) -> None:
@@ -452,7 +457,7 @@ def write_lists(output: str | Path, settings: dict) -> Listing:
             found = found._replace(others=found.others + 1)
             continue
         name = str(path.relative_to(output / "done").with_suffix(""))
-        visual, audio, _ = _paths(output, name, record["crops"])
+        visual, audio, _ = _paths(output, name, settings["crops"])
         written = record.get("listed", record["label"])
         typed = set(labels.get(output / "visual" / name, ())) - {"", written, record["label"]}
         label = min(typed, default=record["label"])
