@@ -35,7 +35,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         check_counts("WindowAttention", window=window, heads=heads)
         if dim % heads:
-            raise ValueError(f"WindowAttention: heads={heads} must divide dim={dim}")
+            raise ValueError(f"WindowAttention: window={window} and heads={heads}: heads must divide dim={dim}")
         self.window, self.heads, self.backend = window, heads, backend
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
