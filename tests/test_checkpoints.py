@@ -1,5 +1,6 @@
 """Checkpoints: the official format there and back, our own folder, and what cannot be read or does not fit."""
 
+import hashlib
 import json
 import pickle
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from open_clip.pretrained import get_pretrained_url
 from safetensors.torch import load_file, save_file
 from small_models import CLASSES, TOKENS, batch, student, teacher
 
@@ -553,7 +555,7 @@ def test_text_weights_from_each_kind_of_file(clip, official, tmp_path):
 
 # TorchScript is deprecated, but OpenAI's file is what it is.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*TorchScript archive.*:UserWarning")
-def test_text_weights_from_openais_archive(clip, tmp_path):
+def test_text_weights_from_openais_archive(clip, tmp_path, monkeypatch):
     """OpenAI's own file is a TorchScript archive, in float16."""
     encoder, _ = clip
 
@@ -575,9 +577,14 @@ def test_text_weights_from_openais_archive(clip, tmp_path):
         def forward(self):
             return 0
 
-    torch.jit.script(Archive()).save(tmp_path / "ViT-B-16.pt")
+    path = tmp_path / "ViT-B-16.pt"
+    torch.jit.script(Archive()).save(path)
     other = text.TextEncoder(TOKENS, 16, 64, 1)
-    other.load(tmp_path / "ViT-B-16.pt")
+    with pytest.raises(TextWeightsError, match="ViT-B-16.pt cannot be read: holds code"):
+        other.load(path)
+    assert text.OPENAI_SHA256 in get_pretrained_url(*text.OPENAI)
+    monkeypatch.setattr(text, "OPENAI_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    other.load(path)
     assert torch.equal(other.text_projection, encoder.text_projection.half().float())
 
 

@@ -6,6 +6,7 @@ computed once, as a prefix that all classes attend to.
 """
 
 import errno
+import hashlib
 import logging
 import math
 import pickle
@@ -31,6 +32,7 @@ VOCABULARY = 49408
 LEARNABLE = 10  # rows before and after the name
 PREFIX = 1 + LEARNABLE  # [SOS] and the first learnable rows, shared by all classes
 OPENAI = ("ViT-B-16", "openai")  # open_clip's name for CLIP's QuickGELU weights
+OPENAI_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 
 _log = logging.getLogger("avadclip_fast")
 
@@ -258,7 +260,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except RuntimeError:  # OpenAI's own file is a TorchScript archive
+        except RuntimeError:
+            if not _is_openais(path):
+                raise
             return torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as error:
         reason = str(error) if path.suffix == ".safetensors" else unreadable(error)
@@ -271,6 +275,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {prefixes.sub("", name): tensor for name, tensor in tensors(state).items()}
 
 
+def _is_openais(path: Path) -> bool:
+    """Whether a file is OpenAI's own, the one TorchScript archive that is read: reading runs the code in it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == OPENAI_SHA256
+
+
 def unreadable(error: Exception) -> str:
     """Returns one line on why torch.load with weights_only=True failed; its own message may be a bare "105" or a page.
 
@@ -280,6 +290,8 @@ def unreadable(error: Exception) -> str:
         return str(error.strerror)
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
         return "holds more than tensors, and cannot be read without running code"
+    if "TorchScript" in str(error):
+        return "holds code (TorchScript), and is not OpenAI's own file; save the model's state_dict() with torch.save"
     return "not a PyTorch weights file, or cut short"
 
 
