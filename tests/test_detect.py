@@ -329,10 +329,12 @@ def test_a_threshold_that_nothing_calibrated_is_told(pair, tmp_path, capsys):
 class Impatient(Sight):
     """Is interrupted at a bright frame."""
 
-    number = signal.SIGINT
+    number, left = signal.SIGINT, None
 
     def __call__(self, images):
         if images.float().mean() > 240:
+            if self.left is not None:
+                shutil.copy(self.left / "events.csv", self.left / "then.csv")
             os.kill(os.getpid(), self.number)
             time.sleep(0.2)  # until it has arrived
         return super().__call__(images)
@@ -343,13 +345,17 @@ class Terminated(Impatient):
 
 
 @pytest.mark.parametrize("by", [Impatient, Terminated])
-def test_an_interrupt_leaves_the_events_that_were_found(pair, tmp_path, capsys, by):
+def test_an_interrupt_leaves_the_events_that_were_found(pair, tmp_path, capsys, monkeypatch, by):
+    """Which were there before: SIGKILL leaves them too."""
+    monkeypatch.setattr(by, "left", tmp_path / "out")
     film(tmp_path / "a.mkv", [(10, 16, 220)])
     film(tmp_path / "b.mkv", [(0, 80, 255)], frames=400)
     options, code = [*QUICK, "--visual-encoder", f"test_detect:{by.__name__}", "--no-plot"], 128 + by.number
     assert call("detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *options) == code
     lines = (tmp_path / "out" / "events.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].startswith("a,")
+    assert (tmp_path / "out" / "then.csv").read_text().splitlines() == lines
+    monkeypatch.setattr(by, "left", None)
     found = f"stopped by {by.number.name}; {tmp_path / 'out' / 'events.csv'} holds what was found so far\n"
     assert capsys.readouterr().err.endswith(f"error: {found}")
     assert call("detect", tmp_path / "b.mkv", "-m", pair / "student", "-o", tmp_path / "new", *options) == code
@@ -681,7 +687,7 @@ def test_events_are_those_of_the_probabilities():
 
 def test_what_is_written_is_what_was_found(tmp_path):
     found = by_hand()
-    detect.write_events(tmp_path / "e.csv", [found])
+    detect.write_events(tmp_path / "e.csv", found)
     assert (tmp_path / "e.csv").read_text().splitlines()[1:] == [
         "x,00:00:00.500,00:00:01.500,0.500,1.500,fighting,0.8000",
         "x,00:00:02.000,00:00:02.500,2.000,2.500,explosion,0.9000",

@@ -291,7 +291,7 @@ def detect(
 
     The teacher scores parts with sound; the student, if given, scores parts without, which are reported. Videos that
     fail are reported at the end, and the exit code is 1. --every must match the snippets that the model was trained on.
-    events.csv keeps the events that earlier calls found in other videos. If interrupted, it has those found so far.
+    events.csv grows with each video, and keeps the events that earlier calls found in other videos.
     """
     from ..engine.detect import (
         best_snippets,
@@ -332,7 +332,7 @@ def detect(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
     )
     note_threshold(scorers, threshold)
-    sampling, detections = Sampling(every, fps, 1, geometry), []
+    sampling, done = Sampling(every, fps, 1, geometry), 0
 
     @contextlib.contextmanager
     def extra(path: Path, target: Path) -> Iterator[None]:
@@ -368,10 +368,11 @@ def detect(
                     detection = detect_in(source.name, found, scorers, device_of(device), threshold)
                     target(".json").parent.mkdir(parents=True, exist_ok=True)
                     write_detection(target(".json"), detection, source.path)
+                    write_events(events, detection)
                 except Exception as error:  # a failing video is reported and does not stop the others
                     failed.append(reason_of(source.path, error))
                     continue
-                detections.append(detection)
+                done += 1
                 tqdm.write(summary(detection))
                 if found.damaged:
                     tqdm.write(f"note: {source.path}: {lost_frames(found.damaged)}", file=sys.stderr)
@@ -393,10 +394,9 @@ def detect(
             stop()
     except KeyboardInterrupt as end:
         found_so_far = f"{events} holds what was found so far"
-        raise Stopped(request.number or signal.SIGINT, found_so_far if detections else "no video was finished") from end
+        raise Stopped(request.number or signal.SIGINT, found_so_far if done else "no video was finished") from end
     finally:
-        if detections:
-            write_events(events, detections)
+        if done:
             typer.echo(f"wrote {events}")
         for reason in failed:
             typer.echo(f"failed: {reason}", err=True)

@@ -410,14 +410,12 @@ def read_events(path: Path) -> list[list[str]]:
     return rows
 
 
-def write_events(path: Path, detections: Sequence[Detection]) -> None:
+def write_events(path: Path, detection: Detection) -> None:
     """Writes one CSV row per event with the columns EVENTS, sorted by video; keeps the rows of other videos there."""
-    new = {detection.name for detection in detections}
-    rows = [row for row in read_events(path) if row[0] not in new]
-    for detection in detections:
-        for e in detection.events():
-            codes = time_code(e.start), time_code(e.end), f"{e.start:.3f}", f"{e.end:.3f}"
-            rows.append([detection.name, *codes, e.name, f"{e.score:.4f}"])
+    rows = [row for row in read_events(path) if row[0] != detection.name]
+    for e in detection.events():
+        codes = time_code(e.start), time_code(e.end), f"{e.start:.3f}", f"{e.end:.3f}"
+        rows.append([detection.name, *codes, e.name, f"{e.score:.4f}"])
     with atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([EVENTS, *sorted(rows, key=lambda row: row[0])])
