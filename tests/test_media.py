@@ -436,8 +436,8 @@ def test_the_folder_at_hand_is_looked_in_last_and_for_named_encoders_alone(tmp_p
     assert sys.path[-1] == str(tmp_path)
 
 
-def test_clip_with_random_weights(tmp_path, caplog):
-    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+def test_clip_with_random_weights(tmp_path, caplog, monkeypatch):
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD, pretrained
 
     tower = encoders.visual_encoder("clip", "random", "cpu")
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
@@ -460,6 +460,15 @@ def test_clip_with_random_weights(tmp_path, caplog):
         with pytest.raises(MediaError, match=wrong):
             tower._load(path)
     torch.save({f"visual.{name}": x.half() for name, x in tower.tower.state_dict().items()}, tmp_path / "visual.pt")
-    loaded = encoders.visual_encoder("clip", str(tmp_path / "visual.pt"), "cpu")
+    monkeypatch.setattr(pretrained, "download_pretrained_from_url", lambda url: str(tmp_path / "visual.pt"))
+    loaded = encoders.visual_encoder("clip", "openai", "cpu")
     assert torch.equal(loaded.tower.proj, tower.tower.proj.half().float())
     assert not caplog.records  # no word of random weights, least of all where they come from a file
+
+
+def test_clip_without_a_network(monkeypatch):
+    from open_clip import pretrained
+
+    monkeypatch.setattr(pretrained, "download_pretrained_from_url", None)
+    with pytest.raises(MediaError, match="could not be fetched .*ViT-B-16.pt into ~/.cache/clip.* as --visual-weights"):
+        encoders.visual_encoder("clip", "openai", "cpu")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..device import device_of
-from ..models.text import TextWeightsError, read_weights
+from ..models.text import TextWeightsError, fetched, read_weights
 from .decode import RATE, Windows
 from .errors import MediaError
 from .wav2clip import Wav2Clip
@@ -85,21 +85,16 @@ class ClipVisual(nn.Module):
                 "CLIP comes with open_clip, which is not installed: pip install open_clip_torch"
             ) from error
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # for "random"
-                name = "ViT-B-16-quickgelu"
-                if weights == "openai":
-                    model = open_clip.create_model(name, pretrained="openai", device="cpu")
-                else:  # create_model would warn of random weights, also where a file follows
-                    model = open_clip.CLIP(**open_clip.get_model_config(name))
-        except Exception as error:  # network, proxy, full disk: the remedy is the same
-            raise MediaError(
-                f"CLIP's ViT-B/16 weights could not be loaded ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
-                "~/.cache/clip, or give its path as --visual-weights; 'random' runs without them, for tests only"
-            ) from error
+            # not by open_clip.create_model, which takes them from the Hub, where nothing pins their hash
+            source = fetched("--visual-weights; 'random'") if weights == "openai" else Path(weights)
+        except TextWeightsError as error:
+            raise MediaError(str(error)) from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # for "random"
+            model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-16-quickgelu"))
         self.tower = model.visual.float().eval().requires_grad_(False)
-        if weights not in ("openai", "random"):
-            self._load(Path(weights))
+        if weights != "random":
+            self._load(source)
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None])
         self.register_buffer("std", torch.tensor(STD)[:, None, None])
         self.to(device)

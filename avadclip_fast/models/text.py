@@ -222,7 +222,7 @@ class TextEncoder(nn.Module):
         if weights == "random":
             self.randomize()
             return
-        source = _download() if weights == "openai" else Path(weights)
+        source = fetched("text weights; 'random' (--text-weights random)") if weights == "openai" else Path(weights)
         state = read_weights(source)
         own = {name: p for name, p in self.state_dict().items() if not name.startswith("prompt.")}
         wrong = [
@@ -235,7 +235,11 @@ class TextEncoder(nn.Module):
         self.load_state_dict({name: state[name].float() for name in own}, strict=False)
 
 
-def _download() -> Path:
+def fetched(instead: str) -> Path:
+    """Returns OpenAI's ViT-B-16.pt, downloaded into ~/.cache/clip once and verified by SHA-256.
+
+    instead: what takes its path, and how to do without, for the message of the TextWeightsError if it is not there
+    """
     try:
         from open_clip.pretrained import download_pretrained_from_url, get_pretrained_url
 
@@ -244,8 +248,7 @@ def _download() -> Path:
     except Exception as error:  # network, proxy, full disk: the remedy is the same
         raise TextWeightsError(
             f"CLIP's ViT-B/16 weights could not be fetched ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
-            "~/.cache/clip, or give its path as text weights; 'random' (--text-weights random) runs without them, "
-            "for tests and demonstrations only"
+            f"~/.cache/clip, or give its path as {instead} runs without them, for tests and demonstrations only"
         ) from error
 
 
