@@ -384,6 +384,20 @@ def test_events_of_earlier_calls_stay(pair, tmp_path, capsys):
     assert "events.csv was not written by detect" in told and (out / "events.csv").read_text().endswith("mine\n")
 
 
+def test_resuming_leaves_out_what_is_done(pair, tmp_path, capsys):
+    """With the same models and options, of the same video, with all that is asked for."""
+    for name in "ab":
+        film(tmp_path / f"{name}.mkv", [(10, 16, 220)])
+    given = ["detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *QUICK, "--no-plot"]
+    assert call(*given) == 0
+    film(tmp_path / "b.mkv", [(4, 10, 220)])
+    for options, count in (((), 1), ((), 2), (("--per-frame",), 0), (("--threshold", "0.3"), 0)):
+        capsys.readouterr()
+        assert call(*given, "--resume", *options) == 0
+        said = capsys.readouterr().out
+        assert f"finished before: {count} of 2 videos\n" in said and ("a: 00:" in said) == (count == 0)
+
+
 def test_events_in_another_video_of_the_same_name_stay(pair, tmp_path, capsys, monkeypatch):
     """Wherever the call is made, and if that is gone; a moved video, or a record that is none, is in nobody's way."""
     for day, at in (("monday", 10), ("tuesday", 20)):

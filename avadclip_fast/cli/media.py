@@ -26,6 +26,7 @@ from .commands import MOST, Device, Quiet, Root, app
 if TYPE_CHECKING:  # imported when a command runs, so that other commands start fast and without PyAV
     from ..engine.detect import Event, Scorer
     from ..media.encoders import AudioEncoder, Encoders, VisualEncoder
+    from ..media.extract import Source
 
 
 LONG_SNIPPET = 1.5  # seconds: twice those of XD-Violence's videos, of 24 frames a second
@@ -284,6 +285,9 @@ def detect(
     plot: Annotated[bool, Option(help="Draw curve, events and key frames of each video.")] = True,
     copy: Annotated[bool, Option("--annotate", help="Write NAME.mkv: the video with curve and events in it.")] = False,
     per_frame: Annotated[bool, Option("--per-frame", help="Write NAME.frames.csv: scores of every frame.")] = False,
+    resume: Annotated[
+        bool, Option("--resume", help="Skip videos that a call with these models and options has finished.")
+    ] = False,
     device: Device = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -296,7 +300,9 @@ def detect(
     from ..engine.detect import (
         best_snippets,
         check_video,
+        is_done,
         read_events,
+        settings_of,
         summary,
         write_detection,
         write_events,
@@ -308,6 +314,7 @@ def detect(
     from ..media.annotate import annotate
     from ..media.errors import import_av
     from ..media.extract import check_results, find_sources, reason_of
+    from ..media.extract import settings_of as features_settings
     from ..media.features import Sampling, key_frames, video_features
 
     import_av()
@@ -333,6 +340,17 @@ def detect(
     )
     note_threshold(scorers, threshold)
     sampling, done = Sampling(every, fps, 1, geometry), 0
+    named: dict[str, list] = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
+    settings = settings_of(scorers, threshold, features_settings(sampling, False, named))
+
+    def finished(source: "Source") -> bool:
+        made = [output / f"{source.name}{ending}" for ending in endings]
+        return is_done(made[0], source.path, settings) and all(path.exists() for path in made)
+
+    if resume:
+        left = [source for source in sources if not finished(source)]
+        typer.echo(f"finished before: {len(sources) - len(left)} of {len(sources)} videos")
+        sources = left
 
     @contextlib.contextmanager
     def extra(path: Path, target: Path) -> Iterator[None]:
@@ -367,8 +385,8 @@ def detect(
                     found = video_features(source.path, sampling, seen, heard, count)
                     detection = detect_in(source.name, found, scorers, device_of(device), threshold)
                     target(".json").parent.mkdir(parents=True, exist_ok=True)
-                    write_detection(target(".json"), detection, source.path)
                     write_events(events, detection)
+                    write_detection(target(".json"), detection, source.path, settings)  # last: what it records is done
                 except Exception as error:  # a failing video is reported and does not stop the others
                     failed.append(reason_of(source.path, error))
                     continue

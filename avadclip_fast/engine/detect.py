@@ -5,7 +5,7 @@ import json
 import os
 from bisect import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from ..models.checkpoints import CheckpointError
 from ..models.text import tokenize
 from .calibrate import Calibration
 from .evaluate import PACKED_CHUNKS, VideoScores, load_model, stream_scores
+from .state import model_digest
 
 EVENTS = ["video", "start", "end", "start_seconds", "end_seconds", "class", "score"]  # columns of events.csv
 PAUSE = 5.0  # seconds: a shorter silence is part of the surrounding sound, a shorter time without frames no gap
@@ -363,8 +364,23 @@ def as_record(detection: Detection, source: str | Path) -> dict:
     }
 
 
-def write_detection(path: Path, detection: Detection, source: str | Path) -> None:
-    record = {"file": _identity(source), **as_record(detection, source)}
+def settings_of(scorers: Sequence[Scorer], threshold: float | None, features: dict) -> dict:
+    """All that results depend on, besides the video, as JSON has it. features: `media.extract.settings_of`."""
+    models = [[model_digest(scorer.model), asdict(scorer.calibration)] for scorer in scorers]
+    return json.loads(json.dumps({**features, "threshold": threshold, "models": models}))
+
+
+def is_done(path: Path, source: str | Path, settings: dict) -> bool:
+    """Whether `path` is what `write_detection` wrote of this video, unchanged, with these settings."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return record["settings"] == settings and record["file"] == _identity(source)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # no such file, or none of ours
+        return False
+
+
+def write_detection(path: Path, detection: Detection, source: str | Path, settings: dict) -> None:
+    record = {"file": _identity(source), "settings": settings, **as_record(detection, source)}
     with atomic_write(path, "w") as file:
         file.write(json.dumps(record) + "\n")
 
