@@ -20,6 +20,7 @@ from test_cli import call, mistake
 from videos import BAD, bad_videos, damage, forbid, joined, make_video
 
 from avadclip_fast import data
+from avadclip_fast.cli.media import note_threshold
 from avadclip_fast.engine import detect, timeline
 from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.evaluate import stream_scores
@@ -313,17 +314,21 @@ def test_a_threshold_that_nothing_calibrated_is_told(pair, tmp_path, capsys):
     given = shutil.copytree(pair, tmp_path / "pair")
     none = "no calibrated threshold; using 0.5 (--threshold sets another)\n"
 
-    def told(model, *options):
-        for command in (["detect", "-o", tmp_path / "out", "--no-plot"], ["stream"]):
-            assert call(*command, tmp_path / "a.mkv", "-m", model, *QUICK, *options) == 0
-            yield from (line for line in capsys.readouterr().err.splitlines(True) if line.startswith("note: "))
+    def told():
+        return [line for line in capsys.readouterr().err.splitlines(True) if line.startswith("note: ")]
 
-    assert list(told(given)) == [f"note: the models have {none}"] * 2
-    assert list(told(given / "student")) == [f"note: the model has {none}"] * 2
-    assert list(told(given, "--threshold", "0.5")) == []
+    for command in (["detect", "-o", tmp_path / "out", "--no-plot"], ["stream"]):
+        options = tmp_path / "a.mkv", "-m", given / "student", *QUICK
+        assert call(*command, *options) == 0 and told() == [f"note: the model has {none}"]
+        assert call(*command, *options, "--threshold", "0.5") == 0 and told() == []
+    note_threshold(detect.load_scorers(given), None)
+    assert told() == [f"note: the models have {none}"]
     Calibration(Head(1.2, 0.4), videos=4).save(given / "teacher" / "model")
-    assert list(told(given)) == [f"note: one of the models has {none}"] * 2
-    assert list(told(given / "teacher")) == []
+    both = detect.load_scorers(given)
+    note_threshold(both, None)
+    assert told() == [f"note: one of the models has {none}"]
+    note_threshold(both[:1], None)
+    assert told() == []
 
 
 class Impatient(Sight):
