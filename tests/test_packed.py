@@ -67,8 +67,8 @@ def test_a_changed_byte_is_noticed(tmp_path):
         open_packed(path)
 
 
-def test_it_goes_on_where_it_was(tmp_path):
-    write(tmp_path / "whole.safetensors")
+def cut_short(path):
+    """Begins to write a file, is interrupted at its row 24, and returns the rows at which blocks began."""
     asked = []
 
     def failing(start, stop):
@@ -78,7 +78,13 @@ def test_it_goes_on_where_it_was(tmp_path):
         return block(start, stop)
 
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "cut.safetensors", failing)
+        write(path, failing)
+    return asked
+
+
+def test_it_goes_on_where_it_was(tmp_path):
+    write(tmp_path / "whole.safetensors")
+    asked = cut_short(tmp_path / "cut.safetensors")
     assert not (tmp_path / "cut.safetensors").exists()
 
     def rest(start, stop):
@@ -93,14 +99,7 @@ def test_it_goes_on_where_it_was(tmp_path):
 def test_rows_are_not_there_because_the_journal_says_so(tmp_path):
     """Someone has removed the large file, and left the small one beside it."""
     write(tmp_path / "whole.safetensors")
-
-    def failing(start, stop):
-        if start == 24:
-            raise KeyboardInterrupt
-        return block(start, stop)
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "cut.safetensors", failing)
+    cut_short(tmp_path / "cut.safetensors")
     (tmp_path / "cut.safetensors.part").unlink()
     write(tmp_path / "cut.safetensors")
     assert (tmp_path / "cut.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
@@ -108,13 +107,7 @@ def test_rows_are_not_there_because_the_journal_says_so(tmp_path):
 
 @pytest.mark.parametrize("rows", ["8", -8, 10**30, None])
 def test_a_journal_that_counts_no_rows(tmp_path, rows):
-    def failing(start, stop):
-        if start == 24:
-            raise KeyboardInterrupt
-        return block(start, stop)
-
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "cut.safetensors", failing)
+    cut_short(tmp_path / "cut.safetensors")
     journal = tmp_path / "cut.safetensors.part.json"
     journal.write_text(json.dumps(json.loads(journal.read_text()) | {"rows": rows}))
     write(tmp_path / "cut.safetensors")
