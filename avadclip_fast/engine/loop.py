@@ -15,10 +15,8 @@ from ..data import Batch, FeatureSet, epoch_order
 from ..models import AVadCLIP, AVadCLIPStudent
 from ..ops._autocast import LOWERING
 from ..profiling import span
-from . import distributed, residency
+from . import distributed, progress, residency
 from .graph import StepGraph, changed_by
-from .progress import bar as progress_bar
-from .progress import due as bar_due
 from .recipe import Recipe
 from .state import Saver, trained, writing
 from .step import add_noise, gradients, shares, train_step, trim
@@ -78,7 +76,7 @@ class Loop:
         self.model.train()
         recipe, epoch, size = self.recipe, info["epoch"], self.recipe.batch_size
         chunks = epoch_order(len(self.lengths), recipe.seed, epoch).split(size)
-        bar = progress_bar(
+        bar = progress.bar(
             total=len(self.lengths),
             initial=min(info["step"] * size, len(self.lengths)),
             desc=f"epoch {epoch + 1}/{recipe.epochs}",
@@ -95,7 +93,7 @@ class Loop:
                 given = next(inputs)
             losses, asked = self._step(given, index, recipe.seed + 1_000_003 * number)
             sums = sums + losses.double() * len(index)
-            if bar_due(bar, shown):
+            if progress.due(bar, shown):
                 shown = time.monotonic()
                 bar.set_postfix(loss=f"{losses[self.names.index('total')].item():.4f}", refresh=False)
             bar.update(len(index))
