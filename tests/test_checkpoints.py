@@ -460,7 +460,7 @@ def test_a_config_leads_to_no_other_file(saved, monkeypatch):
     """Nothing but its own weights is read, whoever wrote it: not the path in it, nor CLIP's by default."""
     path = saved / "config.json"
     monkeypatch.setattr(text, "read_weights", None)
-    monkeypatch.setattr(text, "fetched", None)
+    monkeypatch.setattr(text, "openai_weights", None)
     kept = json.loads(path.read_text())
     del kept["text_weights"]
     for settings in (kept, kept | {"text_weights": "openai"}, kept | {"text_weights": str(path)}):

@@ -1,6 +1,7 @@
-"""Atomic writes: a file is complete or does not exist."""
+"""Whole files: atomic writes, after which a file is complete or does not exist, and hashes."""
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -41,6 +42,12 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes a value as JSON, atomically."""
     with atomic_write(path, "w") as file:
         file.write(json.dumps(value, indent=1))
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file's content, in hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def make_folder(folder: str | Path) -> None:

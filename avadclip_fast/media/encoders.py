@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..device import device_of
-from ..models.text import TextWeightsError, fetched, read_weights
+from ..models.text import TextWeightsError, openai_weights, read_weights
 from .decode import RATE, Windows
 from .errors import MediaError
 from .wav2clip import Wav2Clip
@@ -86,7 +86,7 @@ class ClipVisual(nn.Module):
             ) from error
         try:
             # not by open_clip.create_model, which takes them from the Hub, where nothing pins their hash
-            source = fetched("--visual-weights; 'random'") if weights == "openai" else Path(weights)
+            source = openai_weights("--visual-weights") if weights == "openai" else Path(weights)
         except TextWeightsError as error:
             raise MediaError(str(error)) from error
         with torch.random.fork_rng(devices=[]):

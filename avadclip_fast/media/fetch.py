@@ -6,7 +6,7 @@ import re
 import urllib.request
 from pathlib import Path
 
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, sha256_of
 from .errors import MediaError
 
 _PINNED = re.compile(r"(https://\S+?/([\w.-]+))#sha256=([0-9a-f]{64})")
@@ -30,7 +30,7 @@ def fetch(source: str | Path) -> Path:
     url, name, digest = match.groups()
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "avadclip_fast"
     path = cache / f"{digest[:16]}-{name}"
-    if path.is_file() and _sha256(path) == digest:
+    if path.is_file() and sha256_of(path) == digest:
         return path
     cache.mkdir(parents=True, exist_ok=True)
     try:
@@ -44,8 +44,3 @@ def fetch(source: str | Path) -> Path:
     except OSError as error:
         raise MediaError(f"{url}: cannot be fetched: {error}; download it elsewhere, and give its path") from error
     return path
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ computed once, as a prefix that all classes attend to.
 """
 
 import errno
-import hashlib
 import logging
 import math
 import pickle
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..data.atomic import sha256_of
 from ..data.errors import DataError
 from ..modules import MLP
 from ..ops._residual_block import residual_mlp
@@ -222,7 +222,7 @@ class TextEncoder(nn.Module):
         if weights == "random":
             self.randomize()
             return
-        source = fetched("text weights; 'random' (--text-weights random)") if weights == "openai" else Path(weights)
+        source = openai_weights("--text-weights") if weights == "openai" else Path(weights)
         state = read_weights(source)
         own = {name: p for name, p in self.state_dict().items() if not name.startswith("prompt.")}
         wrong = [
@@ -235,10 +235,10 @@ class TextEncoder(nn.Module):
         self.load_state_dict({name: state[name].float() for name in own}, strict=False)
 
 
-def fetched(instead: str) -> Path:
+def openai_weights(option: str) -> Path:
     """Returns OpenAI's ViT-B-16.pt, downloaded into ~/.cache/clip once and verified by SHA-256.
 
-    instead: what takes its path, and how to do without, for the message of the TextWeightsError if it is not there
+    option: what takes its path instead, for the message of the TextWeightsError that is raised if it is not there
     """
     try:
         from open_clip.pretrained import download_pretrained_from_url, get_pretrained_url
@@ -248,7 +248,8 @@ def fetched(instead: str) -> Path:
     except Exception as error:  # network, proxy, full disk: the remedy is the same
         raise TextWeightsError(
             f"CLIP's ViT-B/16 weights could not be fetched ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
-            f"~/.cache/clip, or give its path as {instead} runs without them, for tests and demonstrations only"
+            f"~/.cache/clip, or give its path as {option}; 'random' ({option} random) runs without them, for tests and "
+            "demonstrations only"
         ) from error
 
 
@@ -264,7 +265,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except RuntimeError:
-            if not _is_openais(path):
+            if sha256_of(path) != OPENAI_SHA256:  # TorchScript, as theirs is, runs the code in it as it is read
                 raise
             return torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as error:
@@ -276,12 +277,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise TextWeightsError(f"text weights: {path} holds a {type(state).__name__}, not a state dict")
     prefixes = re.compile(r"^(module\.)?(clipmodel\.)?")  # of DataParallel, and of an AVadCLIP checkpoint
     return {prefixes.sub("", name): tensor for name, tensor in tensors(state).items()}
-
-
-def _is_openais(path: Path) -> bool:
-    """Whether a file is OpenAI's own, the one TorchScript archive that is read: reading runs the code in it."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == OPENAI_SHA256
 
 
 def unreadable(error: Exception) -> str:
