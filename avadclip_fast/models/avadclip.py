@@ -23,7 +23,7 @@ from ..modules.linear_act import binary_head
 from ..ops._autocast import activations, autocasts
 from ..ops._check import check_lengths
 from ..ops._linear_act_cpu import spares
-from ..ops._padding import zero_padding
+from ..ops._padding import at_least_float32, zero_padding
 from . import groups
 from .checkpoints import Checkpointed
 from .encoder import Standardize, TemporalEncoder, moments
@@ -352,8 +352,7 @@ class AVadCLIPStudent(Detector):
 
 def text_loss(text_features: Tensor) -> Tensor:
     """Pushes the anomalous classes away from normal: mean over c >= 1 of |cos(X_0, X_c)|, float32 (float64) scalar."""
-    x = text_features if text_features.dtype == torch.float64 else text_features.float()
-    x = F.normalize(x, dim=-1)
+    x = F.normalize(at_least_float32(text_features), dim=-1)
     return (x[1:] * x[0]).sum(1).abs().mean()  # not a matrix product, which autocast would run in low precision
 
 

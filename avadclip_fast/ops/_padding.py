@@ -1,11 +1,11 @@
-"""Which rows are padding, for modules, models and the engine, which do not import the references."""
+"""Numerics of the references, for modules, models and the engine, which do not import them."""
 
 import torch
 from torch import Tensor
 
-from ..reference._numerics import valid_mask, zero_padding
+from ..reference._numerics import at_least_float32, valid_mask, zero_padding
 
-__all__ = ["ends_of", "valid_mask", "zero_padding"]
+__all__ = ["at_least_float32", "ends_of", "valid_mask", "zero_padding"]
 
 
 def ends_of(present: Tensor) -> Tensor:
