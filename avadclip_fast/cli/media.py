@@ -191,8 +191,9 @@ def extract(
     media.check_results(videos, sources, [folder / "list.csv", log, output])
     make_folder(folder)
     sampling = Sampling(every, fps, crops, geometry)
-    named: dict[str, list] = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
-    settings = media.settings_of(sampling, not full, named)
+    settings = media.settings_of(
+        sampling, not full, visual=(visual_encoder, visual_weights), audio=(audio_encoder, audio_weights)
+    )
     media.read_labels(folder)  # to fail early
     if not overwrite:
         media.check_replaced(sources, folder, settings)
@@ -340,8 +341,10 @@ def detect(
     )
     note_threshold(scorers, threshold)
     sampling, done = Sampling(every, fps, 1, geometry), 0
-    named: dict[str, list] = {"visual": [visual_encoder, visual_weights], "audio": [audio_encoder, audio_weights]}
-    settings = settings_of(scorers, threshold, features_settings(sampling, False, named))
+    features = features_settings(
+        sampling, False, visual=(visual_encoder, visual_weights), audio=(audio_encoder, audio_weights)
+    )
+    settings = settings_of(scorers, threshold, features)
 
     def finished(source: "Source") -> bool:
         made = [output / f"{source.name}{ending}" for ending in endings]

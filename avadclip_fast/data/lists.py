@@ -58,10 +58,8 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
         )
         if empty := [name for name in wanted if not cells[name]]:
             problems.append(f"{path}, line {line}: {' and '.join(empty)} empty; fill in, or remove the line")
-        elif "\0" in cells["path"] + cells["audio_path"]:
-            problems.append(f"{path}, line {line}: a NUL in a path, which no file has; write the list again in UTF-8")
-        elif outside := [cells[name] for name in ("path", "audio_path") if not is_inside(root, cells[name])]:
-            problems.append(f"{path}, line {line}: {outside[0]} leads out of {root}; name a --root that holds it")
+        elif wrong := misplaced(root, cells["path"], cells["audio_path"]):
+            problems.append(f"{path}, line {line}: {wrong}")
         elif not Path(cells["path"]).name:
             problems.append(f"{path}, line {line}: {cells['path']} is a folder, not a feature file")
         elif file in seen:
@@ -72,6 +70,14 @@ def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
     if not rows and not problems:
         raise DataError(f"{path}: the list is empty: nothing follows its header")
     return rows, problems
+
+
+def misplaced(root: str | Path, *names: str) -> str | None:
+    """Returns why paths of a list lead to no file below `root`, or None."""
+    if any("\0" in name for name in names):
+        return "a NUL in a path, which no file has; write the list again in UTF-8"
+    outside = [name for name in names if not is_inside(root, name)]
+    return f"{outside[0]} leads out of {root}; name a --root that holds it" if outside else None
 
 
 def is_inside(root: str | Path, name: str) -> bool:

@@ -372,11 +372,17 @@ def settings_of(scorers: Sequence[Scorer], threshold: float | None, features: di
 
 def is_done(path: Path, source: str | Path, settings: dict) -> bool:
     """Whether `path` is what `write_detection` wrote of this video, unchanged, with these settings."""
+    record = _recorded(path)
+    return record.get("settings") == settings and record.get("file") == _identity(source)
+
+
+def _recorded(path: Path) -> dict:
+    """Reads a JSON object; empty if there is no such file, or it holds none."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record["settings"] == settings and record["file"] == _identity(source)
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):  # no such file, or none of ours
-        return False
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def write_detection(path: Path, detection: Detection, source: str | Path, settings: dict) -> None:
@@ -396,13 +402,12 @@ def _identity(path: str | Path) -> dict | None:
 
 def check_video(path: Path, source: str | Path) -> None:
     """Raises DataError if `path` is what `write_detection` wrote of a video other than `source`, moved or not."""
-    own = _identity(source)
+    own, record = _identity(source), _recorded(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         video = record["video"]
         there = os.path.isfile(video)
         other = not os.path.samefile(video, source) if there else (record.get("file") or own) != own
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):  # no such file, or none of ours
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):  # no such file, or none of ours
         return
     if other and own is not None:
         gone, remedy = ("", "their common folder as the videos") if there else (", which is gone", f"remove {path}")

@@ -20,7 +20,7 @@ import torch
 from ..data import DataError
 from ..data.atomic import atomic_write
 from ..data.features import write_features
-from ..data.lists import Row, is_inside, read_cells, video_of, write_list
+from ..data.lists import Row, misplaced, read_cells, video_of, write_list
 from .decode import FILES_ONLY
 from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
@@ -155,10 +155,8 @@ def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
     for number, name, listed in rows:
         if not name:
             continue
-        if "\0" in name:
-            raise DataError(f"{path}, line {number}: a NUL in a path, which no file has; write the list again in UTF-8")
-        if not is_inside(root, name):
-            raise DataError(f"{path}, line {number}: {name} leads out of {root}; name a --root that holds it")
+        if wrong := misplaced(root, name):
+            raise DataError(f"{path}, line {number}: {wrong}")
         file = Path(os.path.abspath(root / name))
         inner = file.relative_to(os.path.abspath(root))
         if not inner.name:
@@ -322,8 +320,11 @@ def _identity(path: Path) -> dict:
     return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
 
 
-def settings_of(sampling: Sampling, half: bool, encoders: dict[str, list]) -> dict:
-    """All settings that features depend on, by option. half: float16 files; encoders: their names and weights."""
+def settings_of(sampling: Sampling, half: bool, **encoders: Sequence[str | None]) -> dict:
+    """All settings that features depend on, by option.
+
+    half: float16 files. encoders: of "visual" and "audio", their name and their weights.
+    """
     named = {
         stream: [name, os.path.realpath(weights) if weights is not None and os.path.exists(weights) else weights]
         for stream, (name, weights) in encoders.items()
