@@ -118,9 +118,9 @@ def weights_kernel(
         tl.debug_barrier()  # the loop below reads weights stored by other threads of the program
         inverse = (1 / tl.where(total == 0.0, 1.0, total))[:, None]
         for j in range(0, rows, COLS):
-            at, inside = tile(weights, i, j, rows, 1, ROWS, COLS), (own < rows)[:, None] & (j + columns < rows)[None, :]
-            w = tl.load(at, mask=inside & (j < end), other=0.0)
-            tl.store(at, w * inverse, mask=inside)
+            at, column = tile(weights, i, j, rows, 1, ROWS, COLS), (j + columns)[None, :]
+            w = tl.load(at, mask=(own < rows)[:, None] & (column < end), other=0.0)
+            tl.store(at, w * inverse, mask=(own < rows)[:, None] & (column < rows))
     tl.store(sums + own, total, mask=own < rows)
 
 
