@@ -372,11 +372,12 @@ def test_sigterm_through_the_command_line(tmp_path):
 
 
 def test_bfloat16_follows_float32(tmp_path):
-    """Sixty steps at the paper's rate: weights and moments stay float32, losses within 2 % of float32's.
+    """Twenty steps at the paper's rate: weights and moments stay float32, losses within 1 % of float32's.
 
-    Products keep 8 bits, 0.4 % each; over many steps at higher rates the two part like two runs of other seeds.
+    Products keep 8 bits, 0.4 % each; over many more steps the two part like two runs of other seeds. How far in sixty
+    is tests/test_step.py's to say, over several seeds.
     """
-    recipe = Recipe(epochs=30, batch_size=6, lr=1e-5, milestones=())
+    recipe = Recipe(epochs=10, batch_size=6, lr=1e-5, milestones=())
     model = functools.partial(AVadCLIP, CLASSES, **SMALL, dropout=0.0)
     curves = {}
     for precision in ("fp32", "bf16"):
@@ -387,7 +388,7 @@ def test_bfloat16_follows_float32(tmp_path):
         )
         assert all(x.dtype == torch.float32 for x in load_file(run / STATE).values())
     for full, half in zip(*curves.values(), strict=True):
-        assert half["total"] == pytest.approx(full["total"], rel=0.02) and half["total"] != full["total"]
+        assert half["total"] == pytest.approx(full["total"], rel=0.01) and half["total"] != full["total"]
 
 
 def test_noise_is_of_the_training_rows_spread_and_spares_sound_and_padding():
