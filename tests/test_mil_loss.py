@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_tests import OpTests
 
-from avadclip_fast import BackendError, MILAlignLoss, ops
+from avadclip_fast import BackendError, MILAlignLoss, MILLoss, ops
 
 
 def top_mean(scores, divisor):
@@ -124,3 +124,12 @@ def test_alpha_learns():
     loss = MILAlignLoss(2)
     loss(torch.randn(1, 4, 2), torch.tensor([[0.0, 1.0]]), torch.tensor([4])).backward()
     assert loss.alpha.grad[0] == 0 and loss.alpha.grad[1] > 0
+
+
+def test_modules_begin_with_the_authors_numbers():
+    """Of 64 snippets, the mean of 64 // 16 + 1 counts; each class weighs 0.25 at first."""
+    logits, labels, lengths = torch.randn(2, 64, 2), torch.eye(2), torch.tensor([64, 64])
+    assert MILLoss()(logits[..., 0], labels, lengths) == ops.mil_loss(logits[..., 0], labels, lengths, 16)
+    align, alpha = MILAlignLoss(2), torch.full((2,), 0.25)
+    assert torch.equal(align.alpha, alpha)
+    assert align(logits, labels, lengths) == ops.mil_align_loss(logits, labels, lengths, alpha, 16)

@@ -41,5 +41,6 @@ def test_shares_choices_and_the_oracle():
         assert record["oracle"]["binary"] == max(record[name]["binary"] for name in CHOICES)
     with pytest.raises(DataError, match="one kind"):
         missing_sound(hearing, deaf, student, np.zeros(30 * 8 * 4), classes, 4, [50], seed=0)
-    text = format_missing(records)
-    assert "50 %" in text and f"{100 * half['automatic']['align']:.2f}" in text
+    lines = format_missing(records).splitlines()
+    shown = [half[name][branch] for name in (*CHOICES, "oracle") for branch in ("align", "binary")]
+    assert lines[3].split() == ["50", "%", *(f"{100 * value:.2f}" for value in shown)]
