@@ -92,14 +92,16 @@ def test_the_student_takes_over_after_a_pause(pair):
     assert detector.by == "teacher"
 
 
-def test_the_teacher_scores_what_sounds_as_detect_does(pair):
-    """The newest score is the last one of a video that ends there."""
+@pytest.mark.parametrize("lost", [(), (3, 7)], ids=["all heard", "some sound lost"])
+def test_the_teacher_scores_what_sounds_as_detect_does(pair, lost):
+    """The newest score is the last one of a video that ends there; a snippet that came without sound has zeros."""
     detector = online(pair)
     levels = np.random.default_rng(0).integers(20, 220, 15)
-    for level in levels:
-        detector.push(grey(level), LOUD)
+    for i, level in enumerate(levels):
+        detector.push(grey(level), None if i in lost else LOUD)
     seen = Sight("cpu")(torch.stack([torch.full((3, 32, 32), int(x), dtype=torch.uint8) for x in levels])).numpy()
     heard = np.stack([Hearing("cpu")(LOUD[None])[0].numpy()] * 15)
+    heard[list(lost)] = 0
     scores = detect.score(detector.scorers[0], seen, heard, "cpu").probabilities
     assert detector.score == pytest.approx(1 - scores[-1, 0], abs=1e-5)
 
