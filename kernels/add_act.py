@@ -24,7 +24,7 @@ def load(x, video, t, d, inside, stride_b, stride_t, stride_d):
 
 @triton.jit
 def add_act_kernel(
-    x, r,  # [B, T, D]
+    x, r,  # [B, T, D], r None for the activation alone
     out,  # [B·T, D]
     count, rows, width, stride_xb, stride_xt, stride_xd, stride_rb, stride_rt, stride_rd,
     ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -33,7 +33,8 @@ def add_act_kernel(
     video, t = (row // rows).to(tl.int64), (row % rows).to(tl.int64)
     inside = (row < count)[:, None] & (d < width)[None, :]  # [ROWS, COLS]
     y = load(x, video, t, d, inside, stride_xb, stride_xt, stride_xd)
-    y += load(r, video, t, d, inside, stride_rb, stride_rt, stride_rd)
+    if r is not None:
+        y += load(r, video, t, d, inside, stride_rb, stride_rt, stride_rd)
     at = row.to(tl.int64)[:, None] * width + d[None, :]
     tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=inside)
 
@@ -65,15 +66,17 @@ def tile(count: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     return (cdiv(count, side), cdiv(width, cols)), {"ROWS": side, "COLS": cols}
 
 
-def forward(x: Tensor, residual: Tensor, activation: str) -> Tensor:
-    """The op: x, residual [B, T, D] -> [B, T, D]."""
+def forward(x: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """The op: x, residual [B, T, D] -> [B, T, D]. Without residual, the activation of x."""
     _, rows, width = x.shape
-    out = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = x.new_empty(x.shape, dtype=dtype)
     if out.numel():
         count = x.shape[0] * rows
         grid, sides = tile(count, width)
+        strides = (0, 0, 0) if residual is None else residual.stride()
         add_act_kernel[grid](
-            x, residual, out, count, rows, width, *x.stride(), *residual.stride(),
+            x, residual, out, count, rows, width, *x.stride(), *strides,
             ACTIVATION=activation, **sides, num_warps=4,
         )  # fmt: skip
     return out

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..streams import FIRST, aside
 from ._sizes import cdiv
 from .linear_act import activate, activation_grad
 
@@ -71,12 +72,11 @@ def backward(
     wide[:, outputs:] = F.pad(g[:, None], (0, EXTRA - 1))
     _, by_bias, by_dot = activation_grad(g, y, "quick_gelu", dot, None, 1.0, weight, needs[2], out=wide[:, :outputs])
     nothing = weight.new_empty(0)
-    by_x = by_both = nothing
+    by_x, both = nothing, aside(lambda: wide.T @ rows if needs[1] or needs[4] else nothing, FIRST)
     if needs[0]:
         tall = torch.cat([weight, direct[None], weight.new_zeros(EXTRA - 1, width)])
         by_x = (wide @ tall).view(x.shape)
-    if needs[1] or needs[4]:
-        by_both = wide.T @ rows  # [N + EXTRA, D]
+    by_both = both()  # [N + EXTRA, D]
     return (
         by_x,
         by_both[:outputs] if needs[1] else nothing,

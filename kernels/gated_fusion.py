@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..streams import FIRST, aside
 from ._sizes import cdiv
 from .column_sums import column_sums
 from .linear_act import (
@@ -193,11 +194,15 @@ def backward(
     # Apart: with the slope of GELU in its epilogue, which takes all registers, the product takes three times as long.
     dh, half = dr @ residual_weight, dz[:, width:]
     _, d_hidden_bias, _ = activation_grad(dh, y, "gelu", None, None, 1.0, residual_weight.T, True, out=half)
+
+    def by_learned() -> tuple[Tensor, ...]:
+        by_v, by_a = dz.T @ v, dz.T @ a  # [2D, D]; plain matrix products: cuBLAS
+        gate_bias, residual_bias = (column_sums(sums[:, i], dtype) for i in range(2))
+        d_gate, d_hidden = (torch.cat([by_v[half], by_a[half]], dim=1) for half in (slice(width), slice(width, None)))
+        return d_gate, gate_bias, d_hidden, d_hidden_bias, dr.T @ hidden, residual_bias
+
+    learned = aside(by_learned, FIRST)
     weight = torch.cat([gate_weight, hidden_weight])  # [2D, 2D]: dz's columns x those of [v | a]
     dv = gemm(dz[None], weight[:, :width].T[None], residual=g[None]).to(visual.dtype).view(visual.shape)
     da = (dz @ weight[:, width:]).to(audio.dtype).view(audio.shape)
-    by_v, by_a = dz.T @ v, dz.T @ a  # [2D, D]; plain matrix products: cuBLAS
-    d_gate = torch.cat([by_v[:width], by_a[:width]], dim=1)
-    d_hidden = torch.cat([by_v[width:], by_a[width:]], dim=1)
-    d_gate_bias, d_residual_bias = (column_sums(sums[:, i], dtype) for i in range(2))
-    return dv, da, d_gate, d_gate_bias, d_hidden, d_hidden_bias, dr.T @ hidden, d_residual_bias
+    return dv, da, *learned()

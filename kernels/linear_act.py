@@ -21,10 +21,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..streams import FIRST, aside
 from ._sizes import cdiv, next_power_of_2
 from .column_sums import column_sums
 
 CONFIGS = Path(__file__).parent / "configs" / "linear_act.json"
+APART = 4096  # rows from which the gradients of weights are a branch of their own in a CUDA graph
 SMALL = ("sm_86", "sm_89", "sm_12")  # RTX 30, 40, 50 and such: 99 KB of shared memory a block, others have 163 or 227
 
 
@@ -541,7 +543,7 @@ def backward(
     h, w = _videos(x, weight), _taps(weight)
     (videos, rows, width), (taps, outputs, _) = h.shape, w.shape
     count = videos * rows
-    dx = dw = None
+    dx = None
     if x.numel() == 0:
         like = (x, weight, w[0, :, 0], dot)
         return tuple(torch.zeros_like(t) if need else w.new_empty(0) for t, need in zip(like, needs, strict=True))
@@ -551,11 +553,16 @@ def backward(
     first, step = _offsets(weight, dilation, causal)
     masked = weight.ndim == 3 and lengths is not None
     plain = taps == 1 and not masked  # two plain matrix products: cuBLAS
-    if need_weight and plain:
-        dw = (dy.T @ h.reshape(count, width)).view(weight.shape)
-    elif need_weight:
+
+    def by_weight() -> Tensor:
+        if not need_weight:
+            return w.new_empty(0)
+        if plain:
+            return (dy.T @ h.reshape(count, width)).view(weight.shape)
         by_tap = weight_grad(dy.view(videos, rows, outputs), h, taps, first, step, lengths if masked else None)
-        dw = weight.new_empty(weight.shape).copy_(by_tap.permute(1, 2, 0))
+        return weight.new_empty(weight.shape).copy_(by_tap.permute(1, 2, 0))
+
+    dw = aside(by_weight, FIRST) if count >= APART else by_weight
     if need_x and plain:
         dx = dy @ w[0]
     elif need_x:
@@ -565,7 +572,7 @@ def backward(
         )  # fmt: skip
     return (
         dx.view(x.shape) if need_x else x.new_empty(0),
-        dw if need_weight else w.new_empty(0),
+        dw(),
         db if need_bias else w.new_empty(0),
         d_dot if need_dot else w.new_empty(0),
     )

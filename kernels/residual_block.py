@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import layer_norm, linear_act, window_attention
+from ..streams import FIRST, aside
+from . import add_act, layer_norm, linear_act, window_attention
 from .column_sums import column_sums
 
+APART = 2**22  # elements from which the first product and its activation are launched apart
 PLAIN = (1, False, None, None)  # of linear_act: no dilation, not causal, no lengths, no dot
 
 
@@ -47,10 +49,14 @@ def attention_backward(
     )
     rows, by_rows = keys.flatten(0, 1), by_mixed.flatten(0, 1)
     nothing = weight.new_empty(0)
-    by_weight = by_rows.T @ rows if needs[3] else nothing
-    by_bias = column_sums(by_rows, weight.dtype) if needs[4] else nothing
+
+    def by_learned() -> tuple[Tensor, Tensor]:
+        by_weight = by_rows.T @ rows if needs[3] else nothing
+        return by_weight, column_sums(by_rows, weight.dtype) if needs[4] else nothing
+
+    learned = aside(by_learned, FIRST)
     by_keys = torch.addmm(by_keys.flatten(0, 1), by_rows, weight).view(keys.shape) if any(needs[:3]) else by_keys
-    return *layer_norm.backward(by_keys, x, norm_weight, stats, needs[:3], plus=g), by_weight, by_bias
+    return *layer_norm.backward(by_keys, x, norm_weight, stats, needs[:3], plus=g), *learned()
 
 
 def mlp(
@@ -59,7 +65,11 @@ def mlp(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The op: x [..., D] -> (out, normed, stats, y, hidden), where hidden = QuickGELU(y)."""
     normed, stats = layer_norm.forward(x, norm_weight, norm_bias, fc_weight.dtype)
-    hidden, y = linear_act.forward(normed, fc_weight, fc_bias, "quick_gelu", None, *PLAIN, True, None, 1.0)
+    if normed.numel() >= APART:  # with two results to write, a product takes longer than cuBLAS's and another pass
+        y = F.linear(normed, fc_weight, fc_bias)
+        hidden, y = add_act.forward(y, None, "quick_gelu"), y.view(1, -1, y.shape[-1])
+    else:
+        hidden, y = linear_act.forward(normed, fc_weight, fc_bias, "quick_gelu", None, *PLAIN, True, None, 1.0)
     out, _ = linear_act.forward(hidden, proj_weight, proj_bias, "none", x, *PLAIN, False, None, 1.0)
     return out, normed, stats, y, hidden
 

@@ -24,10 +24,10 @@ from ..ops._autocast import activations, autocasts
 from ..ops._check import check_lengths
 from ..ops._linear_act_cpu import spares
 from ..ops._padding import at_least_float32, zero_padding
+from ..streams import FIRST, aside
 from . import groups
 from .checkpoints import Checkpointed
 from .encoder import Standardize, TemporalEncoder, moments
-from .streams import aside
 from .text import TextEncoder, tokenize
 
 
@@ -146,7 +146,7 @@ class Detector(Checkpointed):
 
     def _text(self, text_features: Tensor | None) -> Callable[[], Tensor]:
         """Starts the text encoder; call it before the stream encoders so that both can overlap."""
-        return aside(self.text) if text_features is None else lambda: text_features
+        return aside(self.text, FIRST) if text_features is None else lambda: text_features
 
     def _each(
         self, function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor | None
@@ -229,10 +229,10 @@ class AVadCLIP(Detector):
         """Fused features (B, T, D), the distillation target of a student. Arguments as for `forward`."""
 
         def fused(visual: Tensor, audio: Tensor | None, lengths: Tensor | None) -> tuple[Tensor]:
-            seen = self.temporal(self._input("visual", visual, lengths), lengths)
-            heard = torch.zeros_like(seen) if audio is None else self._input("audio", audio, lengths)
             valid = self.valid(lengths)
-            return (self.fusion(seen, self.audio(heard, valid), valid),)
+            heard = None if audio is None else aside(lambda: self.audio(self._input("audio", audio, lengths), valid))
+            seen = self.temporal(self._input("visual", visual, lengths), lengths)
+            return (self.fusion(seen, self.audio(torch.zeros_like(seen), valid) if heard is None else heard(), valid),)
 
         return self._each(fused, (visual, audio), lengths)[0]
 
@@ -380,8 +380,8 @@ def objective(
     if lengths is None:
         lengths = labels.new_full((len(labels),), out.anomaly_logits.shape[1], dtype=torch.int64)
     # A block a video or less, and thus three that a GPU can run beside each other; the last is forty tiny kernels.
-    mil = aside(partial(model.mil_loss, out.anomaly_logits, labels, lengths))
-    text = aside(partial(text_loss, out.text_features))
+    mil = aside(partial(model.mil_loss, out.anomaly_logits, labels, lengths), FIRST)
+    text = aside(partial(text_loss, out.text_features), FIRST)
     align = model.align_loss(out.class_logits, labels, lengths)
     losses = {"mil": mil(), "align": align, "text": text()}
     losses["total"] = losses["mil"] + losses["align"] + text_weight * losses["text"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..streams import aside, early
 from .distance_graph import DistanceGraph
 from .linear_act import TemporalConv
 from .similarity_graph import SimilarityGraph
@@ -73,26 +74,24 @@ class TemporalAggregator(nn.Module):
         valid = lengths if self.padding == "masked" else None
         needed, share = (valid, _as_it_is) if alike is None else _shared(alike, x.shape[1])
         first, third = self.gc1, self.gc3  # both read x, so their weights are concatenated
-        projected = share(ops.linear_act(x, torch.cat([first.weight, third.weight], dim=1).T, needed=needed))
-        assert first.residual is not None and third.residual is not None  # their widths differ
-        skipped = share(
-            ops.linear_act(
-                x,
-                torch.cat([first.residual.weight, third.residual.weight]),
-                torch.cat([first.residual.bias, third.residual.bias]),
-                lengths=valid,
-                needed=needed,
-            )
-        )
-        add_quick_gelu = partial(ops.add_act, activation="quick_gelu")
+        weight = early(lambda: torch.cat([first.weight, third.weight], dim=1))
+        projected = share(ops.linear_act(x, weight.T, needed=needed))
+        residuals = [conv for conv in (first.residual, third.residual) if conv is not None]  # their widths differ
+        conv, bias = early(lambda: (torch.cat([r.weight for r in residuals]), torch.cat([r.bias for r in residuals])))
+        skipped = share(ops.linear_act(x, conv, bias, lengths=valid, needed=needed))
         (xw1, xw3), (skip1, skip3) = projected.chunk(2, dim=-1), skipped.chunk(2, dim=-1)
+        add_quick_gelu = partial(ops.add_act, activation="quick_gelu")
+
+        def by_distance() -> Tensor:
+            h = add_quick_gelu(self.disAdj(xw3, valid), skip3)
+            return add_quick_gelu(self.disAdj(self.gc4.project(h, valid), valid), h)
+
+        x2 = aside(by_distance)
         mixed, weights = self.simAdj(x, xw1, lengths)
         h = add_quick_gelu(mixed, skip1)
         mixed, _ = self.simAdj(x, self.gc2.project(h, lengths), lengths, weights)  # A hides padded rows in any case
         x1 = add_quick_gelu(mixed, h)
-        h = add_quick_gelu(self.disAdj(xw3, valid), skip3)
-        x2 = add_quick_gelu(self.disAdj(self.gc4.project(h, valid), valid), h)
-        return ops.linear_act(torch.cat([x1, x2], dim=-1), self.linear.weight, self.linear.bias, needed=valid)
+        return ops.linear_act(torch.cat([x1, x2()], dim=-1), self.linear.weight, self.linear.bias, needed=valid)
 
     def extra_repr(self) -> str:
         return f"padding={self.padding!r}"

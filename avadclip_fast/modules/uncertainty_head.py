@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..streams import aside, early
 from .linear_act import TemporalConv
 
 
@@ -41,10 +42,11 @@ class UncertaintyHead(nn.Module):
         )
 
     def forward(self, v: Tensor, lengths: Tensor | None = None, uncertain: bool = True) -> tuple[Tensor, Tensor | None]:
+        log_variance = aside(lambda: self._log_variance(v, lengths)) if uncertain else None
         mu = v
         for layer in cast(Iterable[_Named], self.conv):
             mu = layer.conv[0](mu, "relu", residual=mu, lengths=lengths)
-        return mu, self._log_variance(v, lengths) if uncertain else None
+        return mu, log_variance() if log_variance is not None else None
 
     def _log_variance(self, v: Tensor, lengths: Tensor | None) -> Tensor:
         first, _, middle, last = cast(Iterable[TemporalConv], self.theta.theta)
@@ -52,7 +54,7 @@ class UncertaintyHead(nn.Module):
         # Folding costs 3·D³ and saves rows·D². An exported graph must not depend on the number of rows.
         if torch.compiler.is_exporting() or v.shape[0] * v.shape[1] <= 3 * v.shape[2]:
             return -last(middle(h, lengths=lengths), "relu", residual=v, lengths=lengths)
-        weight, bias = fold(middle, last)
+        weight, bias = early(lambda: fold(middle, last))
         return -ops.linear_act(
             h, weight, bias, "relu", residual=v, lengths=lengths, needed=lengths, backend=self.backend
         )
