@@ -122,25 +122,36 @@ def recorded(chip: str) -> Iterator[list]:
 
 
 def source(kernel: JITFunction, arguments: dict) -> ASTSource:
-    """What Triton compiles for such arguments: it specialises on None, on the integer 1, and on multiples of 16."""
+    """What Triton compiles for such arguments.
+
+    It specialises on None, and where a kernel lets it on the integer 1 and on multiples of 16, pointers included.
+    """
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
+        aligns = not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
         if isinstance(value, TensorDescriptor):
             block = ", ".join(map(str, value.block_shape))
             signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}[{block}]>"
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if aligns and value.data_ptr() % 16 == 0:  # on "meta" the offset from an allocation, which is aligned
+                attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, float) and not parameter.is_constexpr:
             signature[parameter.name] = "fp32"
-        elif parameter.is_constexpr or value is None or value == 1:
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[(i,)] = "constexpr", value
         else:
             signature[parameter.name] = "i32"
-            if value % 16 == 0:
+            if aligns and value % 16 == 0:
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def identity(kernel: JITFunction, arguments: dict, options: dict) -> tuple[str, ...]:
+    """The same for launches that share what is compiled."""
+    made = source(kernel, arguments)
+    return kernel.__name__, str(made.signature), str(made.constants), str(made.attrs), str(options)
 
 
 def resources(kernel: JITFunction, arguments: dict, options: dict, chip: str) -> dict[str, int]:
@@ -204,12 +215,10 @@ def variants(chip: str) -> dict[str, tuple[JITFunction, dict, dict]]:
                     continue
                 start = len(seen)
                 run()
-                for place, (kernel, arguments, options) in enumerate(seen[start:]):
-                    made = source(kernel, arguments)
-                    key = (kernel.__name__, str(made.signature), str(made.constants), str(made.attrs), str(options))
-                    if key not in known:
+                for place, launch in enumerate(seen[start:]):
+                    if (key := identity(*launch)) not in known:
                         known.add(key)
-                        named[f"{kind} {call} {place} {kernel.__name__}"] = (kernel, arguments, options)
+                        named[f"{kind} {call} {place} {launch[0].__name__}"] = launch
     return named
 
 

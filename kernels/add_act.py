@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._sizes import cdiv, next_power_of_2
+from ._sizes import cdiv, jit, next_power_of_2
 from .linear_act import activate, activate_grad
 
 
@@ -22,7 +22,7 @@ def load(x, video, t, d, inside, stride_b, stride_t, stride_d):
     return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@jit
 def add_act_kernel(
     x, r,  # [B, T, D], r None for the activation alone
     out,  # [B·T, D]
@@ -39,7 +39,7 @@ def add_act_kernel(
     tl.store(out + at, activate(y, ACTIVATION).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def add_act_grad_kernel(
     g,  # [B, T, D] gradient of out
     x,  # [B, T, D] a summand, or out where r is None

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._sizes import cdiv
+from ._sizes import cdiv, jit
 
 TINY = tl.constexpr(1e-12)
 
 
-@triton.jit
+@jit
 def pool_kernel(
     x,  # [B, T, D]
     logits,  # [B, T]
@@ -62,7 +62,7 @@ def direction_kernel(pooled, out, width, COLS: tl.constexpr):
         tl.store(out + video * width + d, (part / size).to(out.dtype.element_ty), mask=d < width)
 
 
-@triton.jit
+@jit
 def pool_grad_kernel(
     g,  # [B, D]
     pooled, x, logits,

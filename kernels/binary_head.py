@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..streams import FIRST, aside
-from ._sizes import cdiv
+from ._sizes import cdiv, jit
 from .linear_act import activate, activation_grad
 
 EXTRA = 16  # columns beside those of the pre-activation, of which one is used: rows stay aligned, as Triton knows by 16
@@ -30,7 +30,7 @@ def dot_rows(x, factors, row, inside, width, ROWS: tl.constexpr, COLS: tl.conste
     return tl.sum(total, 1)
 
 
-@triton.jit
+@jit
 def head_kernel(
     y,  # [M, N] pre-activation
     x,  # [M, D]

@@ -6,17 +6,16 @@ Torch sums a few hundred rows with a single warp for 128 columns. Here blocks of
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._sizes import cdiv, next_power_of_2
+from ._sizes import cdiv, jit, next_power_of_2
 
 GROUP = 64  # rows of a block, at least: few, so that enough blocks are under way to keep memory busy
 ALONE = 1024  # rows that a single pass sums
 
 
-@triton.jit
+@jit
 def column_sums_kernel(
     x,  # [M, N]
     out,  # [groups, N]

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._sizes import cdiv
+from ._sizes import cdiv, jit
 
 EPS = tl.constexpr(1e-6)
 
 
-@triton.jit
+@jit
 def distill_kernel(
     teacher, student, theta,  # [B, T, D]
     d_student, d_theta,  # [B·T, D], gradients of the sum of all terms

@@ -7,12 +7,11 @@ and those of the backward pass use linear_act's kernel.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..streams import FIRST, aside
-from ._sizes import cdiv
+from ._sizes import cdiv, jit
 from .column_sums import column_sums
 from .linear_act import (
     activate,
@@ -27,7 +26,7 @@ from .linear_act import (
 )
 
 
-@triton.jit
+@jit
 def gates_kernel(
     v, a,  # [1, M, D], tensor descriptors with TMA, otherwise pointers
     gate_weight, hidden_weight,  # [2, D, D], likewise: visual half, audio half
@@ -74,7 +73,7 @@ def gates_kernel(
     tl.store(hidden + at, activate(h, "gelu").to(hidden.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def gate_grad_kernel(
     g,  # [M, D] gradient of out
     gate, r,  # [M, D], with r = Wr h + br, the gated value

@@ -4,17 +4,16 @@ It precedes products of linear_act and the keys of window_attention, and writes 
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._sizes import cdiv, next_power_of_2
+from ._sizes import cdiv, jit, next_power_of_2
 from .column_sums import column_sums
 
 EPS = tl.constexpr(1e-5)
 
 
-@triton.jit
+@jit
 def norm_kernel(
     x,  # [M, I]
     weight, bias,  # [I]
@@ -39,7 +38,7 @@ def norm_kernel(
     tl.store(out + m.to(tl.int64)[:, None] * width + d[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def norm_grad_kernel(
     g,  # [M, I], contiguous
     x,  # [M, I]

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..streams import FIRST, aside
-from ._sizes import cdiv, next_power_of_2
+from ._sizes import cdiv, jit, next_power_of_2
 from .column_sums import column_sums
 
 CONFIGS = Path(__file__).parent / "configs" / "linear_act.json"
@@ -168,7 +168,9 @@ def _tile(
         tl.store(out + corner + at, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# Not for `rows`, unlike jit: where they are a multiple of 16, neighbouring rows share masks, without which large tiles
+# spill registers.
+@triton.jit(do_not_specialize_on_alignment=("videos",))
 def gemm_kernel(
     x,  # [B, T, I], a tensor descriptor with TMA, otherwise a pointer
     w,  # [taps, N, I], likewise; the descriptor is [taps, I, N] unless K_LAST
@@ -204,7 +206,7 @@ def gemm_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@jit
 def weight_grad_kernel(
     g,  # [B, T, N] gradient of the output, a tensor descriptor with TMA, otherwise a pointer
     x,  # [B, T, I], likewise
@@ -238,7 +240,7 @@ def weight_grad_kernel(
     tl.store(out + at, acc, mask=(n < outputs) & (k < width))
 
 
-@triton.jit
+@jit
 def activation_grad_kernel(
     g,  # [M, N] gradient of the output, contiguous; [M] with dot
     y,  # [M, N] pre-activation, or None: no activation

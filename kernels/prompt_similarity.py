@@ -8,17 +8,16 @@ The number of classes C is small.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._sizes import cdiv, next_power_of_2
+from ._sizes import cdiv, jit, next_power_of_2
 from .linear_act import precision
 
 TINY = tl.constexpr(1e-12)
 
 
-@triton.jit
+@jit
 def cosine_kernel(
     x,  # [B, T, D]
     p,  # [B, C, D]
@@ -52,7 +51,7 @@ def cosine_kernel(
     tl.store(p_norm + video * classes + c, p_size, mask=c < classes)  # every block of the video stores the same values
 
 
-@triton.jit
+@jit
 def cosine_grad_kernel(
     g, out,  # [B, T, C]
     x, p, x_norm, p_norm,

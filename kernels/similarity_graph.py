@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import linear_act
-from ._sizes import cdiv, next_power_of_2
+from ._sizes import cdiv, jit, next_power_of_2
 from .linear_act import precision
 
 EPS = tl.constexpr(1e-20)
@@ -44,7 +44,7 @@ def tile(matrix, row, column, stride_row, stride_column, ROWS: tl.constexpr, COL
     return matrix + corner + (tl.arange(0, ROWS)[:, None] * stride_row + tl.arange(0, COLS)[None, :] * stride_column)
 
 
-@triton.jit
+@jit
 def norms_kernel(
     x,  # [B, T, D]
     norms,  # [B, T] float32: |x_i|, and 0 beyond the length

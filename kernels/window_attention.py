@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import linear_act
-from ._sizes import cdiv, next_power_of_2
+from ._sizes import cdiv, jit, next_power_of_2
 from .linear_act import add_product, precision
 
 
@@ -51,7 +51,7 @@ def place(rows, heads, step, ROWS: tl.constexpr):
     return video, head, tl.where(i < step, tile * step + i, rows)
 
 
-@triton.jit
+@jit
 def window_kernel(
     q, k, v,  # [B, T, D]
     residual,  # [B, T, D], or None
@@ -85,7 +85,7 @@ def window_kernel(
         tl.store(out + at, mixed.to(out.dtype.element_ty), mask=(t < rows)[:, None] & (d < head_width)[None, :])
 
 
-@triton.jit
+@jit
 def window_grad_kernel(
     g,  # [B, T, D]
     q, k, v,  # [B, T, D]
