@@ -11,12 +11,12 @@ if INTERPRETED:
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
+from avadclip_fast.kernels import layer_norm  # noqa: E402
 from triton.backends import backends  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from avadclip_fast.engine import tune  # noqa: E402
-from avadclip_fast.kernels import layer_norm  # noqa: E402
 from bench import aot_triton, compile_kernels, triton_calls  # noqa: E402
 
 REPORT = json.loads(aot_triton.REPORT.read_text())["triton"]
