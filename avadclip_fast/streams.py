@@ -5,6 +5,7 @@ so that gradients add up to the same bits.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TypeVar
@@ -16,19 +17,20 @@ FIRST = -1  # the priority of kernels that are small and depend on each other: t
 
 Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
 
-_branch: ContextVar[tuple[torch.cuda.Event, torch.cuda.Stream] | None] = ContextVar("_branch", default=None)
+_started: ContextVar[tuple[torch.cuda.Event, torch.cuda.Stream] | None] = ContextVar("_started", default=None)
 
 
-def aside(function: Callable[[], Result], priority: int = 0) -> Callable[[], Result]:
+def aside(name: str, function: Callable[[], Result], priority: int = 0) -> Callable[[], Result]:
     """Runs function(), of which later work is independent, and returns a callable that yields its result.
 
     During capture, function runs on a side stream, beside what comes before that callable is called.
+    name: of the branch; those of one name that leave the same stream wait for each other
     """
     if not _capturing():
         result = function()
         return lambda: result
     main = torch.cuda.current_stream()
-    side = _other(main, priority)
+    side = _side(main, name, priority)
     side.wait_stream(main)
     with torch.cuda.stream(side):
         result = function()
@@ -42,11 +44,11 @@ def branching() -> Iterator[None]:
         yield
         return
     main = torch.cuda.current_stream()
-    before = _branch.set((main.record_event(), _other(main, FIRST)))
+    before = _started.set((main.record_event(), _side(main, "early", FIRST)))
     try:
         yield
     finally:
-        _branch.reset(before)
+        _started.reset(before)
 
 
 def early(function: Callable[[], Result]) -> Result:
@@ -55,9 +57,9 @@ def early(function: Callable[[], Result]) -> Result:
     Preparing weights takes several small kernels, each of which is shorter than the gaps around it. During capture in
     such a block, they are a branch that starts where the block does, and has ended long before its result is needed.
     """
-    if not _capturing() or (branch := _branch.get()) is None:
+    if not _capturing() or (started := _started.get()) is None:
         return function()
-    start, side = branch
+    start, side = started
     side.wait_event(start)
     with torch.cuda.stream(side):
         result = function()
@@ -70,9 +72,10 @@ def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _other(main: torch.cuda.Stream, priority: int) -> torch.cuda.Stream:
-    side = torch.cuda.Stream(priority=priority)  # torch has 32 of each priority, which it hands out in turn
-    return side if side != main else torch.cuda.Stream(priority=priority)
+@functools.cache
+def _side(main: torch.cuda.Stream, name: str, priority: int) -> torch.cuda.Stream:
+    """The same one for every capture: cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(main.device, priority=priority)
 
 
 def _joined(main: torch.cuda.Stream, side: torch.cuda.Stream, result: Result) -> Result:

@@ -72,7 +72,8 @@ def backward(
     wide[:, outputs:] = F.pad(g[:, None], (0, EXTRA - 1))
     _, by_bias, by_dot = activation_grad(g, y, "quick_gelu", dot, None, 1.0, weight, needs[2], out=wide[:, :outputs])
     nothing = weight.new_empty(0)
-    by_x, both = nothing, aside(lambda: wide.T @ rows if needs[1] or needs[4] else nothing, FIRST)
+    both = aside("weights", lambda: wide.T @ rows if needs[1] or needs[4] else nothing, FIRST)
+    by_x = nothing
     if needs[0]:
         tall = torch.cat([weight, direct[None], weight.new_zeros(EXTRA - 1, width)])
         by_x = (wide @ tall).view(x.shape)

@@ -200,7 +200,7 @@ def backward(
         d_gate, d_hidden = (torch.cat([by_v[half], by_a[half]], dim=1) for half in (slice(width), slice(width, None)))
         return d_gate, gate_bias, d_hidden, d_hidden_bias, dr.T @ hidden, residual_bias
 
-    learned = aside(by_learned, FIRST)
+    learned = aside("weights", by_learned, FIRST)
     weight = torch.cat([gate_weight, hidden_weight])  # [2D, 2D]: dz's columns x those of [v | a]
     dv = gemm(dz[None], weight[:, :width].T[None], residual=g[None]).to(visual.dtype).view(visual.shape)
     da = (dz @ weight[:, width:]).to(audio.dtype).view(audio.shape)

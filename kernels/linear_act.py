@@ -564,7 +564,7 @@ def backward(
         by_tap = weight_grad(dy.view(videos, rows, outputs), h, taps, first, step, lengths if masked else None)
         return weight.new_empty(weight.shape).copy_(by_tap.permute(1, 2, 0))
 
-    dw = aside(by_weight, FIRST) if count >= APART else by_weight
+    dw = aside("weights", by_weight, FIRST) if count >= APART else by_weight
     if need_x and plain:
         dx = dy @ w[0]
     elif need_x:

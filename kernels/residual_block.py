@@ -54,7 +54,7 @@ def attention_backward(
         by_weight = by_rows.T @ rows if needs[3] else nothing
         return by_weight, column_sums(by_rows, weight.dtype) if needs[4] else nothing
 
-    learned = aside(by_learned, FIRST)
+    learned = aside("weights", by_learned, FIRST)
     by_keys = torch.addmm(by_keys.flatten(0, 1), by_rows, weight).view(keys.shape) if any(needs[:3]) else by_keys
     return *layer_norm.backward(by_keys, x, norm_weight, stats, needs[:3], plus=g), *learned()
 

@@ -248,7 +248,7 @@ def test_the_text_side_is_a_branch_of_the_graph():
     main = torch.randn(64, 64, device="cuda")
 
     def function(scale):
-        beside = aside(lambda: (x * scale).tanh())
+        beside = aside("text", lambda: (x * scale).tanh())
         seen = main @ main
         (gradient,) = torch.autograd.grad((seen * beside()).sum(), x)
         return gradient

@@ -146,7 +146,7 @@ class Detector(Checkpointed):
 
     def _text(self, text_features: Tensor | None) -> Callable[[], Tensor]:
         """Starts the text encoder; call it before the stream encoders so that both can overlap."""
-        return aside(self.text, FIRST) if text_features is None else lambda: text_features
+        return aside("text", self.text, FIRST) if text_features is None else lambda: text_features
 
     def _each(
         self, function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor | None
@@ -230,7 +230,9 @@ class AVadCLIP(Detector):
 
         def fused(visual: Tensor, audio: Tensor | None, lengths: Tensor | None) -> tuple[Tensor]:
             valid = self.valid(lengths)
-            heard = None if audio is None else aside(lambda: self.audio(self._input("audio", audio, lengths), valid))
+            heard = None
+            if audio is not None:
+                heard = aside("sound", lambda: self.audio(self._input("audio", audio, lengths), valid))
             seen = self.temporal(self._input("visual", visual, lengths), lengths)
             return (self.fusion(seen, self.audio(torch.zeros_like(seen), valid) if heard is None else heard(), valid),)
 
@@ -380,8 +382,8 @@ def objective(
     if lengths is None:
         lengths = labels.new_full((len(labels),), out.anomaly_logits.shape[1], dtype=torch.int64)
     # A block a video or less, and thus three that a GPU can run beside each other; the last is forty tiny kernels.
-    mil = aside(partial(model.mil_loss, out.anomaly_logits, labels, lengths), FIRST)
-    text = aside(partial(text_loss, out.text_features), FIRST)
+    mil = aside("mil", partial(model.mil_loss, out.anomaly_logits, labels, lengths), FIRST)
+    text = aside("text loss", partial(text_loss, out.text_features), FIRST)
     align = model.align_loss(out.class_logits, labels, lengths)
     losses = {"mil": mil(), "align": align, "text": text()}
     losses["total"] = losses["mil"] + losses["align"] + text_weight * losses["text"]

@@ -86,7 +86,7 @@ class TemporalAggregator(nn.Module):
             h = add_quick_gelu(self.disAdj(xw3, valid), skip3)
             return add_quick_gelu(self.disAdj(self.gc4.project(h, valid), valid), h)
 
-        x2 = aside(by_distance)
+        x2 = aside("distance", by_distance)
         mixed, weights = self.simAdj(x, xw1, lengths)
         h = add_quick_gelu(mixed, skip1)
         mixed, _ = self.simAdj(x, self.gc2.project(h, lengths), lengths, weights)  # A hides padded rows in any case

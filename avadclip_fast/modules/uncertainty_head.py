@@ -42,7 +42,7 @@ class UncertaintyHead(nn.Module):
         )
 
     def forward(self, v: Tensor, lengths: Tensor | None = None, uncertain: bool = True) -> tuple[Tensor, Tensor | None]:
-        log_variance = aside(lambda: self._log_variance(v, lengths)) if uncertain else None
+        log_variance = aside("theta", lambda: self._log_variance(v, lengths)) if uncertain else None
         mu = v
         for layer in cast(Iterable[_Named], self.conv):
             mu = layer.conv[0](mu, "relu", residual=mu, lengths=lengths)
