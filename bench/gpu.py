@@ -38,7 +38,7 @@ PARALLEL = ["-n", "12", "--dist", "load"]
 THREADS = ["env", "OMP_NUM_THREADS=2"]
 # Every tensor is then an allocation of its own, so that memcheck sees an access that is just outside of it.
 UNCACHED = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1"]
-FEW_ROUNDS = {"step": "4", "inference": "4"}  # for slow benches, as in `make bench-cpu`
+FEW_ROUNDS = {"step": "3", "inference": "3"}  # for slow benches, as in `make bench-cpu`
 # Whole steps come first, so that only small ops are missing if time runs out.
 WHOLE = ("step", "training", "inference")
 OPERATIONS = (

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -98,8 +98,9 @@ class Saver:
         with Saver() as saver:
             saver.save(folder / STATE, model, optimizer, info)
 
-    What a state holds is copied at once. An earlier file is replaced atomically. If one cannot be written, neither is
-    any after it, which may refer to it, and the StateError is raised by a later `save`, by `wait`, or at the end.
+    What a state holds is copied at once, on a GPU in its own memory. An earlier file is replaced atomically. If one
+    cannot be written, neither is any after it, which may refer to it, and the StateError is raised by a later `save`,
+    by `wait`, or at the end.
     """
 
     def __init__(self) -> None:
@@ -122,8 +123,8 @@ class Saver:
             names = {id(p): name for name, p in model.named_parameters()}
             for parameter, moments in optimizer.state.items():
                 tensors |= {f"optimizer.{names[id(parameter)]}.{key}": value for key, value in moments.items()}
-        kept = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        self.under_way.append(self.pool.submit(self._write, path, kept, {"info": json.dumps(info)}))
+        kept = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        self.under_way.append(self.pool.submit(self._write, path, on_host(kept), {"info": json.dumps(info)}))
 
     def wait(self, leaving: int = 0) -> None:
         """Waits until all but the `leaving` latest states are written. Raises StateError if one could not be."""
@@ -132,14 +133,29 @@ class Saver:
         if self.error is not None:
             raise self.error
 
-    def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    def _write(self, path: Path, tensors: Callable[[], dict[str, Tensor]], metadata: dict[str, str]) -> None:
         if self.error is not None:
             return
         try:
             with writing(path), atomic_write(path) as file:
-                file.write(save(tensors, metadata=metadata))
+                file.write(save(tensors(), metadata=metadata))
         except StateError as error:
             self.error = error
+
+
+def on_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
+    """What fetches copies that were just made from a GPU, in another thread, while later steps go on there."""
+    device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+    if device is None:
+        return lambda: tensors
+    made, side = torch.cuda.current_stream(device).record_event(), torch.cuda.Stream(device)
+
+    def fetched() -> dict[str, Tensor]:
+        with torch.cuda.stream(side):
+            side.wait_event(made)
+            return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+    return fetched
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
