@@ -95,6 +95,7 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
     yield "prompts of many classes", partial(prompts, None, MOST_CLASSES)
     yield "sums, relu", partial(sums, "relu", D)
     yield "sums, quick_gelu", partial(sums, "quick_gelu", D // 2)
+    yield "activation", lambda: add_act.forward(draw(1, B * T, 4 * D), None, "quick_gelu")
     yield "column sums", lambda: column_sums.column_sums(draw(B * T, 2 * D)[:, D:], dtype)
     yield "dropout", lambda: keep.forward(torch.zeros((), device=device, dtype=torch.int64), [B, T, D], 0.1)
     yield "distillation", partial(distillation, None)

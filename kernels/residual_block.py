@@ -66,8 +66,8 @@ def mlp(
     """The op: x [..., D] -> (out, normed, stats, y, hidden), where hidden = QuickGELU(y)."""
     normed, stats = layer_norm.forward(x, norm_weight, norm_bias, fc_weight.dtype)
     if normed.numel() >= APART:  # with two results to write, a product takes longer than cuBLAS's and another pass
-        y = F.linear(normed, fc_weight, fc_bias)
-        hidden, y = add_act.forward(y, None, "quick_gelu"), y.view(1, -1, y.shape[-1])
+        y = F.linear(normed.view(1, -1, normed.shape[-1]), fc_weight, fc_bias)
+        hidden = add_act.forward(y, None, "quick_gelu").view(*normed.shape[:-1], y.shape[-1])
     else:
         hidden, y = linear_act.forward(normed, fc_weight, fc_bias, "quick_gelu", None, *PLAIN, True, None, 1.0)
     out, _ = linear_act.forward(hidden, proj_weight, proj_bias, "none", x, *PLAIN, False, None, 1.0)

@@ -117,7 +117,10 @@ def test_triton_says_what_is_wrong(name, device):
 
 
 @DEVICE
-def test_triton_takes_rows_of_any_shape(device, served):
+@pytest.mark.parametrize("apart", [True, False], ids=["apart", "at once"])
+def test_triton_takes_rows_of_any_shape(apart, device, served, monkeypatch):
+    """Also of so many that the first product and its activation are launched apart."""
+    monkeypatch.setattr("avadclip_fast.kernels.residual_block.APART", 0 if apart else 2**62)
     model = drawn(HALVES["mlp"](), device)
     for shape in ((D,), (4, D), (2, 1, 4, D)):
         x = torch.randn(shape, device=device)
