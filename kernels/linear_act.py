@@ -441,8 +441,6 @@ def activation_grad(
     like: (N, ·) in the dtype of the results; out: optional [M, N] to write dy to, last dimension contiguous
     """
     count, outputs = g.shape[0], like.shape[0]
-    if dot is None and y is None and gate is None and g.dtype == like.dtype:
-        return g, column_sums(g, like.dtype) if summed else None, None
     rows, cols, warps = 8, 128, 4 if activation == "gelu" else 2  # whose slope takes many registers
     group = 64 if summed or dot is not None else rows  # with nothing to add up, every block stands alone
     groups, sets = cdiv(count, group), summed + (dot is not None)
@@ -551,20 +549,26 @@ def backward(
         return tuple(torch.zeros_like(t) if need else w.new_empty(0) for t, need in zip(like, needs, strict=True))
     g = g.reshape(count, *(() if dot is not None else (outputs,))).contiguous()
     before = y.view(count, outputs) if y.numel() else None
-    dy, db, d_dot = activation_grad(g, before, activation, dot, _bytes(mask), gain, w[0], need_bias)
+    as_it_is = before is None and mask is None and dot is None and g.dtype == w.dtype
+    dy, db, d_dot = g, None, None
+    if not as_it_is:
+        dy, db, d_dot = activation_grad(g, before, activation, dot, _bytes(mask), gain, w[0], need_bias)
     first, step = _offsets(weight, dilation, causal)
     masked = weight.ndim == 3 and lengths is not None
     plain = taps == 1 and not masked  # two plain matrix products: cuBLAS
 
-    def by_weight() -> Tensor:
-        if not need_weight:
-            return w.new_empty(0)
-        if plain:
-            return (dy.T @ h.reshape(count, width)).view(weight.shape)
-        by_tap = weight_grad(dy.view(videos, rows, outputs), h, taps, first, step, lengths if masked else None)
-        return weight.new_empty(weight.shape).copy_(by_tap.permute(1, 2, 0))
+    def by_learned() -> tuple[Tensor, Tensor]:
+        by_weight, by_bias = w.new_empty(0), w.new_empty(0) if db is None else db
+        if need_weight and plain:
+            by_weight = (dy.T @ h.reshape(count, width)).view(weight.shape)
+        elif need_weight:
+            by_tap = weight_grad(dy.view(videos, rows, outputs), h, taps, first, step, lengths if masked else None)
+            by_weight = weight.new_empty(weight.shape).copy_(by_tap.permute(1, 2, 0))
+        if need_bias and as_it_is:
+            by_bias = column_sums(dy, w.dtype)
+        return by_weight, by_bias
 
-    dw = aside("weights", by_weight, FIRST) if count >= APART else by_weight
+    learned = aside("weights", by_learned, FIRST) if count >= APART else by_learned
     if need_x and plain:
         dx = dy @ w[0]
     elif need_x:
@@ -574,7 +578,6 @@ def backward(
         )  # fmt: skip
     return (
         dx.view(x.shape) if need_x else x.new_empty(0),
-        dw(),
-        db if need_bias else w.new_empty(0),
+        *learned(),
         d_dot if need_dot else w.new_empty(0),
     )
