@@ -4,10 +4,8 @@ Without capture, work runs where it stands: launch-bound code gains nothing from
 so that gradients add up to the same bits.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -15,9 +13,7 @@ from torch import Tensor
 
 FIRST = -1  # the priority of kernels that are small and depend on each other: their blocks run before others that wait
 
-Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
-
-_started: ContextVar[tuple[torch.cuda.Event, torch.cuda.Stream] | None] = ContextVar("_started", default=None)
+Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])
 
 
 def aside(name: str, function: Callable[[], Result], priority: int = 0) -> Callable[[], Result]:
@@ -34,36 +30,14 @@ def aside(name: str, function: Callable[[], Result], priority: int = 0) -> Calla
     side.wait_stream(main)
     with torch.cuda.stream(side):
         result = function()
-    return lambda: _joined(main, side, result)
 
+    def joined() -> Result:
+        main.wait_stream(side)
+        for x in (result,) if isinstance(result, Tensor) else result:
+            x.record_stream(main)  # the side stream may reuse its memory only after main is done with it
+        return result
 
-@contextlib.contextmanager
-def branching() -> Iterator[None]:
-    """Lets what `early` gets inside the block run beside anything in it, during capture."""
-    if not _capturing():
-        yield
-        return
-    main = torch.cuda.current_stream()
-    before = _started.set((main.record_event(), _side(main, "early", FIRST)))
-    try:
-        yield
-    finally:
-        _started.reset(before)
-
-
-def early(function: Callable[[], Result]) -> Result:
-    """function(), which must depend on nothing but what was there before `branching`, such as on weights alone.
-
-    Preparing weights takes several small kernels, each of which is shorter than the gaps around it. During capture in
-    such a block, they are a branch that starts where the block does, and has ended long before its result is needed.
-    """
-    if not _capturing() or (started := _started.get()) is None:
-        return function()
-    start, side = started
-    side.wait_event(start)
-    with torch.cuda.stream(side):
-        result = function()
-    return _joined(torch.cuda.current_stream(), side, result)
+    return joined
 
 
 def _capturing() -> bool:
@@ -76,10 +50,3 @@ def _capturing() -> bool:
 def _side(main: torch.cuda.Stream, name: str, priority: int) -> torch.cuda.Stream:
     """The same one for every capture: cuBLAS keeps a workspace for each stream that it has seen."""
     return torch.cuda.Stream(main.device, priority=priority)
-
-
-def _joined(main: torch.cuda.Stream, side: torch.cuda.Stream, result: Result) -> Result:
-    main.wait_stream(side)
-    for x in (result,) if isinstance(result, Tensor) else result:
-        x.record_stream(main)  # the side stream may reuse its memory only after main is done with it
-    return result

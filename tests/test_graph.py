@@ -258,33 +258,3 @@ def test_the_text_side_is_a_branch_of_the_graph():
     for scale in (0.5, 2.0):
         scale = torch.tensor(scale, device="cuda")
         torch.testing.assert_close(step(scale), function(scale))
-
-
-@ON_GPU[0]
-@ON_GPU[1]
-def test_the_preparation_of_weights_is_a_branch_of_the_graph():
-    """It leaves the stream that its result is for, waits only for what was there before, and gives the same numbers."""
-    from avadclip_fast.streams import branching, early
-
-    x, w = (torch.randn(64, 64, device="cuda", requires_grad=True) for _ in range(2))
-    streams = []
-
-    def prepared():
-        streams.append(torch.cuda.current_stream())
-        return w.tanh(), w.sum(1)
-
-    def function(scale):
-        before = torch.cuda.current_stream()
-        with branching():
-            seen = (x @ x) * scale
-            weight, bias = early(prepared)
-            streams.append(before)
-            out = seen @ weight + bias
-        return torch.autograd.grad(out.square().sum(), (x, w))
-
-    step = graph.StepGraph(function, lambda: [])
-    step.record(torch.ones((), device="cuda"))
-    assert [a == b for a, b in zip(streams[::2], streams[1::2], strict=True)] == [True, True, False]
-    for scale in (0.5, 2.0):
-        scale = torch.tensor(scale, device="cuda")
-        torch.testing.assert_close(step(scale), function(scale))

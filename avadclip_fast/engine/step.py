@@ -15,7 +15,6 @@ from ..models.encoder import moments
 from ..ops._linear_act_cpu import HAS_AMX
 from ..ops._padding import valid_mask
 from ..profiling import span
-from ..streams import branching
 from . import distributed
 from .distributed import WHOLE, Part
 from .lowering import lowered_weights
@@ -141,8 +140,7 @@ def gradients(
     with torch.autocast(batch.visual.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         with span("forward"):
             cast, inputs = lowered_weights(model, batch.visual.device.type), (*model.inputs(batch), batch.lengths)
-            with branching():
-                out = functional_call(model, cast, inputs) if cast else model(*inputs)
+            out = functional_call(model, cast, inputs) if cast else model(*inputs)
         with span("losses"):
             losses = objective(model, out, batch.labels, batch.lengths, known, relative, recipe.text_weight)
     with span("backward"):

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._autocast import activations
 from ..ops._binary_head import binary_head as fused_head
 from ..ops._keep import keep
 from ..ops._linear_act_cpu import LAYER_NORM_EPS, spares
 from ..ops._padding import ends_of
 from ..ops._residual_block import residual_mlp
 from ..ops._triton import fused
-from ..streams import early
 
 
 class MLP(nn.Module):
@@ -65,12 +63,12 @@ def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear, lengths: Tensor | No
     x: (B, T, D), lengths: (B,) or None -> (B, T). Rows t >= lengths[b] mean nothing.
     """
     w = classifier.weight[0]  # [D]
-    folded, shift = early(lambda: (w @ mlp.c_proj.weight, w @ mlp.c_proj.bias + classifier.bias))  # [4D], [1]
+    folded = w @ mlp.c_proj.weight  # [4D]
     c_fc = mlp.c_fc
     if fused(mlp.backend, x, c_fc.weight, c_fc.bias, folded, w):
-        return fused_head(x, c_fc.weight, c_fc.bias, folded, w, lengths) + shift
+        return fused_head(x, c_fc.weight, c_fc.bias, folded, w, lengths) + (w @ mlp.c_proj.bias + classifier.bias)
     hidden = ops.linear_act(x, c_fc.weight, c_fc.bias, "quick_gelu", dot=folded, needed=lengths, backend=mlp.backend)
-    return hidden + x @ w + shift
+    return hidden + x @ w + (w @ mlp.c_proj.bias + classifier.bias)
 
 
 class TemporalConv(nn.Conv1d):
@@ -123,8 +121,7 @@ class CausalConv(nn.Module):
         lengths: Tensor | None = None,
         ends: Tensor | None = None,
     ) -> Tensor:
-        # torch's one kernel for it
-        weight = early(lambda: activations(torch._weight_norm(self.weight_v, self.weight_g, 0)))
+        weight = torch._weight_norm(self.weight_v, self.weight_g, 0)  # torch's one kernel for it
         return ops.linear_act(
             x,
             weight,
@@ -154,7 +151,7 @@ class TemporalBlock(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | None = None, ends: Tensor | None = None) -> Tensor:
         h = x
         for conv, until in ((self.conv1, ends), (self.conv2, None)):
-            dropout = (early(lambda: keep(x, self.dropout)), self.dropout) if self.training and self.dropout else None
+            dropout = (keep(x, self.dropout), self.dropout) if self.training and self.dropout else None
             h = conv(h, "relu", dropout, lengths, until)
         return ops.add_act(h, x, "relu", backend=self.backend)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..streams import aside, early
+from ..streams import aside
 from .distance_graph import DistanceGraph
 from .linear_act import TemporalConv
 from .similarity_graph import SimilarityGraph
@@ -74,11 +74,17 @@ class TemporalAggregator(nn.Module):
         valid = lengths if self.padding == "masked" else None
         needed, share = (valid, _as_it_is) if alike is None else _shared(alike, x.shape[1])
         first, third = self.gc1, self.gc3  # both read x, so their weights are concatenated
-        weight = early(lambda: torch.cat([first.weight, third.weight], dim=1))
-        projected = share(ops.linear_act(x, weight.T, needed=needed))
-        residuals = [conv for conv in (first.residual, third.residual) if conv is not None]  # their widths differ
-        conv, bias = early(lambda: (torch.cat([r.weight for r in residuals]), torch.cat([r.bias for r in residuals])))
-        skipped = share(ops.linear_act(x, conv, bias, lengths=valid, needed=needed))
+        projected = share(ops.linear_act(x, torch.cat([first.weight, third.weight], dim=1).T, needed=needed))
+        assert first.residual is not None and third.residual is not None  # their widths differ
+        skipped = share(
+            ops.linear_act(
+                x,
+                torch.cat([first.residual.weight, third.residual.weight]),
+                torch.cat([first.residual.bias, third.residual.bias]),
+                lengths=valid,
+                needed=needed,
+            )
+        )
         (xw1, xw3), (skip1, skip3) = projected.chunk(2, dim=-1), skipped.chunk(2, dim=-1)
         add_quick_gelu = partial(ops.add_act, activation="quick_gelu")
 

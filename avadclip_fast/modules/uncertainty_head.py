@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..streams import aside, early
+from ..streams import aside
 from .linear_act import TemporalConv
 
 
@@ -54,7 +54,7 @@ class UncertaintyHead(nn.Module):
         # Folding costs 3·D³ and saves rows·D². An exported graph must not depend on the number of rows.
         if torch.compiler.is_exporting() or v.shape[0] * v.shape[1] <= 3 * v.shape[2]:
             return -last(middle(h, lengths=lengths), "relu", residual=v, lengths=lengths)
-        weight, bias = early(lambda: fold(middle, last))
+        weight, bias = fold(middle, last)
         return -ops.linear_act(
             h, weight, bias, "relu", residual=v, lengths=lengths, needed=lengths, backend=self.backend
         )

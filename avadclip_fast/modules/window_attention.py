@@ -12,7 +12,6 @@ from ..ops._layer_norm import layer_norm
 from ..ops._residual_block import residual_attention
 from ..ops._triton import fused
 from ..ops.window_attention import longest
-from ..streams import early
 from .linear_act import unnormed
 
 
@@ -66,25 +65,23 @@ class WindowAttention(nn.Module):
             q, k, v = layer(h, self.in_proj_weight, self.in_proj_bias, norm=affine).chunk(3, dim=-1)
             mixed = ops.window_attention(q, k, v, self.window, self.heads, lengths, backend=self.backend)
             return layer(mixed, self.out_proj.weight, self.out_proj.bias, residual=residual)
-        query_weight, query_bias, value_weight, value_bias = early(
-            lambda: fold(self.in_proj_weight, self.in_proj_bias, self.out_proj)
-        )
+        query, value = fold(self.in_proj_weight, self.in_proj_bias, self.out_proj)
         h, affine = unnormed(x, norm)
         fits = min(self.window, x.shape[1]) <= longest(product_dtype(x))
-        if fits and residual is x and affine is not None and fused(self.backend, x, query_weight, *affine):
-            weight, bias = early(lambda: (torch.cat([query_weight, value_weight]), torch.cat([query_bias, value_bias])))
+        if fits and residual is x and affine is not None and fused(self.backend, x, query[0], *affine):
+            weight, bias = (torch.cat(pair) for pair in zip(query, value, strict=True))
             return residual_attention(x, affine, weight, bias, self.window, lengths)
         keys = h if affine is None else layer_norm(h, *affine, backend=self.backend)
         (keys,) = as_autocast(keys)
-        q, v = layer(keys, query_weight, query_bias), layer(keys, value_weight, value_bias)
+        q, v = layer(keys, *query), layer(keys, *value)
         return ops.window_attention(q, keys, v, self.window, 1, lengths, residual, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, heads={self.heads}"
 
 
-def fold(weight: Tensor, bias: Tensor, after: nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weight and bias that make of rows x the queries of one-headed attention whose keys are x, then of the values.
+def fold(weight: Tensor, bias: Tensor, after: nn.Linear) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Weights and biases that make of rows x the queries and values of one-headed attention whose keys are x.
 
         <Wq x_i + bq, Wk x_j + bk> = <Wk'Wq x_i + Wk'bq, x_j> + what is the same for all j, and so cancels
         Wo (sum_j p_ij (Wv x_j + bv)) + bo = sum_j p_ij (WoWv x_j + Wo bv + bo)      since sum_j p_ij = 1
@@ -93,4 +90,4 @@ def fold(weight: Tensor, bias: Tensor, after: nn.Linear) -> tuple[Tensor, Tensor
     """
     query, key, value = weight.chunk(3)
     query_bias, _, value_bias = bias.chunk(3)
-    return key.T @ query, query_bias @ key, after.weight @ value, after.weight @ value_bias + after.bias
+    return (key.T @ query, query_bias @ key), (after.weight @ value, after.weight @ value_bias + after.bias)
