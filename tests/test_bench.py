@@ -468,7 +468,7 @@ def test_every_stage_is_there(tmp_path):
     commands = {stage.name: stage.command for stage in stages}
     assert commands["env"][-2:] == ["avadclip_fast.cli", "env"]  # what the records are of
     for name in ("step", "inference"):  # long ones
-        assert "--rounds 4" in " ".join(commands[f"bench_{name}"])
+        assert "--rounds 3" in " ".join(commands[f"bench_{name}"])
     names = {stage.name for stage in stages} | {f"bench_{name}" for name in gpu.OPERATIONS}
     assert {path.stem for path in (gpu.ROOT / "bench").glob("bench_*.py")} <= names
     assert commands["bench_operations"][3:].index("--") == len(gpu.OPERATIONS)

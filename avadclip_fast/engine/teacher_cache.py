@@ -24,7 +24,7 @@ from .step import trim
 
 TEACHER_FEATURES = "teacher_features.safetensors"  # in the folder of a run
 CACHE_LIMIT = 4 << 30  # bytes; a larger cache goes to a file
-CACHE_BLOCK = 64  # samples per teacher forward pass
+CACHE_BLOCK = 96  # samples per teacher forward pass: the paper's batch, so that steps use the same kernels
 RECORDED = 8  # such passes, from which on recording one saves time
 
 _log = logging.getLogger("avadclip_fast")

@@ -9,6 +9,14 @@ from . import _dispatch
 from ._check import check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable
 
+SHARED_ROWS = 10_240  # a column's keys that a block keeps in shared memory (SHARED_BYTES in csrc/stable_cuda.h)
+
+
+def _too_long(rows: int) -> str | None:
+    if rows <= SHARED_ROWS:
+        return None
+    return f"columns of more than {SHARED_ROWS} rows are read from memory many times, and torch.topk is faster"
+
 
 def _compiled(scores: Tensor, lengths: Tensor, divisor: int) -> Tensor:
     return torch.ops.avadclip_fast.topk_mean(scores, lengths, divisor)[0]
@@ -16,7 +24,13 @@ def _compiled(scores: Tensor, lengths: Tensor, divisor: int) -> Tensor:
 
 _dispatch.register("topk_mean", "reference", reference.topk_mean)
 _dispatch.register("topk_mean", "cpp", _compiled, lambda scores, lengths, divisor: _build.cpp_reason(scores))
-_dispatch.register("topk_mean", "cuda", _compiled, lambda scores, lengths, divisor: _build.cuda_reason(scores))
+_dispatch.register(
+    "topk_mean",
+    "cuda",
+    _compiled,
+    lambda scores, lengths, divisor: _build.cuda_reason(scores),
+    lambda scores, lengths, divisor: _too_long(scores.shape[1]),
+)
 
 # index: (B, C, K) int32, the selected t of each column in ascending order, then -1; K = min(T // divisor + 1, T)
 torch.library.define(
