@@ -90,7 +90,8 @@ def stages(work: Path, tune: bool) -> list[Stage]:
     operations = [name for name in reversed(OPERATIONS) if name not in NOT_COMPILED]
     for part in range(AHEAD):
         names = [*operations[part::AHEAD], "--", "--device", "cuda", "--compile", "ahead"]
-        found.append(Stage(f"ahead_{part}", [python, "-m", "bench.operations", *names], 150, group=UNTIMED))
+        # As long as the tests: what is compiled after them is waited for.
+        found.append(Stage(f"ahead_{part}", [python, "-m", "bench.operations", *names], 110, group=UNTIMED))
     found.append(Stage("tests", tests, 190, group=UNTIMED))  # the longest of these, and so the last
     if tune:
         found.append(Stage("tune", [python, "-m", "avadclip_fast.cli", "tune"], 300))

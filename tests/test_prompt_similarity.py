@@ -5,6 +5,8 @@ import pytest
 import torch
 from op_tests import OpTests
 
+from avadclip_fast.ops import _dispatch
+
 
 class TestPromptSimilarity(OpTests):
     op = "prompt_similarity"
@@ -36,3 +38,12 @@ class TestPromptSimilarity(OpTests):
         out = self.call(arguments, backend)
         scaled = self.call({**arguments, "features": arguments["features"] * size}, backend)
         torch.testing.assert_close(scaled, out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 128), (torch.float16, 128), (torch.float32, 64)])
+def test_triton_says_how_many_classes_it_takes(dtype, most):
+    features, prompts = (torch.empty(1, rows, 8, dtype=dtype) for rows in (3, most + 1))
+    name = str(dtype).removeprefix("torch.")
+    reason = _dispatch.why_not("prompt_similarity", "triton", features, prompts, 0.07)
+    assert reason == f"it takes up to {most} classes in {name}, not {most + 1}"
+    assert "classes" not in (_dispatch.why_not("prompt_similarity", "triton", features, prompts[:, 1:], 0.07) or "")

@@ -10,7 +10,10 @@ from ._check import check_positive, check_tensors
 from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
-MOST_CLASSES = 128  # a Triton program holds a video's prompts in registers
+
+def most_classes(dtype: torch.dtype) -> int:
+    """How many classes the Triton kernels take: a program holds a video's prompts in registers."""
+    return 128 if dtype.itemsize == 2 else 64
 
 
 def _triton(features: Tensor, prompts: Tensor, temperature: float) -> Tensor:
@@ -18,8 +21,8 @@ def _triton(features: Tensor, prompts: Tensor, temperature: float) -> Tensor:
 
 
 def _triton_supports(features: Tensor, prompts: Tensor, temperature: float) -> str | None:
-    if prompts.shape[1] > MOST_CLASSES:
-        return f"it takes up to {MOST_CLASSES} classes, not {prompts.shape[1]}"
+    if (classes := prompts.shape[1]) > (most := most_classes(features.dtype)):
+        return f"it takes up to {most} classes in {str(features.dtype).removeprefix('torch.')}, not {classes}"
     return triton_reason(features, prompts)
 
 
