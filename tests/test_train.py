@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.summary.writer import event_file_writer
 
 from avadclip_fast import data
 from avadclip_fast.data import FeatureSet
@@ -246,6 +247,16 @@ def test_tensorboard_goes_on_where_the_run_does(tmp_path):
     whole, cut = (curve(tmp_path / run, "train/total") for run in ("whole", "cut"))
     assert cut == whole and [step for step, _ in cut] == [10, 20, 22, 32, 42, 44]
     assert [step for step, _ in curve(tmp_path / "cut")] == [22, 44]
+
+
+def test_tensorboard_reads_runs_of_one_second_in_their_order(tmp_path, monkeypatch):
+    """Not by the names that TensorBoard would give their files: a process's tenth comes before its ninth."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    for done in range(3):
+        board = loop.Board(tmp_path, done)
+        board.add_scalar("epoch/val", done / 2, done + 1)
+        board.close()
+    assert curve(tmp_path) == [(1, 0.0), (2, 0.5), (3, 1.0)]
 
 
 def test_fewer_epochs_than_a_run_has(tmp_path):

@@ -242,8 +242,15 @@ class Board:
         """done: steps that are kept of an earlier run, the last of them with the values of its epoch."""
         from torch.utils.tensorboard import SummaryWriter
 
+        logs = folder / "tensorboard"
         with writing(folder):
-            self.writer = SummaryWriter(folder / "tensorboard", purge_step=done + 1)
+            earlier = set(logs.glob("*"))
+            self.writer = SummaryWriter(logs, purge_step=done + 1)
+            # Files are read in the order of their names: the second, then the process's count, whose 10 sorts before 9.
+            if max(logs.iterdir()) in earlier:
+                self.writer.close()
+                time.sleep(1)
+                self.writer = SummaryWriter(logs, purge_step=done + 1)
         self.noted: list[tuple[int, Sequence[str], Tensor]] = []
 
     def note(self, names: Sequence[str], losses: Tensor, step: int) -> None:
