@@ -285,17 +285,11 @@ def test_how_often_a_state_is_saved_may_change(tmp_path):
 
 def test_sigkill_and_resume(tmp_path):
     """A run killed from outside, wherever it happens to be, ends with the weights of an unbroken one."""
-    script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import test_train as t; from pathlib import Path;"
-        "t.fit(t.teacher(), t.features(40), t.Recipe(epochs=4, batch_size=2, lr=1e-3, checkpoint_every=3),"
-        "Path(sys.argv[2]), resume=True, progress=False)"
-    )
-
-    def start(folder):
-        return subprocess.Popen([sys.executable, "-c", script, os.path.dirname(__file__), str(folder)])
-
-    assert start(tmp_path / "whole").wait() == 0
-    process = start(tmp_path / "cut")
+    script = "import sys; sys.path.insert(0, sys.argv[1]); import test_train; test_train.run_to_kill(sys.argv[2])"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run_to_kill(tmp_path / "whole")
+    command = [sys.executable, "-c", script, os.path.dirname(__file__), str(tmp_path / "cut")]
+    process = subprocess.Popen(command, env=environment)
     while not (tmp_path / "cut" / STATE).exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -303,8 +297,14 @@ def test_sigkill_and_resume(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
     assert not (tmp_path / "cut" / MODEL).exists()
-    assert start(tmp_path / "cut").wait() == 0
+    run_to_kill(tmp_path / "cut")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def run_to_kill(folder) -> None:
+    """Eighty steps, begun or gone on with."""
+    recipe = Recipe(epochs=4, batch_size=2, lr=1e-3, checkpoint_every=3)
+    fit(teacher(), features(40), recipe, folder, resume=True, progress=False)
 
 
 def test_sigterm_saves_and_ends(tmp_path, monkeypatch):
