@@ -155,7 +155,8 @@ def test_a_full_disk_is_told_with_the_file_of_a_model(tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where export writes at first
     model, official, made = tmp_path / "model", tmp_path / "a.pth", tmp_path / "made"
-    AVadCLIPStudent(["normal", "x"], text_weights="random", text_layers=1, padding="official").save_pretrained(model)
+    sizes = {"width": 64, "text_width": 64, "text_layers": 1, "length": 32}  # 12 MB, nearly all of it CLIP's vocabulary
+    AVadCLIPStudent(["normal", "x"], **sizes, text_weights="random", padding="official").save_pretrained(model)
     assert call("convert", model, official) == 0
     capsys.readouterr()
     classes = "--classes", "A=normal,B=x"
