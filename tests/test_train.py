@@ -168,16 +168,28 @@ def test_no_state_is_written_after_one_that_could_not_be(tmp_path):
         raise KeyboardInterrupt
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The folder of a run that nothing stops, by what its recipe has other than RECIPE; each is run once."""
+
+    @functools.cache
+    def run(**settings):
+        folder = tmp_path_factory.mktemp("unbroken")
+        fit(teacher(), features(), dataclasses.replace(RECIPE, **settings), folder, progress=False)
+        return folder
+
+    return run
+
+
 @pytest.mark.parametrize("after", [1, 3, 4, 7, 11])  # four an epoch: two of its steps, the best, the state
 @pytest.mark.parametrize("settings", [{}, {"noise": 0.5, "temporal_lr": 0.1}], ids=["official", "robust"])
-def test_resume_is_exact_in_the_middle_of_an_epoch(tmp_path, after, settings):
-    recipe = dataclasses.replace(RECIPE, **settings)
-    fit(teacher(), features(), recipe, tmp_path / "whole", progress=False)
+def test_resume_is_exact_in_the_middle_of_an_epoch(unbroken, tmp_path, after, settings):
+    recipe, whole = dataclasses.replace(RECIPE, **settings), unbroken(**settings)
     with killed(lambda number, *_: number == after):
-        fit(teacher(), features(), recipe, tmp_path / "cut", progress=False)
-    fit(teacher(seed=9), features(), recipe, tmp_path / "cut", resume=True, progress=False)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
-    histories = [json.loads((tmp_path / run / HISTORY).read_text()) for run in ("whole", "cut")]
+        fit(teacher(), features(), recipe, tmp_path, progress=False)
+    fit(teacher(seed=9), features(), recipe, tmp_path, resume=True, progress=False)
+    assert same(weights(whole), weights(tmp_path))
+    histories = [json.loads((run / HISTORY).read_text()) for run in (whole, tmp_path)]
     assert histories[0] == histories[1]
 
 
