@@ -25,7 +25,7 @@ from torch import Tensor
 from avadclip_fast.engine.tune import B, C, D, T, gemms
 from avadclip_fast.models.text import PREFIX
 from avadclip_fast.ops.prefix_attention import LONGEST
-from avadclip_fast.ops.prompt_similarity import most_classes
+from avadclip_fast.ops.prompt_similarity import MOST_CLASSES
 from avadclip_fast.ops.window_attention import longest
 
 
@@ -92,8 +92,8 @@ def others(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[[], 
     yield "graph", graph
     yield "prompts", partial(prompts, None)
     yield "prompts, lengths", partial(prompts, lengths)
-    # Not a multiple of 16, which would be compiled on its own and take fewer registers.
-    yield "prompts of many classes", partial(prompts, None, most_classes(dtype) - 1)
+    # Not a multiple of 16, which is compiled on its own and takes fewer registers.
+    yield "prompts of many classes", partial(prompts, None, MOST_CLASSES - 1)
     yield "sums, relu", partial(sums, "relu", D)
     yield "sums, quick_gelu", partial(sums, "quick_gelu", D // 2)
     yield "activation", lambda: add_act.forward(draw(1, B * T, 4 * D), None, "quick_gelu")

@@ -40,10 +40,8 @@ class TestPromptSimilarity(OpTests):
         torch.testing.assert_close(scaled, out, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.bfloat16, 128), (torch.float16, 128), (torch.float32, 64)])
-def test_triton_says_how_many_classes_it_takes(dtype, most):
-    features, prompts = (torch.empty(1, rows, 8, dtype=dtype) for rows in (3, most + 1))
-    name = str(dtype).removeprefix("torch.")
+def test_triton_says_how_many_classes_it_takes():
+    features, prompts = (torch.empty(1, rows, 8) for rows in (3, 65))
     reason = _dispatch.why_not("prompt_similarity", "triton", features, prompts, 0.07)
-    assert reason == f"it takes up to {most} classes in {name}, not {most + 1}"
+    assert reason == "it takes up to 64 classes, not 65"
     assert "classes" not in (_dispatch.why_not("prompt_similarity", "triton", features, prompts[:, 1:], 0.07) or "")

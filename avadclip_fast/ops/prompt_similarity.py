@@ -10,10 +10,7 @@ from ._check import check_positive, check_tensors
 from ._derivatives import differentiable, differentiable_once
 from ._triton import implement, triton_reason
 
-
-def most_classes(dtype: torch.dtype) -> int:
-    """How many classes the Triton kernels take: a program holds a video's prompts in registers."""
-    return 128 if dtype.itemsize == 2 else 64
+MOST_CLASSES = 64  # a Triton program holds a video's prompts in registers, which more than these would spill
 
 
 def _triton(features: Tensor, prompts: Tensor, temperature: float) -> Tensor:
@@ -21,8 +18,8 @@ def _triton(features: Tensor, prompts: Tensor, temperature: float) -> Tensor:
 
 
 def _triton_supports(features: Tensor, prompts: Tensor, temperature: float) -> str | None:
-    if (classes := prompts.shape[1]) > (most := most_classes(features.dtype)):
-        return f"it takes up to {most} classes in {str(features.dtype).removeprefix('torch.')}, not {classes}"
+    if prompts.shape[1] > MOST_CLASSES:
+        return f"it takes up to {MOST_CLASSES} classes, not {prompts.shape[1]}"
     return triton_reason(features, prompts)
 
 
