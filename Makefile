@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 
 # Most tests are one thread's work, and threads of one process take time from another's; `make sanitize` runs with many.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
-test test-triton: export OMP_NUM_THREADS = 1
+test test-triton golden-triton: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
