@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -403,6 +404,51 @@ def test_resuming_leaves_out_what_is_done(pair, tmp_path, capsys):
         assert f"finished before: {count} of 2 videos\n" in said and ("a: 00:" in said) == (count == 0)
 
 
+def test_resuming_makes_anew_what_is_of_other_options(pair, tmp_path, capsys):
+    """And adds events that the table has lost, as of calls that ended at once where folders cannot be locked."""
+    film(tmp_path / "a.mkv", [(10, 16, 220)])
+    out, given = tmp_path / "out", ["detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *QUICK]
+    assert call(*given, "--per-frame", "--no-plot", "--classes", "normal,cat,dog") == 0
+    assert call(*given, "--no-plot") == 0  # leaves the frames' scores as they are
+    lines = (out / "events.csv").read_text()
+    (out / "events.csv").unlink()
+    capsys.readouterr()
+    for options, count in ((("--per-frame", "--no-plot"), 0), (("--per-frame", "--no-plot"), 1), (("--no-plot",), 1)):
+        assert call(*given, *options, "--resume") == 0
+        assert f"finished before: {count} of 1 videos\n" in capsys.readouterr().out
+        assert (out / "events.csv").read_text() == lines
+        (out / "events.csv").unlink()
+    assert (out / "a.frames.csv").read_text().startswith("frame,score,normal,fighting,explosion\n")
+
+
+def test_calls_that_share_a_folder_lose_no_events(tmp_path):
+    def write(name):
+        for i in range(20):
+            detect.write_events(tmp_path / "e.csv", {f"{name}{i}": [detect.event_record(by_hand().events()[0])]})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "abcd"))
+    assert len(detect.read_events(tmp_path / "e.csv")) == 80
+
+
+def test_a_video_that_grows_while_it_is_read_is_done_again(pair, tmp_path, capsys, monkeypatch):
+    film(tmp_path / "a.mkv", [(10, 16, 220)])
+    given = ["detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *QUICK, "--no-plot", "--resume"]
+    scored = detect.detect
+
+    def meanwhile(*args):
+        film(tmp_path / "a.mkv", [(4, 10, 220)])
+        return scored(*args)
+
+    monkeypatch.setattr(detect, "detect", meanwhile)
+    assert call(*given) == 0
+    monkeypatch.undo()
+    for count in (0, 1):
+        capsys.readouterr()
+        assert call(*given) == 0
+        assert f"finished before: {count} of 1 videos\n" in capsys.readouterr().out
+
+
 def test_events_in_another_video_of_the_same_name_stay(pair, tmp_path, capsys, monkeypatch):
     """Wherever the call is made, and if that is gone; a moved video, or a record that is none, is in nobody's way."""
     for day, at in (("monday", 10), ("tuesday", 20)):
@@ -706,7 +752,7 @@ def test_events_are_those_of_the_probabilities():
 
 def test_what_is_written_is_what_was_found(tmp_path):
     found = by_hand()
-    detect.write_events(tmp_path / "e.csv", found)
+    detect.write_events(tmp_path / "e.csv", {"x": [detect.event_record(e) for e in found.events()]})
     assert (tmp_path / "e.csv").read_text().splitlines()[1:] == [
         "x,00:00:00.500,00:00:01.500,0.500,1.500,fighting,0.8000",
         "x,00:00:02.000,00:00:02.500,2.000,2.500,explosion,0.9000",

@@ -22,7 +22,7 @@ from avadclip_fast.device import current, device_of
 from avadclip_fast.engine import distributed, loop, step, teacher_cache, train
 from avadclip_fast.engine.calibrate import CALIBRATION
 from avadclip_fast.engine.recipe import Recipe
-from avadclip_fast.engine.state import load_state
+from avadclip_fast.engine.state import StateError, load_state
 from avadclip_fast.engine.step import train_step, trim
 from avadclip_fast.engine.stop import Stopped
 from avadclip_fast.engine.teacher_cache import TEACHER_FEATURES
@@ -235,6 +235,14 @@ def test_recorded_steps_of_two_processes_give_the_same_numbers_on_a_gpu(tmp_path
     finished(torchrun(__file__, tmp_path, "recorded_on_gpu"))
     for kind in ("teacher", "distilled"):
         assert_recorded_as_plain(tmp_path, kind)
+
+
+def test_processes_that_see_different_states_are_told(tmp_path, monkeypatch):
+    """As where the folder lies on a disk of each machine: training would go on from two states at once."""
+    monkeypatch.setattr(distributed, "agreed", lambda own: own + 1)  # what rank 0 has is something else
+    with pytest.raises(StateError, match="see different states there, this one that of epoch 0, step 0"):
+        fit(teacher(), features(4), RECIPE, tmp_path, held_out=features(4), progress=False)
+    assert not (tmp_path / MODEL).exists()
 
 
 def test_each_process_drops_out_on_its_own(both):

@@ -68,7 +68,7 @@ def traced_once(_traced, monkeypatch) -> None:
 
 
 def expected(model, streams, lengths):
-    """Scores by the model itself, on its whole length, 0 past lengths."""
+    """Scores by the model itself, on its whole length, those of normal past lengths."""
     rows = streams[0].shape[1]
     whole = [torch.zeros(len(x), 24, x.shape[2]) for x in streams]
     for x, full in zip(streams, whole, strict=True):
@@ -80,6 +80,7 @@ def expected(model, streams, lengths):
     probabilities = torch.softmax(out.class_logits / CALIBRATION.align.temperature, -1)[:, :rows]
     for b, n in enumerate(lengths):
         anomaly[b, n:] = probabilities[b, n:] = 0
+        probabilities[b, n:, 0] = 1  # normal
     return anomaly.numpy(), probabilities.numpy()
 
 

@@ -46,6 +46,11 @@ class Interrupting(Grey):
         return super().__call__(images)
 
 
+class Large(Grey):
+    def __call__(self, images):
+        return super().__call__(images) * 0 + 1e5
+
+
 QUICK = ["--visual-encoder", "deadly:Grey", "--audio-encoder", "deadly:Loudness", "-q"]
 
 
@@ -338,6 +343,61 @@ def test_a_broken_record_is_done_again(folder, tmp_path, capsys):
     capsys.readouterr()
     assert call("extract", folder, "-o", out, *QUICK) == 0
     assert capsys.readouterr().out.startswith("1 extracted, 1 were there, 0 failed")
+
+
+def test_replacing_that_is_killed_leaves_nothing_that_counts_as_done(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    given = ["extract", folder / "more" / "b.mp4", "-o", out, "--label", "A", *QUICK]
+    assert call(*given) == 0
+    features = (out / "visual" / "b__0.npy").read_bytes()
+
+    def killed(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(extract, "_write_record", killed)
+    assert call(*given, "--every", 4, "--overwrite") == 1
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert call(*given) == 0
+    assert capsys.readouterr().out.startswith("1 extracted, 0 were there")
+    assert (out / "visual" / "b__0.npy").read_bytes() == features
+
+
+def test_a_video_that_grows_while_it_is_read_is_done_again(folder, tmp_path, capsys, monkeypatch):
+    out, path = tmp_path / "out", folder / "more" / "b.mp4"
+    given, features = ["extract", path, "-o", out, "--label", "A", *QUICK], extract.video_features
+
+    def meanwhile(*args):
+        found = features(*args)
+        make_video(path, frames=100)
+        return found
+
+    monkeypatch.setattr(extract, "video_features", meanwhile)
+    assert call(*given) == 0
+    monkeypatch.undo()
+    for done in ("1 extracted, 0 were there", "0 extracted, 1 were there"):
+        capsys.readouterr()
+        assert call(*given) == 0
+        assert capsys.readouterr().out.startswith(done)
+
+
+def test_features_that_half_precision_cannot_hold_are_refused(folder, tmp_path, capsys):
+    given = ["extract", folder, "-o", tmp_path / "out", "--label", "A", *QUICK]
+    given[given.index("deadly:Grey")] = "test_extract:Large"
+    assert call(*given) == 1
+    assert "the visual encoder gave 100000, and float16 ends at 65504: give --float32" in capsys.readouterr().err
+    assert call(*given, "--float32") == 0
+
+
+def test_weights_of_another_content_are_others(folder, tmp_path, capsys):
+    """Under the same name; and under another name the same are the same."""
+    weights, moved = tmp_path / "W.pt", tmp_path / "moved.pt"
+    for path, content in ((weights, b"1"), (moved, b"1")):
+        path.write_bytes(content)
+    given = ["extract", folder, "-o", tmp_path / "out", "--label", "A", *QUICK, "--audio-weights"]
+    assert call(*given, weights) == call(*given, moved) == 0
+    weights.write_bytes(b"2")
+    assert "made with another --audio-weights" in mistake(capsys, *given, weights)
 
 
 def test_an_interrupt_leaves_a_list_of_what_is_done(folder, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import time
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ from avadclip_fast.engine import detect
 from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.online import OnlineDetector
 from avadclip_fast.media import MediaError, decode
+from avadclip_fast.media import live as live_module
 from avadclip_fast.media.decode import Clock
 from avadclip_fast.media.live import WAITING, LiveSource, Placed, Ring
 from avadclip_fast.media.wav2clip import Wav2Clip
@@ -349,6 +351,32 @@ def test_a_lost_connection_is_made_again(tmp_path, server):
     # of a line that breaks, the last snippet is not whole
     assert 6 <= len(times) <= 8 and live.reconnects == 2 and 120 <= live.frames <= 128
     assert (np.diff(times) > 0.5).all()  # they go on, and never run backwards
+    with pytest.raises(MediaError, match="was read already: make another"):
+        next(iter(live))
+
+
+def test_what_connecting_takes_is_part_of_the_time(tmp_path, server, monkeypatch):
+    body = make_video(tmp_path / "a.ts", frames=64).read_bytes()
+    live = LiveSource(server([body, body], rate=2e6), every=16, retries=1)
+    opened = live_module.opened
+
+    def late(*given, **named):
+        time.sleep(3.0 * live.reconnects)
+        return opened(*given, **named)
+
+    monkeypatch.setattr(live_module, "opened", late)
+    times = []
+    with pytest.raises(MediaError, match="not back after 1 tries"):
+        for snippet in live:
+            times.append(snippet.time)
+    assert not [at for at in times if 2.0 < at < 3.0] and 3.0 < times[-1] < 8.0
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_snippets_of_a_millisecond_clock_have_as_many_frames(tmp_path, suffix):
+    path = make_video(tmp_path / f"a{suffix}", frames=160, rate=30)
+    assert [snippet.frames for snippet in LiveSource(path, every=16)] == [16] * 10
+    assert [snippet.frames for snippet in LiveSource(path, fps=30)] == [1] * 160
 
 
 def test_sources_that_are_none(tmp_path, server):
@@ -449,11 +477,21 @@ def test_stream_command(pair, tmp_path, capsys):
     assert call("stream", tmp_path / "a.mkv", "-m", pair, "--every", "5", *NAMED) == 0
     said = capsys.readouterr()
     (line,) = map(json.loads, said.out.splitlines())  # nothing else on standard output
-    assert line["class"] == "explosion" and line["source"].endswith("a.mkv") and line["clock"].endswith("+00:00")
+    assert line["class"] == "explosion" and line["source"].endswith("a.mkv") and "clock" not in line
     assert overlap((line["start"], line["end"]), 2.4, 4) >= 0.5
     assert "scored by the teacher" in said.err and "150 frames, 0 dropped; connected again 0 times" in said.err
     assert "no such file" in mistake(capsys, "stream", tmp_path / "none.mkv", "-m", pair, "-q", *NAMED)
     assert "gopher:// is not read" in mistake(capsys, "stream", "gopher://x", "-m", pair, "-q", *NAMED)
+
+
+def test_the_clock_of_a_live_stream_is_that_of_its_first_frame(pair, tmp_path, capsys, server):
+    """Not of its first snippet, which comes when it has ended: here one of two seconds."""
+    body = film(tmp_path / "a.ts", [], frames=150).read_bytes()
+    options = ["--fps", "0.5", "--threshold", "0", "--longest", "60", "--retries", "0", "-q", *NAMED]
+    before = datetime.now(UTC)
+    assert call("stream", server([body], rate=len(body) / 3), "-m", pair / "student", *options) == 2  # lost at its end
+    line = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert line["start"] == 0 and 0 <= (datetime.fromisoformat(line["clock"]) - before).total_seconds() < 1.5
 
 
 @pytest.mark.parametrize("by", [Impatient, Terminated])

@@ -248,6 +248,15 @@ def test_two_writers_of_one_file(tmp_path):
     write(tmp_path / "a.safetensors", twice)
 
 
+def test_a_file_system_that_locks_nothing_is_written_to(tmp_path, monkeypatch):
+    def refuses(file, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    write(tmp_path / "a.safetensors")
+    check_packed(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("other", ["completes it", "removes it"])
 def test_a_file_that_another_process_takes_away_before_it_is_locked(tmp_path, monkeypatch, other):
     """The finished file of the other process is not written over, nor is what was written lost."""

@@ -63,8 +63,9 @@ def test_a_mapped_set_is_copied_to_memory(monkeypatch):
 def test_a_containers_limit_is_the_hosts(monkeypatch):
     meminfo = "MemTotal: 9 kB\nMemAvailable: 1000 kB\n"
     files = {"meminfo": meminfo, "memory.max": "600000\n", "memory.current": "200000\n"}
+    files["memory.stat"] = "anon 150000\ninactive_file 40000\n"
     monkeypatch.setattr(Path, "read_text", lambda path: files[path.name])
-    assert free_memory() == 400_000
+    assert free_memory() == 440_000
     files["memory.max"] = "max\n"
     assert free_memory() == 1_024_000
 

@@ -301,7 +301,9 @@ def detect(
     from ..engine.detect import (
         best_snippets,
         check_video,
-        is_done,
+        done_with,
+        event_record,
+        identity_of,
         read_events,
         settings_of,
         summary,
@@ -346,14 +348,22 @@ def detect(
     )
     settings = settings_of(scorers, threshold, features)
 
-    def finished(source: "Source") -> bool:
-        made = [output / f"{source.name}{ending}" for ending in endings]
-        return is_done(made[0], source.path, settings) and all(path.exists() for path in made)
+    def finished(source: "Source") -> list[dict] | None:
+        """The events of a finished video: its other files are no older than the first, or are of an earlier call."""
+        first, *others = (output / f"{source.name}{ending}" for ending in endings)
+        try:
+            written = first.stat().st_mtime_ns
+            fresh = all(path.stat().st_mtime_ns >= written for path in others)
+        except OSError:
+            return None
+        return done_with(first, source.path, settings) if fresh else None
 
     if resume:
-        left = [source for source in sources if not finished(source)]
-        typer.echo(f"finished before: {len(sources) - len(left)} of {len(sources)} videos")
-        sources = left
+        before = {source.name: rows for source in sources if (rows := finished(source)) is not None}
+        typer.echo(f"finished before: {len(before)} of {len(sources)} videos")
+        sources = [source for source in sources if source.name not in before]
+        if before:
+            write_events(events, before)  # where the file has lost them
 
     @contextlib.contextmanager
     def extra(path: Path, target: Path) -> Iterator[None]:
@@ -385,11 +395,12 @@ def detect(
                     return output / f"{name}{ending}"
 
                 try:
+                    read = identity_of(source.path)
                     found = video_features(source.path, sampling, seen, heard, count)
                     detection = detect_in(source.name, found, scorers, device_of(device), threshold)
                     target(".json").parent.mkdir(parents=True, exist_ok=True)
-                    write_events(events, detection)
-                    write_detection(target(".json"), detection, source.path, settings)  # last: what it records is done
+                    write_events(events, {source.name: [event_record(e) for e in detection.events()]})
+                    write_detection(target(".json"), detection, source.path, read, settings)  # last: it is done then
                 except Exception as error:  # a failing video is reported and does not stop the others
                     failed.append(reason_of(source.path, error))
                     continue
@@ -458,7 +469,7 @@ def stream(
     Snippets that cannot be scored in time are dropped and counted. Lost connections are reopened. Ctrl-C prints the
     open event and exits.
     """
-    from datetime import UTC, datetime, timedelta
+    from datetime import timedelta
 
     from ..engine.detect import event_record
     from ..engine.online import OnlineDetector
@@ -472,13 +483,15 @@ def stream(
     scorers, seen, heard = watchers(
         model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
     )
-    detector, by, began = None, "", datetime.now(UTC)
+    detector, by = None, ""
 
     def tell(events: "Iterable[Event]") -> None:
         for event in events:
-            clock = (began + timedelta(seconds=event.start)).isoformat(timespec="milliseconds")
+            record = {"source": source, **event_record(event)}
+            if live.live and live.began is not None:
+                record["clock"] = (live.began + timedelta(seconds=event.start)).isoformat(timespec="milliseconds")
             # not echo: on a terminal, it would write behind the progress bar
-            tqdm.write(json.dumps({"source": source, "clock": clock, **event_record(event)}), file=sys.stdout)
+            tqdm.write(json.dumps(record), file=sys.stdout)
             sys.stdout.flush()
 
     with listening() as request, bar(unit="snippet", shown=not quiet) as meter:
@@ -491,7 +504,6 @@ def stream(
                         lasts = f"{ASSUMED:g} a second are assumed: {every} frames last {live.seconds:.2f} s"
                         told = f"note: {source}: declares no frame rate, and {lasts} (--fps sets snippets per second)"
                         tqdm.write(told, file=sys.stderr)
-                    began = datetime.now(UTC) - timedelta(seconds=snippet.time)
                     detector = OnlineDetector(
                         scorers, seen, heard, seconds=live.seconds, window=window, delay=delay, longest=longest,
                         threshold=threshold, geometry=geometry, device=device_of(device),

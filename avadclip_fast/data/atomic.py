@@ -1,6 +1,7 @@
 """Whole files: atomic writes, after which a file is complete or does not exist, and hashes."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -38,6 +39,30 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             raise
 
 
+def lock(file: int, wait: bool) -> None:
+    """Locks an open file or folder until it is closed, or the process ends, however it does.
+
+    Does nothing on file systems without such locks. Raises BlockingIOError if another process holds it, unless `wait`.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:  # such as NFS, which locks no folders
+        pass
+
+
+@contextlib.contextmanager
+def in_turn(folder: str | Path) -> Iterator[None]:
+    """Holds a folder inside the block, once other processes have left theirs: for files that are read and replaced."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        lock(held, wait=True)
+        yield
+    finally:
+        os.close(held)
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a value as JSON, atomically."""
     with atomic_write(path, "w") as file:
@@ -63,5 +88,6 @@ def make_folder(folder: str | Path) -> None:
 def remove_left(folder: str | Path) -> None:
     """Removes temporary files of `atomic_write` that killed processes left in a folder."""
     for path in Path(folder).glob(f".{'[0-9a-f]' * 16}.tmp"):
-        if time.time() - path.stat().st_mtime > LEFT:
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # it was finished in the meantime
+            if time.time() - path.stat().st_mtime > LEFT:
+                path.unlink()

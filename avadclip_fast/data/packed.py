@@ -5,7 +5,6 @@ the header. Until then the file is named NAME.part, and NAME.part.json records t
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
@@ -19,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .atomic import atomic_write
+from .atomic import atomic_write, lock
 from .errors import DataError
 
 PACKED = ".safetensors"  # suffix of packed files
@@ -90,7 +89,7 @@ def _locked(part: Path, path: Path) -> Iterator[IO[bytes]]:
     while True:
         with open(part, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(file.fileno(), wait=False)
             except BlockingIOError as error:
                 raise DataError(f"{path}: another process is writing it; wait for that one, or end it") from error
             # Before it was locked, another process may have completed it: what is open is the finished file then.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data import DataError, TestVideo, chunk, with_motion
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, in_turn
 from ..media.features import VideoFeatures
 from ..models.avadclip import Detector
 from ..models.checkpoints import CheckpointError
@@ -370,10 +370,11 @@ def settings_of(scorers: Sequence[Scorer], threshold: float | None, features: di
     return json.loads(json.dumps({**features, "threshold": threshold, "models": models}))
 
 
-def is_done(path: Path, source: str | Path, settings: dict) -> bool:
-    """Whether `path` is what `write_detection` wrote of this video, unchanged, with these settings."""
+def done_with(path: Path, source: str | Path, settings: dict) -> list[dict] | None:
+    """Returns the events that `write_detection` wrote of this video, unchanged, with these settings; or None."""
     record = _recorded(path)
-    return record.get("settings") == settings and record.get("file") == _identity(source)
+    same = record.get("settings") == settings and record.get("file") == identity_of(source)
+    return record.get("events") if same else None
 
 
 def _recorded(path: Path) -> dict:
@@ -385,13 +386,14 @@ def _recorded(path: Path) -> dict:
     return record if isinstance(record, dict) else {}
 
 
-def write_detection(path: Path, detection: Detection, source: str | Path, settings: dict) -> None:
-    record = {"file": _identity(source), "settings": settings, **as_record(detection, source)}
+def write_detection(path: Path, detection: Detection, source: str | Path, read: dict | None, settings: dict) -> None:
+    """read: `identity_of` the video before it was read, so that one that grew meanwhile is not done."""
+    record = {"file": read, "settings": settings, **as_record(detection, source)}
     with atomic_write(path, "w") as file:
         file.write(json.dumps(record) + "\n")
 
 
-def _identity(path: str | Path) -> dict | None:
+def identity_of(path: str | Path) -> dict | None:
     """What a file keeps where it is moved, as `extract` records it; None if it is gone, as a camera's oldest are."""
     try:
         facts = os.stat(path)
@@ -402,7 +404,7 @@ def _identity(path: str | Path) -> dict | None:
 
 def check_video(path: Path, source: str | Path) -> None:
     """Raises DataError if `path` is what `write_detection` wrote of a video other than `source`, moved or not."""
-    own, record = _identity(source), _recorded(path)
+    own, record = identity_of(source), _recorded(path)
     try:
         video = record["video"]
         there = os.path.isfile(video)
@@ -431,15 +433,21 @@ def read_events(path: Path) -> list[list[str]]:
     return rows
 
 
-def write_events(path: Path, detection: Detection) -> None:
-    """Writes one CSV row per event with the columns EVENTS, sorted by video; keeps the rows of other videos there."""
-    rows = [row for row in read_events(path) if row[0] != detection.name]
-    for e in detection.events():
-        codes = time_code(e.start), time_code(e.end), f"{e.start:.3f}", f"{e.end:.3f}"
-        rows.append([detection.name, *codes, e.name, f"{e.score:.4f}"])
-    with atomic_write(path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([EVENTS, *sorted(rows, key=lambda row: row[0])])
+def write_events(path: Path, found: dict[str, list[dict]]) -> None:
+    """Writes one CSV row per event with the columns EVENTS, sorted by video; keeps the rows of other videos there.
+
+    found: video -> its events, of `event_record`
+    """
+    new = [
+        [name, e["start_code"], e["end_code"], f"{e['start']:.3f}", f"{e['end']:.3f}", e["class"], f"{e['score']:.4f}"]
+        for name, events in found.items()
+        for e in events
+    ]
+    with in_turn(path.parent):  # of several calls with this folder
+        rows = [row for row in read_events(path) if row[0] not in found]
+        with atomic_write(path, "w") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([EVENTS, *sorted(rows + new, key=lambda row: row[0])])
 
 
 def write_frame_scores(path: Path, detection: Detection, frames: int, every: int) -> None:

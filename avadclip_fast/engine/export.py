@@ -52,12 +52,13 @@ class Scores(nn.Module):
     The temperatures come from the calibration, and the text features are a constant. The model is copied, not changed.
 
     forward: the model's streams (visual, audio, or both in this order), each (B, T, D) float32 with T <= length, and
-    lengths (B,) int64 in 1..T -> anomaly (B, T) and probabilities (B, T, C), float32, both 0 for t >= lengths[b].
-    Stream values at t >= lengths[b] are ignored. Inputs are zero-padded to the model's full length, so that scores
-    match evaluation also if padding is "official", where they depend on the padding.
+    lengths (B,) int64 in 1..T -> anomaly (B, T) and probabilities (B, T, C), float32. For t >= lengths[b], anomaly is 0
+    and the first class has probability 1: normal. Stream values there are ignored. Inputs are zero-padded to the
+    model's full length, so that scores match evaluation also if padding is "official", where they depend on it.
     """
 
     text: Tensor
+    normal: Tensor
 
     def __init__(self, model: Detector, calibration: Calibration | None = None):
         super().__init__()
@@ -66,6 +67,7 @@ class Scores(nn.Module):
         self.temperatures = calibration.binary.temperature, calibration.align.temperature
         with torch.no_grad():
             self.register_buffer("text", model.encode_text())
+            self.register_buffer("normal", F.one_hot(torch.tensor(0), len(model.classes)).float())
         self.model = copy.deepcopy(model)
         del self.model.text  # replaced by a constant; four fifths of the weights
         self.requires_grad_(False)
@@ -79,7 +81,8 @@ class Scores(nn.Module):
         out = self.model(*(torch.where(valid[..., None], x, 0) for x in padded), lengths, text_features=self.text)
         binary, align = self.temperatures
         anomaly = torch.where(valid, (out.anomaly_logits / binary).sigmoid(), 0)  # [B, length]
-        probabilities = torch.where(valid[..., None], (out.class_logits / align).softmax(-1), 0)  # [B, length, C]
+        probabilities = (out.class_logits / align).softmax(-1)  # [B, length, C]
+        probabilities = torch.where(valid[..., None], probabilities, self.normal)
         return anomaly[:, rows], probabilities[:, rows]
 
 
@@ -271,6 +274,7 @@ def largest_difference(run: Run, model: Detector, calibration: Calibration) -> f
         drawn = [_draw(model, calibration, n, generator) for n in lengths]
         streams = [torch.full((len(lengths), rows, model.width_of(name)), torch.nan) for name in model.streams()]
         anomaly, probabilities = np.zeros((len(drawn), rows)), np.zeros((len(drawn), rows, len(model.classes)))
+        probabilities[..., 0] = 1  # past lengths
         for b, (n, (video, scores)) in enumerate(zip(lengths, drawn, strict=True)):
             for x, name in zip(streams, model.streams(), strict=True):
                 x[b, :n] = torch.from_numpy(getattr(video, name)[0, :n])

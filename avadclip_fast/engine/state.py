@@ -1,7 +1,6 @@
 """The state of a training run in one atomically written file: weights, optimizer state, and progress."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, lock
 from ..models.avadclip import Detector
 
 STATE = "state.safetensors"  # in the folder of a run
@@ -46,13 +45,11 @@ def alone(folder: Path) -> Iterator[None]:
         held = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+            lock(held, wait=False)
         except BlockingIOError as error:
             raise StateError(
                 f"{folder}: another process is training there; wait for that one, end it, or choose another folder"
             ) from error
-        except OSError:  # a file system that locks no folders, such as NFS
-            pass
         yield
     finally:
         os.close(held)

@@ -1,6 +1,7 @@
 """Trains a teacher, or a student distilled from a teacher; both use the same loop."""
 
 import contextlib
+import hashlib
 import json
 import logging
 import signal
@@ -92,6 +93,7 @@ def fit(
     run = _settings(model, teacher, data, held_out, test_videos, recipe)
     check_resumable(folder, resume)
     info, state = _begun(folder, model, optimizer, run), folder / STATE
+    _check_same(folder, info)
     steps = -(-len(data) // recipe.batch_size)
     first = info["epoch"]
     with contextlib.ExitStack() as stack:
@@ -225,6 +227,17 @@ def _begun(folder: Path, model, optimizer: torch.optim.Optimizer, run: dict[str,
             f"{folder} has gone beyond {epochs} epochs: {BEST} is of a later one; resume it with more epochs"
         )
     return info | {"run": run}
+
+
+def _check_same(folder: Path, info: dict) -> None:
+    """Raises StateError on every rank if one sees another state of the run than rank 0, as on a disk of its own."""
+    text = json.dumps([info["epoch"], info["step"], info["run"]], sort_keys=True)
+    own = int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)  # which float64 holds exactly
+    if distributed.any_of(own != distributed.agreed(own)):
+        raise StateError(
+            f"{folder}: the processes of the run see different states there, this one that of epoch {info['epoch']}, "
+            f"step {info['step']}, or differ in model, data or options; the folder must be one that all of them share"
+        )
 
 
 def _keep_best(folder: Path, model, info: dict, held_out: FeatureSet | None, batch_size: int, device) -> None:

@@ -24,6 +24,7 @@ WAIT = 10.0  # read timeout of a live stream in seconds
 AT_ONCE = 2**22  # audio samples in memory: 17 MB
 JUMP = 1.0  # backward step in seconds that means a timestamp reset; smaller ones are disorder
 GAP = 0.1  # difference in seconds between a packet's time and the samples so far above which silence is inserted
+ROUNDED = 1.001e-3  # seconds by which two time stamps in whole milliseconds, as in MKV, may be too close together
 ASSUMED = 25.0  # frames per second, where a container declares no rate
 TICKS = 1000  # per second, the least of any container's clock that is no frame rate: of WebM; 90,000 of MPEG-TS
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
@@ -149,9 +150,10 @@ class Beat:
 
     def __init__(self, seconds: float):
         self.seconds, self.due = seconds, 0
+        self.early = min(ROUNDED, seconds / 4)
 
     def __call__(self, time: float) -> bool:
-        beats = time / self.seconds + 1e-6
+        beats = (time + self.early) / self.seconds
         if beats < self.due:
             return False
         self.due = int(beats) + 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -153,11 +154,16 @@ def _by_name(name: str, device: str | torch.device, wanted: tuple[str, ...]) -> 
     return encoder
 
 
-def encoded(name: str, encoder: Any, given: Any, rows: int, **options: Any) -> np.ndarray:
-    """Returns encoder(given) as (rows, width) float32. Raises MediaError if the output has another shape or NaN."""
+def encoded(
+    name: str, encoder: Any, given: Any, rows: int, dtype: npt.DTypeLike = np.float32, **options: Any
+) -> np.ndarray:
+    """Returns encoder(given) as (rows, width). Raises MediaError if of another shape, NaN, or too much for `dtype`."""
     out = torch.as_tensor(encoder(given, **options)).detach().float().cpu().numpy()
     if out.shape != (rows, encoder.width):
         raise MediaError(f"the {name} encoder gave shape {out.shape}, expected {(rows, encoder.width)}")
     if not np.isfinite(out).all():
         raise MediaError(f"the {name} encoder gave NaN or infinity")
-    return out
+    largest, most = np.abs(out).max(initial=0), np.finfo(dtype).max
+    if largest > most:
+        raise MediaError(f"the {name} encoder gave {largest:g}, and {np.dtype(dtype)} ends at {most:g}: give --float32")
+    return out.astype(dtype, copy=False)

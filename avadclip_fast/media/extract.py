@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..data import DataError
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, in_turn, sha256_of
 from ..data.features import write_features
 from ..data.lists import Row, misplaced, read_cells, video_of, write_list
 from .decode import FILES_ONLY
@@ -278,8 +278,9 @@ def extract_one(
         if source.label not in ("", record["label"]):
             _write_record(output, source.name, {**record, "label": source.label})
         return "skipped"
+    identity = _identity(source.path)  # of what is read: a recording that grows meanwhile is then done again
     found = video_features(source.path, sampling, visual, audio, go_on, np.dtype(settings["dtype"]))
-    write_video(output, source, found, settings)
+    write_video(output, source, identity, found, settings)
     return "done"
 
 
@@ -323,13 +324,18 @@ def _identity(path: Path) -> dict:
 def settings_of(sampling: Sampling, half: bool, **encoders: Sequence[str | None]) -> dict:
     """All settings that features depend on, by option.
 
-    half: float16 files. encoders: of "visual" and "audio", their name and their weights.
+    half: float16 files. encoders: of "visual" and "audio", their name and their weights, of a file its SHA-256.
     """
-    named = {
-        stream: [name, os.path.realpath(weights) if weights is not None and os.path.exists(weights) else weights]
-        for stream, (name, weights) in encoders.items()
-    }
+    named = {stream: [name, _content(weights)] for stream, (name, weights) in encoders.items()}
     return {**asdict(sampling), "dtype": "float16" if half else "float32", **named}
+
+
+def _content(weights: str | None) -> str | None:
+    """What identifies weights: a file's SHA-256, wherever it lies, otherwise what was given."""
+    try:
+        return sha256_of(weights) if weights is not None and os.path.isfile(weights) else weights
+    except OSError:  # which loading them tells
+        return weights
 
 
 def _options(settings: dict) -> dict:
@@ -395,13 +401,13 @@ def _write_record(output: Path, name: str, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def write_video(output: Path, source: Source, found: VideoFeatures, settings: dict) -> None:
-    """Writes a video's files atomically, and its record last, which marks it as done."""
+def write_video(output: Path, source: Source, identity: dict, found: VideoFeatures, settings: dict) -> None:
+    """Writes a video's files atomically, and its record last, which marks it as done. identity: of the file read."""
     visual, audio, done = _paths(output, source.name, len(found.visual))
-    identity = _identity(source.path)
     before = _read_record(done) or {"file": identity, "label": source.label}
     for path in (*visual, audio, done):
         path.parent.mkdir(parents=True, exist_ok=True)
+    done.unlink(missing_ok=True)  # or a kill would leave it with files of other settings
     for path, rows in zip(visual, found.visual, strict=True):
         write_features(path, rows)
     if found.audio is not None:
@@ -448,29 +454,30 @@ def write_lists(output: str | Path, settings: dict) -> Listing:
     A label that is not the one written last was typed by hand, and stays. Raises DataError as `read_labels`.
     """
     output = Path(output)
-    found, changed, labels = Listing([], {}, 0, set()), {}, read_labels(output)
-    for path in sorted((output / "done").rglob("*.json")):
-        record = _read_record(path)
-        if record is None:
-            continue
-        if record["settings"] != settings:
-            found.options.update(_differing(record["settings"], settings))
-            found = found._replace(others=found.others + 1)
-            continue
-        name = str(path.relative_to(output / "done").with_suffix(""))
-        visual, audio, _ = _paths(output, name, settings["crops"])
-        written = record.get("listed", record["label"])
-        typed = set(labels.get(output / "visual" / name, ())) - {"", written, record["label"]}
-        label = min(typed, default=record["label"])
-        found.rows.extend(Row(file, audio if record["audio"] else None, label, 0) for file in visual)
-        if record.get("damaged"):
-            found.damaged[name] = record["damaged"]
-        if label != written and not typed:
-            changed[name] = {**record, "listed": label}
-    if found.rows:
-        write_list(output / "list.csv", found.rows)
-    for name, record in changed.items():
-        _write_record(output, name, record)
+    with in_turn(output):  # of shards that end together
+        found, changed, labels = Listing([], {}, 0, set()), {}, read_labels(output)
+        for path in sorted((output / "done").rglob("*.json")):
+            record = _read_record(path)
+            if record is None:
+                continue
+            if record["settings"] != settings:
+                found.options.update(_differing(record["settings"], settings))
+                found = found._replace(others=found.others + 1)
+                continue
+            name = str(path.relative_to(output / "done").with_suffix(""))
+            visual, audio, _ = _paths(output, name, settings["crops"])
+            written = record.get("listed", record["label"])
+            typed = set(labels.get(output / "visual" / name, ())) - {"", written, record["label"]}
+            label = min(typed, default=record["label"])
+            found.rows.extend(Row(file, audio if record["audio"] else None, label, 0) for file in visual)
+            if record.get("damaged"):
+                found.damaged[name] = record["damaged"]
+            if label != written and not typed:
+                changed[name] = {**record, "listed": label}
+        if found.rows:
+            write_list(output / "list.csv", found.rows)
+        for name, record in changed.items():
+            _write_record(output, name, record)
     return found
 
 

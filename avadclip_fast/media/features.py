@@ -63,7 +63,7 @@ def video_features(
     def encode() -> None:
         if pending:
             images = torch.cat(pending)  # [n·crops, 3, S, S]
-            rows.extend(encoded("visual", visual, images, len(images)).astype(dtype, copy=False).tobytes())
+            rows.extend(encoded("visual", visual, images, len(images), dtype).tobytes())
             pending.clear()
 
     for frame in snippet_frames(source, sampling.every, sampling.fps, progress, clock):
@@ -81,7 +81,7 @@ def video_features(
     if audio is None or sound is None:
         return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool), *rest)
     windows = sound.windows(times, seconds, progress)
-    embedded = encoded("audio", audio, windows, len(times)).astype(dtype, copy=False)
+    embedded = encoded("audio", audio, windows, len(times), dtype)
     return VideoFeatures(seen, embedded, times, seconds, windows.heard(), *rest)
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,8 @@ class LiveSource:
     Raises MediaError if the source does not exist, is not a video, or is lost for good.
 
     The attributes frames, dropped and reconnects are counts so far. Known once the first snippet is read: `seconds`,
-    the duration of one, and `assumed`, whether that goes by a frame rate that the source does not declare.
+    the duration of one; `assumed`, whether that goes by a frame rate that the source does not declare; `live`; and
+    `began`, the UTC time at which the first frame arrived.
     """
 
     def __init__(
@@ -60,10 +62,13 @@ class LiveSource:
         self.seconds = 1 / fps if fps is not None else 0.0
         self.frames = self.dropped = self.reconnects = 0
         self.live = self.assumed = False
+        self.began: datetime | None = None
         self._queue: queue.Queue[Snippet | Exception | None] = queue.Queue(WAITING)
         self._closed = threading.Event()
 
     def __iter__(self) -> Iterator[Snippet]:
+        if self._closed.is_set():
+            raise MediaError(f"{self.source} was read already: make another LiveSource of it")
         thread = threading.Thread(target=self._read, name=f"reading {self.source}", daemon=True)
         thread.start()
         try:
@@ -81,15 +86,24 @@ class LiveSource:
             self._closed.set()
 
     def _read(self) -> None:
-        begun, last, tries = None, 0.0, 0  # begun: monotonic time of time 0
+        begun: float | None = None  # monotonic time of the first frame, time 0
+        last, tries = 0.0, 0
+
+        def offset() -> float:
+            """Time of a connection's first frame, when it arrives: connecting and waiting for it take time too."""
+            nonlocal begun
+            if begun is None:
+                begun, self.began = time.monotonic(), datetime.now(UTC)
+                return 0.0
+            # a server may send faster than real time, but times must not decrease
+            return max(time.monotonic() - begun, last + self.seconds)
+
         try:
             while not self._closed.is_set():
                 lost = MediaError(f"{self.source}: the stream ended")
                 try:
-                    # a server may send faster than real time, but times must not decrease
-                    now = 0.0 if begun is None else max(time.monotonic() - begun, last + self.seconds)
-                    for snippet in self._snippets(now):
-                        begun, last, tries = begun or time.monotonic() - snippet.time, snippet.time, 0
+                    for snippet in self._snippets(offset):
+                        last, tries = snippet.time, 0
                         self._put(snippet)
                 except MediaError as error:
                     if begun is None or not self.live:
@@ -118,8 +132,8 @@ class LiveSource:
                         continue  # fetched in the meantime
                     self.dropped += oldest.frames if isinstance(oldest, Snippet) else 0
 
-    def _snippets(self, offset: float) -> Iterator[Snippet]:
-        """Yields the snippets of one connection, whose first frame is at `offset` seconds."""
+    def _snippets(self, offset: Callable[[], float]) -> Iterator[Snippet]:
+        """Yields the snippets of one connection. offset: called once, at its first frame, for the time of that."""
         av = import_av()
         with opened(self.source, live=True) as container:
             video = video_stream(container, self.source)
@@ -129,7 +143,7 @@ class LiveSource:
             self.assumed = rate is None and self.fps is None
             clock, reach = Clock(rate or ASSUMED), Reach(container, video)
             self.seconds = self.seconds or self.every / clock.rate
-            beat = Beat(self.seconds)
+            beat, start = Beat(self.seconds), 0.0
             waiting: deque[tuple[float, np.ndarray, int]] = deque()  # time, image, frames so far
             mono, sound = Mono(), Placed(self.seconds + 2 * LAG + WAITING * self.seconds, clock)
             try:
@@ -144,19 +158,21 @@ class LiveSource:
                         continue
                     for frame in decoded(packet):
                         before = clock.seen
+                        if before == 0:
+                            start = offset()
                         if beat(clock(frame)):
                             waiting.append((clock.now, upright(frame), before))
                         self.frames += 1
                     sound.settle()
                     while waiting and self._complete(waiting[0][0], clock, audio, sound):
-                        yield self._made(waiting, clock, offset, audio, sound)
+                        yield self._made(waiting, clock, start, audio, sound)
             except (av.error.FFmpegError, OSError) as error:
                 self.dropped += clock.seen - waiting[0][2] if waiting else 0
                 raise MediaError(f"{self.source}: lost after {clock.seen} frames: {error.strerror or error}") from error
             for block in mono.rest():
                 sound.add(*block)
             while waiting:
-                yield self._made(waiting, clock, offset, audio, sound)
+                yield self._made(waiting, clock, start, audio, sound)
             reach.check(self.source, clock.seen)
 
     def _complete(self, at: float, clock: Clock, audio: Any, sound: "Ring") -> bool:
