@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import platform
+import re
 
 import torch
 
@@ -19,10 +20,10 @@ def device_of(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise DataError(f"device {name!r}: it must be auto, cpu, cuda, or one of several, such as cuda:1")
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("it must be auto, cpu or cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise DataError(f"device {name!r} is not available: {str(error).splitlines()[0]}") from error

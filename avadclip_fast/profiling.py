@@ -84,8 +84,8 @@ def span_backward(name: str, out: Tensor | tuple) -> None:
 
 
 @contextlib.contextmanager
-def trace(folder: str | Path, steps: int = 10, skip: int = 5, name: str = "trace.json") -> Iterator[Callable[[], None]]:
-    """Writes `folder`/`name`, a Chrome trace of a few steps; yields a function to call after every step.
+def trace(folder: str | Path, steps: int = 10, skip: int = 5) -> Iterator[Callable[[], None]]:
+    """Writes `folder`/trace.json, a Chrome trace of a few steps; yields a function to call after every step.
 
         with trace("runs/teacher/profile", steps=10) as step_done:
             for batch in batches:
@@ -103,7 +103,7 @@ def trace(folder: str | Path, steps: int = 10, skip: int = 5, name: str = "trace
     """
     if steps < 1 or skip < 1:
         raise ValueError(f"trace: steps and skip must be whole numbers above zero, got {steps} and {skip}")
-    path = Path(folder) / name
+    path = Path(folder) / "trace.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     written = False
 

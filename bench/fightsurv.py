@@ -26,7 +26,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 from avadclip_fast import data
-from avadclip_fast.data import atomic_write
+from avadclip_fast.data.atomic import write_json
 from avadclip_fast.data.features import pool
 from avadclip_fast.engine.calibrate import (
     HEADS,
@@ -48,6 +48,7 @@ from avadclip_fast.engine.train import HISTORY, fit
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent, objective
 
 from . import fightsurv_folds as folds
+from .harness import RESULTS
 from .plots import bar_groups
 
 PRESET = data.PRESETS["cctv-fights"]
@@ -56,7 +57,6 @@ LENGTH = 32  # an eighth of the default, and of its time; videos have 38 to 361 
 STUDENT_WINDOW = 8  # a quarter of the length, like the default 64 of 256
 SEEDS = (0, 1, 2)
 PERCENTS = (0, 25, 50, 100)
-RESULTS = Path(__file__).parent / "results"
 BRANCHES = {
     "temporal encoder": ("temporal.",),
     "audio TCN": ("audio.",),
@@ -484,9 +484,7 @@ def read(name: str) -> dict:
 
 
 def _write(name: str, report: dict) -> None:
-    with atomic_write(RESULTS / f"{name}.json", "w") as file:
-        json.dump(report, file, indent=1)
-        file.write("\n")
+    write_json(RESULTS / f"{name}.json", report)
 
 
 def _cached(path: Path, make: Callable):
@@ -494,8 +492,7 @@ def _cached(path: Path, make: Callable):
     if not path.exists():
         found = make()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, "w") as file:
-            json.dump(found, file)
+        write_json(path, found)
     return json.loads(path.read_text())
 
 

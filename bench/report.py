@@ -13,16 +13,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import fightsurv, harness, plots
+from .fightsurv import read
 from .harness import RESULTS, ROOT
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
 OPERATIONS = ("topk_mean", "mil_loss", "distance_graph", "similarity_graph", "uniform_pool")
 OPERATIONS += ("linear_act", "linear_act_amx")
-
-
-def read(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def operations() -> str:

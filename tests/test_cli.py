@@ -25,14 +25,37 @@ from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER
 from avadclip_fast.engine.train import HISTORY
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 
+WIDTH = 64
+WIDE = "--width", WIDTH
 CLASSES = "A=normal,B1=fighting,B2=shooting,G=explosion"
 QUICK = ["--classes", CLASSES, "--text-weights", "random", "--text-layers", "1", "--length", "16", "-q"]
+
+
+class Narrow(type):
+    """Stands in for a class of models in `commands`: at width 512 a run takes ten times as long, to write 450 MB."""
+
+    def __call__(cls, *arguments, **settings):
+        return cls.kind(*arguments, **settings, width=WIDTH, text_width=WIDTH)
+
+    def __instancecheck__(cls, model):
+        return isinstance(model, cls.kind)
+
+    def __getattr__(cls, name):
+        return getattr(cls.kind, name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def narrow():
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (AVadCLIP, AVadCLIPStudent):
+            patch.setattr(commands, kind.__name__, Narrow(kind.__name__, (), {"kind": kind}))
+        yield
 
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("synthetic")
-    make_synthetic(folder, videos=12, test_videos=6, min_snippets=16, max_snippets=30)
+    make_synthetic(folder, videos=12, test_videos=6, min_snippets=16, max_snippets=30, width=WIDTH)
     return folder
 
 
@@ -94,7 +117,7 @@ def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
 
 def test_a_preset_settles_frames_and_the_weight_of_distillation(videos, trained, tmp_path, capsys):
     preset = "--preset", "cctv-fights", "--classes", CLASSES, "-q"
-    check = "check", videos / "test.csv", "--gt", videos / "gt.npy", *preset
+    check = "check", videos / "test.csv", "--gt", videos / "gt.npy", *preset, *WIDE
     assert call(*check) == 1 and "snippets x 4 = " in capsys.readouterr().out
     assert call(*check, "--frames-per-snippet", 16) == 0
     guided = "distill", videos / "train.csv", "--teacher", trained, "-o", tmp_path / "run", "--epochs", 1
@@ -117,7 +140,7 @@ def test_options_reach_the_recipe_and_the_model(videos, tmp_path, monkeypatch):
     codes = dict(pair.split("=") for pair in CLASSES.split(","))
     # statistics are of the videos that are trained on, not of those held out
     kept, _ = data.split(data.read_list(videos / "train.csv"), 0.3, 234, codes)
-    batch = data.FeatureSet.load(kept, codes, 16).batch(torch.arange(len(kept)))
+    batch = data.FeatureSet.load(kept, codes, 16, WIDTH).batch(torch.arange(len(kept)))
     mean = batch.audio.double().sum((0, 1)) / batch.lengths.sum()
     torch.testing.assert_close(model.standardize["audio"].mean.double(), mean, rtol=1e-4, atol=1e-6)
 
@@ -202,7 +225,7 @@ def test_a_held_out_list_takes_the_place_of_a_share(videos, tmp_path, capsys):
 
 def test_a_video_is_known_for_the_same_in_a_file_packed_elsewhere(videos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(videos)
-    assert call("pack", "train.csv", "-o", tmp_path / "p.safetensors", "--length", 16, "-q") == 0
+    assert call("pack", "train.csv", "-o", tmp_path / "p.safetensors", "--length", 16, "-q", *WIDE) == 0
     monkeypatch.chdir(tmp_path)
     separate = "--held-out-list", videos / "train.csv"
     assert "and not held out" in mistake(capsys, "train", "p.safetensors", "-o", "run", *separate, *QUICK)
@@ -211,7 +234,7 @@ def test_a_video_is_known_for_the_same_in_a_file_packed_elsewhere(videos, tmp_pa
 def test_a_packed_file_takes_no_root(videos, trained, tmp_path, capsys):
     """Nor does it ignore one, which a list beside it may need."""
     packed = tmp_path / "p.safetensors"
-    assert call("pack", videos / "train.csv", "-o", packed, "--length", 16, "-q") == 0
+    assert call("pack", videos / "train.csv", "-o", packed, "--length", 16, "-q", *WIDE) == 0
     run = packed, "-o", tmp_path / "run", "--root", videos, "--epochs", 1
     guided = "--teacher", trained, "--classes", CLASSES, "-q"
     for command in (("train", *run, *QUICK), ("distill", *run, *guided)):
@@ -390,6 +413,15 @@ def test_integer_options_are_bounded(videos, tmp_path, capsys):
         assert f"Invalid value for '{option}'" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_a_list_in_another_order_than_the_truth_is_told(videos, trained, tmp_path, capsys, caplog):
+    header, *rows = (videos / "test.csv").read_text().splitlines()
+    (videos / "turned.csv").write_text("\n".join([header, *rows[::-1]]))
+    ask = "--model", trained, "--gt", videos / "gt.npy", "--classes", CLASSES, "-q"
+    assert call("eval", videos / "test.csv", *ask) == 0 and "order" not in caplog.text
+    assert call("eval", videos / "turned.csv", *ask) == 0
+    assert "is the list in the order of the ground truth?" in caplog.text
+
+
 def test_where_numbers_go_is_looked_at_before_scoring(videos, trained, tmp_path, capsys, monkeypatch):
     ask = "eval", videos / "test.csv", "--model", trained, "--gt", videos / "gt.npy", "--classes", CLASSES, "-q"
     assert call(*ask, "--json", tmp_path / "new" / "out.json", "--plots", tmp_path / "other" / "plots") == 0
@@ -402,7 +434,7 @@ def test_where_numbers_go_is_looked_at_before_scoring(videos, trained, tmp_path,
     assert "no video is named xyz" in mistake(capsys, *ask, "--plots", tmp_path / "p", "--plot", "xyz")
     assert "give both" in mistake(capsys, *ask, "--segment-labels", tmp_path / "file")
     np.save(tmp_path / "short.npy", np.load(videos / "gt.npy")[16:])
-    assert "short.npy: the truth has" in mistake(capsys, *ask[:5], tmp_path / "short.npy", *ask[6:])
+    assert "short.npy: 2384 frames, but" in mistake(capsys, *ask[:5], tmp_path / "short.npy", *ask[6:])
     spans = json.loads((videos / "gt_segments.json").read_text())
     few = {name: part[:-1] for name, part in spans.items()}
     other = {**spans, "labels": [["X"] * len(codes) for codes in spans["labels"]]}
@@ -485,7 +517,7 @@ def test_the_version(capsys):
 
 
 def test_check(videos, tmp_path, capsys):
-    assert call("check", videos / "test.csv", "--gt", videos / "gt.npy", "--classes", CLASSES, "-q") == 0
+    assert call("check", videos / "test.csv", "--gt", videos / "gt.npy", "--classes", CLASSES, "-q", *WIDE) == 0
     np.save(tmp_path / "bad.npy", np.full((3, 512), np.nan, dtype=np.float32))
     (tmp_path / "list.csv").write_text("path,audio_path,label\nbad.npy,missing.npy,X9\n")
     capsys.readouterr()
@@ -502,13 +534,13 @@ def test_a_list_of_one_kind_is_warned_of(videos, tmp_path, capsys, caplog, of, m
     (videos / "one.csv").write_text("\n".join([header, *rows]))
     warning = f"a list needs {missing} ones too: add some, or correct the labels (A is normal)"
     packed = tmp_path / "p.safetensors"
-    assert call("pack", videos / "one.csv", "-o", packed, "--length", 16, "-q") == 0
+    assert call("pack", videos / "one.csv", "-o", packed, "--length", 16, "-q", *WIDE) == 0
     capsys.readouterr()
     for path in (videos / "one.csv", packed):
-        assert call("check", path, "--classes", CLASSES, "-q") == 0
+        assert call("check", path, "--classes", CLASSES, "-q", *WIDE) == 0
         out = capsys.readouterr().out
         assert f"{path}: warning: every video" in out and warning in out and "no other problems" in out
-    assert call("check", videos / "train.csv", "--classes", CLASSES, "-q") == 0
+    assert call("check", videos / "train.csv", "--classes", CLASSES, "-q", *WIDE) == 0
     assert capsys.readouterr().out == f"{videos / 'train.csv'}: no problems\n"
     few = "--student", "--epochs", 1, "--select", "last"
     assert call("train", videos / "one.csv", "-o", tmp_path / "run", *few, *QUICK) == 0
@@ -553,7 +585,7 @@ def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):
     assert "for --select test" in mistake(capsys, "train", train, "-o", run, "--test-list", test, *gt, *QUICK)
     np.save(tmp_path / "normal.npy", np.zeros_like(np.load(videos / "gt.npy")))
     np.save(tmp_path / "short.npy", np.load(videos / "gt.npy")[16:])
-    for name, said in (("normal", "all of one kind"), ("short", "the truth has")):
+    for name, said in (("normal", "all of one kind"), ("short", "short.npy: 2384 frames, but")):
         asked = "--select", "test", "--test-list", test, "--gt", tmp_path / f"{name}.npy"
         assert said in mistake(capsys, "train", train, "-o", run, *asked, *QUICK)
     assert "no model" in mistake(capsys, "eval", test, "--model", tmp_path / "nowhere", *gt, "--classes", CLASSES, "-q")
@@ -572,8 +604,8 @@ def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):
 
 def test_bad_features_stop_before_training(videos, tmp_path, capsys):
     rows = (videos / "train.csv").read_text().splitlines()
-    np.save(tmp_path / "short.npy", np.zeros((2, 512), dtype=np.float32))
-    np.save(tmp_path / "whole.npy", np.zeros((3, 512), dtype=np.float32))
+    np.save(tmp_path / "short.npy", np.zeros((2, WIDTH), dtype=np.float32))
+    np.save(tmp_path / "whole.npy", np.zeros((3, WIDTH), dtype=np.float32))
     (tmp_path / "list.csv").write_text("\n".join([rows[0], "whole.npy,short.npy,A"]))
     message = mistake(capsys, "train", tmp_path / "list.csv", "-o", tmp_path / "run", "--select", "last", *QUICK)
     assert "short.npy" in message and "line 2" in message
@@ -594,7 +626,7 @@ def test_without_pretrained_weights_it_says_so(videos, tmp_path, capsys, monkeyp
 def test_too_little_memory_is_told_in_one_line(videos, tmp_path, capsys, monkeypatch):
     ask = "train", videos / "train.csv", "-o", tmp_path / "run", *QUICK
     message = mistake(capsys, *ask, "--length", 10**12)  # more than there are addresses
-    assert message.startswith("error: out of memory: can't allocate memory: you tried to allocate 2048000000000000 ")
+    assert message.startswith("error: out of memory: can't allocate memory: you tried to allocate 256000000000000 ")
     assert message.endswith("; a smaller --batch-size or --length takes less\n")
     of_torch = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free. If reserved memory is large"
     for error, told in (

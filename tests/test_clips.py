@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from standins import AXES, overlap
+from standins import AXES, WIDTH, overlap
 from test_cli import call
 
 from avadclip_fast.media import decode
@@ -81,7 +81,7 @@ SCENES = {"n1": 0, "fighting1": 1, "n2": 0, "explosion1": 2, "n3": 0}
 class Gallery:
     """Knows scenes: a frame becomes the direction of what its nearest picture shows, as CLIP's would lie near it."""
 
-    size, width = 32, 512
+    size, width = 32, WIDTH
     pictures, axes = None, None
 
     def __init__(self, device):

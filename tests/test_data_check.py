@@ -31,10 +31,11 @@ def test_every_problem_is_told_at_once(made):
     np.save(rows[3].audio, np.ones((3, 32), np.float32))
     listed = (made / "train.csv").read_text().splitlines()
     listed[5] = listed[5].rsplit(",", 1)[0] + ",B7-0-0"
-    listed += [listed[6], "x.npy,y.npy,"]
+    listed += [listed[6], "x.npy,y.npy,", "x.npy,y.npy,B1,B2"]
     (made / "train.csv").write_text("\n".join(listed))
     problems = check(made, "train.csv")
     expected = [
+        ["line 10", "B2 is beyond the 3 columns"],
         ["line 8", "line 7 already"],
         ["line 9", "label empty"],
         ["line 2", rows[0].visual.name, "no such file"],

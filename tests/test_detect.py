@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import CLASSES, student, teacher
-from standins import AXES, NAMED, Sight, overlap, seen
+from standins import AXES, NAMED, WIDTH, Sight, overlap, seen
 from test_cli import call, mistake
 from videos import BAD, bad_videos, damage, forbid, joined, make_video
 
@@ -28,6 +28,7 @@ from avadclip_fast.engine.evaluate import stream_scores
 from avadclip_fast.engine.timeline import _apart
 from avadclip_fast.media import decode
 from avadclip_fast.media.annotate import _strip
+from avadclip_fast.media.extract import find_sources
 from avadclip_fast.media.features import VideoFeatures
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 
@@ -130,6 +131,24 @@ def test_own_copies_are_not_taken_for_videos(pair, tmp_path, monkeypatch):
         ]  # fmt: skip
     assert call("detect", "detections", "-o", "again", *same[:-1]) == 0
     assert (tmp_path / "again" / "a.json").is_file()
+
+
+def test_a_copy_beside_its_video_is_not_taken_for_one(pair, tmp_path, capsys):
+    """Not in the same call again, nor where its folder is extracted; a video of the same name still is."""
+    film(tmp_path / "a.mp4", [])
+    given = ["detect", tmp_path, "-o", tmp_path, "-m", pair / "student", *QUICK, "--no-plot", "--annotate"]
+    assert call(*given) == call(*given) == call(*given, "--resume") == 0
+    assert "finished before: 1 of 1 videos" in capsys.readouterr().out and (tmp_path / "a.mkv").exists()
+    assert [source.path.name for source in find_sources([tmp_path])[0]] == ["a.mp4"]
+    (tmp_path / "a.json").unlink()
+    assert "would both be called a: rename one" in mistake(capsys, *given)
+
+
+def test_sound_that_is_left_out_is_not_said_to_be_missing(pair, tmp_path, capsys):
+    film(tmp_path / "a.mkv", [], audio=1, tone=(0, 6))
+    options = [*QUICK, "--no-plot", "--audio-encoder", "none"]
+    assert call("detect", tmp_path / "a.mkv", "-m", pair, "-o", tmp_path / "out", *options) == 0
+    assert "scored by the student: sound is left out" in capsys.readouterr().out
 
 
 SOUNDS = {  # that Matroska does not take: (suffix, codec, rate, channels)
@@ -617,20 +636,22 @@ def test_bad_input_is_told_and_leaves_nothing(pair, tmp_path, capsys, monkeypatc
 )
 def test_parts_of_sound(heard, expected):
     mask = np.array([x == "1" for x in heard])
-    assert list(detect.sound_parts(mask, True, np.ones(len(mask)))) == expected
-    assert list(detect.sound_parts(mask, False, np.ones(len(mask)))) == [(0, len(mask), False, "no sound track")]
+    assert list(detect.sound_parts(mask, "", np.ones(len(mask)))) == expected
+    assert list(detect.sound_parts(mask, "no sound track", np.ones(len(mask)))) == [
+        (0, len(mask), False, "no sound track")
+    ]
 
 
 def test_a_pause_is_told_by_its_seconds():
     heard = np.arange(8) < 2  # then six snippets of silence
-    assert list(detect.sound_parts(heard, True, np.full(8, 0.5))) == [(0, 8, True, "sound")]
-    assert [part[:3] for part in detect.sound_parts(heard, True, np.ones(8))] == [(0, 2, True), (2, 8, False)]
+    assert list(detect.sound_parts(heard, "", np.full(8, 0.5))) == [(0, 8, True, "sound")]
+    assert [part[:3] for part in detect.sound_parts(heard, "", np.ones(8))] == [(0, 2, True), (2, 8, False)]
 
 
 def test_a_silence_in_which_frames_are_fewer_lasts_as_long_as_they_do(pair):
     """Ten snippets of half a second, then four of three seconds: as many frames each."""
     times = np.array([*np.arange(10) / 2, *range(5, 17, 3)])
-    visual, heard = np.zeros((1, 14, 512), np.float32), np.arange(14) < 10
+    visual, heard = np.zeros((1, 14, WIDTH), np.float32), np.arange(14) < 10
     found = VideoFeatures(visual, visual[0], times, 0.5, heard)
     parts = detect.detect("a", found, detect.load_scorers(pair)).parts
     assert [(part.start, part.end, part.by) for part in parts] == [(0, 10, "teacher"), (10, 14, "student")]
@@ -836,9 +857,9 @@ def test_gaps_are_left_out_of_what_is_shown():
 def test_what_ends_at_a_gap_is_not_the_end_of_the_sound():
     heard, lasts, at = np.arange(20) < 2, np.ones(20), [9]
     parts = [(0, 2, True, "sound"), (2, 9, False, "silent"), (9, 20, False, "the sound ends")]
-    assert list(detect.sound_parts(heard, True, lasts, at)) == parts
-    assert [part[3] for part in detect.sound_parts(heard & False, True, lasts, at)] == ["the sound track is silent"] * 2
-    assert [part[:2] for part in detect.sound_parts(heard, False, lasts, at)] == [(0, 9), (9, 20)]
+    assert list(detect.sound_parts(heard, "", lasts, at)) == parts
+    assert [part[3] for part in detect.sound_parts(heard & False, "", lasts, at)] == ["the sound track is silent"] * 2
+    assert [part[:2] for part in detect.sound_parts(heard, "no sound track", lasts, at)] == [(0, 9), (9, 20)]
 
 
 def test_time_codes():

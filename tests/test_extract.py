@@ -1,5 +1,6 @@
 """`avadclip-fast extract`, as a user would call it, with small stand-in encoders."""
 
+import errno
 import json
 import os
 import re
@@ -387,6 +388,16 @@ def test_features_that_half_precision_cannot_hold_are_refused(folder, tmp_path, 
     assert call(*given) == 1
     assert "the visual encoder gave 100000, and float16 ends at 65504: give --float32" in capsys.readouterr().err
     assert call(*given, "--float32") == 0
+
+
+def test_a_full_disk_is_told_with_what_was_to_be_written(folder, tmp_path, capsys, monkeypatch):
+    def full(path, rows):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(extract, "write_features", full)
+    assert call("extract", folder / "more" / "b.mp4", "-o", tmp_path / "out", *QUICK) == 1
+    told = f"b__0.npy: cannot be written: {os.strerror(errno.ENOSPC)}; make room, and call again\n"
+    assert capsys.readouterr().err.endswith(told)
 
 
 def test_weights_of_another_content_are_others(folder, tmp_path, capsys):

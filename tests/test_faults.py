@@ -165,6 +165,7 @@ def test_a_full_disk_is_told_with_the_file_of_a_model(tmp_path, capsys, monkeypa
             (("convert", model, tmp_path / "b.pth"), "b.pth"),
             (("convert", official, made), "model.safetensors"),
             (("export", model, "-o", tmp_path / "b.pt2"), "b.pt2"),
+            (("export", model, "-o", tmp_path / "b.onnx"), "b.onnx"),
         ):
             told = mistake(capsys, *given, *classes)
             assert told.startswith("error: [Errno 27] File too large: ") and told.endswith(f"{file}'\n")

@@ -274,6 +274,12 @@ def test_refuses_an_unknown_activation(x):
         ops.linear_act(x, torch.zeros(8, 8), activation="swish")
 
 
+@pytest.mark.parametrize("shape", [(4, 0, 3), (0, 8, 3)])
+def test_refuses_a_convolution_without_channels(shape):
+    with pytest.raises(ValueError, match="a convolution's weight must not be empty"):
+        ops.linear_act(torch.zeros(2, 5, shape[1]), torch.zeros(shape))
+
+
 def test_refuses_a_convolution_of_rows(x):
     with pytest.raises(ValueError, match=r"convolution takes x of shape \[B, T, I\], got \[4, 8\]"):
         ops.linear_act(x[0], torch.zeros(8, 8, 3))

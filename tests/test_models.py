@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import inspect
 import itertools
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -242,6 +243,22 @@ def test_masked_videos_do_not_see_each_other(make):
         for name, grad in alone_grads.items():
             mean[name] = mean.get(name, 0) + grad / len(lengths)
     assert_same(mean, grads)
+
+
+def test_inputs_that_do_not_fit_are_told_by_their_names():
+    visual, audio, labels, _ = batch([9, 16], 16)
+    for given, wrong in (
+        ((visual.numpy(), audio), "visual must be a tensor; got ndarray"),
+        ((visual, audio[..., 1:]), "audio must have shape [B, T, 32]; got [2, 16, 31]"),
+        ((visual[0], audio[0]), "visual must have shape [B, T, 32]; got [16, 32]"),
+        ((visual[:, :0], audio[:, :0]), "T=0 does not lie in 1..24"),
+        ((visual, audio[:1]), "audio must have B=2 videos of T=16; got [1, 16, 32]"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(wrong)):
+            teacher()(*given)
+    model = teacher()
+    with pytest.raises(ValueError, match="the teacher or student itself, such as ddp.module; got DataParallel"):
+        objective(torch.nn.DataParallel(model), model(visual, audio), labels)
 
 
 @pytest.mark.parametrize("make", [teacher, student])

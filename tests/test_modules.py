@@ -230,7 +230,7 @@ def test_refuses_settings(make, message):
 
 
 def test_refuses_features_of_another_width():
-    with pytest.raises(ValueError, match=r"features must have shape \[B, T, 32\], got \[1, 5, 16\]"):
+    with pytest.raises(ValueError, match=r"visual must have shape \[B, T, 32\]; got \[1, 5, 16\]"):
         student()(rows(1, 5, 16))
 
 

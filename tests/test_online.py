@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from standins import NAMED, Hearing, Sight, overlap
+from standins import NAMED, WIDTH, Hearing, Sight, overlap
 from test_cli import call, mistake
 from test_detect import Impatient, Terminated, film
 from test_docs import ROOT, examples
@@ -179,15 +179,24 @@ def test_what_does_not_fit_is_refused(pair):
     scorers = detect.load_scorers(pair)
     wide = Sight("cpu")
     wide.width = 768
-    with pytest.raises(DataError, match="768 numbers a snippet, the model takes 512"):
+    with pytest.raises(DataError, match="768 numbers a snippet, the model takes 64"):
         OnlineDetector(scorers, wide, seconds=SECONDS)
+    with pytest.raises(DataError, match="window must be from 1 to the model's length of 32 snippets; got 33"):
+        online(pair, window=33)
     with pytest.raises(DataError, match="less than the window"):
         online(pair, window=4, delay=4)
 
 
+def narrow_wav2clip():
+    """With random weights, as wide as the models are here."""
+    encoder = Wav2Clip("random")
+    encoder.transform.sequential[3], encoder.width = torch.nn.Linear(512, WIDTH), WIDTH
+    return encoder
+
+
 def test_wav2clip_is_standardised_by_the_window(pair):
     """Given the same snippets, the last is embedded as it is within the whole."""
-    encoder = Wav2Clip("random")
+    encoder = narrow_wav2clip()
     detector = OnlineDetector(detect.load_scorers(pair), Sight("cpu"), encoder, seconds=SECONDS)
     windows = np.random.default_rng(0).normal(0, 0.1, (5, len(LOUD))).astype(np.float32)
     windows *= np.array([1, 3, 0.2, 2, 1], np.float32)[:, None]
@@ -198,7 +207,7 @@ def test_wav2clip_is_standardised_by_the_window(pair):
 
 
 def test_sound_before_the_window_has_no_part_in_its_standard(pair):
-    encoder, scorers = Wav2Clip("random"), detect.load_scorers(pair)
+    encoder, scorers = narrow_wav2clip(), detect.load_scorers(pair)
 
     def last(sounds):
         detector = OnlineDetector(scorers, Sight("cpu"), encoder, seconds=SECONDS, window=4)
@@ -361,7 +370,7 @@ def test_what_connecting_takes_is_part_of_the_time(tmp_path, server, monkeypatch
     opened = live_module.opened
 
     def late(*given, **named):
-        time.sleep(3.0 * live.reconnects)
+        time.sleep(3.0 if live.reconnects == 1 else 0)
         return opened(*given, **named)
 
     monkeypatch.setattr(live_module, "opened", late)

@@ -435,7 +435,7 @@ def evaluate_(
     spans = None if segments is None else data.read_spans(segments, segment_labels)
     hears = "audio" in detector.streams() and not silent
     rows = data.read_list(list_, root, audio=hears)
-    check_truth(gt, truth, rows, detector.width, frames)  # before scoring, to fail early
+    check_truth(gt, truth, list_, rows, detector.width, frames, codes)  # before scoring, to fail early
     if segments is not None and spans is not None:
         check_spans(segments, spans, len(rows), detector.classes, codes)
     known = names_of(rows)
@@ -517,8 +517,12 @@ def check(
     if list_.suffix == PACKED:
         if gt is not None or root is not None:
             raise DataError("--gt and --root are for lists; a packed file is checked against its own checksum")
-        rows, _ = data.packed_rows(list_, codes)
-        data.check_packed(list_)
+        try:
+            rows, _ = data.packed_rows(list_, codes)
+            data.check_packed(list_)
+        except DataError as error:
+            typer.echo(error)
+            raise typer.Exit(1) from error
         _no_problems(list_, rows, codes)
         return
     problems = data.check_list(
@@ -617,7 +621,8 @@ def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[st
     if classes is not None:
         pairs = [part.partition("=") for part in classes.split(",")]
         if not all(code.strip() and sign and label.strip() for code, sign, label in pairs):
-            raise DataError(f'--classes wants CODE=name pairs such as "A=normal,B1=fighting", got {classes!r}')
+            wanted = 'CODE=name pairs such as "A=normal,B1=fighting", and no comma in a name'
+            raise DataError(f"--classes wants {wanted}; got {classes!r}")
         codes = {code.strip(): label.strip() for code, _, label in pairs}
         if len(pairs) < 2 or not len(codes) == len(set(codes.values())) == len(pairs):
             raise DataError(f"--classes wants two classes or more, normal first, each once; got {classes!r}")

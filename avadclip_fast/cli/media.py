@@ -15,7 +15,7 @@ from tqdm import tqdm
 from typer import Argument, Option
 
 from ..data import DataError, pack
-from ..data.atomic import atomic_write, make_folder, remove_left
+from ..data.atomic import make_folder, remove_left, write_json
 from ..data.lists import video_of
 from ..data.lists import videos as by_video
 from ..data.packed import PACKED
@@ -217,8 +217,7 @@ def extract(
             decoded = frames_in(meter)
             record = media.extract(sources, folder, sampling, seen, heard, settings, workers, ended, until, decoded)
     record["failed"] = failed + record["failed"]
-    with atomic_write(log, "w") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
+    write_json(log, record)
     rows, damaged, others, options = media.write_lists(folder, settings)
     typer.echo(f"{len(record['done'])} extracted, {len(record['skipped'])} were there, {len(record['failed'])} failed")
     if rows:

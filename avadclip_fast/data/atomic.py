@@ -66,7 +66,7 @@ def in_turn(folder: str | Path) -> Iterator[None]:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes a value as JSON, atomically."""
     with atomic_write(path, "w") as file:
-        file.write(json.dumps(value, indent=1))
+        file.write(json.dumps(value, indent=1) + "\n")
 
 
 def sha256_of(path: str | Path) -> str:

@@ -1,5 +1,6 @@
 """Validation of a list and its files, reporting all problems at once."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def check_list(
             return [*problems, str(error)]
         known = [count for count in counts if count is not None]
         if whole and len(known) == len(counts):
-            problems += _check_truth(path, rows, known, truth, frame_gt, frames_per_snippet, codes)
+            problems += truth_problems(path, rows, known, truth, frame_gt, frames_per_snippet, codes)
     return problems
 
 
@@ -71,15 +72,19 @@ def _check_row(row: Row, codes: dict[str, str], audio: bool, width: int) -> tupl
     return problems, counts[0]
 
 
-def _check_truth(
+def truth_problems(
     path: str | Path,
-    rows: list[Row],
-    counts: list[int],
+    rows: Sequence[Row],
+    counts: Sequence[int],
     truth: np.ndarray,
     frame_gt: str | Path,
     frames: int,
     codes: dict[str, str],
 ) -> list[str]:
+    """Returns how frame ground truth differs from a list: in frames, in one problem, or in rows' labels, each in one.
+
+    counts: snippets of each row; truth: read from `frame_gt`, of `frames` frames per snippet
+    """
     snippets = sum(counts)
     if len(truth) != snippets * frames:
         problem = (

@@ -44,14 +44,15 @@ def read_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
     return rows
 
 
-def scan_list(path: str | Path, root: str | Path | None = None, audio: bool = True) -> tuple[list[Row], list[str]]:
+def scan_list(path: str | Path, root: str | Path | None, audio: bool) -> tuple[list[Row], list[str]]:
     """Returns the valid rows of a list, and a message for each invalid one. Raises DataError if unreadable or empty."""
     path = Path(path)
     root = path.parent if root is None else Path(root)
-    rows, problems = [], []
+    rows: list[Row] = []
+    problems: list[str] = []
     seen: dict[str, int] = {}  # feature file -> line
     wanted = ["path", "audio_path", "label"] if audio else ["path", "label"]
-    for line, cells in read_cells(path, wanted):
+    for line, cells in read_cells(path, wanted, problems):
         file = os.path.abspath(root / cells["path"])  # one name for a/../b.npy and b.npy
         row = Row(
             root / cells["path"], root / cells["audio_path"] if cells["audio_path"] else None, cells["label"], line
@@ -85,11 +86,14 @@ def is_inside(root: str | Path, name: str) -> bool:
     return Path(os.path.abspath(Path(root, name))).is_relative_to(os.path.abspath(root))
 
 
-def read_cells(path: Path, expected: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+def read_cells(
+    path: Path, expected: Sequence[str], problems: list[str] | None = None
+) -> list[tuple[int, dict[str, str]]]:
     """(line number, column -> stripped text, "" if missing) of each non-blank line.
 
-    Raises DataError if the file cannot be read, one of the `expected` columns is missing, or a line has more cells than
-    the header has columns.
+    problems: to which a line is told, and left out, that has more cells than the header has columns
+    Raises DataError if the file cannot be read, one of the `expected` columns is missing, or without `problems` for
+    such a line.
     """
     try:
         # utf-8-sig: spreadsheets write a byte order mark
@@ -114,14 +118,19 @@ def read_cells(path: Path, expected: Sequence[str]) -> list[tuple[int, dict[str,
             f"{path}: no column {', '.join(missing)}: the header must be {','.join(expected)}, "
             f"found {','.join(header)}{_other_separator(header)}{silent}"
         )
+    blank, found = dict.fromkeys(("path", "audio_path", "label"), ""), []
     for line, cells in lines:
         if beyond := "".join(cells[len(header) :]).strip():  # blank ones are those of spreadsheets
-            raise DataError(
+            wrong = (
                 f"{path}, line {line}: {beyond} is beyond the {len(header)} columns of the header; join the codes of a "
                 "label by -, and put a name that holds a comma in quotes"
             )
-    blank = dict.fromkeys(("path", "audio_path", "label"), "")
-    return [(line, blank | {n: c.strip() for n, c in zip(header, cells, strict=False)}) for line, cells in lines]
+            if problems is None:
+                raise DataError(wrong)
+            problems.append(wrong)
+        else:
+            found.append((line, blank | {n: c.strip() for n, c in zip(header, cells, strict=False)}))
+    return found
 
 
 def _other_separator(header: Sequence[str]) -> str:

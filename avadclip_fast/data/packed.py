@@ -18,13 +18,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .atomic import atomic_write, lock
+from .atomic import lock, write_json
 from .errors import DataError
 
 PACKED = ".safetensors"  # suffix of packed files
 _NAMES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 _PLAIN = "0" * 64  # placeholder for the checksum in the header
-_READ = 1 << 24  # bytes at a time
 
 
 class Field(NamedTuple):
@@ -72,8 +71,7 @@ def write_packed(
                 stop = min(start + block, rows)
                 _write_rows(file.fileno(), len(header), fields, rows, start, stop, fill(start, stop))
                 os.fdatasync(file.fileno())
-                with atomic_write(journal, "w") as note:
-                    json.dump({"begun": begun, "rows": stop}, note)
+                write_json(journal, {"begun": begun, "rows": stop})
             os.pwrite(file.fileno(), _header(fields, rows, info, _digest(file, len(header))), 0)
             os.fsync(file.fileno())
             journal.unlink(missing_ok=True)  # before the rename, so that it never outlives the partial file
@@ -169,8 +167,5 @@ def _done(journal: Path, begun: str, rows: int) -> int:
 
 
 def _digest(file, start: int) -> str:
-    digest = hashlib.sha256()
     file.seek(start)
-    while part := file.read(_READ):
-        digest.update(part)
-    return digest.hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -207,9 +207,10 @@ def detect(
         parts = [Part(start, end, "student", "the model needs no sound") for start, end in stretches]
     else:
         lasts = ends_of(found.times, found.seconds, cuts) - found.times
+        silence = "" if found.audio is not None else "sound is left out" if found.deaf else "no sound track"
         parts = [
             Part(start, end, "teacher" if heard else deaf_name(scorers), why)
-            for start, end, heard, why in sound_parts(found.heard, found.audio is not None, lasts, cuts)
+            for start, end, heard, why in sound_parts(found.heard, silence, lasts, cuts)
         ]
     anomaly = np.zeros(n, np.float32)
     probabilities = np.zeros((n, len(first.model.classes)), np.float32)
@@ -285,18 +286,18 @@ def score(scorer: Scorer, visual: np.ndarray, audio: np.ndarray | None, device: 
 
 
 def sound_parts(
-    heard: np.ndarray, stream: bool, seconds: np.ndarray, cuts: Sequence[int] = ()
+    heard: np.ndarray, silence: str, seconds: np.ndarray, cuts: Sequence[int] = ()
 ) -> Iterator[tuple[int, int, bool, str]]:
     """Yields (start, end, whether there is sound, why) for each part of a video, in order.
 
-    heard: (n,) bool, whether each snippet is audible. stream: whether the video has a sound track. seconds: (n,)
-    duration of each snippet. cuts: snippets at which a part ends in any case, without 0. Silences shorter than PAUSE
+    heard: (n,) bool, whether each snippet is audible. silence: why there is no sound, or "". seconds: (n,) duration of
+    each snippet. cuts: snippets at which a part ends in any case, without 0. Silences shorter than PAUSE
     count as part of the surrounding sound.
     """
     n = len(heard)
     for first, last in pairwise([0, *cuts, n]):
-        if not stream:
-            yield first, last, False, "no sound track"
+        if silence:
+            yield first, last, False, silence
             continue
         here = heard[first:last]
         sound = here.copy()

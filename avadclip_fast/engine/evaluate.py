@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import DataError, Row, TestVideo, snippet_count, test_videos
+from ..data.check import truth_problems
 from ..data.lists import names_of
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError, TextWeightsError
 from ..models.avadclip import Detector
@@ -28,6 +30,7 @@ WIDEST = 1 << 14  # snippets in a window: its attention matrix takes a gigabyte 
 PACKED_CHUNKS = 16  # chunks of 256 rows: enough to fill a CPU, and 50 MB of activations per layer
 
 Item = TypeVar("Item")
+_log = logging.getLogger("avadclip_fast")
 
 
 class VideoScores(NamedTuple):
@@ -89,16 +92,20 @@ def score_videos(
     return list(bar(scores, total=total, desc="scoring", unit="video", shown=progress))
 
 
-def check_truth(path: Path, truth: np.ndarray, rows: Sequence[Row], width: int, frames_per_snippet: int) -> np.ndarray:
+def check_truth(
+    path: Path, truth: np.ndarray, list_: Path, rows: Sequence[Row], width: int, frames: int, codes: dict[str, str]
+) -> None:
     """Checks that the frame ground truth read from `path` has the frames of a list's features, by their headers.
 
-    Returns the positive frames, (frames,) bool. Raises DataError.
+    Warns of rows whose labels differ from it, as in another order. Raises DataError. frames: per snippet
     """
-    snippets = sum(snippet_count(row.visual, width) for row in rows)
-    try:
-        return positive_frames(truth, snippets, frames_per_snippet)
-    except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
+    counts = [snippet_count(row.visual, width) for row in rows]
+    problems = truth_problems(list_, rows, counts, truth, path, frames, codes)
+    if len(truth) != sum(counts) * frames:
+        raise DataError(problems[0])
+    if problems:
+        more = f" ({len(problems) - 1} other rows differ too)" if len(problems) > 1 else ""
+        _log.warning("warning: %s%s", problems[0], more)
 
 
 def check_spans(path: Path, spans: Sequence, videos: int, classes: list[str], codes: dict[str, str]) -> None:

@@ -122,7 +122,12 @@ def export_model(
     model.cpu().eval()
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / path.name
-        write(trace(model, calibration), made, metadata(model, calibration, every))
+        program = trace(model, calibration)
+        try:
+            write(program, made, metadata(model, calibration, every))
+        except OSError as error:
+            error.filename = error.filename or str(made)  # which Python does not add where the disk is full
+            raise
         difference = largest_difference(load(made), model, calibration)
         if not difference <= TOLERANCE:  # NaN too
             raise ExportError(
@@ -229,8 +234,7 @@ def _write_torch(program: ExportedProgram, path: Path, facts: dict[str, str]) ->
     whole = {name: json.loads(value) for name, value in facts.items()}
     held = io.BytesIO()  # a full disk ends the process where torch itself writes to it
     torch.export.save(program, held, extra_files={METADATA: json.dumps(whole)})
-    with atomic_write(path) as file:
-        file.write(held.getbuffer())
+    path.write_bytes(held.getbuffer())
 
 
 def _load_torch(path: Path) -> Run:
@@ -267,7 +271,7 @@ def largest_difference(run: Run, model: Detector, calibration: Calibration) -> f
     three, padded with NaN.
     """
     length = model.length
-    odd = (length + 1) // 2 | 1 if length > 1 else 1
+    odd = (length + 1) // 2 | 1
     generator = np.random.default_rng(0)
     worst = []
     for lengths, rows in [([length], length), ([odd], odd), ([1], 1), ([odd, length, 1], length), ([1, odd, 1], odd)]:

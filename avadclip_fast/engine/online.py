@@ -53,7 +53,9 @@ class OnlineDetector:
         self.scorers, self.visual, self.device, self.geometry = list(scorers), visual, device, geometry
         self.audio = audio if "audio" in first.streams() else None
         self.seconds, self.delay, self.longest, self.threshold = seconds, delay, longest, threshold
-        self.window = min(window or (1 << 30), first.length)
+        self.window = first.length if window is None else window
+        if not 1 <= self.window <= first.length:
+            raise DataError(f"window must be from 1 to the model's length of {first.length} snippets; got {window}")
         if not 0 <= delay < self.window:
             raise DataError(f"delay must be from 0 to less than the window of {self.window} snippets; got {delay}")
         self.by, self.score = "", 0.0

@@ -96,7 +96,7 @@ def train_on_list(
         held, features = (features.subset(torch.tensor([at[row] for row in part])) for part in (out, kept))
     test_ap = test_videos = None
     if test_list is not None and gt is not None:
-        test_ap, test_videos = _test_ap(model, test_list, root, gt, frames_per_snippet, device)
+        test_ap, test_videos = _test_ap(model, test_list, root, gt, frames_per_snippet, codes, device)
     model.fit_inputs(features.batches())
     with alone(output) if distributed.is_main() else contextlib.nullcontext():
         fit(
@@ -108,7 +108,7 @@ def train_on_list(
 
 
 def _test_ap(
-    model, list_: Path, root: Path | None, gt: Path, frames_per_snippet: int, device
+    model, list_: Path, root: Path | None, gt: Path, frames_per_snippet: int, codes: dict[str, str], device
 ) -> tuple[Callable[[torch.nn.Module], float], str]:
     """Checks the ground truth against a test list, and reads the features of the list once.
 
@@ -116,8 +116,8 @@ def _test_ap(
     """
     audio = "audio" in model.streams()
     rows, truth = data.read_list(list_, root, audio=audio), data.read_frame_gt(gt)
-    positive = check_truth(gt, truth, rows, model.width, frames_per_snippet)
-    if not 0 < positive.sum() < len(truth):
+    check_truth(gt, truth, list_, rows, model.width, frames_per_snippet, codes)
+    if not 0 < truth.sum() < len(truth):
         raise DataError(f"{gt}: the frames are all of one kind, of which there is no AP to select by")
     digest = hashlib.sha256(truth.tobytes())
     for row in rows:

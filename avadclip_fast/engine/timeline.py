@@ -90,7 +90,7 @@ def _apart(events: Sequence[Event], start: float, end: float, width: Callable[[s
     return shown
 
 
-def _clock(seconds: float, hours: bool, decimals: bool = False) -> str:
+def _clock(seconds: float, hours: bool, decimals: bool) -> str:
     """Formats seconds as m:ss or h:mm:ss, with tenths if asked for."""
     tenths = round(abs(seconds) * 10)
     minutes, rest = divmod(tenths, 600)

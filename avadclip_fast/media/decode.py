@@ -26,7 +26,7 @@ JUMP = 1.0  # backward step in seconds that means a timestamp reset; smaller one
 GAP = 0.1  # difference in seconds between a packet's time and the samples so far above which silence is inserted
 ROUNDED = 1.001e-3  # seconds by which two time stamps in whole milliseconds, as in MKV, may be too close together
 ASSUMED = 25.0  # frames per second, where a container declares no rate
-TICKS = 1000  # per second, the least of any container's clock that is no frame rate: of WebM; 90,000 of MPEG-TS
+CLOCK = 1000  # ticks per second, the least of any container's clock that is no frame rate: of WebM; 90,000 of MPEG-TS
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
 FILES_ONLY = "files only; `avadclip-fast stream` takes URLs"
 Progress = Callable[[int], None]  # called with the number of frames decoded since the last call
@@ -141,7 +141,7 @@ class Clock:
 def rate_of(stream: Any) -> float | None:
     """Average frames per second; None if the container does not say, or FFmpeg guesses the ticks of its clock."""
     guess = stream.guessed_rate
-    rate = stream.average_rate or (guess if guess and guess < TICKS else None)
+    rate = stream.average_rate or (guess if guess and guess < CLOCK else None)
     return float(rate) if rate else None
 
 

@@ -4,9 +4,11 @@ Writes OUTPUT/visual/NAME__K.npy (one file per crop), OUTPUT/audio/NAME.npy, OUT
 video as complete), OUTPUT/list.csv with all complete videos, and OUTPUT/extract.json with failures and their reasons.
 """
 
+import errno
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -137,8 +139,17 @@ def _inside(folder: Path, label: str, failures: list[dict], output: str | Path |
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) != left_out]
         for file in files:
             path = Path(parent, file)
-            if path.suffix.lower() in SUFFIXES:
+            if path.suffix.lower() in SUFFIXES and not _is_copy(path):
                 yield _source(path, str(path.relative_to(folder).with_suffix("")), "", label)
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether a video is the annotated copy that `detect` made of another one beside it."""
+    try:
+        video = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["video"]
+        return os.path.samefile(os.path.dirname(video), path.parent) and os.path.basename(video) != path.name
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
@@ -288,6 +299,9 @@ def reason_of(path: Path, error: Exception) -> str:
     """Returns why a video failed, in one line that names the file."""
     if isinstance(error, DataError):
         return str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = error.filename or f"a temporary file in {tempfile.gettempdir()}, which TMPDIR sets"
+        return f"{path}: {where}: cannot be written: {error.strerror}; make room, and call again"
     return f"{path}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -313,14 +327,6 @@ def _paths(output: Path, name: str, crops: int) -> tuple[list[Path], Path, Path]
     return visual, output / "audio" / f"{name}.npy", output / "done" / f"{name}.json"
 
 
-def _identity(path: Path) -> dict:
-    try:
-        facts = path.stat()
-    except OSError as error:
-        raise MediaError(f"{path}: {error.strerror}") from error
-    return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
-
-
 def settings_of(sampling: Sampling, half: bool, **encoders: Sequence[str | None]) -> dict:
     """All settings that features depend on, by option.
 
@@ -328,6 +334,14 @@ def settings_of(sampling: Sampling, half: bool, **encoders: Sequence[str | None]
     """
     named = {stream: [name, _content(weights)] for stream, (name, weights) in encoders.items()}
     return {**asdict(sampling), "dtype": "float16" if half else "float32", **named}
+
+
+def _identity(path: Path) -> dict:
+    try:
+        facts = path.stat()
+    except OSError as error:
+        raise MediaError(f"{path}: {error.strerror}") from error
+    return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
 
 
 def _content(weights: str | None) -> str | None:

@@ -35,6 +35,7 @@ class VideoFeatures:
     waits: np.ndarray | None = None  # (n,) seconds, see `decode.Frame`; None if there are frames at `times` alone
     end: float = np.inf  # of the last frame, in seconds
     damaged: int = 0  # frames that could not be decoded
+    deaf: bool = False  # whether the sound was left out, if there was any
 
 
 def video_features(
@@ -79,7 +80,7 @@ def video_features(
     rest = np.array(waits), clock.now + 1 / clock.rate, clock.damaged
     sound = None if audio is None else read_sound(source, clock, progress)
     if audio is None or sound is None:
-        return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool), *rest)
+        return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool), *rest, deaf=audio is None)
     windows = sound.windows(times, seconds, progress)
     embedded = encoded("audio", audio, windows, len(times), dtype)
     return VideoFeatures(seen, embedded, times, seconds, windows.heard(), *rest)

@@ -121,12 +121,9 @@ class Detector(Checkpointed):
 
     def _input(self, stream: str, x: Tensor, lengths: Tensor | None) -> Tensor:
         moves = stream == "visual" and self.motion
-        if moves and (x.ndim != 3 or x.shape[2] != self.width_of(stream)):
-            expected = f"[B, T, {self.width_of(stream)}], sight and its motion as data.with_motion gives them"
-            raise ValueError(f"visual must have shape {expected}; got {list(x.shape)}")
         if stream in self.standardize:
             x = self.standardize[stream](x, lengths)
-        elif x.ndim == 3:  # what is not finite there would reach the gradients of weights, as 0 * NaN
+        else:  # what is not finite there would reach the gradients of weights, as 0 * NaN
             x = zero_padding(activations(x), self.valid(lengths))
         dtype, double = self.temporal.positions.weight.dtype, x.dtype == torch.float64
         if x.dtype != dtype and (double or not autocasts(x.device.type)):  # autocast leaves float64 alone
@@ -152,12 +149,22 @@ class Detector(Checkpointed):
         self, function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor | None
     ) -> tuple[Tensor, ...]:
         """function(*streams, lengths), which treats videos independently; groups them by length if that saves time."""
-        x = next(stream for stream in streams if stream is not None)
-        if lengths is not None and x.ndim == 3:
-            check_lengths(type(self).__name__, lengths, x.shape[0], x.shape[1], x.device)
-        for name, stream in zip(self.streams(), streams, strict=True):
-            if stream is not None and stream.ndim == x.ndim == 3 and stream.shape[:2] != x.shape[:2]:
+        given = {name: x for name, x in zip(self.streams(), streams, strict=True) if x is not None}
+        for name, stream in given.items():
+            if not isinstance(stream, Tensor):
+                raise ValueError(f"{name} must be a tensor; got {type(stream).__name__}")
+            width = self.width_of(name)
+            if stream.ndim != 3 or stream.shape[2] != width:
+                motion = ", sight and its motion as data.with_motion gives them" if width > self.width else ""
+                raise ValueError(f"{name} must have shape [B, T, {width}]{motion}; got {list(stream.shape)}")
+        x = next(iter(given.values()))
+        if x.shape[1] == 0:  # sound, which takes any other T, would come first to the least clear error
+            raise ValueError(f"T=0 does not lie in 1..{self.length}")
+        for name, stream in given.items():
+            if stream.shape[:2] != x.shape[:2]:
                 raise ValueError(f"{name} must have B={len(x)} videos of T={x.shape[1]}; got {list(stream.shape)}")
+        if lengths is not None:
+            check_lengths(type(self).__name__, lengths, x.shape[0], x.shape[1], x.device)
         if self.padding == "masked" and lengths is not None and groups.pays(x) and not spares(x):
             return groups.by_length(function, streams, lengths)
         return function(*streams, lengths)
@@ -377,8 +384,10 @@ def objective(
     teacher_features: (B, T, D) from the frozen teacher, to distil a student, or None
     Returns float32 scalars (float64 for float64 outputs): total, mil, align, text, and distill if teacher features
     are given.
-    Raises ValueError on invalid shapes or lengths, or teacher features for a teacher's output.
+    Raises ValueError on invalid shapes or lengths, teacher features for a teacher's output, or a wrapped model.
     """
+    if not hasattr(model, "mil_loss"):
+        raise ValueError(f"model must be the teacher or student itself, such as ddp.module; got {type(model).__name__}")
     if lengths is None:
         lengths = labels.new_full((len(labels),), out.anomaly_logits.shape[1], dtype=torch.int64)
     # A block a video or less, and thus three that a GPU can run beside each other; the last is forty tiny kernels.

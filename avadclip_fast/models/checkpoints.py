@@ -10,11 +10,13 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..data import DataError
+from ..data import XD_VIOLENCE, DataError
 from ..data.atomic import atomic_write, make_folder
-from .text import TextWeightsError, unreadable
+from .text import TextWeightsError, read_weights, unreadable
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CALIBRATION = "calibration.json"  # beside them, by engine.calibrate
@@ -235,13 +237,11 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             raise
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        from safetensors.torch import save
-
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         config = {**self.settings(), "model": type(self).__name__}
         # Each takes its place once both are written.
         with atomic_write(save_directory / CONFIG) as described, atomic_write(save_directory / WEIGHTS) as weights:
-            weights.write(save(state, metadata={"format": "pt", "model": type(self).__name__}))
+            weights.write(save(state, metadata={"format": "pt"}))  # one alone: several are in no fixed order
             described.write(json.dumps(config, indent=1, sort_keys=True).encode())
             described.flush()
             (save_directory / CALIBRATION).unlink(missing_ok=True)  # of the model that was there
@@ -282,21 +282,19 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
     def _from_pretrained(
         cls, *, model_id: str, map_location: str = "cpu", config: dict[str, Any] | None = None, **settings: Any
     ) -> Self:
-        from safetensors import SafetensorError, safe_open
-
         names, stored = settings.get("classes"), config or {}
         hub = {name: settings.pop(name) for name in HUB if name in settings}
         folder = Path(model_id)
         path = folder / WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **hub))
         try:
             with safe_open(path, framework="pt", device=str(map_location)) as file:
-                kind = (file.metadata() or {}).get("model", cls.__name__)
                 state = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
             inner = folder / MODEL
             hint = f"; did you mean {inner}, the model of this run?" if (inner / WEIGHTS).is_file() else ""
             raise CheckpointError(f"{path} cannot be read: {error}{hint}") from error
-        if kind != cls.__name__:
+        kind = kind_of(state)
+        if kind not in [base.__name__ for base in cls.__mro__]:
             raise CheckpointError(f"{model_id} holds an {kind}; load it with {kind}.from_pretrained")
         if config is None and names is None:
             raise CheckpointError(f"{model_id} has no {CONFIG}, which tells the model's classes and settings")
@@ -333,8 +331,6 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         where = "the checkpoint" if isinstance(source, dict) else str(source)
         sizes = infer_sizes(state, where)
         if classes is None:
-            from ..data import XD_VIOLENCE
-
             classes = list(XD_VIOLENCE.values())
         classes = list(classes)
         count = sizes.pop("classes")
@@ -375,8 +371,6 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             )  # fmt: skip
         state = official_state({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()})
         if image_tower is not None:
-            from .text import read_weights
-
             if not Path(image_tower).is_file():
                 raise CheckpointError(f"{image_tower}: no such file to take the image tower from")
             tower = {k: v.float() for k, v in read_weights(Path(image_tower)).items() if k.startswith("visual.")}

@@ -49,8 +49,7 @@ def by_length(
     Returns results of shape (B, T, ·), with padded rows zero if there is more than one group.
     """
     present = [x for x in streams if x is not None]
-    fit = lengths.ndim == 1 and all(x.ndim == 3 and x.shape[:2] == (len(lengths), present[0].shape[1]) for x in present)
-    groups = split(lengths.tolist()) if fit else []
+    groups = split(lengths.tolist())
     if len(groups) < 2:  # the function itself rejects invalid batches
         return function(*streams, lengths)
     rows, found = present[0].shape[1], []

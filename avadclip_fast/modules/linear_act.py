@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._binary_head import binary_head as fused_head
 from ..ops._keep import keep
-from ..ops._linear_act_cpu import LAYER_NORM_EPS, spares
+from ..ops._layer_norm import LAYER_NORM_EPS
+from ..ops._linear_act_cpu import spares
 from ..ops._padding import ends_of
 from ..ops._residual_block import residual_mlp
 from ..ops._triton import fused

@@ -8,7 +8,7 @@ from .. import _build
 from ..reference._numerics import zero_padding
 from ..reference.linear_act import LAYER_NORM_EPS, epilogue, gain
 from . import _dispatch
-from ._derivatives import differentiable, differentiable_once, wanted
+from ._derivatives import differentiable, differentiable_once, empty_grads, wanted
 
 ROWS, WIDTH = 512, 256  # below these torch is as fast, because every call packs the weights
 
@@ -135,8 +135,8 @@ def _(x, weight, bias, activation, residual, dilation, causal, lengths, needed, 
 
 @torch.library.register_fake("avadclip_fast::linear_act_cpu_backward")
 def _(grad, x, weight, activation, dilation, causal, lengths, needed, dot, kept, needs, mask, gain, amx):
-    shapes = x.shape, weight.shape, weight.shape[:1], weight.shape[:1]
-    return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True))
+    bias = weight.new_empty(weight.shape[0])
+    return empty_grads(needs, x, weight, bias, bias)  # dot is as long as the bias
 
 
 def _save(ctx, inputs, output):

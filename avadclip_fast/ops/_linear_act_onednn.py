@@ -57,10 +57,10 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad):
     x, weight = ctx.saved_tensors
-    rows = grad.reshape(-1, grad.shape[-1])
+    rows, known = (t.reshape(t.shape[:-1].numel(), t.shape[-1]) for t in (grad, x))
     return (
         torch.ops.avadclip_fast.linear_act_onednn(grad, weight.T, None) if ctx.needs_input_grad[0] else None,
-        rows.T @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None,
+        rows.T @ known if ctx.needs_input_grad[1] else None,
         rows.sum(0) if ctx.needs_input_grad[2] else None,
     )
 

@@ -178,6 +178,8 @@ def linear_act(
     if weight.ndim == 3:
         if x.ndim != 3:
             raise ValueError(f"linear_act: a convolution takes x of shape [B, T, I], got {list(x.shape)}")
+        if weight.numel() == 0:  # PyTorch's has no result of the right shape
+            raise ValueError(f"linear_act: a convolution's weight must not be empty, got {list(weight.shape)}")
         check_lengths("linear_act", lengths, sizes["B"], sizes["T"], x.device)
     check_needed("linear_act", needed, x)
     return _dispatch.run(
