@@ -17,26 +17,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
 import torch
 import triton
-from avadclip_fast.kernels import (
-    add_act,
-    attention_pool,
-    binary_head,
-    column_sums,
-    distill_loss,
-    gated_fusion,
-    keep,
-    layer_norm,
-    linear_act,
-    prefix_attention,
-    prompt_similarity,
-    similarity_graph,
-    window_attention,
-)
+from avadclip_fast.kernels import linear_act
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -46,21 +33,7 @@ from bench.triton_calls import calls
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "bench/aot_report.json"
-MODULES = (
-    add_act,
-    attention_pool,
-    binary_head,
-    column_sums,
-    distill_loss,
-    gated_fusion,
-    keep,
-    layer_norm,
-    linear_act,
-    prefix_attention,
-    prompt_similarity,
-    similarity_graph,
-    window_attention,
-)
+MODULES = [import_module(f"avadclip_fast.kernels.{path.stem}") for path in sorted((ROOT / "kernels").glob("[!_]*.py"))]
 CALLS = (ROOT / "bench/triton_calls.py", ROOT / "avadclip_fast/engine/tune.py")
 SOURCES = (*sorted(path for path in (ROOT / "kernels").rglob("*.*") if path.suffix != ".pyc"), *CALLS)
 CHIPS = {"sm_80": 108, "sm_89": 128, "sm_90": 132, "sm_100": 148}  # multiprocessors

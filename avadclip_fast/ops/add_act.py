@@ -68,7 +68,7 @@ def add_act(x: Tensor, residual: Tensor, activation: str, backend: str | None = 
     activation: "none", "relu", "gelu" (erf) or "quick_gelu" (y·sigmoid(1.702 y))
     Returns (B, T, D) in the inputs' dtype; under autocast, where they may differ, in the widest.
     Raises ValueError on invalid shapes, dtypes, devices or activation names.
-    Precision: sum and activation in float32. Deterministic. Backends: see `avadclip-fast env`.
+    Precision: float32 on a GPU, the inputs' dtype in the reference. Deterministic. Backends: see `avadclip-fast env`.
     """
     check_tensors("add_act", ("x", x, "B T D"), ("residual", residual, "B T D"))
     if activation not in reference.ACTIVATIONS:

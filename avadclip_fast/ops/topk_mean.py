@@ -15,7 +15,7 @@ SHARED_ROWS = 10_240  # a column's keys that a block keeps in shared memory (SHA
 def _too_long(rows: int) -> str | None:
     if rows <= SHARED_ROWS:
         return None
-    return f"columns of more than {SHARED_ROWS} rows are read from memory many times, and torch.topk is faster"
+    return f"columns of more than {SHARED_ROWS} rows are read from memory many times, and torch's sort is faster"
 
 
 def _compiled(scores: Tensor, lengths: Tensor, divisor: int) -> Tensor:
