@@ -20,7 +20,7 @@ def device_of(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
         raise DataError(f"device {name!r}: it must be auto, cpu, cuda, or one of several, such as cuda:1")
     try:
         device = torch.device(name)

@@ -28,7 +28,6 @@ from avadclip_fast.engine.evaluate import stream_scores
 from avadclip_fast.engine.timeline import _apart
 from avadclip_fast.media import decode
 from avadclip_fast.media.annotate import _strip
-from avadclip_fast.media.extract import find_sources
 from avadclip_fast.media.features import VideoFeatures
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 
@@ -133,15 +132,13 @@ def test_own_copies_are_not_taken_for_videos(pair, tmp_path, monkeypatch):
     assert (tmp_path / "again" / "a.json").is_file()
 
 
-def test_a_copy_beside_its_video_is_not_taken_for_one(pair, tmp_path, capsys):
-    """Not in the same call again, nor where its folder is extracted; a video of the same name still is."""
+def test_copies_go_to_no_folder_that_is_searched(pair, tmp_path, capsys):
+    """The next call would take them for videos of the same names."""
     film(tmp_path / "a.mp4", [])
-    given = ["detect", tmp_path, "-o", tmp_path, "-m", pair / "student", *QUICK, "--no-plot", "--annotate"]
-    assert call(*given) == call(*given) == call(*given, "--resume") == 0
-    assert "finished before: 1 of 1 videos" in capsys.readouterr().out and (tmp_path / "a.mkv").exists()
-    assert [source.path.name for source in find_sources([tmp_path])[0]] == ["a.mp4"]
-    (tmp_path / "a.json").unlink()
-    assert "would both be called a: rename one" in mistake(capsys, *given)
+    given = ["detect", tmp_path, "-o", tmp_path, "-m", pair / "student", *QUICK, "--no-plot"]
+    assert "--annotate would write videos into" in mistake(capsys, *given, "--annotate")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+    assert call(*given) == 0
 
 
 def test_sound_that_is_left_out_is_not_said_to_be_missing(pair, tmp_path, capsys):

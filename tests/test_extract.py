@@ -355,13 +355,16 @@ def test_replacing_that_is_killed_leaves_nothing_that_counts_as_done(folder, tmp
     def killed(*_):
         raise RuntimeError
 
-    monkeypatch.setattr(extract, "_write_record", killed)
+    written = extract.write_features
+    monkeypatch.setattr(extract, "write_features", lambda *given: (written(*given), killed()))
     assert call(*given, "--every", 4, "--overwrite") == 1
     monkeypatch.undo()
     capsys.readouterr()
+    del given[given.index("--label") : given.index("--label") + 2]
     assert call(*given) == 0
     assert capsys.readouterr().out.startswith("1 extracted, 0 were there")
     assert (out / "visual" / "b__0.npy").read_bytes() == features
+    assert (out / "list.csv").read_text().splitlines()[1].endswith(",A")  # the label is kept
 
 
 def test_a_video_that_grows_while_it_is_read_is_done_again(folder, tmp_path, capsys, monkeypatch):

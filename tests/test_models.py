@@ -249,6 +249,7 @@ def test_inputs_that_do_not_fit_are_told_by_their_names():
     visual, audio, labels, _ = batch([9, 16], 16)
     for given, wrong in (
         ((visual.numpy(), audio), "visual must be a tensor; got ndarray"),
+        ((None, audio), "visual must be a tensor; got NoneType"),
         ((visual, audio[..., 1:]), "audio must have shape [B, T, 32]; got [2, 16, 31]"),
         ((visual[0], audio[0]), "visual must have shape [B, T, 32]; got [16, 32]"),
         ((visual[:, :0], audio[:, :0]), "T=0 does not lie in 1..24"),

@@ -331,6 +331,11 @@ def detect(
     endings = [".json", *[".frames.csv"] * per_frame, *[".png"] * plot, *[".mkv"] * copy]
     results = [output / f"{source.name}{ending}" for source in sources for ending in endings]
     check_results(videos, sources, [events, *results])
+    if copy and any(path.is_dir() and output.is_dir() and path.samefile(output) for path in videos):
+        raise DataError(
+            f"--annotate would write videos into {output}, where the next call would look for videos to search: give "
+            "another folder with --output"
+        )
     read_events(events)  # to fail early
     for source in sources:
         check_video(output / f"{source.name}.json", source.path)

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 from .errors import DataError
 
+PATIENCE = 5.0  # seconds
 LEFT = 3600  # seconds after which a temporary file counts as abandoned
 
 
@@ -39,13 +40,13 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
             raise
 
 
-def lock(file: int, wait: bool) -> None:
+def lock(file: int) -> None:
     """Locks an open file or folder until it is closed, or the process ends, however it does.
 
-    Does nothing on file systems without such locks. Raises BlockingIOError if another process holds it, unless `wait`.
+    Does nothing on file systems without such locks. Raises BlockingIOError if another process holds it.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError:  # such as NFS, which locks no folders
@@ -54,10 +55,18 @@ def lock(file: int, wait: bool) -> None:
 
 @contextlib.contextmanager
 def in_turn(folder: str | Path) -> Iterator[None]:
-    """Holds a folder inside the block, once other processes have left theirs: for files that are read and replaced."""
-    held = os.open(folder, os.O_RDONLY)
+    """Holds a folder inside the block, after others that do: for files that are read and replaced in moments.
+
+    Goes on without after PATIENCE seconds, in a folder that is held for longer, such as by a training run.
+    """
+    held, end = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
     try:
-        lock(held, wait=True)
+        while time.monotonic() < end:
+            try:
+                lock(held)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
         yield
     finally:
         os.close(held)

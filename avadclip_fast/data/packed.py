@@ -87,7 +87,7 @@ def _locked(part: Path, path: Path) -> Iterator[IO[bytes]]:
     while True:
         with open(part, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
             try:
-                lock(file.fileno(), wait=False)
+                lock(file.fileno())
             except BlockingIOError as error:
                 raise DataError(f"{path}: another process is writing it; wait for that one, or end it") from error
             # Before it was locked, another process may have completed it: what is open is the finished file then.

@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -103,7 +104,7 @@ def check_truth(
     problems = truth_problems(list_, rows, counts, truth, path, frames, codes)
     if len(truth) != sum(counts) * frames:
         raise DataError(problems[0])
-    if problems:
+    if problems and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes tells it
         more = f" ({len(problems) - 1} other rows differ too)" if len(problems) > 1 else ""
         _log.warning("warning: %s%s", problems[0], more)
 

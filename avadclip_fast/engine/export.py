@@ -67,7 +67,7 @@ class Scores(nn.Module):
         self.temperatures = calibration.binary.temperature, calibration.align.temperature
         with torch.no_grad():
             self.register_buffer("text", model.encode_text())
-            self.register_buffer("normal", F.one_hot(torch.tensor(0), len(model.classes)).float())
+            self.register_buffer("normal", F.one_hot(torch.tensor(0), len(model.classes)).to(self.text))
         self.model = copy.deepcopy(model)
         del self.model.text  # replaced by a constant; four fifths of the weights
         self.requires_grad_(False)
@@ -126,7 +126,8 @@ def export_model(
         try:
             write(program, made, metadata(model, calibration, every))
         except OSError as error:
-            error.filename = error.filename or str(made)  # which Python does not add where the disk is full
+            if error.errno is not None and error.filename is None:
+                error.filename = str(made)  # which Python does not add where the disk is full
             raise
         difference = largest_difference(load(made), model, calibration)
         if not difference <= TOLERANCE:  # NaN too

@@ -45,7 +45,7 @@ def alone(folder: Path) -> Iterator[None]:
         held = os.open(folder, os.O_RDONLY)
     try:
         try:
-            lock(held, wait=False)
+            lock(held)
         except BlockingIOError as error:
             raise StateError(
                 f"{folder}: another process is training there; wait for that one, end it, or choose another folder"

@@ -139,17 +139,8 @@ def _inside(folder: Path, label: str, failures: list[dict], output: str | Path |
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) != left_out]
         for file in files:
             path = Path(parent, file)
-            if path.suffix.lower() in SUFFIXES and not _is_copy(path):
+            if path.suffix.lower() in SUFFIXES:
                 yield _source(path, str(path.relative_to(folder).with_suffix("")), "", label)
-
-
-def _is_copy(path: Path) -> bool:
-    """Whether a video is the annotated copy that `detect` made of another one beside it."""
-    try:
-        video = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["video"]
-        return os.path.samefile(os.path.dirname(video), path.parent) and os.path.basename(video) != path.name
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
@@ -410,6 +401,17 @@ def _read_record(path: Path) -> dict | None:
     return record if valid else None
 
 
+def _labelled(path: Path) -> dict | None:
+    """Reads what a record, also one of a video that is not done, says of its label: "file", "label" and "listed"."""
+    try:
+        record = json.loads(path.read_text())
+        kept = {name: record[name] for name in ("file", "label")}
+        kept["listed"] = record.get("listed", record["label"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return kept if isinstance(kept["label"], str) and isinstance(kept["listed"], str) else None
+
+
 def _write_record(output: Path, name: str, record: dict) -> None:
     with atomic_write(output / "done" / f"{name}.json", "w") as file:
         file.write(json.dumps(record) + "\n")
@@ -418,10 +420,13 @@ def _write_record(output: Path, name: str, record: dict) -> None:
 def write_video(output: Path, source: Source, identity: dict, found: VideoFeatures, settings: dict) -> None:
     """Writes a video's files atomically, and its record last, which marks it as done. identity: of the file read."""
     visual, audio, done = _paths(output, source.name, len(found.visual))
-    before = _read_record(done) or {"file": identity, "label": source.label}
+    before = _labelled(done)
     for path in (*visual, audio, done):
         path.parent.mkdir(parents=True, exist_ok=True)
-    done.unlink(missing_ok=True)  # or a kill would leave it with files of other settings
+    if before is None:
+        before = {"file": identity, "label": source.label, "listed": source.label}
+    else:
+        _write_record(output, source.name, before)  # not done, until it is: a kill may leave files of two settings
     for path, rows in zip(visual, found.visual, strict=True):
         write_features(path, rows)
     if found.audio is not None:
@@ -430,7 +435,7 @@ def write_video(output: Path, source: Source, identity: dict, found: VideoFeatur
         "source": os.path.abspath(source.path),
         "file": identity,
         "label": source.label or (before["label"] if before["file"] == identity else ""),
-        "listed": before.get("listed", before["label"]),  # label that `write_lists` wrote last
+        "listed": before["listed"],  # label that `write_lists` wrote last
         "settings": settings,
         "crops": len(visual),
         "audio": found.audio is not None,

@@ -149,20 +149,23 @@ class Detector(Checkpointed):
         self, function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor | None
     ) -> tuple[Tensor, ...]:
         """function(*streams, lengths), which treats videos independently; groups them by length if that saves time."""
-        given = {name: x for name, x in zip(self.streams(), streams, strict=True) if x is not None}
-        for name, stream in given.items():
+        given: list[Tensor] = []
+        for name, stream in zip(self.streams(), streams, strict=True):
+            if stream is None and given:  # the sound of a teacher
+                continue
             if not isinstance(stream, Tensor):
                 raise ValueError(f"{name} must be a tensor; got {type(stream).__name__}")
             width = self.width_of(name)
             if stream.ndim != 3 or stream.shape[2] != width:
                 motion = ", sight and its motion as data.with_motion gives them" if width > self.width else ""
                 raise ValueError(f"{name} must have shape [B, T, {width}]{motion}; got {list(stream.shape)}")
-        x = next(iter(given.values()))
+            given.append(stream)
+            if stream.shape[:2] != given[0].shape[:2]:
+                expected = f"B={len(given[0])} videos of T={given[0].shape[1]}"
+                raise ValueError(f"{name} must have {expected}; got {list(stream.shape)}")
+        x = given[0]
         if x.shape[1] == 0:  # sound, which takes any other T, would come first to the least clear error
             raise ValueError(f"T=0 does not lie in 1..{self.length}")
-        for name, stream in given.items():
-            if stream.shape[:2] != x.shape[:2]:
-                raise ValueError(f"{name} must have B={len(x)} videos of T={x.shape[1]}; got {list(stream.shape)}")
         if lengths is not None:
             check_lengths(type(self).__name__, lengths, x.shape[0], x.shape[1], x.device)
         if self.padding == "masked" and lengths is not None and groups.pays(x) and not spares(x):

@@ -293,12 +293,12 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             inner = folder / MODEL
             hint = f"; did you mean {inner}, the model of this run?" if (inner / WEIGHTS).is_file() else ""
             raise CheckpointError(f"{path} cannot be read: {error}{hint}") from error
-        kind = kind_of(state)
+        sizes, kind = infer_sizes(state, str(path)), kind_of(state)
         if kind not in [base.__name__ for base in cls.__mro__]:
             raise CheckpointError(f"{model_id} holds an {kind}; load it with {kind}.from_pretrained")
         if config is None and names is None:
             raise CheckpointError(f"{model_id} has no {CONFIG}, which tells the model's classes and settings")
-        for name, size in infer_sizes(state, str(path)).items():  # before anything of another size takes memory
+        for name, size in sizes.items():  # before anything of another size takes memory
             if name != "classes" and settings.get(name, size) != size:
                 raise CheckpointError(f"{path} does not fit {CONFIG}: {name} is {size}, not {settings[name]!r}")
         settings["text_weights"] = None  # they are among the weights: no file that config.json names is read for them
