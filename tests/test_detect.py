@@ -439,12 +439,12 @@ def test_resuming_makes_anew_what_is_of_other_options(pair, tmp_path, capsys):
 
 def test_calls_that_share_a_folder_lose_no_events(tmp_path):
     def write(name):
-        for i in range(20):
+        for i in range(5):
             detect.write_events(tmp_path / "e.csv", {f"{name}{i}": [detect.event_record(by_hand().events()[0])]})
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, "abcd"))
-    assert len(detect.read_events(tmp_path / "e.csv")) == 80
+    assert len(detect.read_events(tmp_path / "e.csv")) == 20
 
 
 def test_a_video_that_grows_while_it_is_read_is_done_again(pair, tmp_path, capsys, monkeypatch):

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from .errors import DataError
 
-PATIENCE = 5.0  # seconds
+PATIENCE = 10.0  # seconds
 LEFT = 3600  # seconds after which a temporary file counts as abandoned
 
 
