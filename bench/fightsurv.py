@@ -48,7 +48,7 @@ from avadclip_fast.engine.train import HISTORY, fit
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent, objective
 
 from . import fightsurv_folds as folds
-from .harness import RESULTS
+from .harness import RESULTS, read
 from .plots import bar_groups
 
 PRESET = data.PRESETS["cctv-fights"]
@@ -477,10 +477,6 @@ def _setting() -> dict:
 
 
 # --- files, tables, plots ---
-
-
-def read(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def _write(name: str, report: dict) -> None:

@@ -509,6 +509,11 @@ def show(rows: list[dict]) -> None:
         print(f"{row['case']:<40} {row['alternative']:<27} {ms} {row['over_ours']:>8.2f}x {floor}".rstrip(), flush=True)
 
 
+def read(name: str) -> dict:
+    """Returns a committed record of `RESULTS`."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 def setting(name: str, options: argparse.Namespace) -> dict:
     """Returns the commit, versions, processor, and hash of the measured sources."""
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]

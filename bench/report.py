@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import fightsurv, harness, plots
-from .fightsurv import read
-from .harness import RESULTS, ROOT
+from .harness import RESULTS, ROOT, read
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from .errors import DataError
 
-PATIENCE = 10.0  # seconds
+PATIENCE = 10.0  # seconds to wait for a folder that another process holds
 LEFT = 3600  # seconds after which a temporary file counts as abandoned
 
 
@@ -76,6 +76,15 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes a value as JSON, atomically."""
     with atomic_write(path, "w") as file:
         file.write(json.dumps(value, indent=1) + "\n")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object; empty if there is no such file, or it holds none."""
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def sha256_of(path: str | Path) -> str:

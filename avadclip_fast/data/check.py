@@ -44,11 +44,11 @@ def check_list(
     if frame_gt is not None:
         try:
             truth = read_frame_gt(frame_gt)
+            known = [count for count in counts if count is not None]
+            if whole and len(known) == len(counts):
+                problems += truth_problems(path, rows, known, truth, frame_gt, frames_per_snippet, codes)
         except DataError as error:
-            return [*problems, str(error)]
-        known = [count for count in counts if count is not None]
-        if whole and len(known) == len(counts):
-            problems += truth_problems(path, rows, known, truth, frame_gt, frames_per_snippet, codes)
+            problems.append(str(error))
     return problems
 
 
@@ -81,9 +81,10 @@ def truth_problems(
     frames: int,
     codes: dict[str, str],
 ) -> list[str]:
-    """Returns how frame ground truth differs from a list: in frames, in one problem, or in rows' labels, each in one.
+    """Returns a problem for each row whose label differs from the frame ground truth.
 
     counts: snippets of each row; truth: read from `frame_gt`, of `frames` frames per snippet
+    Raises DataError if it has not as many frames as the list.
     """
     snippets = sum(counts)
     if len(truth) != snippets * frames:
@@ -96,7 +97,7 @@ def truth_problems(
             remedy = f"it would fit --frames-per-snippet {len(truth) // snippets}"
         else:
             remedy = "are they of the same videos, cut into the same snippets?"
-        return [problem + remedy]
+        raise DataError(problem + remedy)
     problems = []
     ends = np.cumsum(counts) * frames
     for row, end, count in zip(rows, ends, counts, strict=True):

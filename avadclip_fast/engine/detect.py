@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data import DataError, TestVideo, chunk, with_motion
-from ..data.atomic import atomic_write, in_turn
+from ..data.atomic import atomic_write, in_turn, read_record
 from ..media.features import VideoFeatures
 from ..models.avadclip import Detector
 from ..models.checkpoints import CheckpointError
@@ -291,8 +291,8 @@ def sound_parts(
     """Yields (start, end, whether there is sound, why) for each part of a video, in order.
 
     heard: (n,) bool, whether each snippet is audible. silence: why there is no sound, or "". seconds: (n,) duration of
-    each snippet. cuts: snippets at which a part ends in any case, without 0. Silences shorter than PAUSE
-    count as part of the surrounding sound.
+    each snippet. cuts: snippets at which a part ends in any case, without 0. Silences shorter than PAUSE count as part
+    of the surrounding sound.
     """
     n = len(heard)
     for first, last in pairwise([0, *cuts, n]):
@@ -373,18 +373,9 @@ def settings_of(scorers: Sequence[Scorer], threshold: float | None, features: di
 
 def done_with(path: Path, source: str | Path, settings: dict) -> list[dict] | None:
     """Returns the events that `write_detection` wrote of this video, unchanged, with these settings; or None."""
-    record = _recorded(path)
+    record = read_record(path)
     same = record.get("settings") == settings and record.get("file") == identity_of(source)
     return record.get("events") if same else None
-
-
-def _recorded(path: Path) -> dict:
-    """Reads a JSON object; empty if there is no such file, or it holds none."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def write_detection(path: Path, detection: Detection, source: str | Path, read: dict | None, settings: dict) -> None:
@@ -405,7 +396,7 @@ def identity_of(path: str | Path) -> dict | None:
 
 def check_video(path: Path, source: str | Path) -> None:
     """Raises DataError if `path` is what `write_detection` wrote of a video other than `source`, moved or not."""
-    own, record = identity_of(source), _recorded(path)
+    own, record = identity_of(source), read_record(path)
     try:
         video = record["video"]
         there = os.path.isfile(video)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..data import DataError
-from ..data.atomic import atomic_write, in_turn, sha256_of
+from ..data.atomic import atomic_write, in_turn, read_record, sha256_of
 from ..data.features import write_features
 from ..data.lists import Row, misplaced, read_cells, video_of, write_list
 from .decode import FILES_ONLY
@@ -28,6 +28,7 @@ from .encoders import AudioEncoder, VisualEncoder
 from .errors import MediaError
 from .features import Sampling, VideoFeatures, video_features
 
+LABELLED = {"file": dict, "label": str, "listed": str}
 # required in OUTPUT/done/NAME.json
 RECORDED = {"source": str, "file": dict, "settings": dict, "label": str, "crops": int, "audio": bool}
 SUFFIXES = (
@@ -392,24 +393,20 @@ def _done(output: Path, source: Source, settings: dict) -> dict | None:
 
 def _read_record(path: Path) -> dict | None:
     """Reads OUTPUT/done/NAME.json; returns None if it is missing or invalid, so that the video counts as not done."""
+    record = read_record(path)
     try:
-        record = json.loads(path.read_text())
         _options(record["settings"])
         valid = all(isinstance(record[name], kind) for name, kind in RECORDED.items()) and "\0" not in record["source"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if valid else None
 
 
 def _labelled(path: Path) -> dict | None:
     """Reads what a record, also one of a video that is not done, says of its label: "file", "label" and "listed"."""
-    try:
-        record = json.loads(path.read_text())
-        kept = {name: record[name] for name in ("file", "label")}
-        kept["listed"] = record.get("listed", record["label"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    return kept if isinstance(kept["label"], str) and isinstance(kept["listed"], str) else None
+    record = read_record(path)
+    kept = {"listed": record.get("label")} | {name: record[name] for name in LABELLED if name in record}
+    return kept if all(isinstance(kept.get(name), kind) for name, kind in LABELLED.items()) else None
 
 
 def _write_record(output: Path, name: str, record: dict) -> None:

@@ -50,7 +50,7 @@ def by_length(
     """
     present = [x for x in streams if x is not None]
     groups = split(lengths.tolist())
-    if len(groups) < 2:  # the function itself rejects invalid batches
+    if len(groups) < 2:
         return function(*streams, lengths)
     rows, found = present[0].shape[1], []
     for group in groups:
