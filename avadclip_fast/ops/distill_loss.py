@@ -52,21 +52,16 @@ def _(teacher, student, log_variance, lengths):
 
 
 def _save(ctx, inputs, output):
-    _, by_student, by_theta, terms = output
-    ctx.mark_non_differentiable(terms)
-    ctx.set_materialize_grads(False)
     ctx.dtypes = inputs[1].dtype, inputs[2].dtype
-    ctx.save_for_backward(by_student, by_theta, terms)
+    ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 4
+def _backward(ctx, grad):
     grads = torch.ops.avadclip_fast.distill_loss_backward(grad, *ctx.saved_tensors)
     return None, *(g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None
 
 
-differentiable("distill_loss", _backward, _save)
+differentiable("distill_loss", _backward, _save, one_result=True)
 differentiable_once("distill_loss", "distill_loss_backward")
 
 

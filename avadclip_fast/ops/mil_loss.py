@@ -87,28 +87,23 @@ def _(grad, slope, alpha_slope):
 
 def _save(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
-    ctx.set_materialize_grads(False)  # slopes get no gradient; do not allocate zeros for them
     ctx.save_for_backward(*output[1:])
 
 
-def _backward(ctx, grad, _):
-    if grad is None:
-        return (None,) * 4
+def _backward(ctx, grad):
     (slope,) = ctx.saved_tensors
     return torch.ops.avadclip_fast.mil_loss_backward(grad, slope).to(ctx.dtype), None, None, None
 
 
-def _align_backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 5
+def _align_backward(ctx, grad):
     logits, alpha = torch.ops.avadclip_fast.mil_align_loss_backward(grad, *ctx.saved_tensors)
     if not logits.numel():  # an empty batch has a NaN loss, which does not depend on alpha
         alpha = torch.zeros_like(alpha)
     return logits.to(ctx.dtype), None, None, alpha, None
 
 
-differentiable("mil_loss", _backward, _save)
-differentiable("mil_align_loss", _align_backward, _save)
+differentiable("mil_loss", _backward, _save, one_result=True)
+differentiable("mil_align_loss", _align_backward, _save, one_result=True)
 differentiable_once("mil_loss", "mil_loss_backward")
 differentiable_once("mil_align_loss", "mil_align_loss_backward")
 

@@ -56,7 +56,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(output[1])
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, grad):
     (index,) = ctx.saved_tensors
     return torch.ops.avadclip_fast.topk_mean_backward(grad, index, ctx.rows), None, None
 
@@ -72,7 +72,7 @@ def _twice(ctx, grad):
     return (chosen.sum(1) / (index >= 0).sum(1)).to(grad.dtype), None, None
 
 
-differentiable("topk_mean", _backward, _save)
+differentiable("topk_mean", _backward, _save, one_result=True)
 differentiable("topk_mean_backward", _twice, _save_backward)
 
 
