@@ -42,7 +42,7 @@ def let_a_processor_record(patch: pytest.MonkeyPatch) -> list:
     patch.setattr(graph, "capture", capture)
     patch.setattr(graph, "rehearse", rehearse)
     for where in (train, evaluate):
-        patch.setattr(where, "refusal", lambda device: None)
+        patch.setattr(where, "recordable", lambda device: True)
     adamw = step.adamw  # with a tensor for a rate, as every GPU has it
     patch.setattr(train, "adamw", lambda model, recipe, device, graph: adamw(model, recipe, device, True))
     return found

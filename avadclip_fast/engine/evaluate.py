@@ -21,7 +21,7 @@ from ..models.avadclip import Detector
 from ..models.checkpoints import CONFIG, MISFITS, MODEL, kind_of, model_folder, read_official
 from . import distributed
 from .calibrate import Calibration, reliability
-from .graph import StepGraph, refusal
+from .graph import StepGraph, recordable
 from .metrics import evaluate_scores, positive_frames
 from .progress import bar
 from .state import STATE
@@ -187,7 +187,7 @@ def stream_scores(
         return torch.cat([anomaly[..., None], classes], -1)  # [B, T, 1 + C]
 
     # A recording takes as long as some passes without it: from the second pass on there may be many more.
-    graph, passes = StepGraph(scored) if refusal(torch.device(device)) is None else None, itertools.count()
+    graph, passes = StepGraph(scored) if recordable(torch.device(device)) else None, itertools.count()
     for pack in _packs(videos, lambda video: len(video.lengths), chunks):
         if hears and (deaf := [video.name for video in pack if video.audio is None]):
             raise DataError(f"{deaf[0]}: the model hears, but the list gives no sound; score without it by --silent")

@@ -19,11 +19,9 @@ REHEARSALS = 2  # warm-up calls: the first compiles kernels and creates moments,
 Result = TypeVar("Result")
 
 
-def refusal(device: torch.device) -> str | None:
-    """Returns why steps on `device` cannot be recorded, or None if they can."""
-    if device.type != "cuda":
-        return f"this needs a GPU, and the device is {device.type}"
-    return None
+def recordable(device: torch.device) -> bool:
+    """Whether steps on `device` can be recorded."""
+    return device.type == "cuda"
 
 
 def changed_by(optimizer: torch.optim.Optimizer) -> list[Tensor]:

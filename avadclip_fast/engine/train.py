@@ -21,7 +21,7 @@ from ..models.checkpoints import MODEL
 from ..profiling import trace
 from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
-from .graph import refusal
+from .graph import recordable
 from .loop import Board, Loop, check_finite
 from .recipe import Recipe, RecipeError
 from .state import STATE, Saver, StateError, frozen_digest, load_state, model_digest, shape_of, writing
@@ -79,10 +79,10 @@ def fit(
             for left in (folder, folder / MODEL):
                 remove_left(left)
     _check_fits(model, data, recipe, teacher, held_out, test_ap)
-    reason = refusal(device)
-    if graph and reason is not None:
-        raise RecipeError(f"steps cannot be recorded in a CUDA graph: {reason}")
-    graph = reason is None if graph is None else graph
+    if graph and not recordable(device):
+        where = f"this needs a GPU, and the device is {device.type}"
+        raise RecipeError(f"steps cannot be recorded in a CUDA graph: {where}")
+    graph = recordable(device) if graph is None else graph
     model.to(device)
     distributed.share_weights(model)
     if teacher is not None:
