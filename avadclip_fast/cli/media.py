@@ -15,7 +15,7 @@ from tqdm import tqdm
 from typer import Argument, Option
 
 from ..data import DataError, pack
-from ..data.atomic import make_folder, remove_left, write_json
+from ..data.atomic import identity_of, make_folder, remove_left, write_json
 from ..data.lists import video_of
 from ..data.lists import videos as by_video
 from ..data.packed import PACKED
@@ -302,7 +302,6 @@ def detect(
         check_video,
         done_with,
         event_record,
-        identity_of,
         read_events,
         settings_of,
         summary,

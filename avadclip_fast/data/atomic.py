@@ -1,4 +1,4 @@
-"""Whole files: atomic writes, after which a file is complete or does not exist, and hashes."""
+"""Whole files: atomic writes, after which a file is complete or does not exist, records, and hashes."""
 
 import contextlib
 import fcntl
@@ -78,6 +78,12 @@ def write_json(path: str | Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1) + "\n")
 
 
+def write_record(path: str | Path, record: dict[str, Any]) -> None:
+    """Writes a JSON object in one line, atomically."""
+    with atomic_write(path, "w") as file:
+        file.write(json.dumps(record) + "\n")
+
+
 def read_record(path: str | Path) -> dict[str, Any]:
     """Reads a JSON object; empty if there is no such file, or it holds none."""
     try:
@@ -85,6 +91,15 @@ def read_record(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def identity_of(path: str | Path) -> dict[str, int] | None:
+    """What a file keeps where it is moved, for its record; None if it is gone, as a camera's oldest are."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return None
+    return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
 
 
 def sha256_of(path: str | Path) -> str:

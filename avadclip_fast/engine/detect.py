@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data import DataError, TestVideo, chunk, with_motion
-from ..data.atomic import atomic_write, in_turn, read_record
+from ..data.atomic import atomic_write, identity_of, in_turn, read_record, write_record
 from ..media.features import VideoFeatures
 from ..models.avadclip import Detector
 from ..models.checkpoints import CheckpointError
@@ -380,18 +380,7 @@ def done_with(path: Path, source: str | Path, settings: dict) -> list[dict] | No
 
 def write_detection(path: Path, detection: Detection, source: str | Path, read: dict | None, settings: dict) -> None:
     """read: `identity_of` the video before it was read, so that one that grew meanwhile is not done."""
-    record = {"file": read, "settings": settings, **as_record(detection, source)}
-    with atomic_write(path, "w") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def identity_of(path: str | Path) -> dict | None:
-    """What a file keeps where it is moved, as `extract` records it; None if it is gone, as a camera's oldest are."""
-    try:
-        facts = os.stat(path)
-    except OSError:
-        return None
-    return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
+    write_record(path, {"file": read, "settings": settings, **as_record(detection, source)})
 
 
 def check_video(path: Path, source: str | Path) -> None:

@@ -5,7 +5,6 @@ video as complete), OUTPUT/list.csv with all complete videos, and OUTPUT/extract
 """
 
 import errno
-import json
 import os
 import re
 import tempfile
@@ -20,12 +19,11 @@ import numpy as np
 import torch
 
 from ..data import DataError
-from ..data.atomic import atomic_write, in_turn, read_record, sha256_of
+from ..data.atomic import identity_of, in_turn, read_record, sha256_of, write_record
 from ..data.features import write_features
 from ..data.lists import Row, misplaced, read_cells, video_of, write_list
 from .decode import FILES_ONLY
 from .encoders import AudioEncoder, VisualEncoder
-from .errors import MediaError
 from .features import Sampling, VideoFeatures, video_features
 
 LABELLED = {"file": dict, "label": str, "listed": str}
@@ -279,9 +277,9 @@ def extract_one(
     go_on()
     if (record := _done(output, source, settings)) is not None:
         if source.label not in ("", record["label"]):
-            _write_record(output, source.name, {**record, "label": source.label})
+            write_record(_paths(output, source.name, 0)[2], {**record, "label": source.label})
         return "skipped"
-    identity = _identity(source.path)  # of what is read: a recording that grows meanwhile is then done again
+    identity = identity_of(source.path)  # of what is read: a recording that grows meanwhile is then done again
     found = video_features(source.path, sampling, visual, audio, go_on, np.dtype(settings["dtype"]))
     write_video(output, source, identity, found, settings)
     return "done"
@@ -328,14 +326,6 @@ def settings_of(sampling: Sampling, half: bool, **encoders: Sequence[str | None]
     return {**asdict(sampling), "dtype": "float16" if half else "float32", **named}
 
 
-def _identity(path: Path) -> dict:
-    try:
-        facts = path.stat()
-    except OSError as error:
-        raise MediaError(f"{path}: {error.strerror}") from error
-    return {"bytes": facts.st_size, "modified": facts.st_mtime_ns}
-
-
 def _content(weights: str | None) -> str | None:
     """What identifies weights: a file's SHA-256, wherever it lies, otherwise what was given."""
     try:
@@ -378,14 +368,14 @@ def check_replaced(sources: Sequence[Source], output: Path, settings: dict) -> N
 
 def _is_other(path: Path, record: dict) -> bool:
     """Whether a record is of another file than `path`: neither the same, changed or not, nor a copy of it."""
-    return os.path.realpath(path) != os.path.realpath(record["source"]) and _identity(path) != record["file"]
+    return os.path.realpath(path) != os.path.realpath(record["source"]) and identity_of(path) != record["file"]
 
 
 def _done(output: Path, source: Source, settings: dict) -> dict | None:
     """Returns the record of a video done with these settings, or None if it is not done."""
     visual, audio, done = _paths(output, source.name, settings["crops"])
-    identity, record = _identity(source.path), _read_record(done)
-    if record is None or record["settings"] != settings or record["file"] != identity:
+    record = _read_record(done)
+    if record is None or record["settings"] != settings or record["file"] != identity_of(source.path):
         return None
     files = [*visual, audio] if record["audio"] else visual
     return record if all(f.is_file() for f in files) else None
@@ -409,12 +399,7 @@ def _labelled(path: Path) -> dict | None:
     return kept if all(isinstance(kept.get(name), kind) for name, kind in LABELLED.items()) else None
 
 
-def _write_record(output: Path, name: str, record: dict) -> None:
-    with atomic_write(output / "done" / f"{name}.json", "w") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def write_video(output: Path, source: Source, identity: dict, found: VideoFeatures, settings: dict) -> None:
+def write_video(output: Path, source: Source, identity: dict | None, found: VideoFeatures, settings: dict) -> None:
     """Writes a video's files atomically, and its record last, which marks it as done. identity: of the file read."""
     visual, audio, done = _paths(output, source.name, len(found.visual))
     before = _labelled(done)
@@ -423,7 +408,7 @@ def write_video(output: Path, source: Source, identity: dict, found: VideoFeatur
     if before is None:
         before = {"file": identity, "label": source.label, "listed": source.label}
     else:
-        _write_record(output, source.name, before)  # not done, until it is: a kill may leave files of two settings
+        write_record(done, before)  # not done, until it is: a kill may leave files of two settings
     for path, rows in zip(visual, found.visual, strict=True):
         write_features(path, rows)
     if found.audio is not None:
@@ -442,7 +427,7 @@ def write_video(output: Path, source: Source, identity: dict, found: VideoFeatur
         "times": np.round(found.times, 4).tolist(),
         "heard": found.heard.astype(int).tolist(),
     }
-    _write_record(output, source.name, record)
+    write_record(done, record)
 
 
 class Listing(NamedTuple):
@@ -489,11 +474,11 @@ def write_lists(output: str | Path, settings: dict) -> Listing:
             if record.get("damaged"):
                 found.damaged[name] = record["damaged"]
             if label != written and not typed:
-                changed[name] = {**record, "listed": label}
+                changed[path] = {**record, "listed": label}
         if found.rows:
             write_list(output / "list.csv", found.rows)
-        for name, record in changed.items():
-            _write_record(output, name, record)
+        for path, record in changed.items():
+            write_record(path, record)
     return found
 
 
