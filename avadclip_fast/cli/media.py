@@ -92,14 +92,7 @@ def lost_frames(count: int) -> str:
 
 
 def watchers(
-    model: Path,
-    student: Path | None,
-    classes: str | None,
-    visual: str,
-    visual_weights: str,
-    audio: str,
-    audio_weights: str | None,
-    device: str,
+    model: Path, student: Path | None, classes: str | None, chosen: "Encoders"
 ) -> "tuple[list[Scorer], VisualEncoder, AudioEncoder | None]":
     """Loads the models, and the encoders that they need (no audio encoder if no model takes audio)."""
     from ..engine.detect import load_scorers
@@ -107,7 +100,7 @@ def watchers(
     names = [] if classes is None else [name.rpartition("=")[2] for name in classes.split(",")]
     scorers = load_scorers(model, student, names)
     hears = "audio" in scorers[0].model.streams()
-    return scorers, *encoders(visual, visual_weights, audio if hears else "none", audio_weights, device).load()
+    return scorers, *(chosen if hears else replace(chosen, audio="none")).load()
 
 
 def note_threshold(scorers: "list[Scorer]", threshold: float | None) -> None:
@@ -191,13 +184,11 @@ def extract(
     media.check_results(videos, sources, [folder / "list.csv", log, output])
     make_folder(folder)
     sampling = Sampling(every, fps, crops, geometry)
-    settings = media.settings_of(
-        sampling, not full, visual=(visual_encoder, visual_weights), audio=(audio_encoder, audio_weights)
-    )
+    chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
+    settings = media.settings_of(sampling, not full, chosen)
     media.read_labels(folder)  # to fail early
     if not overwrite:
         media.check_replaced(sources, folder, settings)
-    chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
     by_ray = engine == "ray"
     # also loaded here with ray, so that their errors are reported once, not for every video
     seen, heard = (replace(chosen, device="cpu") if by_ray else chosen).load()
@@ -341,15 +332,11 @@ def detect(
     make_folder(output)
     for folder in {path.parent for path in results}:
         remove_left(folder)  # copies that a killed call had not finished
-    scorers, seen, heard = watchers(
-        model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
-    )
+    chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
+    scorers, seen, heard = watchers(model, student, classes, chosen)
     note_threshold(scorers, threshold)
     sampling, done = Sampling(every, fps, 1, geometry), 0
-    features = features_settings(
-        sampling, False, visual=(visual_encoder, visual_weights), audio=(audio_encoder, audio_weights)
-    )
-    settings = settings_of(scorers, threshold, features)
+    settings = settings_of(scorers, threshold, features_settings(sampling, False, chosen))
 
     def finished(source: "Source") -> list[dict] | None:
         """The events of a finished video: its other files are no older than the first, or are of an earlier call."""
@@ -483,9 +470,8 @@ def stream(
 
     import_av()
     every = frames_per_snippet(every, fps)
-    scorers, seen, heard = watchers(
-        model, student, classes, visual_encoder, visual_weights, audio_encoder, audio_weights, device
-    )
+    chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
+    scorers, seen, heard = watchers(model, student, classes, chosen)
     detector, by = None, ""
 
     def tell(events: "Iterable[Event]") -> None:

@@ -23,7 +23,7 @@ from ..data.atomic import identity_of, in_turn, read_record, sha256_of, write_re
 from ..data.features import write_features
 from ..data.lists import Row, misplaced, read_cells, video_of, write_list
 from .decode import FILES_ONLY
-from .encoders import AudioEncoder, VisualEncoder
+from .encoders import AudioEncoder, Encoders, VisualEncoder
 from .features import Sampling, VideoFeatures, video_features
 
 LABELLED = {"file": dict, "label": str, "listed": str}
@@ -317,13 +317,14 @@ def _paths(output: Path, name: str, crops: int) -> tuple[list[Path], Path, Path]
     return visual, output / "audio" / f"{name}.npy", output / "done" / f"{name}.json"
 
 
-def settings_of(sampling: Sampling, half: bool, **encoders: Sequence[str | None]) -> dict:
-    """All settings that features depend on, by option.
-
-    half: float16 files. encoders: of "visual" and "audio", their name and their weights, of a file its SHA-256.
-    """
-    named = {stream: [name, _content(weights)] for stream, (name, weights) in encoders.items()}
-    return {**asdict(sampling), "dtype": "float16" if half else "float32", **named}
+def settings_of(sampling: Sampling, half: bool, chosen: Encoders) -> dict:
+    """All settings that features depend on, by option: of encoders their names and weights. half: float16 files."""
+    return {
+        **asdict(sampling),
+        "dtype": "float16" if half else "float32",
+        "visual": [chosen.visual, _content(chosen.visual_weights)],
+        "audio": [chosen.audio, _content(chosen.audio_weights)],
+    }
 
 
 def _content(weights: str | None) -> str | None:
