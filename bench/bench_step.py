@@ -193,7 +193,7 @@ def run(options: argparse.Namespace) -> Iterator[list[dict]]:
 
     def teacher_loss(weights: eager_model.Weights, sample: Sample, dropout: float) -> Tensor:
         (visual, audio), labels, lengths = sample
-        return eager_model.teacher_loss(weights, tokens, visual, audio, labels, lengths, dropout=dropout)
+        return eager_model.teacher_loss(weights, tokens, visual, audio, labels, lengths, dropout)
 
     plain: list[Part] = []
     compiled: list[Part] = []

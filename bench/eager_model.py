@@ -16,7 +16,8 @@ from .bench_distance_graph import official as distance_graph
 from .bench_mil_loss import loops as mil_losses
 from .bench_similarity_graph import official as similarity_graph
 
-WIDTH, TEXT_HEADS = 512, 8
+TEXT_HEADS = 8
+TEACHER_WINDOW, STUDENT_WINDOW = 4, 64
 Weights = dict[str, Tensor]
 
 
@@ -158,28 +159,28 @@ def losses(s: Weights, out: tuple[Tensor, Tensor], classes: Tensor, labels: Tens
     return total + 1e-4 * apart[0] / (len(classes) - 1)
 
 
-def teacher_features(s: Weights, visual: Tensor, audio: Tensor, lengths: Tensor, window: int, dropout: float) -> Tensor:
-    return fuse(s, temporal(s, visual, lengths, window), audio_net(s, audio, dropout))
+def teacher_features(s: Weights, visual: Tensor, audio: Tensor, lengths: Tensor, dropout: float) -> Tensor:
+    return fuse(s, temporal(s, visual, lengths, TEACHER_WINDOW), audio_net(s, audio, dropout))
 
 
-def teacher_loss(s: Weights, tokens, visual, audio, labels, lengths, window: int = 4, dropout: float = 0.1) -> Tensor:
-    v = teacher_features(s, visual, audio, lengths, window, dropout)
+def teacher_loss(s: Weights, tokens, visual, audio, labels, lengths, dropout: float) -> Tensor:
+    v = teacher_features(s, visual, audio, lengths, dropout)
     classes = text(s, tokens)
     return losses(s, heads(s, v, classes), classes, labels, lengths)
 
 
-def distil_loss(s: Weights, teacher: Weights, tokens, visual, audio, labels, lengths, window: int = 64, weight=1e-8):
+def distil_loss(s: Weights, teacher: Weights, tokens, visual, audio, labels, lengths) -> Tensor:
     """Returns the student's loss; the frozen teacher runs its whole forward pass, as in the official code."""
     with torch.no_grad():
-        guide = teacher_features(teacher, visual, audio, lengths, 4, 0.0)
+        guide = teacher_features(teacher, visual, audio, lengths, 0.0)
         heads(teacher, guide, text(teacher, tokens))
-    mean, theta = uncertain(s, temporal(s, visual, lengths, window))
+    mean, theta = uncertain(s, temporal(s, visual, lengths, STUDENT_WINDOW))
     classes = text(s, tokens)
     total = losses(s, heads(s, mean, classes), classes, labels, lengths)
-    return total + weight * ((guide - mean) ** 2 / (1e-6 + 2 * theta.exp()) + theta).mean()
+    return total + 1e-8 * ((guide - mean) ** 2 / (1e-6 + 2 * theta.exp()) + theta).mean()
 
 
-def student_scores(s: Weights, tokens, visual, lengths, window: int = 64) -> tuple[Tensor, Tensor]:
+def student_scores(s: Weights, tokens, visual, lengths) -> tuple[Tensor, Tensor]:
     """Returns anomaly and class logits; uncertainty and text features are computed in every call."""
-    mean, _ = uncertain(s, temporal(s, visual, lengths, window))
+    mean, _ = uncertain(s, temporal(s, visual, lengths, STUDENT_WINDOW))
     return heads(s, mean, text(s, tokens))
