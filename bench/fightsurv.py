@@ -40,7 +40,7 @@ from avadclip_fast.engine.calibrate import (
 )
 from avadclip_fast.engine.evaluate import at_threshold, evaluate, score_videos
 from avadclip_fast.engine.metrics import frame_ap
-from avadclip_fast.engine.missing import missing_sound
+from avadclip_fast.engine.missing import COLUMNS, missing_sound
 from avadclip_fast.engine.plots import reliability_plot
 from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER, ROBUST_STREAMS, Recipe
 from avadclip_fast.engine.step import adamw, add_noise, feature_std, set_lr, trim
@@ -520,10 +520,9 @@ def heads_table(report: dict) -> str:
 
 def missing_table(report: dict) -> str:
     """Returns the frame AP on the test videos by the share of videos without sound."""
-    names = ("teacher", "student", "automatic", "oracle")
-    lines = [f"| without sound | {' | '.join(names)} |", "|---|---|---|---|---|"]
+    lines = [f"| without sound | {' | '.join(COLUMNS)} |", "|---|---|---|---|---|"]
     for i, percent in enumerate(PERCENTS):
-        cells = (_spread([100 * run[i][name][report["head"]] for run in report["missing"]]) for name in names)
+        cells = (_spread([100 * run[i][name][report["head"]] for run in report["missing"]]) for name in COLUMNS)
         lines.append(f"| {percent} % of the videos | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -653,8 +652,7 @@ def plot(folder: Path) -> None:
     }
     missing = {
         f"{percent} % of videos without sound": {
-            name: _mean_spread([100 * run[i][name][head] for run in report["missing"]])
-            for name in ("teacher", "student", "automatic", "oracle")
+            name: _mean_spread([100 * run[i][name][head] for run in report["missing"]]) for name in COLUMNS
         }
         for i, percent in enumerate(PERCENTS)
     }
