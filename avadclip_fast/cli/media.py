@@ -103,6 +103,10 @@ def watchers(
     return scorers, *(chosen if hears else replace(chosen, audio="none")).load()
 
 
+def note(told: str) -> None:
+    tqdm.write(f"note: {told}", file=sys.stderr)
+
+
 def note_threshold(scorers: "list[Scorer]", threshold: float | None) -> None:
     """Tells on stderr that an alarm begins at 0.5 where nothing was calibrated.
 
@@ -116,7 +120,7 @@ def note_threshold(scorers: "list[Scorer]", threshold: float | None) -> None:
             "the models have" if len(missing) > 1 else "the model has" if len(scorers) == 1 else "one of the models has"
         )
         default = missing[0].align.threshold
-        tqdm.write(f"note: {of} no calibrated threshold; using {default} (--threshold sets another)", file=sys.stderr)
+        note(f"{of} no calibrated threshold; using {default} (--threshold sets another)")
 
 
 @app.command()
@@ -319,7 +323,11 @@ def detect(
         raise DataError(f"{videos[0]}: no videos there")
     events = output / "events.csv"
     endings = [".json", *[".frames.csv"] * per_frame, *[".png"] * plot, *[".mkv"] * copy]
-    results = [output / f"{source.name}{ending}" for source in sources for ending in endings]
+
+    def result(source: "Source", ending: str) -> Path:
+        return output / f"{source.name}{ending}"
+
+    results = [result(source, ending) for source in sources for ending in endings]
     check_results(videos, sources, [events, *results])
     if copy and any(path.is_dir() and output.is_dir() and path.samefile(output) for path in videos):
         raise DataError(
@@ -328,7 +336,7 @@ def detect(
         )
     read_events(events)  # to fail early
     for source in sources:
-        check_video(output / f"{source.name}.json", source.path)
+        check_video(result(source, ".json"), source.path)
     make_folder(output)
     for folder in {path.parent for path in results}:
         remove_left(folder)  # copies that a killed call had not finished
@@ -340,7 +348,7 @@ def detect(
 
     def finished(source: "Source") -> list[dict] | None:
         """The events of a finished video: its other files are no older than the first, or are of an earlier call."""
-        first, *others = (output / f"{source.name}{ending}" for ending in endings)
+        first, *others = (result(source, ending) for ending in endings)
         try:
             written = first.stat().st_mtime_ns
             fresh = all(path.stat().st_mtime_ns >= written for path in others)
@@ -356,14 +364,15 @@ def detect(
             write_events(events, before)  # where the file has lost them
 
     @contextlib.contextmanager
-    def extra(path: Path, target: Path) -> Iterator[None]:
-        """Reports a failure at the end, which does not drop what was found."""
+    def extra(source: "Source", ending: str) -> Iterator[Path]:
+        """Yields where to write. Reports a failure at the end, which does not drop what was found."""
+        target = result(source, ending)
         try:
-            yield
+            yield target
         except Exception as error:
-            failed.append(f"{reason_of(path, error)} ({target} alone was not written)")
+            failed.append(f"{reason_of(source.path, error)} ({target} alone was not written)")
 
-    request, meter = Request(), bar(sources, desc="detecting", unit="video", shown=not quiet)
+    frames, request, meter = 0, Request(), bar(sources, desc="detecting", unit="video", shown=not quiet)
     decode = frames_in(meter)
 
     def stop(decoded: int = 0) -> None:
@@ -371,48 +380,42 @@ def detect(
             raise KeyboardInterrupt  # which nothing takes for the failure of a video
         decode(decoded)
 
+    def count(decoded: int) -> None:
+        nonlocal frames
+        frames += decoded
+        stop(decoded)
+
     try:
         with listening() as request:
             for source in meter:
-                frames = 0
-
-                def count(decoded: int) -> None:
-                    nonlocal frames
-                    frames += decoded
-                    stop(decoded)
-
-                def target(ending: str, name: str = source.name) -> Path:
-                    return output / f"{name}{ending}"
-
+                frames, target = 0, result(source, ".json")
                 try:
                     read = identity_of(source.path)
                     found = video_features(source.path, sampling, seen, heard, count)
                     detection = detect_in(source.name, found, scorers, device_of(device), threshold)
-                    target(".json").parent.mkdir(parents=True, exist_ok=True)
+                    target.parent.mkdir(parents=True, exist_ok=True)
                     write_events(events, {source.name: [event_record(e) for e in detection.events()]})
-                    write_detection(target(".json"), detection, source.path, read, settings)  # last: it is done then
+                    write_detection(target, detection, source.path, read, settings)  # last: it is done then
                 except Exception as error:  # a failing video is reported and does not stop the others
                     failed.append(reason_of(source.path, error))
                     continue
                 done += 1
                 tqdm.write(summary(detection))
                 if found.damaged:
-                    tqdm.write(f"note: {source.path}: {lost_frames(found.damaged)}", file=sys.stderr)
+                    note(f"{source.path}: {lost_frames(found.damaged)}")
                 if fps is None and found.seconds > LONG_SNIPPET:
                     told = f"a snippet of {every} frames lasts {found.seconds:.1f} s, and short events are lost in it"
-                    tqdm.write(f"note: {source.path}: {told}: give --fps 1.5, or a smaller --every", file=sys.stderr)
+                    note(f"{source.path}: {told}: give --fps 1.5, or a smaller --every")
                 if per_frame:
-                    with extra(source.path, target(".frames.csv")):
-                        write_frame_scores(target(".frames.csv"), detection, frames, every)
+                    with extra(source, ".frames.csv") as target:
+                        write_frame_scores(target, detection, frames, every)
                 if plot:
-                    with extra(source.path, target(".png")):
-                        images = key_frames(source.path, sampling, best_snippets(detection), stop)
-                        timeline(target(".png"), detection, images)
+                    with extra(source, ".png") as target:
+                        timeline(target, detection, key_frames(source.path, sampling, best_snippets(detection), stop))
                 if copy:
-                    with extra(source.path, target(".mkv")):
-                        note = annotate(source.path, target(".mkv"), *detection.curve(), stop)
-                        if note:
-                            tqdm.write(f"note: {note}", file=sys.stderr)
+                    with extra(source, ".mkv") as target:
+                        if lost := annotate(source.path, target, *detection.curve(), stop):
+                            note(lost)
             stop()
     except KeyboardInterrupt as end:
         found_so_far = f"{events} holds what was found so far"
@@ -491,8 +494,7 @@ def stream(
                     note_threshold(scorers, threshold)  # after errors about the source
                     if live.assumed:
                         lasts = f"{ASSUMED:g} a second are assumed: {every} frames last {live.seconds:.2f} s"
-                        told = f"note: {source}: declares no frame rate, and {lasts} (--fps sets snippets per second)"
-                        tqdm.write(told, file=sys.stderr)
+                        note(f"{source}: declares no frame rate, and {lasts} (--fps sets snippets per second)")
                     detector = OnlineDetector(
                         scorers, seen, heard, seconds=live.seconds, window=window, delay=delay, longest=longest,
                         threshold=threshold, geometry=geometry, device=device_of(device),
