@@ -1,4 +1,4 @@
-"""What the tests of operators that replace several layers share."""
+"""What the tests of Triton's kernels share, most of all those of operators that replace several layers."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from avadclip_fast import use_backend
 from avadclip_fast.ops import _dispatch
-from avadclip_fast.ops._triton import INTERPRETED
+from avadclip_fast.ops._triton import INTERPRETED, triton_reason
 
 DEVICE = pytest.mark.parametrize(
     "device",
@@ -17,6 +17,13 @@ DEVICE = pytest.mark.parametrize(
         pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="no interpreter"), id="triton-cpu"),
     ],
 )
+TRITON = "cuda" if torch.cuda.is_available() else "cpu"
+ON_TRITON = [  # the marks of a file whose tests run there alone
+    pytest.mark.skipif(
+        triton_reason(torch.empty(0, device=TRITON)) is not None, reason="neither a GPU nor TRITON_INTERPRET=1"
+    ),
+    *([pytest.mark.gpu] if TRITON == "cuda" else []),
+]
 B, T, D = 3, 37, 32
 
 

@@ -3,18 +3,10 @@
 import pytest
 import torch
 from cases import same, time_last, wide
-from op_tests import INTERPRETED, ON_GPU
-
-devices = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cpu", id="triton", marks=pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")),
-        pytest.param("cuda", marks=ON_GPU),
-    ],
-)
+from fused import DEVICE
 
 
-@devices
+@DEVICE
 @pytest.mark.parametrize("layout", [same, wide, time_last])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 48), (1024, 33), (1025, 200), (1500, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -30,7 +22,7 @@ def test_it_is_the_sum(device, dtype, shape, layout):
     assert torch.equal(column_sums(x, torch.float32), got)
 
 
-@devices
+@DEVICE
 def test_nothing_adds_up_to_zero(device):
     from avadclip_fast.kernels.column_sums import column_sums
 
@@ -39,7 +31,7 @@ def test_nothing_adds_up_to_zero(device):
         assert got.shape == shape[1:] and not got.any()
 
 
-@devices
+@DEVICE
 def test_a_nan_reaches_its_column_alone(device):
     from avadclip_fast.kernels.column_sums import column_sums
 

@@ -6,20 +6,12 @@ Runs on a GPU, or without one in Triton's interpreter: TRITON_INTERPRET=1 pytest
 import pytest
 import torch
 import torch.nn.functional as F
-from op_tests import ON_GPU
+from fused import DEVICE
 from tolerance import assert_within_rule
 
 from avadclip_fast import use_backend
 from avadclip_fast.ops._layer_norm import layer_norm
-from avadclip_fast.ops._triton import INTERPRETED
 
-DEVICE = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param("cuda", marks=ON_GPU, id="triton-cuda"),
-        pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="no interpreter"), id="triton-cpu"),
-    ],
-)
 SHAPES = [(1, 8), (3, 37, 64), (2, 130, 100), (300, 512)]
 
 

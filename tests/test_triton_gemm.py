@@ -7,18 +7,13 @@ import contextlib
 
 import pytest
 import torch
+from fused import ON_TRITON
+from fused import TRITON as DEVICE
 from tolerance import assert_within_rule
 
 from avadclip_fast import ops, reference
-from avadclip_fast.ops._triton import triton_reason
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        triton_reason(torch.empty(0, device=DEVICE)) is not None, reason="neither a GPU nor TRITON_INTERPRET=1"
-    ),
-    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
-]
+pytestmark = ON_TRITON
 B, T, D, N = 2, 21, 32, 24  # widths that TMA can read, rows and columns that end inside a tile
 
 TILES = {"rows": 16, "cols": 16, "depth": 16, "warps": 4, "stages": 2, "tma": False, "persistent": False}

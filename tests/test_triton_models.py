@@ -6,19 +6,14 @@ Runs on a GPU, or without one in Triton's interpreter. The authors' numbers them
 
 import pytest
 import torch
+from fused import ON_TRITON
+from fused import TRITON as DEVICE
 from small_models import batch, student, teacher
 
 from avadclip_fast import objective, ops
 from avadclip_fast.ops import _dispatch
-from avadclip_fast.ops._triton import triton_reason
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.skipif(
-        triton_reason(torch.empty(0, device=DEVICE)) is not None, reason="neither a GPU nor TRITON_INTERPRET=1"
-    ),
-    *([pytest.mark.gpu] if DEVICE == "cuda" else []),
-]
+pytestmark = ON_TRITON
 SAME = 1e-4  # float32 in another order of summation, over all layers
 
 
