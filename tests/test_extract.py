@@ -221,6 +221,25 @@ def test_another_label_is_taken(folder, tmp_path, capsys):
     assert "\n0 extracted, 1 were there" in capsys.readouterr().out
 
 
+def test_a_label_for_those_that_have_none_replaces_no_list_s(folder, tmp_path):
+    """In the same call and in later ones, and of what is extracted again."""
+    out, listed = tmp_path / "out", folder / "all.csv"
+    make_video(folder / "c.mp4", frames=20)
+    listed.write_text("path,label\nmore/b.mp4,B2\n")
+
+    def labels(*given):
+        assert call("extract", *given, "-o", out, *QUICK) == 0
+        return [row.label for row in read_list(out / "list.csv", audio=False)]
+
+    assert labels(listed) == ["B2"]
+    for label in "AG":
+        assert labels(folder, "--label", label) == ["B1-0-0", label, "B2"]
+    assert labels(listed, folder, "--label", "A") == labels(folder, listed, "--label", "A") == ["B1-0-0", "A", "B2"]
+    assert labels(folder, "--label", "G", "--every", 4, "--overwrite") == ["B1-0-0", "G", "B2"]
+    listed.write_text("path,label\nmore/b.mp4,B6\n")
+    assert labels(listed, "--every", 4) == ["B1-0-0", "G", "B6"]
+
+
 def test_what_training_would_miss_is_told(folder, tmp_path, capsys):
     """A teacher takes no row without sound, and nobody one without a label."""
 

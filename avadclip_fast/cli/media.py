@@ -160,9 +160,9 @@ def extract(
 ) -> None:
     """Extract features from videos: a visual file per crop, an audio file, and list.csv, as train and eval read them.
 
-    Resumes an interrupted call; videos extracted with another --label or list get the new label, unless one was typed
-    into list.csv. Videos that fail are reported at the end and in extract.json, and the exit code is 1. After Ctrl-C,
-    list.csv has the finished videos.
+    Resumes an interrupted call; videos extracted with another list or --label get the new label, unless one was typed
+    into list.csv, and --label replaces no list's. Videos that fail are reported at the end and in extract.json, and the
+    exit code is 1. After Ctrl-C, list.csv has the finished videos.
     """
     from ..engine import report
     from ..engine.stop import Stopped, listening

@@ -26,7 +26,7 @@ from .decode import FILES_ONLY
 from .encoders import AudioEncoder, Encoders, VisualEncoder
 from .features import Sampling, VideoFeatures, video_features
 
-LABELLED = {"file": dict, "label": str, "listed": str}
+LABELLED = {"file": dict, "label": str, "assumed": bool, "listed": str}
 # required in OUTPUT/done/NAME.json
 RECORDED = {"source": str, "file": dict, "settings": dict, "label": str, "crops": int, "audio": bool}
 SUFFIXES = (
@@ -49,6 +49,7 @@ class Source:
     path: Path
     name: str
     label: str = ""
+    assumed: bool = False  # whether neither a list nor the file's name labels it
 
 
 def find_sources(
@@ -89,10 +90,10 @@ def find_sources(
             together = os.path.abspath(other.path.parent) == os.path.abspath(source.path.parent)
             remedy = "rename one" if together else "rename one, or give their common folder"
             raise DataError(f"{source.path} and {other.path} would both be called {source.name}: {remedy}")
-        if other.label != source.label:  # same video given twice: keep the one with a label
-            if other.label and source.label:
-                raise DataError(f"{source.path} is given twice, labelled {other.label} and {source.label}")
-            found[source.name] = max(other, source, key=lambda one: one.label)
+        if other.assumed:  # same video given twice: keep the label of a list
+            found[source.name] = source
+        elif not source.assumed and other.label != source.label:
+            raise DataError(f"{source.path} is given twice, labelled {other.label} and {source.label}")
     names: dict[str, str] = {}
     for source in found.values():
         if (other_name := names.setdefault(os.path.abspath(source.path), source.name)) != source.name:
@@ -168,7 +169,8 @@ def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
 def _source(path: Path, name: str, listed: str, label: str) -> Source:
     """Creates a source labelled by the list, else by its file name, else by `label`."""
     found = _LABEL.search(path.stem)
-    return Source(path, name, listed or (found[1] if found else label))
+    own = listed or (found[1] if found else "")
+    return Source(path, name, own or label, assumed=not own)
 
 
 def _is_text(name: str) -> bool:
@@ -276,8 +278,8 @@ def extract_one(
 
     go_on()
     if (record := _done(output, source, settings)) is not None:
-        if source.label not in ("", record["label"]):
-            write_record(_paths(output, source.name, 0)[2], {**record, "label": source.label})
+        if (updated := {**record, **_label(source, record)}) != record:
+            write_record(_paths(output, source.name, 0)[2], updated)
         return "skipped"
     identity = identity_of(source.path)  # of what is read: a recording that grows meanwhile is then done again
     found = video_features(source.path, sampling, visual, audio, go_on, np.dtype(settings["dtype"]))
@@ -396,8 +398,20 @@ def _read_record(path: Path) -> dict | None:
 def _labelled(path: Path) -> dict | None:
     """Reads what a record, also one of a video that is not done, says of its label: "file", "label" and "listed"."""
     record = read_record(path)
-    kept = {"listed": record.get("label")} | {name: record[name] for name in LABELLED if name in record}
+    kept = {"listed": record.get("label"), "assumed": False}
+    kept |= {name: record[name] for name in LABELLED if name in record}
     return kept if all(isinstance(kept.get(name), kind) for name, kind in LABELLED.items()) else None
+
+
+def _label(source: Source, before: dict) -> dict:
+    """What a record says of a video's label: one that is assumed does not replace one that an earlier call was told.
+
+    before: the record until now
+    """
+    known = before["label"] and not before.get("assumed", False)
+    if not source.label or (source.assumed and known):
+        return {"label": before["label"], "assumed": not known}
+    return {"label": source.label, "assumed": source.assumed}
 
 
 def write_video(output: Path, source: Source, identity: dict | None, found: VideoFeatures, settings: dict) -> None:
@@ -407,7 +421,7 @@ def write_video(output: Path, source: Source, identity: dict | None, found: Vide
     for path in (*visual, audio, done):
         path.parent.mkdir(parents=True, exist_ok=True)
     if before is None:
-        before = {"file": identity, "label": source.label, "listed": source.label}
+        before = {"file": identity, "label": source.label, "assumed": source.assumed, "listed": source.label}
     else:
         write_record(done, before)  # not done, until it is: a kill may leave files of two settings
     for path, rows in zip(visual, found.visual, strict=True):
@@ -417,7 +431,7 @@ def write_video(output: Path, source: Source, identity: dict | None, found: Vide
     record = {
         "source": os.path.abspath(source.path),
         "file": identity,
-        "label": source.label or (before["label"] if before["file"] == identity else ""),
+        **_label(source, before if before["file"] == identity else {"label": ""}),
         "listed": before["listed"],  # label that `write_lists` wrote last
         "settings": settings,
         "crops": len(visual),
