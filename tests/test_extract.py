@@ -196,6 +196,7 @@ def test_a_folder_is_searched_for_what_cameras_and_discs_write(tmp_path):
         make_video(tmp_path / f"{suffix[1:]}{suffix.upper()}", frames=40, form=form, codec=codec)
     make_video(tmp_path / "dav.dav", frames=40, form="mpeg", codec="mpeg2video")  # some recorders wrap this
     make_video(tmp_path / "ogv.ogv", frames=40, form="matroska")  # FFmpeg looks at what is in it
+    (tmp_path / "._mp4.mp4").write_bytes(b"\0\5\x16\7 attributes that macOS keeps beside mp4.mp4")
     out = tmp_path / "out"
     assert call("extract", tmp_path, "-o", out, *QUICK) == 0
     assert {path.stem for path in (out / "done").iterdir()} == {*(suffix[1:] for suffix in FORMS), "dav", "ogv"}

@@ -139,7 +139,8 @@ def _inside(folder: Path, label: str, failures: list[dict], output: str | Path |
         folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) != left_out]
         for file in files:
             path = Path(parent, file)
-            if path.suffix.lower() in SUFFIXES:
+            # macOS puts a file ._NAME of attributes beside each NAME on disks of other systems
+            if path.suffix.lower() in SUFFIXES and not file.startswith("._"):
                 yield _source(path, str(path.relative_to(folder).with_suffix("")), "", label)
 
 
