@@ -283,6 +283,21 @@ def test_a_file_that_tells_no_duration_is_a_file(tmp_path):
     assert len(snippets) == 50 and (live.frames, live.dropped, live.reconnects) == (200, 0, 0) and not live.live
 
 
+def test_few_frames_a_second_are_heard_on_many_processors(tmp_path, monkeypatch):
+    """Each thread that decodes a frame of its own gives it a frame later, and the sound is a buffer of seconds."""
+    path = make_video(tmp_path / "a.mp4", frames=40, rate=1, audio=1, tone=(20, 30))
+    of_one = live_module.video_stream
+
+    def of_many(*given):
+        stream = of_one(*given)
+        stream.codec_context.thread_count = 16
+        return stream
+
+    monkeypatch.setattr(live_module, "video_stream", of_many)
+    heard = {snippet.time: np.abs(snippet.sound).max() > 0.1 for snippet in LiveSource(path, fps=1.5)}
+    assert [time for time in heard if heard[time]] == pytest.approx(range(20, 30)) and len(heard) == 40
+
+
 def without_rate(path, frames):
     """A video as browsers record them, of frames at odd times and without a rate. Returns its path, and the times."""
     times = np.cumsum(np.random.default_rng(0).integers(20, 61, frames)) / 1000

@@ -21,6 +21,7 @@ from .errors import MediaError, import_av
 WAITING = 4  # snippets queued between the reader and the consumer
 LAG = 1.0  # seconds that a snippet waits for its audio, which may arrive after its frame
 HELD = 256  # audio blocks, about 20 to 60 ms each, waiting for a frame to align with
+THREADS = 16  # at most, with which FFmpeg decodes as many frames at once, and gives each as many frames later
 LONGEST_PAUSE = 30.0  # seconds between reconnection attempts
 
 
@@ -141,6 +142,8 @@ class LiveSource:
             self.live = container.duration is None and not os.path.isfile(self.source)
             rate = rate_of(video)
             self.assumed = rate is None and self.fps is None
+            if rate is not None and THREADS / rate > LAG:  # else alarms come late, and sound is gone before its frame
+                video.thread_type = "SLICE"
             clock, reach = Clock(rate or ASSUMED), Reach(container, video)
             self.seconds = self.seconds or self.every / clock.rate
             beat, start = Beat(self.seconds), 0.0
