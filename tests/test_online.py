@@ -298,6 +298,14 @@ def test_few_frames_a_second_are_heard_on_many_processors(tmp_path, monkeypatch)
     assert [time for time in heard if heard[time]] == pytest.approx(range(20, 30)) and len(heard) == 40
 
 
+def test_sound_that_is_far_behind_its_frames_in_a_file_is_heard(tmp_path):
+    """As in VOB and MPG of a still scene, whose frames take few bytes."""
+    path = make_video(
+        tmp_path / "a.vob", frames=300, audio=1, tone=(0, 12), grey=lambda i: 100, codec="mpeg2video", sound_codec="mp2"
+    )
+    assert all(np.abs(snippet.sound[: 16_000 // 4]).max() > 0.1 for snippet in LiveSource(path))
+
+
 def without_rate(path, frames):
     """A video as browsers record them, of frames at odd times and without a rate. Returns its path, and the times."""
     times = np.cumsum(np.random.default_rng(0).integers(20, 61, frames)) / 1000

@@ -20,6 +20,7 @@ from .errors import MediaError, import_av
 
 WAITING = 4  # snippets queued between the reader and the consumer
 LAG = 1.0  # seconds that a snippet waits for its audio, which may arrive after its frame
+LAG_IN_FILES = 5.0  # of which nobody waits for an alarm: VOB and MPG have two seconds of a still scene before its audio
 HELD = 256  # audio blocks, about 20 to 60 ms each, waiting for a frame to align with
 THREADS = 16  # at most, with which FFmpeg decodes as many frames at once, and gives each as many frames later
 LONGEST_PAUSE = 30.0  # seconds between reconnection attempts
@@ -148,7 +149,8 @@ class LiveSource:
             self.seconds = self.seconds or self.every / clock.rate
             beat, start = Beat(self.seconds), 0.0
             waiting: deque[tuple[float, np.ndarray, int]] = deque()  # time, image, frames so far
-            mono, sound = Mono(), Placed(self.seconds + 2 * LAG + WAITING * self.seconds, clock)
+            lag = LAG if self.live else LAG_IN_FILES
+            mono, sound = Mono(), Placed(self.seconds + 2 * lag + WAITING * self.seconds, clock)
             try:
                 for packet in container.demux():
                     if self._closed.is_set():
@@ -167,7 +169,7 @@ class LiveSource:
                             waiting.append((clock.now, upright(frame), before))
                         self.frames += 1
                     sound.settle()
-                    while waiting and self._complete(waiting[0][0], clock, audio, sound):
+                    while waiting and self._complete(waiting[0][0], clock, audio, sound, lag):
                         yield self._made(waiting, clock, start, audio, sound)
             except (av.error.FFmpegError, OSError) as error:
                 self.dropped += clock.seen - waiting[0][2] if waiting else 0
@@ -178,10 +180,10 @@ class LiveSource:
                 yield self._made(waiting, clock, start, audio, sound)
             reach.check(self.source, clock.seen)
 
-    def _complete(self, at: float, clock: Clock, audio: Any, sound: "Ring") -> bool:
-        """Whether the snippet at `at` is complete, or its audio is overdue."""
+    def _complete(self, at: float, clock: Clock, audio: Any, sound: "Ring", lag: float) -> bool:
+        """Whether the snippet at `at` is complete, or its audio is later than `lag` seconds."""
         end = at + self.seconds
-        return clock.now >= end and (audio is None or sound.end >= end or clock.now >= end + LAG)
+        return clock.now >= end and (audio is None or sound.end >= end or clock.now >= end + lag)
 
     def _made(
         self, waiting: "deque[tuple[float, np.ndarray, int]]", clock: Clock, offset: float, audio: Any, sound: "Ring"
