@@ -90,7 +90,8 @@ class Detector(Checkpointed):
         self.align_loss = MILAlignLoss(len(classes))
         if text_weights is not None:
             self.text.load(text_weights)
-        self.remember(class_tokens=self.text.tokens)  # a saved model then needs no tokenizer
+        # A saved model then needs no tokenizer, and its names keep their order, whatever they were given as.
+        self.remember(classes=list(classes), class_tokens=self.text.tokens)
 
     def encode_text(self) -> Tensor:
         """Class features, (C, D). For evaluation, compute them once and pass them to `forward`."""
