@@ -11,7 +11,7 @@ import pytest
 import torch
 from open_clip.pretrained import get_pretrained_url
 from safetensors.torch import load_file, save_file
-from small_models import CLASSES, TOKENS, batch, student, teacher
+from small_models import CLASSES, SIZES, TOKENS, batch, student, teacher
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
 from avadclip_fast.data import DataError
@@ -331,6 +331,23 @@ def test_our_folder_keeps_settings_that_json_has_no_form_of(settings, tmp_path):
     assert again.temporal.window == model.temporal.window
     assert again.audio.network[0].dropout == model.audio.network[0].dropout
     assert json.loads((tmp_path / "config.json").read_text())["window"] == model.temporal.window
+
+
+class Named(AVadCLIP):
+    """A model of a user's own, which passes on what it does not know."""
+
+    def __init__(self, classes, name="", **settings):
+        super().__init__(classes, **settings)
+        self.name = name
+
+
+def test_a_subclass_that_passes_settings_on_comes_back(tmp_path):
+    model = Named(CLASSES, name="mine", class_tokens=TOKENS, **SIZES)
+    model.save_pretrained(tmp_path / "model")
+    again = Named.from_pretrained(tmp_path / "model")
+    assert type(again) is Named and again.name == "mine" and same(model, again)
+    again.to_official(tmp_path / "official.pth")  # whose padding is the default, which config.json has not
+    assert same(model, Named.from_official(tmp_path / "official.pth", CLASSES, class_tokens=TOKENS))
 
 
 def test_our_folder_loads_without_open_clip(tmp_path):

@@ -208,6 +208,8 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
     """Adds save_pretrained, from_pretrained, push_to_hub and the official checkpoint format."""
 
     standardize: nn.ModuleDict
+    padding: str
+    length: int
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**{"coders": CODERS, **named})  # which the mixin does not inherit
@@ -282,6 +284,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
     def _from_pretrained(
         cls, *, model_id: str, map_location: str = "cpu", config: dict[str, Any] | None = None, **settings: Any
     ) -> Self:
+        settings.pop("model", None)  # the kind, which a subclass that takes **settings is given as one of them
         names, stored = settings.get("classes"), config or {}
         hub = {name: settings.pop(name) for name in HUB if name in settings}
         folder = Path(model_id)
@@ -363,11 +366,11 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
                     f"the model's {name} is {settings[name]!r}; the official code supports only {only!r}, and would "
                     "compute something else with these weights"
                 )
-        if settings["padding"] != "official":
+        if self.padding != "official":
             _log.warning(
                 "%s: the official code lets padding reach the snippets of videos that do not fill its %d rows; their "
                 "scores will differ from those of this model, whose padding is %r",
-                path, settings["length"], settings["padding"],
+                path, self.length, self.padding,
             )  # fmt: skip
         state = official_state({name: tensor.detach().cpu() for name, tensor in self.state_dict().items()})
         if image_tower is not None:
