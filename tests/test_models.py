@@ -572,8 +572,10 @@ def test_what_does_not_fit_is_named():
             model(visual, audio.double(), lengths)
     with pytest.raises(ValueError, match="visual is torch.float16, but the model is torch.float32; cast one, or use"):
         model(visual.half(), audio, lengths)
-    with pytest.raises(ValueError, match="distil a student"):
-        objective(model, model(visual, audio, lengths), labels, lengths, teacher_features=visual)
+    pupil = student()
+    for one, out in ((model, model(visual, audio, lengths)), (pupil, pupil.infer(visual, lengths=lengths))):
+        with pytest.raises(ValueError, match="distil a student.*it is a teacher's, or was made by infer"):
+            objective(one, out, labels, lengths, teacher_features=visual)
 
 
 def test_a_student_beside_its_teacher_shares_the_frozen_text_side():

@@ -388,7 +388,8 @@ def objective(
     teacher_features: (B, T, D) from the frozen teacher, to distil a student, or None
     Returns float32 scalars (float64 for float64 outputs): total, mil, align, text, and distill if teacher features
     are given.
-    Raises ValueError on invalid shapes or lengths, teacher features for a teacher's output, or a wrapped model.
+    Raises ValueError on invalid shapes or lengths, teacher features for an output without log_variance, or a wrapped
+    model.
     """
     if not hasattr(model, "mil_loss"):
         raise ValueError(f"model must be the teacher or student itself, such as ddp.module; got {type(model).__name__}")
@@ -402,7 +403,10 @@ def objective(
     losses["total"] = losses["mil"] + losses["align"] + text_weight * losses["text"]
     if teacher_features is not None:
         if out.log_variance is None:
-            raise ValueError("teacher_features distil a student: the model is a teacher, which has no uncertainty")
+            raise ValueError(
+                "teacher_features distil a student by its uncertainty, and `out` has none: it is a teacher's, or was "
+                "made by infer or with uncertain=False"
+            )
         valid = model.valid(lengths)
         losses["distill"] = model.distill_loss(teacher_features, out.features, out.log_variance, valid)
         losses["total"] = losses["total"] + distill_weight * losses["distill"]
