@@ -398,6 +398,15 @@ def test_fusion_refuses_streams_of_two_shapes(mode):
         AVFusion(D, mode)(rows(B, T, D), rows(B, T - 1, D))
 
 
+@pytest.mark.parametrize("mode", ["gated", "concat", "cross_attention"])
+def test_fusion_refuses_streams_of_another_width_or_dtype_than_its_weights(mode):
+    fusion, narrow = AVFusion(D, mode), rows(B, T, D // 2)
+    with pytest.raises(ValueError, match=f"weight must have shape .* with B={B}, T={T}, D={D // 2}, got "):
+        fusion(narrow, narrow)
+    with pytest.raises(ValueError, match=r"weight is torch.float32, but visual is torch.float64; cast one"):
+        fusion(X.double(), X.double())
+
+
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all", "lengths"])
 @pytest.mark.parametrize("form", ["official", "paper"])
 def test_prompt_forms(form, lengths):

@@ -57,7 +57,12 @@ class AVFusion(nn.Module):
                 visual, audio, gate.weight, gate.bias, hidden.weight, hidden.bias, residual.weight, residual.bias,
                 needed=lengths, backend=self.backend,
             )  # fmt: skip
-        sizes = check_tensors("AVFusion", ("visual", visual, "B T D"), ("audio", audio, "B T D"))
+        tensors = [("visual", visual, "B T D"), ("audio", audio, "B T D")]
+        if self.mode == "concat":
+            tensors.append(("proj.weight", self.proj.weight, "D 2D"))
+        elif self.mode == "cross_attention":
+            tensors.append(("attention.in_proj_weight", self.attention.in_proj_weight, "3D D"))
+        sizes = check_tensors("AVFusion", *tensors)
         check_lengths("AVFusion", lengths, sizes["B"], sizes["T"], visual.device)
         if self.mode == "add":
             return visual + audio
