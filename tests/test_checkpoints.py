@@ -319,6 +319,8 @@ def test_our_folder_comes_back_bit_exact(make, cls, tmp_path):
         {"classes": dict.fromkeys(CLASSES).keys()},
         {"classes": map(str, CLASSES)},
         {"classes": np.array(CLASSES)},
+        {"class_tokens": [np.array(tokens) for tokens in TOKENS]},
+        {"class_tokens": [torch.tensor(tokens) for tokens in TOKENS]},
     ],
     ids=lambda settings: f"{type(next(iter(settings.values()))).__name__}",
 )

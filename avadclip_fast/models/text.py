@@ -143,7 +143,8 @@ class TextEncoder(nn.Module):
 
     def set_tokens(self, tokens: list[list[int]]) -> None:
         """Sets the classes and lays out their rows after the shared prefix. Raises DataError as the class."""
-        if min(map(len, tokens)) < 2 or not all(0 <= index(i) < VOCABULARY for t in tokens for i in t):
+        tokens = [[index(i) for i in t] for t in tokens]  # plain numbers, which config.json can hold
+        if min(map(len, tokens)) < 2 or not all(0 <= i < VOCABULARY for t in tokens for i in t):
             raise ValueError(f"class_tokens must be ids of CLIP's tokens, in 0..{VOCABULARY - 1}, from [SOS] to [EOS]")
         eos = [len(t) - 1 for t in tokens]  # index of EOS in the plain tokenisation
         if max(eos) + 2 * LEARNABLE >= CONTEXT:
