@@ -321,6 +321,14 @@ def test_an_exported_graph_takes_any_batch_at_the_models_sizes(make):
         torch.testing.assert_close(program(x), module(x), rtol=1e-4, atol=1e-4)
 
 
+def test_an_exported_model_is_saved_and_returns_its_output_again(tmp_path):
+    model = student().eval()
+    visual, _, _, lengths = batch([24, 7], 24)
+    torch.export.save(torch.export.export(model, (visual, lengths)), tmp_path / "student.pt2")
+    found = torch.export.load(tmp_path / "student.pt2").module()(visual, lengths)
+    torch.testing.assert_close(found._asdict(), model(visual, lengths)._asdict(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_model_made_on_meta_gets_all_with_its_weights(assign):
     model = teacher().eval()

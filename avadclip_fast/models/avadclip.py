@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree
 
 from ..data.errors import DataError
 from ..modules import (
@@ -39,6 +40,9 @@ class Output(NamedTuple):
     anomaly_logits: Tensor  # (B, T), before the sigmoid
     class_logits: Tensor  # (B, T, C), before the softmax
     log_variance: Tensor | None = None  # (B, T, D), the student's θ
+
+
+_pytree._register_namedtuple(Output, serialized_type_name="avadclip_fast.models.Output")  # for torch.export.save
 
 
 class Detector(Checkpointed):
