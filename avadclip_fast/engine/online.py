@@ -70,7 +70,8 @@ class OnlineDetector:
         self._quiet: float | None = None  # start of the first snippet without sound, since the last with
         self._open: list[np.ndarray] = []  # probabilities (C,) of the snippets of the open event
         self._from = self._until = 0.0  # start of its first snippet, end of its last
-        self._later: list[tuple[float, float, np.ndarray, float]] = []  # pending: start, end, probabilities, threshold
+        # pending: start, end, probabilities, threshold, whether it was scored with sound
+        self._later: list[tuple[float, float, np.ndarray, float, bool]] = []
 
     def push(
         self,
@@ -102,17 +103,21 @@ class OnlineDetector:
         self.by = "teacher" if hears else deaf_name(self.scorers)
         self.score = float(1 - probabilities[-1, 0])
         threshold = scorer.calibration.align.threshold if self.threshold is None else self.threshold
-        self._later.append((time, time + (seconds or self.seconds), probabilities[-1], threshold))
-        # pending snippets get new scores, now that more snippets after them are known
+        self._later.append((time, time + (seconds or self.seconds), probabilities[-1], threshold, hears))
+        # Pending snippets get new scores, now that more snippets after them are known. What sounded stays the
+        # teacher's, as in `detect`; only the pause that has turned out to be silence passes to the student.
+        since = -np.inf if hears or self._quiet is None else self._quiet
         for i in range(2, min(len(self._later), rows) + 1):
-            self._later[-i] = *self._later[-i][:2], probabilities[-i], threshold
+            start, end, *_, sounded = self._later[-i]
+            if start >= since or not sounded:
+                self._later[-i] = start, end, probabilities[-i], threshold, hears
         while len(self._later) > self.delay:
-            events += self._judge(*self._later.pop(0))
+            events += self._judge(*self._later.pop(0)[:-1])
         return events
 
     def flush(self) -> list[Event]:
         """Returns the events that are still open and resets the context."""
-        events = [event for one in self._later for event in self._judge(*one)]
+        events = [event for one in self._later for event in self._judge(*one[:-1])]
         if self._open:
             events.append(self._close(self._until))
         self._forget()
