@@ -28,6 +28,7 @@ from avadclip_fast.media import live as live_module
 from avadclip_fast.media.decode import Clock
 from avadclip_fast.media.live import WAITING, LiveSource, Placed, Ring
 from avadclip_fast.media.wav2clip import Wav2Clip
+from avadclip_fast.models.encoder import Standardize
 
 pytest.importorskip("av")
 
@@ -107,6 +108,18 @@ def test_the_teacher_scores_what_sounds_as_detect_does(pair, lost):
     heard[list(lost)] = 0
     scores = detect.score(detector.scorers[0], seen, heard, "cpu").probabilities
     assert detector.score == pytest.approx(1 - scores[-1, 0], abs=1e-5)
+
+
+def test_a_snippet_that_came_without_sound_is_silence_to_a_standardised_teacher(pair):
+    """As no sound at all is: the mean of what it heard in training, not zeros."""
+    scorers = detect.load_scorers(pair / "teacher")
+    model = scorers[0].model
+    model.standardize["audio"] = Standardize(WIDTH)
+    model.standardize["audio"].fit(torch.full((WIDTH,), 3.0), torch.ones(WIDTH))
+    detector = OnlineDetector(scorers, Sight("cpu"), Hearing("cpu"), seconds=SECONDS)
+    detector.push(grey(30), LOUD)
+    detector.push(grey(30), None)
+    assert not model._input("audio", torch.from_numpy(detector._heard[-1])[None, None], None).any()
 
 
 def test_a_teacher_sees_what_sounds_alone(pair):

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from ..data import DataError
 from ..media.crops import cut
 from ..media.decode import RATE, audible
 from ..media.encoders import AudioEncoder, VisualEncoder, encoded
+from ..models.encoder import Standardize
 from .detect import PAUSE, Event, Scorer, check_widths, deaf_name, event_of, score
 
 
@@ -58,6 +60,11 @@ class OnlineDetector:
             raise DataError(f"window must be from 1 to the model's length of {first.length} snippets; got {window}")
         if not 0 <= delay < self.window:
             raise DataError(f"delay must be from 0 to less than the window of {self.window} snippets; got {delay}")
+        # Of a snippet without sound among those with: what no sound at all is to the model, see `Standardize`. Zeros
+        # would be loud where sound is all positive.
+        self._silence = np.zeros(first.width, np.float32)
+        if "audio" in first.standardize:
+            self._silence = cast(Standardize, first.standardize["audio"]).mean.numpy(force=True)
         self.by, self.score = "", 0.0
         self._time: float | None = None
         self._forget()
@@ -131,7 +138,7 @@ class OnlineDetector:
             loud = bool(audible(samples)[0])
             self._heard.append(self._embedded(self.audio, samples))
         else:
-            self._heard.append(np.zeros(self.scorers[0].model.width, np.float32))
+            self._heard.append(self._silence)
             self._loudness.append((np.nan, np.nan))  # in step with the window
         self._quiet = None if loud else time if self._quiet is None else self._quiet
         # By the clock, as snippets may be missing; less what rounding adds to the times.
