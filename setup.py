@@ -24,7 +24,8 @@ OPS = ["topk_mean", "mil_loss", "distance_graph", "uniform_pool", "pack_rows"]
 CPU_SOURCES = [f"csrc/{op}_cpu.cpp" for op in [*OPS, "similarity_graph", "linear_act"]]
 CUDA_SOURCES = [f"csrc/{op}.cu" for op in OPS]
 
-# The oldest torch the shared objects run with; newer ones keep this ABI.
+# The oldest torch the shared objects run with, as in pyproject.toml; newer ones keep this ABI.
+OLDEST = (2, 11)
 TORCH_TARGET = "0x020b000000000000"
 COMMON_FLAGS = ["-std=c++20", "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
 CPU_FLAGS = [*COMMON_FLAGS, "-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-unknown-pragmas"]
@@ -37,12 +38,17 @@ BLACKWELL = (12, 8)  # the first nvcc that knows 10.0
 
 
 def find_torch() -> Path | None:
-    """The folder of the torch that is installed here: under build isolation it is not importable, but it is there."""
+    """The folder of the torch that is installed here: under build isolation it is not importable, but it is there.
+
+    One that is too old is none: it lacks headers, and pip is to replace it.
+    """
     spec = find_spec("torch")
     found = [Path(spec.origin).parent] if spec else []
     for root in [*found, Path(sysconfig.get_path("platlib")) / "torch"]:
         if (root / "include/torch/csrc/stable").is_dir():
-            return root
+            version = torch_version(root, "__version__").split(".")
+            if tuple(map(int, version[:2])) >= OLDEST:
+                return root
     return None
 
 
@@ -157,7 +163,7 @@ def extensions() -> list[Extension]:
         return missing("C++ operators", f"no C++ compiler ({cxx[0]})")
     torch = find_torch()
     if torch is None:
-        return missing("C++ operators", "torch is not installed here")
+        return missing("C++ operators", "no torch {}.{} or newer is installed here".format(*OLDEST))
     includes = [f"-I{torch}/include", "-Icsrc"]
     link, libraries = [*cxx, "-shared"], [f"-L{torch}/lib", "-ltorch_cpu"]
     built = [extension("_C", CPU_SOURCES, [*cxx, *CPU_FLAGS, *includes], link, libraries)]
@@ -209,7 +215,7 @@ if __name__ == "__main__":
         include_package_data=False,
         package_data={"avadclip_fast": ["py.typed"], "avadclip_fast.kernels": ["configs/*.json"]},
         # Build isolation hides the installed torch, but its headers can be found; where there is none, pip gets it.
-        setup_requires=[] if find_torch() else ["torch>=2.11"],
+        setup_requires=[] if find_torch() else ["torch>={}.{}".format(*OLDEST)],
         ext_modules=extensions(),
         cmdclass={"build_ext": BuildExt},
     )

@@ -115,7 +115,8 @@ class TestWhatIsBuilt:
         spec = importlib.util.spec_from_file_location("avadclip_fast_setup", ROOT / "setup.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        monkeypatch.setattr(module, "find_torch", lambda: tmp_path / "torch")
+        torch = SimpleNamespace(origin=tmp_path / "torch/__init__.py")
+        monkeypatch.setattr(module, "find_spec", lambda name: torch)
         monkeypatch.setattr(module, "version_of", self.said(module.version_of))
         monkeypatch.setenv("CXX", "sh -c")  # there, and never run
         monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
@@ -126,10 +127,11 @@ class TestWhatIsBuilt:
     def said(self, version_of):
         return lambda command, pattern: version_of(command, pattern) if "nvcc" in command[0] else "a compiler"
 
-    def torch(self, cuda: str | None) -> None:
-        (self.folder / "torch/lib").mkdir(parents=True, exist_ok=True)
+    def torch(self, cuda: str | None, version: str = "2.11.0") -> None:
+        for name in ("lib", "include/torch/csrc/stable"):
+            (self.folder / "torch" / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "torch/lib/libtorch_cuda.so").touch()
-        text = f"__version__ = '2.11.0'\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\n"
+        text = f"__version__ = {version!r}\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = None\n"
         (self.folder / "torch/version.py").write_text(text)
 
     def toolkit(self, release: str, runtime: bool = True) -> Path:
@@ -177,6 +179,15 @@ class TestWhatIsBuilt:
         monkeypatch.setenv("CUDA_HOME", str(self.toolkit("13.0", runtime)))
         assert self.cuda_part(build) is None
         assert words in capsys.readouterr().err
+
+    @pytest.mark.parametrize("version, serves", [("2.9.1+cu128", False), ("2.11.0a0+git1f", True), ("3.0.0", True)])
+    def test_an_old_torch_is_none(self, build, monkeypatch, capsys, version, serves):
+        """Its headers would fail to compile, before pip replaces it."""
+        self.torch("13.0", version)
+        monkeypatch.setenv("CUDA_HOME", "none")
+        monkeypatch.setattr(sysconfig, "get_path", lambda name: str(self.folder))
+        assert [ext.name for ext in build.extensions()] == ["avadclip_fast._C"] * serves
+        assert ("left out: no torch 2.11 or newer is installed here" in capsys.readouterr().err) != serves
 
     def test_operators_need_no_python_headers(self, build, monkeypatch, capsys):
         monkeypatch.setenv("CUDA_HOME", "none")
