@@ -158,7 +158,7 @@ class BuildExt(build_ext):
 
 def extensions() -> list[Extension]:
     """What can be built here."""
-    cxx = shlex.split(os.environ.get("CXX", "c++"))
+    cxx = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(cxx[0]) is None:
         return missing("C++ operators", f"no C++ compiler ({cxx[0]})")
     torch = find_torch()

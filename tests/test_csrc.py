@@ -189,6 +189,14 @@ class TestWhatIsBuilt:
         assert [ext.name for ext in build.extensions()] == ["avadclip_fast._C"] * serves
         assert ("left out: no torch 2.11 or newer is installed here" in capsys.readouterr().err) != serves
 
+    def test_an_empty_variable_chooses_no_compiler(self, build, monkeypatch):
+        """As where a workflow sets it for some of its runs alone."""
+        for name in ("CXX", "CUDA_HOME", "TORCH_CUDA_ARCH_LIST"):
+            monkeypatch.setenv(name, "")
+        monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/c++" if name == "c++" else None)
+        operators, *_ = build.extensions()
+        assert operators.compile[0] == "c++"
+
     def test_operators_need_no_python_headers(self, build, monkeypatch, capsys):
         monkeypatch.setenv("CUDA_HOME", "none")
         monkeypatch.setattr(sysconfig, "get_path", lambda name: str(self.folder))
