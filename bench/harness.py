@@ -457,7 +457,7 @@ def command(
     parser.add_argument("--compile", choices=COMPILE, default="with", help="torch.compile on a GPU; default: with")
     parser.add_argument("--json", nargs="?", const=RESULTS, type=Path, metavar="FOLDER",
                         help=f"also write FOLDER/{name}.json{' (_amx.json: with AMX)' if name in PRODUCTS else ''}; "
-                        "default: bench/results")  # fmt: skip
+                        "default: bench/results, of a GPU bench/results/gpu")  # fmt: skip
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds: a median with its spread wants 2 at least")
@@ -467,6 +467,8 @@ def command(
         parser.error(f"--dtype: {name} {'takes ' + ' or '.join(dtypes) if dtypes else 'has cases of its own dtypes'}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU here that torch can use; leave it out to measure the CPU")
+    if options.json is RESULTS and options.device == "cuda":  # beside the records of a processor, not in their place
+        options.json = RESULTS / "gpu"
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     if options.threads:
         torch.set_num_threads(options.threads)

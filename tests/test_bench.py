@@ -137,6 +137,16 @@ def test_the_json_is_there_after_every_case(tmp_path, monkeypatch):
         jsonschema.validate(record, schema)
 
 
+@pytest.mark.parametrize("device, folder", [("cpu", "."), ("cuda", "gpu")])
+def test_a_gpus_json_does_not_replace_that_of_a_processor(tmp_path, monkeypatch, device, folder):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "setting", lambda name, options: {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["bench_two", "--device", device, "--json"])
+    harness.command("bench_two", lambda options: [harness.compare("x", {"ours": [1.0]}, "ours")])
+    assert [path.parent for path in tmp_path.rglob("*.json")] == [tmp_path / folder]
+
+
 def test_what_waits_is_compared_by_the_hosts_clock(monkeypatch):
     """Both clocks count calls here: a graph's says 1, and the host's 10, or for the authors' loops 40."""
     monkeypatch.setattr(harness, "graph_timer", lambda calls: lambda: 1.0)
