@@ -97,7 +97,9 @@ def gpu() -> str:
     for row in steps:
         counts = f"{row['kernels']} | {row['waits']} | {row['memory_bytes'] / 1e9:.1f}"
         lines.append(f"| {row['case']} | {row['alternative']} | {row['median_ms']:.2f} | {counts} |")
-    where = _where(*records.values(), *compiled.values())
+    called = [f"`{name.removeprefix('bench_')}`" for name in records]
+    called += [f"`{name.removeprefix('bench_')}` (torch.compile)" for name in compiled]
+    where = _where(*records.values(), *compiled.values(), names=called)
     return "\n".join(lines) + where + "\n![roofline](performance-roofline.png)\n"
 
 

@@ -74,6 +74,13 @@ def test_a_gpus_tables(tmp_path, monkeypatch):
     assert "| teacher | ours | 9.00 | 120 | 0 | 2.5 |" in told and "H100, torch 2.\n" in told
     assert told.index("`step`") < told.index("`topk_mean`")
 
+    # torch.compile's time was up: of its run alone are cases missing.
+    path = tmp_path / "gpu/compiled/bench_topk_mean.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cut": True}))
+    told = report.gpu()
+    assert "\n`step`, `topk_mean`: H100, torch 2.\n" in told
+    assert "\n`topk_mean` (torch.compile): H100, torch 2. **Cut short**" in told
+
 
 def test_a_kernels_source_is_in_its_hash(tmp_path, monkeypatch):
     """In that of its own bench on its own device, and of a whole step's."""
