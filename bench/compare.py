@@ -5,8 +5,8 @@
     python -m bench.compare main --device cuda --op gated_fusion --op linear_act
 
 A version is a git revision, which is checked out and built, or a folder with a built avadclip_fast. Both run the cases
-of this tree, each in its own process. A case is slower if it takes over 5 % longer (median of the ratios of all rounds)
-and the p20 to p80 ranges do not overlap; the exit status is then 1.
+of this tree, each in its own process; an op that the first version lacks is left out. A case is slower if it takes over
+5 % longer (median of the ratios of all rounds) and the p20 to p80 ranges do not overlap; the exit status is then 1.
 """
 
 import argparse
@@ -48,7 +48,11 @@ def main() -> None:
         folders = [stack.enter_context(built(version)) for version in (options.base, options.head)]
         rows = []
         for op in options.op or ops():
-            rows += compare(op, *folders, options.device, options.rounds)
+            old, new = ((folder / f"avadclip_fast/ops/{op}.py").exists() for folder in folders)
+            if new and not old:
+                print(f"{op} is new: {options.base} has none to compare with")
+            else:
+                rows += compare(op, *folders, options.device, options.rounds)
     print(f"{'case':<60} {'base, ms':>10} {'head, ms':>10} {'head / base':>12}")
     for row in rows:
         times = " ".join(f"{row[side]['median_ms']:>10.3f}" for side in ("base", "head"))

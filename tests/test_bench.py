@@ -595,6 +595,20 @@ def test_a_comparison_on_a_gpu_wants_one(monkeypatch, capsys):
     assert "--device cuda: no GPU here that torch can use" in capsys.readouterr().err
 
 
+def test_a_new_op_has_nothing_to_be_compared_with(monkeypatch, tmp_path, capsys):
+    """Nor does it keep others from being compared."""
+    (tmp_path / "avadclip_fast/ops").mkdir(parents=True)
+    for name in ("__init__.py", "ops/topk_mean.py"):
+        (tmp_path / "avadclip_fast" / name).touch()
+    asked: list[str] = []
+    monkeypatch.setattr(compare, "compare", lambda op, *_: asked.append(op) or [])
+    ops = ["--op", "uniform_pool", "--op", "topk_mean", "--op", "folds"]
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path), *ops])
+    compare.main()
+    assert asked == ["topk_mean", "folds"]
+    assert f"uniform_pool is new: {tmp_path} has none to compare with\n" in capsys.readouterr().out
+
+
 def test_a_folder_that_is_no_version_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="a folder without avadclip_fast"), compare.built(str(tmp_path)):
         pass
