@@ -5,6 +5,7 @@ import functools
 import json
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -560,6 +561,14 @@ def test_an_interrupt_of_the_imports_is_quiet(capsys, monkeypatch):
     for command, resumes in (("env", ""), ("extract", ", and the same call goes on from there")):
         assert call(command) == cli.INTERRUPTED
         assert capsys.readouterr().err == f"error: interrupted; what was written stays{resumes}\n"
+
+
+def test_a_second_interrupt_at_the_exit_is_quiet():
+    """It comes where torch cleans up, after the first was told."""
+    code = "import atexit, os, signal; from avadclip_fast import cli; cli._run = lambda: cli._fail('told', 130)\n"
+    code += "atexit.register(os.kill, os.getpid(), signal.SIGINT); cli.main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "error: told\n")
 
 
 def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):

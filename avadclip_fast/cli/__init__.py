@@ -1,6 +1,8 @@
 """The command line: `avadclip-fast COMMAND`. Commands parse options and call the library, without further logic."""
 
+import atexit
 import io
+import signal
 import sys
 
 INTERRUPTED = 130  # exit code of typer on Ctrl-C, and of shells for a process ended by SIGINT
@@ -25,6 +27,9 @@ def main() -> None:
             raise
         resumes = "".join(_RESUMES.get(name, "") for name in sys.argv[1:2])
         code = _fail(f"interrupted; what was written stays{resumes}", INTERRUPTED)
+    finally:
+        # All is done and told: a second Ctrl-C, while Python takes its time to exit, would end in a stack trace.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)
     sys.exit(code)
 
 
