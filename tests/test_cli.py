@@ -15,6 +15,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 import torch
+from typer.main import get_command
 
 import avadclip_fast
 from avadclip_fast import cli, data, use_backend
@@ -515,6 +516,14 @@ def test_env_names_every_op(capsys, monkeypatch):
 def test_the_version(capsys):
     assert call("--version") == 0
     assert capsys.readouterr().out == f"avadclip_fast {avadclip_fast.__version__}\n"
+
+
+def test_help_names_every_option_in_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, command in get_command(commands.app).commands.items():
+        assert call(name, "--help") == 0
+        shown = capsys.readouterr().out
+        assert not [o for p in command.params for o in p.opts if o.startswith("--") and o not in shown], name
 
 
 def test_check(videos, tmp_path, capsys):

@@ -34,6 +34,7 @@ app = typer.Typer(
     help="AVadCLIP: audio-visual video anomaly detection. Train, distil, evaluate.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # whose tables cut long options off in a terminal of 80 columns
     pretty_exceptions_enable=False,
 )
 
