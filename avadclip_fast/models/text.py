@@ -31,8 +31,8 @@ CONTEXT = 77  # CLIP's sequence length
 VOCABULARY = 49408
 LEARNABLE = 10  # rows before and after the name
 PREFIX = 1 + LEARNABLE  # [SOS] and the first learnable rows, shared by all classes
-OPENAI = ("ViT-B-16", "openai")  # open_clip's name for CLIP's QuickGELU weights
 OPENAI_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
+OPENAI_URL = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256}/ViT-B-16.pt"
 
 _log = logging.getLogger("avadclip_fast")
 
@@ -242,15 +242,14 @@ def openai_weights(option: str) -> Path:
     option: what takes its path instead, for the message of the TextWeightsError that is raised if it is not there
     """
     try:
-        from open_clip.pretrained import download_pretrained_from_url, get_pretrained_url
+        from open_clip.pretrained import download_pretrained_from_url
 
-        url = get_pretrained_url(*OPENAI)
-        return Path(download_pretrained_from_url(url))
+        return Path(download_pretrained_from_url(OPENAI_URL))
     except Exception as error:  # network, proxy, full disk: the remedy is the same
         raise TextWeightsError(
-            f"CLIP's ViT-B/16 weights could not be fetched ({type(error).__name__}: {error}). Put ViT-B-16.pt into "
-            f"~/.cache/clip, or give its path as {option}; 'random' ({option} random) runs without them, for tests and "
-            "demonstrations only"
+            f"CLIP's ViT-B/16 weights could not be fetched ({type(error).__name__}: {error}). Download {OPENAI_URL} "
+            f"into ~/.cache/clip, or give its path as {option}; 'random' ({option} random) runs without them, for "
+            "tests and demonstrations only"
         ) from error
 
 
