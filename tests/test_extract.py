@@ -366,6 +366,18 @@ def test_a_broken_record_is_done_again(folder, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("1 extracted, 1 were there, 0 failed")
 
 
+def test_what_a_killed_call_had_not_finished_is_removed(folder, tmp_path):
+    out = tmp_path / "out"
+    assert call("extract", folder, "-o", out, *QUICK) == 0
+    left = [out / place / ".0123456789abcdef.tmp" for place in (".", "visual", "visual/more", "audio", "done/more")]
+    for path in (*left, fresh := out / "visual" / ".fedcba9876543210.tmp"):  # of a call that still runs
+        path.touch()
+    for path in left:
+        os.utime(path, (0, 0))
+    assert call("extract", folder, "-o", out, *QUICK) == 0
+    assert list(out.rglob("*.tmp")) == [fresh]
+
+
 def test_replacing_that_is_killed_leaves_nothing_that_counts_as_done(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     given = ["extract", folder / "more" / "b.mp4", "-o", out, "--label", "A", *QUICK]

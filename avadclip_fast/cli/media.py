@@ -187,6 +187,7 @@ def extract(
     log = folder / ("extract.json" if shard is None else f"extract-{shard.replace('/', '-of-')}.json")
     media.check_results(videos, sources, [folder / "list.csv", log, output])
     make_folder(folder)
+    media.remove_unfinished(folder, sources)
     sampling = Sampling(every, fps, crops, geometry)
     chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
     settings = media.settings_of(sampling, not full, chosen)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..data import DataError
-from ..data.atomic import identity_of, in_turn, read_record, sha256_of, write_record
+from ..data.atomic import identity_of, in_turn, read_record, remove_left, sha256_of, write_record
 from ..data.features import write_features
 from ..data.lists import Row, misplaced, read_cells, video_of, write_list
 from .decode import FILES_ONLY
@@ -318,6 +318,16 @@ class _Locked:
 def _paths(output: Path, name: str, crops: int) -> tuple[list[Path], Path, Path]:
     visual = [output / "visual" / f"{name}__{k}.npy" for k in range(crops)]
     return visual, output / "audio" / f"{name}.npy", output / "done" / f"{name}.json"
+
+
+def remove_unfinished(output: Path, sources: Iterable[Source]) -> None:
+    """Removes what killed calls had not finished from the folders that the files of these videos go to."""
+    folders = {output}
+    for source in sources:
+        (visual,), audio, done = _paths(output, source.name, 1)
+        folders |= {visual.parent, audio.parent, done.parent}
+    for folder in folders:
+        remove_left(folder)
 
 
 def settings_of(sampling: Sampling, half: bool, chosen: Encoders) -> dict:
