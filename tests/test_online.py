@@ -201,6 +201,19 @@ def test_what_does_not_fit_is_refused(pair):
         online(pair, window=4, delay=4)
 
 
+def test_frames_and_sound_of_another_form_are_refused(pair):
+    """Samples as cameras and OpenCV give them would be scored as something else; BGR turned by a view is taken."""
+    detector = online(pair)
+    for audio in ((LOUD * 32767).astype(np.int16), np.stack([LOUD, LOUD], 1)):
+        with pytest.raises(DataError, match=r"audio must be \(n,\) float in \[-1, 1\]; got .*: divide int16"):
+            detector.push(grey(30), audio)
+    for frame in (grey(30)[..., 0], grey(30) / 255, np.full((48, 64, 4), 30, np.uint8)):
+        with pytest.raises(DataError, match=r"a frame must be \(H, W, 3\) uint8 RGB; got \(48, 64"):
+            detector.push(frame, LOUD)
+    detector.push(grey(30)[..., ::-1], LOUD)
+    assert len(detector._seen) == 1
+
+
 def narrow_wav2clip():
     """With random weights, as wide as the models are here."""
     encoder = Wav2Clip("random")

@@ -91,8 +91,18 @@ class OnlineDetector:
 
         frame: (H, W, 3) uint8 RGB. audio: (n,) float32 mono at 16 kHz, or None without sound. time: start in seconds,
         increasing; by default the snippet follows the last one. seconds: its duration, if the stream ends within it.
+        Raises DataError for a frame or sound of another form, which would be scored as something else.
         """
         events = []
+        frame = np.asarray(frame)
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            raise DataError(f"a frame must be (H, W, 3) uint8 RGB; got {frame.shape} {frame.dtype}")
+        if audio is not None:
+            audio = np.asarray(audio)
+            if audio.ndim != 1 or audio.dtype.kind != "f":
+                given = f"{audio.shape} {audio.dtype}"
+                remedy = "divide int16 samples by 32768, and take the mean of channels"
+                raise DataError(f"audio must be (n,) float in [-1, 1]; got {given}: {remedy}")
         if time is None:
             time = 0.0 if self._time is None else self._time + self.seconds
         if self._time is not None and time - self._time > PAUSE + self.seconds:

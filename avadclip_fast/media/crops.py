@@ -22,7 +22,7 @@ def cut(image: np.ndarray, crops: int = 1, geometry: str = "crops", side: int = 
     """
     if geometry not in ("crops", "clip") or crops not in COUNTS or (geometry == "clip" and crops != 1):
         raise ValueError(f"geometry is 'crops' with 1, 5 or 10 of them, or 'clip' with 1; got {geometry!r}, {crops}")
-    x = torch.from_numpy(image).permute(2, 0, 1)  # [3, H, W]
+    x = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)  # [3, H, W]; image[..., ::-1] of BGR is a view
     cubic = transform.InterpolationMode.BICUBIC
     if geometry == "clip":
         return transform.center_crop(transform.resize(x, [side], cubic, antialias=True), [side])[None]
