@@ -478,6 +478,20 @@ def saved(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"torch_dtype": torch.bfloat16}, "config.json with the given torch_dtype does not describe a model .*"),
+        ({"heads": 3}, "config.json with the given heads does not describe a model .*heads must divide"),
+        ({"length": 512}, "does not fit config.json with the given length: length is 24, not 512"),
+    ],
+    ids=str,
+)
+def test_settings_given_that_do_not_fit_are_not_blamed_on_the_folder(saved, wrong, said):
+    with pytest.raises(CheckpointError, match=said):
+        AVadCLIP.from_pretrained(saved, **wrong)
+
+
 def test_a_config_leads_to_no_other_file(saved, monkeypatch):
     """Nothing but its own weights is read, whoever wrote it: not the path in it, nor CLIP's by default."""
     path = saved / "config.json"

@@ -287,6 +287,8 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         settings.pop("model", None)  # the kind, which a subclass that takes **settings is given as one of them
         names, stored = settings.get("classes"), config or {}
         hub = {name: settings.pop(name) for name in HUB if name in settings}
+        given = [name for name, value in settings.items() if name not in stored or value is not stored[name]]
+        described = CONFIG + (f" with the given {', '.join(given)}" if config and given else "")
         folder = Path(model_id)
         path = folder / WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **hub))
         try:
@@ -303,7 +305,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             raise CheckpointError(f"{model_id} has no {CONFIG}, which tells the model's classes and settings")
         for name, size in sizes.items():  # before anything of another size takes memory
             if name != "classes" and settings.get(name, size) != size:
-                raise CheckpointError(f"{path} does not fit {CONFIG}: {name} is {size}, not {settings[name]!r}")
+                raise CheckpointError(f"{path} does not fit {described}: {name} is {size}, not {settings[name]!r}")
         settings["text_weights"] = None  # they are among the weights: no file that config.json names is read for them
         try:
             if names is not None and list(names) != stored.get("classes"):
@@ -314,7 +316,8 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
             raise
         except MISFITS as error:
             reason = " ".join(str(error).split()) or repr(error)
-            raise CheckpointError(f"{folder / CONFIG} does not describe a model of this library: {reason}") from error
+            where = folder / described
+            raise CheckpointError(f"{where} does not describe a model of this library: {reason}") from error
         load_strict(model, state, str(path))
         return model.to(map_location).eval()
 
