@@ -505,6 +505,14 @@ def test_gradients_do_not_know_what_padding_holds(make):
         torch.testing.assert_close(found, grads[0], rtol=0, atol=0)
 
 
+def test_statistics_of_batches_that_were_read_before():
+    visual, audio, _, lengths = batch([16, 9], 16)
+    batches = iter([SimpleNamespace(lengths=lengths, visual=visual, audio=audio)])
+    teacher(standardize=["audio"]).fit_inputs(batches)
+    with pytest.raises(ValueError, match="statistics need a batch.*an iterator that was read before has none left"):
+        student(standardize=["visual"]).fit_inputs(batches)
+
+
 def test_normal_is_the_first_class():
     with pytest.raises(DataError, match="normal must be the first of the classes; got fire, Normal"):
         teacher(classes=["fire", "Normal"])

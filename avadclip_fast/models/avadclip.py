@@ -117,7 +117,7 @@ class Detector(Checkpointed):
         """Fits the statistics of `standardize` to a training set in one pass; reads nothing if it is empty.
 
         batches: as for `moments`, such as `FeatureSet.batches()`
-        Raises ValueError if the batches lack a stream.
+        Raises ValueError if the batches lack a stream, or there are none.
         """
         if not self.standardize:
             return

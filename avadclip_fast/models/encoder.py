@@ -58,7 +58,7 @@ def moments(batches: Iterable, streams: Iterable[str]) -> dict[str, tuple[Tensor
     """Mean and standard deviation, (D,) float64, of each stream's valid rows, in one pass.
 
     batches: objects with `lengths` (B,) and streams (B, T, D) that are zero in padded rows, as `FeatureSet.batches()`
-    Raises ValueError if the batches lack a stream.
+    Raises ValueError if the batches lack a stream, or there are none.
     """
     rows, sums = 0, {stream: torch.zeros((), device="cpu") for stream in streams}
     for batch in batches:
@@ -68,6 +68,8 @@ def moments(batches: Iterable, streams: Iterable[str]) -> dict[str, tuple[Tensor
                 raise ValueError(f"statistics of {stream!r} are required, but the batches have no such stream")
             x = x.double()
             sums[stream] = sums[stream] + torch.stack([x.sum((0, 1)), x.square().sum((0, 1))])
+    if not rows:
+        raise ValueError("statistics need a batch, and there is none; an iterator that was read before has none left")
     found = {}
     for stream, total in sums.items():
         mean, square = total / rows
