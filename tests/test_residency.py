@@ -70,6 +70,18 @@ def test_a_containers_limit_is_the_hosts(monkeypatch):
     assert free_memory() == 1_024_000
 
 
+def test_macos_tells_its_memory_but_not_what_is_free(monkeypatch):
+    """Training asks for it on a processor too."""
+
+    def absent(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", absent)
+    known = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 16384}
+    monkeypatch.setattr(residency.os, "sysconf", lambda name: known[name])
+    assert free_memory() == 16_384_000
+
+
 @pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_batches_come_in_order_and_once(ahead, dtype):

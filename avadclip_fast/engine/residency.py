@@ -71,8 +71,8 @@ def free_memory() -> int:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, StopIteration):  # not Linux: all of the memory, since macOS does not tell how much of it is free
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         group = Path("/sys/fs/cgroup")  # a container's limit
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
