@@ -51,6 +51,25 @@ def test_what_is_written_comes_back(tmp_path):
     check_packed(tmp_path / "a.safetensors")
 
 
+def test_macos_has_fewer_calls(tmp_path, monkeypatch):
+    """A file is begun, and gone on with."""
+    for name in ("posix_fallocate", "fdatasync"):
+        monkeypatch.delattr(os, name, raising=False)
+
+    def interrupted(start: int, stop: int) -> dict[str, np.ndarray]:
+        if start:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return block(start, stop)
+
+    with pytest.raises(DataError, match="another call resumes from the rows written"):
+        write(tmp_path / "a.safetensors", interrupted)
+    assert (tmp_path / "a.safetensors.part").stat().st_size > ROWS * 32
+    begun: list[int] = []
+    write(tmp_path / "a.safetensors", lambda start, stop: begun.append(start) or block(start, stop))
+    assert begun[0] == 8
+    check_packed(tmp_path / "a.safetensors")
+
+
 def test_a_changed_byte_is_noticed(tmp_path):
     path = tmp_path / "a.safetensors"
     write(path)

@@ -64,13 +64,16 @@ def write_packed(
             done = _done(journal, begun, rows) if os.fstat(file.fileno()).st_size == size else 0
             if done == 0:
                 file.truncate(0)
-                os.posix_fallocate(file.fileno(), 0, size)  # fail now if the disk is too small, not after hours
+                if hasattr(os, "posix_fallocate"):  # fail now if the disk is too small, not after hours
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:  # macOS
+                    file.truncate(size)
                 os.pwrite(file.fileno(), header, 0)
             starts = range(done, rows, block)
             for start in progress(starts) if progress else starts:
                 stop = min(start + block, rows)
                 _write_rows(file.fileno(), len(header), fields, rows, start, stop, fill(start, stop))
-                os.fdatasync(file.fileno())
+                getattr(os, "fdatasync", os.fsync)(file.fileno())  # macOS has no fdatasync
                 write_json(journal, {"begun": begun, "rows": stop})
             os.pwrite(file.fileno(), _header(fields, rows, info, _digest(file, len(header))), 0)
             os.fsync(file.fileno())
