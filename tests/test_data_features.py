@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from avadclip_fast import use_backend
 from avadclip_fast.data import (
     DataError,
     atomic_write,
@@ -68,6 +69,13 @@ def test_pool_at_full_length(n):
     pooled, valid = pool(features, 256)
     np.testing.assert_allclose(pooled, plain_pool(features, 256)[0], rtol=0, atol=1e-6)
     assert valid == min(n, 256) and not pooled[valid:].any()
+
+
+def test_pool_is_on_the_host_whatever_is_forced_for_a_gpu():
+    features = np.random.default_rng(0).standard_normal((40, 3), np.float32)
+    with use_backend("cuda"):
+        pooled, _ = pool(features, 7)
+    np.testing.assert_allclose(pooled, pool(features, 7)[0], rtol=0, atol=1e-6)
 
 
 def test_pool_leaves_its_input_alone():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .. import ops
+from ..ops import _dispatch
 from .atomic import atomic_write
 from .errors import DataError
 from .npy import bytes_left, read_header
@@ -113,7 +114,9 @@ def pool(features: np.ndarray, length: int) -> tuple[np.ndarray, int]:
     n = len(features)
     if n <= length:
         return _padded(features, length), n
-    return ops.uniform_pool(torch.from_numpy(features), torch.tensor([n], device="cpu"), length)[0].numpy(), length
+    backend = "reference" if _dispatch.forced() == "cuda" else None  # that is for the GPU, this on the host
+    rows, lengths = torch.from_numpy(features), torch.tensor([n], device="cpu")
+    return ops.uniform_pool(rows, lengths, length, backend)[0].numpy(), length
 
 
 def chunk(features: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
