@@ -1,7 +1,6 @@
 """Killed, out of room, or sent to a folder that cannot be written: nothing is lost, and one line says what to do."""
 
 import contextlib
-import json
 import os
 import random
 import resource
@@ -15,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_packed import journal
 from test_train import RECIPE, features, same, teacher, weights
 
 from avadclip_fast import AVadCLIPStudent, data
@@ -49,14 +49,6 @@ def distil(folder, pause: float = 0.0) -> None:
         guide = teacher()
         torch.manual_seed(1)
         fit(AVadCLIPStudent.beside(guide), features(24), DISTIL, folder, teacher=guide, resume=True, progress=False)
-
-
-def journal(path) -> int:
-    """The rows that are in a file which is being written."""
-    try:
-        return json.loads(path.with_name(path.name + ".part.json").read_text())["rows"]
-    except FileNotFoundError:
-        return 0
 
 
 if __name__ == "__main__":

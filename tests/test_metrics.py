@@ -96,17 +96,17 @@ def test_detection_map_is_the_plain_definition(case):
     assert result.truths.sum() == sum(map(len, spans))
 
 
-def smooth_case(seed, videos=12, classes=4, frames_per_snippet=16):
+def smooth_case(seed, frames_per_snippet=16):
     """Scores that follow their spans, with noise: softmax-like, so that hits and misses are mixed."""
     rng = np.random.default_rng(seed)
     scores, spans = [], []
-    for _ in range(videos):
+    for _ in range(12):
         n = int(rng.integers(5, 60))
-        own, logits = [], rng.normal(0, 0.5, (n, classes))
+        own, logits = [], rng.normal(0, 0.5, (n, 4))
         for _ in range(rng.integers(0, 4)):
             start = int(rng.integers(0, n - 2)) * frames_per_snippet
             end = start + int(rng.integers(1, n * frames_per_snippet // 2))
-            c = int(rng.integers(0, classes))
+            c = int(rng.integers(0, 4))
             logits[start // frames_per_snippet : end // frames_per_snippet + 1, c] += 2
             own.append((start, end, c))
         p = np.exp(logits)

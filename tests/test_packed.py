@@ -177,8 +177,8 @@ def test_sigkill_anywhere(tmp_path):
     )
     path, rng = tmp_path / "cut.safetensors", np.random.default_rng(0)
     for _ in range(3):
-        process, seen = subprocess.Popen([sys.executable, "-c", script, str(path)]), _journal(path)
-        while _journal(path) == seen:  # a block further each time
+        process, seen = subprocess.Popen([sys.executable, "-c", script, str(path)]), journal(path)
+        while journal(path) == seen:  # a block further each time
             assert process.poll() is None
             time.sleep(0.005)
         time.sleep(0.03 * rng.random())
@@ -189,7 +189,8 @@ def test_sigkill_anywhere(tmp_path):
     assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
-def _journal(path) -> int:
+def journal(path) -> int:
+    """The rows that are in a file which is being written."""
     try:
         return json.loads(path.with_name(path.name + ".part.json").read_text())["rows"]
     except FileNotFoundError:
