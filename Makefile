@@ -25,6 +25,9 @@ test-triton: $(VENV)/installed
 golden-triton: $(VENV)/installed
 	TRITON_INTERPRET=1 AVADCLIP_FAST_BACKEND=triton $(BIN)/python -m pytest tests/test_models.py -k authors $(ARGS)
 
+# Of the C++ operators, and of nothing that lies beside the package.
+CPP_TESTS := operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows linear_act
+
 # Address and undefined-behaviour sanitizers over the C++ operators, built apart, under their tests. (Over the device
 # code, emulated on the host, they are in `make test`.) One target a function: instrumented, all clones are alike. Tile
 # units are emulated in AVX-512: sanitizers cannot see into them, and few processors have them.
@@ -41,13 +44,11 @@ sanitize: $(VENV)/installed
 		--build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	export LD_PRELOAD="$(foreach name,$(RUNTIMES),$$(c++ -print-file-name=$(name)))" ASAN_OPTIONS=detect_leaks=0; \
 	$(BIN)/python -c 'from avadclip_fast import _build; assert "sanitize" in _build.__file__ and not _build.CPP_MISSING' && \
-	$(BIN)/python -m pytest --capture=sys -k 'cpp or amx or Tiles or Operators' tests/test_csrc.py \
-		$(addprefix tests/test_,$(addsuffix .py,operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows linear_act)) $(ARGS)
+	$(BIN)/python -m pytest --capture=sys -k 'cpp or amx or Tiles or Operators' tests/test_csrc.py $(CPP_TESTS:%=tests/test_%.py) $(ARGS)
 
 # The source distribution, a wheel built from it alone, and tests on the wheel where there is no source. Only what it
 # depends on comes from here: a path in a .pth file brings packages, not the editable install that lies beside them.
 # A program that uses all of it is checked against the types that the wheel brings.
-AWAY_TESTS := operators topk_mean mil_loss distance_graph similarity_graph uniform_pool pack_rows linear_act modules checkpoints
 wheel-test: export PYTHONSAFEPATH = 1
 wheel-test: $(VENV)/installed
 	rm -rf dist && mkdir -p build
@@ -66,7 +67,7 @@ wheel-test: $(VENV)/installed
 	$$python -c 'import sys; from avadclip_fast import _build, kernels; print(_build.__file__); \
 		sys.exit(_build.CPP_MISSING or not all(m.__file__.startswith(sys.prefix) for m in (_build, kernels)))'; \
 	$(abspath $(BIN))/mypy $(AS_USER) --cache-dir $(CURDIR)/build/mypy --python-executable $$python; \
-	$$python -m pytest $(AWAY_TESTS:%=tests/test_%.py) $(ARGS)
+	$$python -m pytest $(patsubst %,tests/test_%.py,$(CPP_TESTS) modules checkpoints) $(ARGS)
 
 # The promise of setup.py's TORCH_TARGET: sources and objects against the oldest torch, which it downloads (0.5 GB).
 abi-check: $(VENV)/installed
