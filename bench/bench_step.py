@@ -230,16 +230,12 @@ def run(options: argparse.Namespace) -> Iterator[list[dict]]:
 
     whole = {"with": itertools.chain(plain, in_time()), "without": plain, "only": in_time(), "ahead": ()}
     chosen = whole[options.compile]
-    yield from harness.all_of(partial(alone, rows) for rows in chosen)
+    yield from harness.all_of(lambda rows=rows: [rows()] for rows in chosen)
 
 
 def lowered(guide: Tensor | None) -> Tensor | None:
     """Teacher features as `fit` keeps them for steps in bfloat16."""
     return guide.bfloat16() if guide is not None and guide.is_cuda else guide
-
-
-def alone(rows: Part) -> Iterator[list[dict]]:
-    yield rows()
 
 
 def case(rounds: int, name: str, model, masked, sample: Sample, guide: Tensor | None, official) -> list[dict]:
