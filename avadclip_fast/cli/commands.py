@@ -64,10 +64,6 @@ class Modality(StrEnum):  # typer takes lists of enums, not of literals
 MOST = 2**40  # of an integer option: the bytes of any tensor that it sizes still have a number in 64 bits
 
 
-def _joined(numbers) -> str:
-    return ",".join(map(str, numbers))
-
-
 List_ = Annotated[
     Path,
     Argument(
@@ -108,7 +104,8 @@ Epochs = Annotated[
 Milestones = Annotated[
     str | None,
     Option(
-        help=f"Epochs after which the rate drops tenfold; default: 3,6; robust {_joined(ROBUST['milestones'])}.",
+        help="Epochs after which the rate drops tenfold; default: 3,6; "
+        f"robust {','.join(map(str, ROBUST['milestones']))}.",
         show_default=False,
     ),
 ]
