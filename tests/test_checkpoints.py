@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from malice import Call
 from open_clip.pretrained import get_pretrained_url
 from safetensors.torch import load_file, save_file
 from small_models import CLASSES, SIZES, TOKENS, batch, student, teacher
@@ -267,20 +268,10 @@ def test_a_truncated_checkpoint(official, settings):
         AVadCLIP.from_official(path, **settings)
 
 
-class Malice:
-    """Unpickling this would write a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 @pytest.mark.parametrize("write", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))], ids=["zip", "plain"])
 def test_code_in_a_checkpoint_is_refused_and_not_run(write, settings, tmp_path):
-    write({"alpha": Malice(tmp_path / "ran")}, tmp_path / "evil.pth")
+    write({"alpha": Call(open, str(tmp_path / "ran"), "w")}, tmp_path / "evil.pth")
     with pytest.raises(CheckpointError, match="evil.pth cannot be read as weights"):
         AVadCLIP.from_official(tmp_path / "evil.pth", **settings)
     with pytest.raises(TextWeightsError, match="evil.pth cannot be read"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from malice import Call
 
 from avadclip_fast import use_backend
 from avadclip_fast.data import (
@@ -135,14 +136,6 @@ def test_a_size_that_is_a_truth_value(tmp_path):
     assert load_features(tmp_path / "x.npy").shape == (1, 8)
 
 
-class Bomb:
-    def __reduce__(self):
-        return (os.mkdir, (self.path,))
-
-    def __init__(self, path):
-        self.path = str(path)
-
-
 def saved(path, array, **options):
     np.save(path, array, **options)
 
@@ -198,7 +191,7 @@ def test_load_names_the_first_row_that_is_not_finite(tmp_path, value):
 
 def test_load_never_unpickles(tmp_path):
     path, trace = tmp_path / "x.npy", tmp_path / "executed"
-    np.save(path, np.array([[Bomb(trace)]], object), allow_pickle=True)
+    np.save(path, np.array([[Call(os.mkdir, str(trace))]], object), allow_pickle=True)
     with pytest.raises(DataError):
         load_features(path)
     assert not trace.exists()

@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from malice import Call
 from standins import Hearing
 from videos import damage, joined, make_video
 
@@ -344,11 +345,6 @@ def test_wav2clip_agrees_with_the_release(shared):
     assert stored == set(state) - {"encoder.spectrogram.window"}
 
 
-class Evil:
-    def __reduce__(self):
-        return (exec, ("raise SystemExit",))
-
-
 def test_wav2clip_checkpoint(tmp_path):
     model = Wav2Clip("random")
     names = {"encoder.": "audio_encoder.", "transform.": "audio_transform."}
@@ -366,7 +362,7 @@ def test_wav2clip_checkpoint(tmp_path):
         torch.save(held, tmp_path / "b.pt")
         with pytest.raises(MediaError, match="not Wav2CLIP's weights"):
             Wav2Clip(tmp_path / "b.pt")
-    torch.save({"x": Evil()}, tmp_path / "c.pt")
+    torch.save({"x": Call(exec, "raise SystemExit")}, tmp_path / "c.pt")
     with pytest.raises(MediaError, match="without running code"):
         Wav2Clip(tmp_path / "c.pt")
     (tmp_path / "d.pt").write_text("hi")  # torch's own message is "105"
@@ -448,7 +444,7 @@ def test_clip_with_random_weights(tmp_path, caplog, monkeypatch):
     torch.testing.assert_close(rows, theirs, atol=1e-4, rtol=1e-4)
     # alone or in a batch: float32, in another order of sums
     torch.testing.assert_close(tower(images[1:]), rows[1:], atol=1e-4, rtol=1e-4)
-    torch.save({"visual.proj": Evil()}, tmp_path / "evil.pt")
+    torch.save({"visual.proj": Call(exec, "raise SystemExit")}, tmp_path / "evil.pt")
     torch.save({1: torch.zeros(1), "visual.proj": "text"}, tmp_path / "odd.pt")
     torch.save({"state_dict": 5}, tmp_path / "five.pt")
     for path, wrong in (
