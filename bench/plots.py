@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from avadclip_fast.engine.plots import COLOURS, DPI, save
+from avadclip_fast.engine.plots import COLOURS, DPI, light_grid, save
 
 MARKS = "osD^vPX*<"
 SHADES = (*COLOURS, "#8C510A", "#7F7F7F", "#F0E442")  # one per marker
@@ -46,8 +46,7 @@ def ratios(path: Path, rows: Sequence[dict]) -> None:
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.grid(axis="x", color="0.9", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_grid(ax, "x")
     figure.legend(frameon=False, fontsize=8, ncols=min(len(names), LEGEND), loc="outside upper center")
     save(figure, path)
 
@@ -84,8 +83,7 @@ def speedups(path: Path, rows: Sequence[dict]) -> None:
     ax.set_xlabel("times as fast as the official code (line: 1), in the same run")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_yticks(middles, list(times), fontsize=8)
-    ax.grid(axis="x", color="0.9", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_grid(ax, "x")
     labels = ["this library" + name.removeprefix("ours") if name.startswith("ours") else name for name in names]
     figure.legend(
         [Patch(color=SHADES[i % len(SHADES)]) for i in range(len(names))], labels, frameon=False, fontsize=8,
@@ -140,8 +138,7 @@ def roofline(path: Path, records: Sequence[dict]) -> None:
     if not reached:
         raise ValueError("no row has bytes, FLOPs and roofs: was it measured on a GPU?")
     ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must be moved", ylabel="TFLOP/s")
-    ax.grid(color="0.9", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_grid(ax)
     ax.legend(frameon=False, fontsize=8)
     save(figure, path)
 
@@ -176,10 +173,9 @@ def bar_groups(
                 )  # fmt: skip
         ax.set_yticks(range(len(groups)), list(groups))
         ax.set_ylim(len(groups) - 0.45, -0.55)
-        ax.grid(axis="x", color="0.9", linewidth=0.6)
+        light_grid(ax, "x")
         ax.set_axisbelow(True)
         ax.set_title(name, fontsize=10)
-        ax.spines[["top", "right"]].set_visible(False)
     axes[-1].set(xlim=(0, None), xlabel=axis)
     figure.suptitle(title, fontsize=11)
     # One legend for all panels, below them, where it covers no bar.

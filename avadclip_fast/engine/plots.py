@@ -85,6 +85,12 @@ def save(figure, path: str | Path) -> None:
         figure.savefig(file, format="png")
 
 
+def light_grid(ax, axis: str = "both") -> None:
+    """Draws a grid, and no frame at the top and the right."""
+    ax.grid(axis=axis, color="0.9", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
 def _write(path, items, frames_per_snippet: int, columns: int, panel: tuple[float, float]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -151,9 +157,8 @@ def _panel(ax, curves, spans, labels, frames_per_snippet: int) -> dict:
     ax.set_xlim(0, length * frames_per_snippet)
     ax.set_ylim(-0.03, 1.03)
     ax.set_yticks(np.linspace(0, 1, 5), ["0", "", "0.5", "", "1"])
-    ax.grid(color="0.9", linewidth=0.6)
+    light_grid(ax)
     ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
     return lines
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from .detect import Detection, Event, time_code
-from .plots import COLOURS, DPI, TITLE_PER_INCH, TRUTH_COLOUR, plain, save
+from .plots import COLOURS, DPI, TITLE_PER_INCH, TRUTH_COLOUR, light_grid, plain, save
 
 WIDTH = 9.0  # inches
 PLOT = 8.0  # inches, a little less than what the labels beside the plot leave of it
@@ -68,8 +68,7 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
     ax.xaxis.set_major_locator(MultipleLocator(step))
     ax.xaxis.set_major_formatter(lambda x, _: _clock(x, hours, decimals=step < 1))
     ax.set_xlabel("time (h:mm:ss)" if hours else "time (m:ss)")
-    ax.grid(color="0.9", linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_grid(ax)
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(labels), loc="outside lower center")
     save(figure, path)
