@@ -1,13 +1,14 @@
 """Whole files: atomic writes, after which a file is complete or does not exist, records, and hashes."""
 
 import contextlib
+import csv
 import fcntl
 import hashlib
 import json
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,6 +77,12 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes a value as JSON, atomically."""
     with atomic_write(path, "w") as file:
         file.write(json.dumps(value, indent=1) + "\n")
+
+
+def write_csv(path: str | Path, rows: Iterable[Sequence]) -> None:
+    """Writes rows of cells as CSV, atomically."""
+    with atomic_write(path, "w") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def write_record(path: str | Path, record: dict[str, Any]) -> None:

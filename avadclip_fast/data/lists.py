@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .atomic import atomic_write
+from .atomic import write_csv
 from .errors import DataError
 from .labels import is_normal
 from .packed import PACKED
@@ -150,11 +150,8 @@ def write_list(path: str | Path, rows: Sequence[Row]) -> None:
         return str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
 
     with_audio = any(row.audio is not None for row in rows)
-    with atomic_write(path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "audio_path", "label"] if with_audio else ["path", "label"])
-        for row in rows:
-            writer.writerow([cell(row.visual), *([cell(row.audio)] if with_audio else []), row.label])
+    lines = [("path", "audio_path", "label"), *((cell(row.visual), cell(row.audio), row.label) for row in rows)]
+    write_csv(path, lines if with_audio else [(visual, label) for visual, _, label in lines])
 
 
 def videos(rows: Sequence[Row]) -> list[list[Row]]:

@@ -6,7 +6,7 @@ import os
 from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data import DataError, TestVideo, chunk, with_motion
-from ..data.atomic import atomic_write, identity_of, in_turn, read_record, write_record
+from ..data.atomic import identity_of, in_turn, read_record, write_csv, write_record
 from ..media.features import VideoFeatures
 from ..models.avadclip import Detector
 from ..models.checkpoints import CheckpointError
@@ -426,9 +426,7 @@ def write_events(path: Path, found: dict[str, list[dict]]) -> None:
     ]
     with in_turn(path.parent):  # of several calls with this folder
         rows = [row for row in read_events(path) if row[0] not in found]
-        with atomic_write(path, "w") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([EVENTS, *sorted(rows + new, key=lambda row: row[0])])
+        write_csv(path, [EVENTS, *sorted(rows + new, key=lambda row: row[0])])
 
 
 def write_frame_scores(path: Path, detection: Detection, frames: int, every: int) -> None:
@@ -438,10 +436,8 @@ def write_frame_scores(path: Path, detection: Detection, frames: int, every: int
     """
     snippet = np.minimum(np.arange(frames) // every, len(detection.times) - 1)
     rows = np.concatenate([detection.scores[:, None], detection.probabilities], 1)[snippet]
-    with atomic_write(path, "w") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["frame", "score", *detection.classes])
-        writer.writerows([i, *(f"{x:.4f}" for x in row)] for i, row in enumerate(rows))
+    lines = ([i, *(f"{x:.4f}" for x in row)] for i, row in enumerate(rows))
+    write_csv(path, chain([["frame", "score", *detection.classes]], lines))
 
 
 def best_snippets(detection: Detection, most: int = 5) -> list[int]:
