@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .atomic import lock, write_json
+from .atomic import lock, read_record, write_json
 from .errors import DataError
 
 PACKED = ".safetensors"  # suffix of packed files
@@ -161,11 +161,10 @@ def _write_rows(file: int, at: int, fields: dict[str, Field], rows: int, start: 
 
 def _done(journal: Path, begun: str, rows: int) -> int:
     """Number of rows written by an earlier call with the same header, or 0. rows: of the whole file"""
+    note = read_record(journal)
     try:
-        note = json.loads(journal.read_text())
-        done = range(rows + 1).index(note["rows"])
-        return done if note["begun"] == begun else 0
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return range(rows + 1).index(note["rows"]) if note["begun"] == begun else 0
+    except (ValueError, KeyError):
         return 0
 
 
