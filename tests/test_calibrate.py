@@ -129,6 +129,13 @@ def test_edited_so_that_no_score_is_a_number(temperature, threshold, tmp_path):
         Calibration.load(tmp_path)
 
 
+def test_another_file_in_its_place_is_not_printed(tmp_path):
+    (tmp_path / CALIBRATION).write_bytes(bytes(range(256)) * 1000)
+    with pytest.raises(DataError, match="holds no calibration: UnicodeDecodeError: ") as told:
+        Calibration.load(tmp_path)
+    assert len(str(told.value)) < 500
+
+
 def test_of_a_model_and_a_held_out_set():
     visual, audio, labels, lengths = batch([24, 5, 17, 1], 24)
     held = FeatureSet(visual, audio, lengths, labels, video=torch.tensor([0, 1, 1, 2]))

@@ -206,6 +206,13 @@ def test_json_refused(tmp_path, text):
         data.read_segments_json(path)
 
 
+def test_a_file_that_is_not_json_is_not_printed(tmp_path):
+    (path := tmp_path / "t.json").write_bytes(bytes(range(256)) * 1000)
+    with pytest.raises(DataError, match="t.json: not JSON .*UnicodeDecodeError: ") as told:
+        data.read_segments_json(path)
+    assert len(str(told.value)) < 500
+
+
 def test_frame_vector():
     annotations = {"b": [(1, 3), (2, 4)], "a": [(6, 100)]}
     vector = data.frame_vector(annotations, [("a", 8), ("n", 2), ("b", 5)])

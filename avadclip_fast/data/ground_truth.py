@@ -63,7 +63,8 @@ def read_segments_json(path: str | Path) -> list[list[Span]]:
     except DataError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f'{path}: not JSON of the form {{"segments": ..., "labels": ...}}: {error!r}') from error
+        reason = f"{type(error).__name__}: {error}"  # repr would print all bytes of a file that is not UTF-8
+        raise DataError(f'{path}: not JSON of the form {{"segments": ..., "labels": ...}}: {reason}') from error
 
 
 def _spans(segments: Sequence, labels: Sequence, source: str) -> list[list[Span]]:

@@ -56,7 +56,8 @@ class Calibration:
             heads = {name: _head(**stored[name]) for name in HEADS}
             return cls(**heads, videos=operator.index(stored["videos"]))
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise DataError(f"{file} holds no calibration: {error!r}; remove it, or train again") from error
+            reason = f"{type(error).__name__}: {error}"  # repr would print all bytes of a file that is not UTF-8
+            raise DataError(f"{file} holds no calibration: {reason}; remove it, or train again") from error
 
 
 def _head(temperature: float, threshold: float) -> Head:
