@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import pickle
 import platform
 import shutil
 import signal
@@ -578,6 +579,13 @@ def test_a_second_interrupt_at_the_exit_is_quiet():
     code += "atexit.register(os.kill, os.getpid(), signal.SIGINT); cli.main()"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "error: told\n")
+
+
+def test_a_plain_pickle_is_refused_without_a_warning(tmp_path, capsys, recwarn):
+    """torch adds four lines about the protocol to what its reader raises."""
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"a": [1.0]}, protocol=4))
+    assert "a.pth cannot be read as weights" in mistake(capsys, "convert", tmp_path / "a.pth", tmp_path / "made")
+    assert not recwarn.list
 
 
 def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):

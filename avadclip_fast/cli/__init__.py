@@ -51,6 +51,7 @@ def _run() -> int:
 
     logging.basicConfig(format="%(message)s")
     warnings.filterwarnings("ignore", "Glyph .* missing from font")  # plots show a box, and files keep the name
+    warnings.filterwarnings("ignore", "Detected pickle protocol")  # a .pth that is none: the error says it in a line
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr is: a name ends no call where it has no encoding
     try:
