@@ -35,8 +35,8 @@ def export(
     """Export a model, from features to scores, to one file that runs without this library.
 
     Inputs: visual and audio (teacher) or the student's stream, each [B, T, D], and lengths [B]; outputs: anomaly [B, T]
-    and probabilities [B, T, C], calibrated, 0 past lengths. The file is written only if running it reproduces the
-    model's scores.
+    and probabilities [B, T, C], calibrated; past lengths 0, but 1 for normal. The file is written only if running it
+    reproduces the model's scores.
     """
     from ..engine.export import TOLERANCE, export_model
 
