@@ -541,6 +541,18 @@ def test_a_video_that_is_given_twice_is_one(folder):
         extract.find_sources([folder], root=folder.parent)
 
 
+def test_a_video_is_not_listed_by_two_names(folder, tmp_path, capsys):
+    """Given by its folder, and later alone, or the other way round."""
+    out, video = tmp_path / "out", folder / "more" / "b.mp4"
+    assert call("extract", folder, "-o", out, "--label", "A", *QUICK) == 0
+    told = mistake(capsys, "extract", video, "-o", out, *QUICK)
+    assert f"holds {video} already, called more/b: give the folder or list that called it so, or remove" in told
+    (out / "done" / "more" / "b.json").unlink()
+    assert call("extract", video, "-o", out, "--label", "A", *QUICK) == 0
+    assert [row.visual.stem for row in read_list(out / "list.csv", audio=False)] == ["a_label_B1-0-0__0", "b__0"]
+    assert "called b: give" in mistake(capsys, "extract", folder, "-o", out, *QUICK)
+
+
 def test_packed(folder, tmp_path):
     packed = tmp_path / "out.safetensors"
     for flags, dtype in ((), torch.float16), (("--float32", "--overwrite"), torch.float32):

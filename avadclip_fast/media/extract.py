@@ -363,7 +363,10 @@ def _differing(theirs: dict, ours: dict) -> set[str]:
 
 
 def check_replaced(sources: Sequence[Source], output: Path, settings: dict) -> None:
-    """Raises DataError if features of other videos, or of these made with other settings, would be replaced."""
+    """Raises DataError if features of other videos, or of these made with other settings, would be replaced.
+
+    Or if one would be listed a second time, by another name: it may be held out, and trained on as the other.
+    """
     records = [_read_record(_paths(output, source.name, 0)[2]) for source in sources]
     for source, record in zip(sources, records, strict=True):
         if record is not None and source.path.is_file() and _is_other(source.path, record):
@@ -378,6 +381,17 @@ def check_replaced(sources: Sequence[Source], output: Path, settings: dict) -> N
             f"{output} holds features of {len(others)} of these videos, made with another {differ}: give another "
             "folder, or --overwrite to replace them"
         )
+    names = {os.path.abspath(source.path): source.name for source in sources}
+    given = set(names.values())
+    for done in sorted((output / "done").rglob("*.json")):
+        record, known = _read_record(done), str(done.relative_to(output / "done").with_suffix(""))
+        if record is None or record["settings"] != settings or known in given:
+            continue
+        if (name := names.get(record["source"])) is not None:
+            raise DataError(
+                f"{output} holds {record['source']} already, called {known}: give the folder or list that called it "
+                f"so, or remove {done} to call it {name}"
+            )
 
 
 def _is_other(path: Path, record: dict) -> bool:
