@@ -311,7 +311,8 @@ def test_threshold_and_classes(pair, tmp_path, capsys):
     assert json.loads((out / "a.json").read_text())["classes"] == ["normal", "brawl"]
     assert not list(out.glob("*.png"))
     capsys.readouterr()
-    for classes, wrong in (("normal", "at least two"), ("a,a", "different"), ("normal," + "very " * 70, "tokens")):
+    few, long = ("normal", "at least two"), ("normal," + "very " * 70, "tokens")
+    for classes, wrong in (few, ("a,a", "different"), ("brawl,Normal", "normal must be the first"), long):
         assert wrong in mistake(capsys, "detect", tmp_path / "a.mkv", *alone, "--classes", classes)
 
 

@@ -169,6 +169,8 @@ def class_names(classes: Sequence[str]) -> list[str]:
     classes = [name.strip() for name in classes]
     if len(classes) < 2 or len(set(classes)) < len(classes) or not all(classes):
         raise DataError(f"classes must be at least two different names, normal first; got {', '.join(classes)}")
+    if "normal" in [name.lower() for name in classes[1:]]:  # which would raise an alarm at what is normal
+        raise DataError(f"normal must be the first of the classes; got {', '.join(classes)}")
     return classes
 
 
