@@ -64,6 +64,13 @@ class Modality(StrEnum):  # typer takes lists of enums, not of literals
 MOST = 2**40  # of an integer option: the bytes of any tensor that it sizes still have a number in 64 bits
 
 
+def sized(value: int | None) -> int | None:
+    """Refuses more than MOST. A callback, as help would tell a `max` of thirteen digits after each of its options."""
+    if value is not None and value > MOST:
+        raise typer.BadParameter(f"{value} is more than {MOST}")
+    return value
+
+
 List_ = Annotated[
     Path,
     Argument(
@@ -80,7 +87,9 @@ Root = Annotated[
 ]
 PresetName = Annotated[str, Option("--preset", help=f"Class codes and settings: {', '.join(data.PRESETS)}.")]
 Classes = Annotated[str | None, Option(help='Other classes, normal first: "A=normal,B1=fighting".', show_default=False)]
-FramesPer = Annotated[int | None, Option(min=1, max=MOST, help="Video frames per snippet; default: the preset's.")]
+FramesPer = Annotated[
+    int | None, Option(min=1, callback=sized, help="Video frames per snippet; default: the preset's.")
+]
 Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1, ...")]
 Output = Annotated[
     Path,
@@ -99,7 +108,7 @@ RecipeOf = Annotated[
     ),
 ]
 Epochs = Annotated[
-    int | None, Option(min=1, max=MOST, help=f"Default: 10; robust {ROBUST['epochs']}.", show_default=False)
+    int | None, Option(min=1, callback=sized, help=f"Default: 10; robust {ROBUST['epochs']}.", show_default=False)
 ]
 Milestones = Annotated[
     str | None,
@@ -111,7 +120,9 @@ Milestones = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    Option(min=1, max=MOST, help=f"Samples per step; default: 96; robust {ROBUST['batch_size']}.", show_default=False),
+    Option(
+        min=1, callback=sized, help=f"Samples per step; default: 96; robust {ROBUST['batch_size']}.", show_default=False
+    ),
 ]
 Rate = Annotated[
     float | None,
@@ -139,7 +150,7 @@ Noise = Annotated[
 ]
 SEEDS: Any = {"min": 0, "max": 2**63 - 1}  # steps add to it, and torch takes 64 bits
 Seed = Annotated[int, Option(**SEEDS, help="Random seed of weights, sample order, dropout and noise.")]
-Length = Annotated[int, Option(min=1, max=MOST, help="Snippets per training sample and test chunk.")]
+Length = Annotated[int, Option(min=1, callback=sized, help="Snippets per training sample and test chunk.")]
 Window = Annotated[
     int | None, Option(min=1, max=WIDEST, help="Attention window in snippets; default: teacher 4, student 64.")
 ]
@@ -169,7 +180,7 @@ Standard = Annotated[
 TextWeights = Annotated[
     str, Option(help="openai (downloaded), random (tests, demos), or the path of a CLIP checkpoint.")
 ]
-TextLayers = Annotated[int, Option(min=1, max=MOST, help="Depth of the text transformer; CLIP's is 12.")]
+TextLayers = Annotated[int, Option(min=1, callback=sized, help="Depth of the text transformer; CLIP's is 12.")]
 SelectBy = Annotated[
     Literal["val", "last", "test"],
     Option(help="Epoch to keep: lowest held-out loss, the last, or best on the test list."),
@@ -197,7 +208,7 @@ Every = Annotated[
     int | None,
     Option(
         min=1,
-        max=MOST,
+        callback=sized,
         help="Steps between checkpoints, by default 100, on a GPU 500; one is also saved after each epoch.",
     ),
 ]
@@ -507,7 +518,7 @@ def check(
     audio: Annotated[bool, Option(help="Whether every row must have sound.")] = True,
     gt: Annotated[Path | None, Option(help="Frame ground truth to check against the list.")] = None,
     frames_per_snippet: FramesPer = None,
-    width: Annotated[int, Option(min=1, max=MOST, help="Feature width.")] = 512,
+    width: Annotated[int, Option(min=1, callback=sized, help="Feature width.")] = 512,
     quiet: Quiet = False,
 ) -> None:
     """Read a list and all its feature files, or a packed file, and report every problem with its file and row."""
@@ -548,7 +559,7 @@ def pack(
     root: Root = None,
     audio: Annotated[bool, Option(help="Whether to pack the sound too.")] = True,
     motion: Annotated[bool, Option("--motion", help="Pack sight with its motion, for models that take it.")] = False,
-    width: Annotated[int, Option(min=1, max=MOST, help="Feature width.")] = 512,
+    width: Annotated[int, Option(min=1, callback=sized, help="Feature width.")] = 512,
     full: Annotated[bool, Option("--float32", help="Keep float32, in twice the space of float16.")] = False,
     quiet: Quiet = False,
 ) -> None:

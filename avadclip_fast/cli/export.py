@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from ..engine.calibrate import Calibration
 from ..engine.evaluate import load_model
-from .commands import MOST, Classes, OfficialWindow, PresetName, _preset, app
+from .commands import Classes, OfficialWindow, PresetName, _preset, app, sized
 
 
 @app.command()
@@ -26,7 +26,7 @@ def export(
     ] = None,
     every: Annotated[
         int | None,
-        Option(min=1, max=MOST, help="Frames per snippet, stored in the file's metadata.", show_default=False),
+        Option(min=1, callback=sized, help="Frames per snippet, stored in the file's metadata.", show_default=False),
     ] = None,
     preset: PresetName = "xd-violence",
     classes: Classes = None,

@@ -21,7 +21,7 @@ from ..data.lists import videos as by_video
 from ..data.packed import PACKED
 from ..device import device_of
 from ..engine.progress import bar, frames_in
-from .commands import MOST, Device, Quiet, Root, app
+from .commands import Device, Quiet, Root, app, sized
 
 if TYPE_CHECKING:  # imported when a command runs, so that other commands start fast and without PyAV
     from ..engine.detect import Event, Scorer
@@ -33,7 +33,9 @@ LONG_SNIPPET = 1.5  # seconds: twice those of XD-Violence's videos, of 24 frames
 
 Every = Annotated[
     int | None,
-    Option("--every", min=1, max=MOST, help="Frames per snippet: 16 (default) for XD-Violence, 4 for CCTV-Fights."),
+    Option(
+        "--every", min=1, callback=sized, help="Frames per snippet: 16 (default) for XD-Violence, 4 for CCTV-Fights."
+    ),
 ]
 Fps = Annotated[float | None, Option(min=0.01, help="Snippets per second, instead of --every.", show_default=False)]
 GeometryName = Annotated[
@@ -145,7 +147,9 @@ def extract(
     workers: Annotated[
         int,
         Option(
-            min=1, max=MOST, help="Videos decoded at once by threads; ray decodes as many as its cluster has room for."
+            min=1,
+            callback=sized,
+            help="Videos decoded at once by threads; ray decodes as many as its cluster has room for.",
         ),
     ] = 2,
     engine: Annotated[
@@ -441,15 +445,17 @@ def stream(
     fps: Fps = None,
     window: Annotated[
         int | None,
-        Option(min=1, max=MOST, help="Context in snippets; default: as many as the model takes.", show_default=False),
+        Option(
+            min=1, callback=sized, help="Context in snippets; default: as many as the model takes.", show_default=False
+        ),
     ] = None,
     delay: Annotated[
-        int, Option(min=0, max=MOST, help="Snippets to wait for before scoring one (more context, later alarm).")
+        int, Option(min=0, callback=sized, help="Snippets to wait for before scoring one (more context, later alarm).")
     ] = 0,
     longest: Annotated[
         float, Option(min=0.1, help="Report an event that is still going on every this many seconds.")
     ] = 10.0,
-    retries: Annotated[int, Option(min=0, max=MOST, help="Reconnections in a row before giving up.")] = 8,
+    retries: Annotated[int, Option(min=0, callback=sized, help="Reconnections in a row before giving up.")] = 8,
     geometry: GeometryName = "crops",
     visual_encoder: Visual = "clip",
     visual_weights: VisualWeights = "openai",

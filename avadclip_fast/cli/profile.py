@@ -6,16 +6,16 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .commands import MOST, Device, PrecisionOf, _device, app
+from .commands import Device, PrecisionOf, _device, app, sized
 
 
 @app.command()
 def profile(
     case: Annotated[str, Argument(help="train-teacher, train-student, distil, infer, or an op, such as gated_fusion.")],
-    iterations: Annotated[int, Option(min=1, max=MOST, help="Captured iterations.")] = 10,
-    warmup: Annotated[int, Option(min=0, max=MOST, help="Warm-up iterations.")] = 3,
+    iterations: Annotated[int, Option(min=1, callback=sized, help="Captured iterations.")] = 10,
+    warmup: Annotated[int, Option(min=0, callback=sized, help="Warm-up iterations.")] = 3,
     batch: Annotated[
-        int | None, Option(min=1, max=MOST, help="Videos of 256 snippets: 96 on a GPU, 4 on a CPU.")
+        int | None, Option(min=1, callback=sized, help="Videos of 256 snippets: 96 on a GPU, 4 on a CPU.")
     ] = None,
     precision: PrecisionOf = "fp32",
     trace: Annotated[
