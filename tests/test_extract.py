@@ -545,6 +545,7 @@ def test_a_video_is_not_listed_by_two_names(folder, tmp_path, capsys):
     """Given by its folder, and later alone, or the other way round."""
     out, video = tmp_path / "out", folder / "more" / "b.mp4"
     assert call("extract", folder, "-o", out, "--label", "A", *QUICK) == 0
+    assert "already, called more/b" in mistake(capsys, "extract", video, "-o", out, "--overwrite", *QUICK)
     told = mistake(capsys, "extract", video, "-o", out, *QUICK)
     assert f"holds {video} already, called more/b: give the folder or list that called it so, or remove" in told
     (out / "done" / "more" / "b.json").unlink()

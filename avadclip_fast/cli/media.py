@@ -198,6 +198,7 @@ def extract(
     media.read_labels(folder)  # to fail early
     if not overwrite:
         media.check_replaced(sources, folder, settings)
+    media.check_names(sources, folder, settings)
     by_ray = engine == "ray"
     # also loaded here with ray, so that their errors are reported once, not for every video
     seen, heard = (replace(chosen, device="cpu") if by_ray else chosen).load()

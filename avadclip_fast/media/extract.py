@@ -363,10 +363,7 @@ def _differing(theirs: dict, ours: dict) -> set[str]:
 
 
 def check_replaced(sources: Sequence[Source], output: Path, settings: dict) -> None:
-    """Raises DataError if features of other videos, or of these made with other settings, would be replaced.
-
-    Or if one would be listed a second time, by another name: it may be held out, and trained on as the other.
-    """
+    """Raises DataError if features of other videos, or of these made with other settings, would be replaced."""
     records = [_read_record(_paths(output, source.name, 0)[2]) for source in sources]
     for source, record in zip(sources, records, strict=True):
         if record is not None and source.path.is_file() and _is_other(source.path, record):
@@ -381,11 +378,16 @@ def check_replaced(sources: Sequence[Source], output: Path, settings: dict) -> N
             f"{output} holds features of {len(others)} of these videos, made with another {differ}: give another "
             "folder, or --overwrite to replace them"
         )
+
+
+def check_names(sources: Sequence[Source], output: Path, settings: dict) -> None:
+    """Raises DataError if a video would be listed by two names: it may be held out, and trained on as the other."""
     names = {os.path.abspath(source.path): source.name for source in sources}
     given = set(names.values())
     for done in sorted((output / "done").rglob("*.json")):
-        record, known = _read_record(done), str(done.relative_to(output / "done").with_suffix(""))
-        if record is None or record["settings"] != settings or known in given:
+        known = str(done.relative_to(output / "done").with_suffix(""))
+        record = _read_record(done) if known not in given else None  # which take seconds where there are thousands
+        if record is None or record["settings"] != settings:
             continue
         if (name := names.get(record["source"])) is not None:
             raise DataError(
