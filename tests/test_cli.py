@@ -528,6 +528,14 @@ def test_help_names_every_option_in_a_narrow_terminal(capsys, monkeypatch):
         assert not [o for p in command.params for o in p.opts if o.startswith("--") and o not in shown], name
 
 
+def test_the_commands_are_told_in_whole_sentences(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert call("--help") == 0
+    told = " ".join(capsys.readouterr().out.partition("Commands:")[2].split())
+    assert "train Train the teacher or, with --student, a student without a teacher. distill " in told
+    assert "..." not in told
+
+
 def test_check(videos, tmp_path, capsys):
     assert call("check", videos / "test.csv", "--gt", videos / "gt.npy", "--classes", CLASSES, "-q", *WIDE) == 0
     np.save(tmp_path / "bad.npy", np.full((3, 512), np.nan, dtype=np.float32))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from typer import Argument, Option
+from typer.core import TyperGroup
 
 from .. import __version__, data
 from ..data import DataError, Row
@@ -30,7 +31,17 @@ from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 from ..models.avadclip import Detector
 from ..models.checkpoints import model_folder
 
+
+class Commands(TyperGroup):
+    """Tells the first sentence of each command whole, where plain help would cut it off at the end of its line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(1000)) for name, command in self.commands.items()])
+
+
 app = typer.Typer(
+    cls=Commands,
     help="AVadCLIP: audio-visual video anomaly detection. Train, distil, evaluate.",
     no_args_is_help=True,
     add_completion=False,
