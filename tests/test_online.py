@@ -309,19 +309,21 @@ def test_a_file_that_tells_no_duration_is_a_file(tmp_path):
     assert len(snippets) == 50 and (live.frames, live.dropped, live.reconnects) == (200, 0, 0) and not live.live
 
 
-def test_few_frames_a_second_are_heard_on_many_processors(tmp_path, monkeypatch):
+@pytest.mark.parametrize("rate, threads", [(1, "SLICE"), (5, "AUTO")])
+def test_few_frames_a_second_are_heard_on_many_processors(tmp_path, monkeypatch, rate, threads):
     """Each thread that decodes a frame of its own gives it a frame later, and the sound is a buffer of seconds."""
-    path = make_video(tmp_path / "a.mp4", frames=40, rate=1, audio=1, tone=(20, 30))
-    of_one = live_module.video_stream
+    path = make_video(tmp_path / "a.mp4", frames=40 * rate, rate=rate, audio=1, tone=(20, 30))
+    of_one, opened = live_module.video_stream, []
 
     def of_many(*given):
-        stream = of_one(*given)
-        stream.codec_context.thread_count = 16
-        return stream
+        opened.append(of_one(*given))
+        opened[0].codec_context.thread_count = 16
+        return opened[0]
 
     monkeypatch.setattr(live_module, "video_stream", of_many)
-    heard = {snippet.time: np.abs(snippet.sound).max() > 0.1 for snippet in LiveSource(path, fps=1.5)}
+    heard = {snippet.time: np.abs(snippet.sound).max() > 0.1 for snippet in LiveSource(path, fps=1)}
     assert [time for time in heard if heard[time]] == pytest.approx(range(20, 30)) and len(heard) == 40
+    assert opened[0].thread_type.name == threads  # those of a file are as many as its sound has room for
 
 
 def test_sound_that_is_far_behind_its_frames_in_a_file_is_heard(tmp_path):

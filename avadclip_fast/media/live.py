@@ -143,13 +143,13 @@ class LiveSource:
             self.live = container.duration is None and not os.path.isfile(self.source)
             rate = rate_of(video)
             self.assumed = rate is None and self.fps is None
-            if rate is not None and THREADS / rate > LAG:  # else alarms come late, and sound is gone before its frame
+            lag = LAG if self.live else LAG_IN_FILES
+            if rate is not None and THREADS / rate > lag:  # else alarms come late, and sound is gone before its frame
                 video.thread_type = "SLICE"
             clock, reach = Clock(rate or ASSUMED), Reach(container, video)
             self.seconds = self.seconds or self.every / clock.rate
             beat, start = Beat(self.seconds), 0.0
             waiting: deque[tuple[float, np.ndarray, int]] = deque()  # time, image, frames so far
-            lag = LAG if self.live else LAG_IN_FILES
             mono, sound = Mono(), Placed(self.seconds + 2 * lag + WAITING * self.seconds, clock)
             try:
                 for packet in container.demux():
