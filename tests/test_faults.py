@@ -142,6 +142,14 @@ def test_it_is_told_in_one_line(tmp_path, capsys):
     assert "cannot be written: Not a directory" in mistake(capsys, *pack, tmp_path / "file" / "p.safetensors")
 
 
+def test_a_full_disk_is_told_with_the_name_of_a_small_file(tmp_path):
+    """Whose bytes closing tries to write once more: that error named no file, and detect blamed its temporary ones."""
+    path = tmp_path / "events.csv"
+    with file_limit(10), pytest.raises(OSError) as caught, data.atomic_write(path) as file:
+        file.write(b"more than ten bytes")
+    assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_told_with_the_file_of_a_model(tmp_path, capsys, monkeypatch):
     from test_cli import call, mistake
 

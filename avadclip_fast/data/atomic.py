@@ -28,17 +28,20 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
     # Not named after `path`, whose name may already have the maximum length; mode "x" honours the umask.
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "")
-    with open(temporary, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, or a crash could leave `path` empty
-            os.replace(temporary, path)
-        except BaseException as error:
-            os.unlink(temporary)
-            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-                error.filename = str(path)  # which Python does not add where the disk is full
-            raise
+    try:
+        with open(temporary, mode.replace("w", "x"), encoding=encoding, newline=newline) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # before the rename, or a crash could leave `path` empty
+                os.replace(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+    except OSError as error:  # also of closing, which tries once more to write what is left of a small file
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)  # which Python does not add where the disk is full
+        raise
 
 
 def lock(file: int) -> None:
