@@ -1,6 +1,7 @@
 """Killed, out of room, or sent to a folder that cannot be written: nothing is lost, and one line says what to do."""
 
 import contextlib
+import errno
 import os
 import random
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import replace
 
@@ -20,6 +22,7 @@ from test_train import RECIPE, features, same, teacher, weights
 from avadclip_fast import AVadCLIPStudent, data
 from avadclip_fast.data.packed import check_packed
 from avadclip_fast.engine import step, teacher_cache
+from avadclip_fast.engine.loop import Board
 from avadclip_fast.engine.state import StateError
 from avadclip_fast.engine.stop import Stopped
 from avadclip_fast.engine.teacher_cache import TEACHER_FEATURES
@@ -148,6 +151,24 @@ def test_a_full_disk_is_told_with_the_name_of_a_small_file(tmp_path):
     with file_limit(10), pytest.raises(OSError) as caught, data.atomic_write(path) as file:
         file.write(b"more than ten bytes")
     assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_where_tensorboard_meets_it(tmp_path, monkeypatch, capsys):
+    """In a thread of its own, whose stack trace was printed, and the error named no file."""
+    from test_cli import call
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    assert call("--version") == 0  # which sets another
+    board = Board(tmp_path, 0)
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+    with pytest.raises(StateError, match="tensorboard: cannot be written: No space left on device"):
+        while True:
+            board.add_scalar("epoch/val", 1.0, 1)
+    board.close()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_full_disk_is_told_with_the_file_of_a_model(tmp_path, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import atexit
 import io
 import signal
 import sys
+import threading
 
 INTERRUPTED = 130  # exit code of typer on Ctrl-C, and of shells for a process ended by SIGINT
 _RESUMES = {  # how commands go on after Ctrl-C
@@ -50,6 +51,7 @@ def _run() -> int:
     from .commands import app
 
     logging.basicConfig(format="%(message)s")
+    threading.excepthook = _in_thread
     warnings.filterwarnings("ignore", "Glyph .* missing from font")  # plots show a box, and files keep the name
     warnings.filterwarnings("ignore", "Detected pickle protocol")  # a .pth that is none: the error says it in a line
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
@@ -78,6 +80,12 @@ def _run() -> int:
         smaller = "".join(_TAKES_LESS.get(name, "") for name in sys.argv[1:2])
         return _fail(f"out of memory: {said or 'the system gives no more'}{smaller}", 2)
     return 0
+
+
+def _in_thread(failed: threading.ExceptHookArgs) -> None:
+    """Leaves out what TensorBoard's thread raises, such as a full disk: its writer raises it again, to be told."""
+    if not type(failed.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failed)
 
 
 def _fail(what: object, code: int) -> int:

@@ -242,7 +242,7 @@ class Board:
         """done: steps that are kept of an earlier run, the last of them with the values of its epoch."""
         from torch.utils.tensorboard import SummaryWriter
 
-        logs = folder / "tensorboard"
+        self.logs = logs = folder / "tensorboard"
         with writing(folder):
             earlier = set(logs.glob("*"))
             self.writer = SummaryWriter(logs, purge_step=done + 1)
@@ -259,11 +259,12 @@ class Board:
     def write(self) -> None:
         for step, names, losses in self.noted:
             for name, loss in zip(names, losses.tolist(), strict=True):
-                self.writer.add_scalar(f"train/{name}", loss, step)
+                self.add_scalar(f"train/{name}", loss, step)
         self.noted.clear()
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
-        self.writer.add_scalar(name, value, step)
+        with writing(self.logs):
+            self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         try:
