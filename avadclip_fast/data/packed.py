@@ -68,14 +68,14 @@ def write_packed(
                     os.posix_fallocate(file.fileno(), 0, size)
                 else:  # macOS
                     file.truncate(size)
-                os.pwrite(file.fileno(), header, 0)
+                _write(file.fileno(), header, 0)
             starts = range(done, rows, block)
             for start in progress(starts) if progress else starts:
                 stop = min(start + block, rows)
                 _write_rows(file.fileno(), len(header), fields, rows, start, stop, fill(start, stop))
                 getattr(os, "fdatasync", os.fsync)(file.fileno())  # macOS has no fdatasync
                 write_json(journal, {"begun": begun, "rows": stop})
-            os.pwrite(file.fileno(), _header(fields, rows, info, _digest(file, len(header))), 0)
+            _write(file.fileno(), _header(fields, rows, info, _digest(file, len(header))), 0)
             os.fsync(file.fileno())
             journal.unlink(missing_ok=True)  # before the rename, so that it never outlives the partial file
             os.replace(part, path)
@@ -152,11 +152,15 @@ def _write_rows(file: int, at: int, fields: dict[str, Field], rows: int, start: 
         array = np.ascontiguousarray(arrays[name], dtype=field.dtype)
         if array.shape != (stop - start, *field.shape):
             raise ValueError(f"{name}: rows {start} to {stop} have shape {array.shape}, a row is {field.shape}")
-        left, offset = array.data.cast("B"), at + start * field.row_bytes
-        while left:
-            written = os.pwrite(file, left, offset)
-            left, offset = left[written:], offset + written
+        _write(file, array.data.cast("B"), at + start * field.row_bytes)
         at += rows * field.row_bytes
+
+
+def _write(file: int, left: bytes | memoryview, offset: int) -> None:
+    """Writes all bytes at an offset, where one call may stop short, as on a disk that fills up."""
+    while left:
+        written = os.pwrite(file, left, offset)
+        left, offset = left[written:], offset + written
 
 
 def _done(journal: Path, begun: str, rows: int) -> int:
