@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.summary.writer import event_file_writer
 
 from avadclip_fast import data
-from avadclip_fast.data import FeatureSet
+from avadclip_fast.data import FeatureSet, tensors
 from avadclip_fast.engine import loop, residency, state, step, teacher_cache, train
 from avadclip_fast.engine.calibrate import Calibration, calibrate
 from avadclip_fast.engine.recipe import Recipe, RecipeError
@@ -377,6 +377,37 @@ def test_signals_again(interruptible):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_an_interrupt_while_a_state_is_read_is_no_damage(interruptible, tmp_path, monkeypatch):
+    """torch, below `get_tensor`, takes a KeyboardInterrupt for an object that has no shape."""
+
+    class Deaf:
+        def __init__(self, *given, **named):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def keys(self):
+            return ["model.x"]
+
+        def get_tensor(self, name):
+            try:
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(0.01)
+            except KeyboardInterrupt:
+                raise ValueError("could not determine the shape") from None
+
+        def metadata(self):
+            return {"info": "{}"}
+
+    monkeypatch.setattr(tensors, "safe_open", Deaf)
+    with pytest.raises(KeyboardInterrupt):
+        state.load_state(tmp_path / STATE, teacher())
 
 
 def test_sigterm_through_the_command_line(tmp_path):

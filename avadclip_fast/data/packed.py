@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .atomic import lock, read_record, write_json
 from .errors import DataError
+from .tensors import read_tensors
 
 PACKED = ".safetensors"  # suffix of packed files
 _NAMES = {"float32": "F32", "float16": "F16", "int64": "I64"}
@@ -110,9 +111,8 @@ def _names(path: Path, file: IO[bytes]) -> bool:
 def open_packed(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     """Memory-maps a packed file and returns its tensors and info. Raises DataError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {})["info"])
-            return {name: file.get_tensor(name) for name in file.keys()}, info  # noqa: SIM118 - not a mapping
+        tensors, metadata = read_tensors(path)
+        return tensors, json.loads(metadata["info"])
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: cannot be read as packed features: {error}") from error
     except (KeyError, ValueError, TypeError, RecursionError) as error:

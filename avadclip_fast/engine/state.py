@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..data.atomic import atomic_write, lock
+from ..data.tensors import read_tensors
 from ..models.avadclip import Detector
 
 STATE = "state.safetensors"  # in the folder of a run
@@ -158,9 +159,8 @@ def on_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
     """Loads the file of a `Saver` into the model and optimizer in place; returns `info`. Raises StateError."""
     try:
-        with safe_open(path, framework="pt") as file:
-            info = json.loads(file.metadata()["info"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        tensors, metadata = read_tensors(path)
+        info = json.loads(metadata["info"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StateError(f"{path} cannot be read as the state of a run: {error}") from error
     own = trained(model)

@@ -10,12 +10,13 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..data import XD_VIOLENCE, DataError
 from ..data.atomic import atomic_write, make_folder
+from ..data.tensors import read_tensors
 from .text import TextWeightsError, read_weights, unreadable
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -292,8 +293,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         folder = Path(model_id)
         path = folder / WEIGHTS if folder.is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **hub))
         try:
-            with safe_open(path, framework="pt", device=str(map_location)) as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}
+            state, _ = read_tensors(path)
         except (OSError, SafetensorError) as error:
             inner = folder / MODEL
             hint = f"; did you mean {inner}, the model of this run?" if (inner / WEIGHTS).is_file() else ""
