@@ -419,6 +419,12 @@ def test_resuming_leaves_out_what_is_done(pair, tmp_path, capsys):
         assert call(*given, "--resume", *options) == 0
         said = capsys.readouterr().out
         assert f"finished before: {count} of 2 videos\n" in said and ("a: 00:" in said) == (count == 0)
+    whole = json.loads((tmp_path / "out" / "a.json").read_text())
+    for events in ([{}], [1], None, [{**whole["events"][0], "start": "0"}]):  # changed by hand
+        (tmp_path / "out" / "a.json").write_text(json.dumps({**whole, "events": events}))
+        assert call(*given, "--resume", "--threshold", "0.3") == 0
+        assert "finished before: 1 of 2 videos\n" in capsys.readouterr().out
+        assert json.loads((tmp_path / "out" / "a.json").read_text()) == whole
 
 
 def test_resuming_makes_anew_what_is_of_other_options(pair, tmp_path, capsys):

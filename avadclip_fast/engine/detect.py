@@ -376,8 +376,13 @@ def settings_of(scorers: Sequence[Scorer], threshold: float | None, features: di
 def done_with(path: Path, source: str | Path, settings: dict) -> list[dict] | None:
     """Returns the events that `write_detection` wrote of this video, unchanged, with these settings; or None."""
     record = read_record(path)
-    same = record.get("settings") == settings and record.get("file") == identity_of(source)
-    return record.get("events") if same else None
+    if record.get("settings") != settings or record.get("file") != identity_of(source):
+        return None
+    try:
+        _rows("", record["events"])
+    except (ValueError, TypeError, KeyError, OverflowError):  # another hand has changed them
+        return None
+    return record["events"]
 
 
 def write_detection(path: Path, detection: Detection, source: str | Path, read: dict | None, settings: dict) -> None:
@@ -421,14 +426,18 @@ def write_events(path: Path, found: dict[str, list[dict]]) -> None:
 
     found: video -> its events, of `event_record`
     """
-    new = [
-        [name, e["start_code"], e["end_code"], f"{e['start']:.3f}", f"{e['end']:.3f}", e["class"], f"{e['score']:.4f}"]
-        for name, events in found.items()
-        for e in events
-    ]
+    new = [row for name, events in found.items() for row in _rows(name, events)]
     with in_turn(path.parent):  # of several calls with this folder
         rows = [row for row in read_events(path) if row[0] not in found]
         write_csv(path, [EVENTS, *sorted(rows + new, key=lambda row: row[0])])
+
+
+def _rows(name: str, events: list[dict]) -> list[list[str]]:
+    """The rows of a video in events.csv."""
+    return [
+        [name, e["start_code"], e["end_code"], f"{e['start']:.3f}", f"{e['end']:.3f}", e["class"], f"{e['score']:.4f}"]
+        for e in events
+    ]
 
 
 def write_frame_scores(path: Path, detection: Detection, frames: int, every: int) -> None:
