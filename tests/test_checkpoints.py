@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from small_models import CLASSES, SIZES, TOKENS, batch, student, teacher
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
 from avadclip_fast.data import DataError
 from avadclip_fast.engine.evaluate import load_model
-from avadclip_fast.models import CheckpointError, TextWeightsError, text
+from avadclip_fast.models import CheckpointError, TextWeightsError, checkpoints, text
 from avadclip_fast.models.checkpoints import official_state
 
 both = pytest.mark.parametrize(("make", "cls"), [(teacher, AVadCLIP), (student, AVadCLIPStudent)])
@@ -538,7 +539,7 @@ def test_saving_never_leaves_half_a_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("full", ["model.safetensors", "config.json"])
 def test_a_model_stays_where_another_cannot_be_saved_over_it(full, tmp_path, monkeypatch):
-    """The mixin removes config.json before the weights are written: on a full disk no model was left."""
+    """Of the mixin, config.json is removed before the weights are written: on a full disk no model was left."""
     model = teacher()
     model.save_pretrained(tmp_path)
     (tmp_path / "calibration.json").write_text("{}")
@@ -553,6 +554,28 @@ def test_a_model_stays_where_another_cannot_be_saved_over_it(full, tmp_path, mon
     monkeypatch.undo()
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert same(model, AVadCLIP.from_pretrained(tmp_path))
+
+
+def test_a_kill_while_a_model_is_saved_over_another_leaves_that(tmp_path, monkeypatch):
+    """Wherever it comes until the new one is on the disk: its files take seconds to write, and are then renamed."""
+    teacher().save_pretrained(tmp_path)
+    (tmp_path / "calibration.json").write_text("{}")
+    before, looked = {file.name: file.read_bytes() for file in tmp_path.iterdir()}, []
+
+    def at(module, name):
+        plain = getattr(module, name)
+
+        def call(*given, **named):
+            looked.append({name: (tmp_path / name).read_bytes() for name in before if (tmp_path / name).exists()})
+            return plain(*given, **named)
+
+        monkeypatch.setattr(module, name, call)
+
+    at(checkpoints, "save")
+    at(os, "fsync")
+    teacher(1).save_pretrained(tmp_path)
+    assert looked[:3] == [before] * 3
+    assert not (tmp_path / "calibration.json").exists()
 
 
 # CLIP's text weights

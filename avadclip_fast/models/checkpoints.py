@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Set, ValuesView
 from pathlib import Path
@@ -225,19 +226,31 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         """The content of config.json: the constructor's arguments and the entries added by `remember`."""
         return dict(cast(dict[str, Any], self._hub_mixin_config))
 
-    def save_pretrained(self, save_directory: str | Path, **named: Any) -> str | None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        config: Any = None,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
         """Saves the model as a folder; arguments as for `ModelHubMixin.save_pretrained`.
 
-        Where writing fails, a model that was there stays as it was.
+        Where writing fails, or is killed, a model that was there stays as it was. The mixin's own removes its
+        config.json before anything is written.
         """
-        config = Path(save_directory) / CONFIG
-        before = config.read_bytes() if config.is_file() else None
-        try:
-            return super().save_pretrained(save_directory, **named)
-        except BaseException:
-            if before is not None and not config.exists():  # the mixin removes it before anything is written
-                config.write_bytes(before)
-            raise
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save_pretrained(folder)
+        card = folder / "README.md"
+        if not card.exists():
+            self.generate_model_card(**(model_card_kwargs or {})).save(card)
+        if not push_to_hub:
+            return None
+        to_hub = {**push_to_hub_kwargs, "model_card_kwargs": model_card_kwargs}
+        return self.push_to_hub(folder.name if repo_id is None else repo_id, config=config, **to_hub)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -246,7 +259,9 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         with atomic_write(save_directory / CONFIG) as described, atomic_write(save_directory / WEIGHTS) as weights:
             weights.write(save(state, metadata={"format": "pt"}))  # one alone: several are in no fixed order
             described.write(json.dumps(config, indent=1, sort_keys=True).encode())
-            described.flush()
+            for file in (described, weights):  # on the disk, which may be full, before anything is removed
+                file.flush()
+                os.fsync(file.fileno())
             (save_directory / CALIBRATION).unlink(missing_ok=True)  # of the model that was there
 
     @classmethod
