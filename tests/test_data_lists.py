@@ -157,6 +157,7 @@ def test_split_depends_on_the_seed_alone():
     assert split(rows, 0.2, 1, CODES) == split(rows, 0.2, 1, CODES)
     assert split(rows, 0.2, 1, CODES) != split(rows, 0.2, 2, CODES)
     assert split(rows, 0.2, -1, CODES) == split(rows, 0.2, -1, CODES)
+    assert split(rows, 0.2, np.int64(1), CODES) == split(rows, 0.2, 1, CODES)
 
 
 def test_split_at_the_edges():

@@ -501,6 +501,18 @@ def test_a_recipe_that_cannot_be_followed(wrong):
         Recipe(**wrong)
 
 
+def test_a_recipe_of_numpys_numbers(tmp_path):
+    """As of a sweep over np.arange: a run's state is JSON, which does not hold them."""
+    plain = dataclasses.replace(RECIPE, epochs=1, seed=3)
+    given = dataclasses.replace(
+        RECIPE, epochs=np.int64(1), batch_size=np.int64(5), lr=np.float64(1e-3), milestones=np.array([2]),
+        seed=np.arange(4)[3],
+    )  # fmt: skip
+    assert repr(given) == repr(plain)
+    assert fit(teacher(), features(), given, tmp_path, progress=False)[0]["epoch"] == 1
+    assert torch.equal(data.epoch_order(9, np.int64(3), 1), data.epoch_order(9, 3, 1))
+
+
 @pytest.mark.parametrize("make", [AVadCLIP, functools.partial(AVadCLIPStudent, modality="audio")])
 def test_a_model_that_hears_needs_sound(make, tmp_path):
     """A teacher takes no sound for silence, and would be trained on it."""

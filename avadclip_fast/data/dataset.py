@@ -275,7 +275,7 @@ def _is_packed_list(tensors: dict[str, Tensor], info: object) -> bool:
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """A permutation of range(count), (count,) int64, fixed by the arguments so that a resumed run repeats it."""
-    return torch.from_numpy(np.random.default_rng([seed % 2**64, epoch]).permutation(count))
+    return torch.from_numpy(np.random.default_rng([int(seed) % 2**64, epoch]).permutation(count))
 
 
 class TestVideo(NamedTuple):

@@ -187,7 +187,7 @@ def split(rows: Sequence[Row], fraction: float, seed: int, codes: dict[str, str]
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction}")
-    rng = np.random.default_rng(seed % 2**64)
+    rng = np.random.default_rng(int(seed) % 2**64)
     strata: dict[bool, list[list[Row]]] = {True: [], False: []}
     for video in videos(rows):
         strata[is_normal(video[0].label, codes)].append(video)

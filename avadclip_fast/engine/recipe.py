@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 PRECISIONS = ("fp32", "tf32", "bf16")
 SELECT = ("last", "val", "test")
 
@@ -32,6 +34,10 @@ class Recipe:
     noise: float = 0.0  # added to visual features, in standard deviations of the training rows
 
     def __post_init__(self):
+        for name, value in vars(self).items():  # a state is JSON, which holds no number of NumPy's
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
+        object.__setattr__(self, "milestones", tuple(int(m) for m in self.milestones))
         for name, known in (("precision", PRECISIONS), ("select", SELECT)):
             if getattr(self, name) not in known:
                 raise RecipeError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
