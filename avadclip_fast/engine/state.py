@@ -156,13 +156,22 @@ def on_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
     return fetched
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
-    """Loads the file of a `Saver` into the model and optimizer in place; returns `info`. Raises StateError."""
+def read_info(path: Path) -> dict:
+    """Returns the `info` in the file of a `Saver`. Raises StateError."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     try:
         tensors, metadata = read_tensors(path)
-        info = json.loads(metadata["info"])
+        return tensors, json.loads(metadata["info"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise StateError(f"{path} cannot be read as the state of a run: {error}") from error
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Loads the file of a `Saver` into the model and optimizer in place; returns `info`. Raises StateError."""
+    tensors, info = _read(path)
     own = trained(model)
     stored = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
     if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in stored.items()}:

@@ -24,7 +24,7 @@ from .calibrate import calibrate, has_both_kinds
 from .graph import recordable
 from .loop import Board, Loop, check_finite
 from .recipe import Recipe, RecipeError
-from .state import STATE, Saver, StateError, frozen_digest, load_state, model_digest, shape_of, writing
+from .state import STATE, Saver, StateError, frozen_digest, load_state, model_digest, read_info, shape_of, writing
 from .step import adamw, feature_std, float32_products, set_lr, trim
 from .stop import Stopped, listening
 from .teacher_cache import kept_features
@@ -216,12 +216,13 @@ def _begun(folder: Path, model, optimizer: torch.optim.Optimizer, run: dict[str,
     start: dict = {"epoch": 0, "step": 0, "sums": {}, "history": [], "best": None, "run": run}
     if not (folder / STATE).exists():
         return start
-    info, epochs = load_state(folder / STATE, model, optimizer), run["recipe"]["epochs"]
+    info, epochs = read_info(folder / STATE), run["recipe"]["epochs"]
     if not isinstance(info, dict) or not info.keys() >= start.keys():  # such as BEST under its name
         raise StateError(
             f"{folder / STATE} does not hold the state of a run; put that back, or choose another output folder"
         )
-    _check_continues(folder, info, run)
+    _check_continues(folder, info, run)  # before weights that do not fit: it names the settings
+    load_state(folder / STATE, model, optimizer)
     if info["epoch"] == epochs and load_state(folder / BEST, model) != info["best"]:
         raise StateError(  # a kill came between the two files
             f"{folder} has gone beyond {epochs} epochs: {BEST} is of a later one; resume it with more epochs"
