@@ -761,8 +761,14 @@ def test_teacher_features_have_the_precision_of_the_run(tmp_path, monkeypatch, l
     cache = caches.pop()
     assert cache.nbytes == sizes[-1] and cache.dtype == (torch.bfloat16 if lowering else torch.float32)
     (tmp_path / "0" / STATE).unlink()
+    monkeypatch.setattr(step, "HAS_AMX", True)  # what tf32 needs on a CPU
+    for other in ("fp32", "tf32"):
+        with pytest.raises(StateError, match="another teacher, precision or data; remove it"):
+            run(tmp_path / "0", other)
+    run(tmp_path / "1", "tf32")
+    (tmp_path / "1" / STATE).unlink()
     with pytest.raises(StateError, match="another teacher, precision or data; remove it"):
-        run(tmp_path / "0", "fp32")
+        run(tmp_path / "1", "fp32")
 
 
 @pytest.mark.parametrize("padding", ["masked", "official"])

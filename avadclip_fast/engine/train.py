@@ -107,7 +107,8 @@ def fit(
         cache = None
         if teacher is not None:
             made_by = {"teacher": run["teacher"], "data": run["training videos"]}
-            made_by |= {"precision": "bf16"} if recipe.precision == "bf16" else {}
+            if recipe.precision != "fp32":
+                made_by["precision"] = recipe.precision
             cache, told = kept_features(teacher, data, source, made_by, folder, device, part, progress, graph)
             lines.append(told)
         if graph:
