@@ -188,7 +188,7 @@ def test_the_robust_recipe_sets_defaults_and_yields_to_options(videos, tmp_path)
     hears = "--recipe", "robust", "--modality", "audio", *teacher, *few
     assert call("distill", videos / "train.csv", "-o", tmp_path / "h", *hears) == 0
     recipe = json.loads((tmp_path / "h" / HISTORY).read_text())["run"]["recipe"]
-    assert recipe["temporal_lr"] == ROBUST_HEARER["temporal_lr"] != ROBUST["temporal_lr"]
+    assert recipe["temporal_lr"] == ROBUST_HEARER["temporal_lr"] != ROBUST["temporal_lr"] and recipe["noise"] == 0
     config = json.loads((tmp_path / "h/model/config.json").read_text())
     assert not config["motion"] and config["standardize"] == ["audio"]
     plain = "--recipe", "robust", "--no-motion", *few, *QUICK

@@ -67,6 +67,6 @@ ROBUST: dict[str, Any] = {
     "noise": 3.0,
     "distill_weight": 10.0,
 }
-# For an audio-only student: audio passes through its temporal encoder too, and is not overfitted.
-ROBUST_HEARER = {**ROBUST, "temporal_lr": 1.0}
+# For an audio-only student: audio passes through its temporal encoder too, and is not overfitted; noise is on sight.
+ROBUST_HEARER = {**ROBUST, "temporal_lr": 1.0, "noise": 0.0}
 ROBUST_STREAMS: dict[str, Any] = {"motion": True, "standardize": ["audio", "visual"]}  # arguments of AVadCLIP
