@@ -204,6 +204,16 @@ def test_a_resumed_run_has_the_statistics_of_its_inputs(tmp_path):
     assert same(again.standardize.state_dict(), known) and not torch.equal(known["audio.std"], torch.ones(32))
 
 
+def test_a_model_that_standardises_needs_statistics(tmp_path):
+    """Those it is built with change nothing, and would be saved as the set's; of a silent set they are the same."""
+    model, silent = AVadCLIP(CLASSES, standardize=["audio"], **SMALL), features()
+    with pytest.raises(RecipeError, match=r"AVadCLIP standardises audio and has no statistics.*fit_inputs\("):
+        fit(model, features(), RECIPE, tmp_path, progress=False)
+    silent.audio.zero_()
+    model.fit_inputs(silent.batches())
+    fit(model, silent, dataclasses.replace(RECIPE, epochs=1), tmp_path, progress=False)
+
+
 def read(folder) -> tuple[dict, dict]:
     """The tensors and the progress in the state of a run."""
     with safe_open(folder / STATE, framework="pt") as file:

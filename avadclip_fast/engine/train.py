@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -18,6 +18,7 @@ from ..data.atomic import remove_left, write_json
 from ..device import current
 from ..models import AVadCLIP, AVadCLIPStudent, objective
 from ..models.checkpoints import MODEL
+from ..models.encoder import Standardize
 from ..profiling import trace
 from . import distributed, residency
 from .calibrate import calibrate, has_both_kinds
@@ -93,6 +94,9 @@ def fit(
     run = _settings(model, teacher, data, held_out, test_videos, recipe)
     check_resumable(folder, resume)
     info, state = _begun(folder, model, optimizer, run), folder / STATE
+    if unfitted := [name for name, inputs in model.standardize.items() if cast(Standardize, inputs).plain()]:
+        remedy = "call model.fit_inputs(data.batches()) first"
+        raise RecipeError(f"{type(model).__name__} standardises {unfitted[0]} and has no statistics of it: {remedy}")
     _check_same(folder, info)
     steps = -(-len(data) // recipe.batch_size)
     first = info["epoch"]

@@ -43,12 +43,18 @@ class Standardize(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("std", torch.ones(dim))
+        self.fitted = False
 
     @torch.no_grad()
     def fit(self, mean: Tensor, std: Tensor) -> None:
         """Sets the statistics, (D,) each, as returned by `moments`."""
         self.mean.copy_(mean)
         self.std.copy_(torch.where(std > 1e-6 * std.max(), std, 1))  # constant dimensions are not scaled
+        self.fitted = True
+
+    def plain(self) -> bool:
+        """Whether nothing gave it statistics, neither `fit` nor weights that were loaded."""
+        return not (self.fitted or self.mean.any() or (self.std != 1).any())
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         return zero_padding((x - self.mean) / self.std, lengths)
