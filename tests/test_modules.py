@@ -195,6 +195,18 @@ def test_import_is_light(module):
     assert done.stdout.strip() == "[]"
 
 
+def test_windows_has_the_modules_and_is_told_what_the_models_need():
+    code = (
+        "import sys; sys.modules['fcntl'] = None\n"
+        "import torch, avadclip_fast\n"
+        "print(*avadclip_fast.AVFusion(8)(torch.ones(1, 2, 8), torch.ones(1, 2, 8)).shape)\n"
+        "avadclip_fast.AVadCLIP"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "1 2 8\n"
+    assert done.stderr.splitlines()[-1].endswith("on Windows, install it in WSL")
+
+
 # Settings
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import json
 import os
@@ -13,6 +12,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import DataError
+
+try:
+    import fcntl
+except ImportError as error:  # Windows, which does not replace open files either
+    raise ImportError(
+        "models, data and commands of avadclip_fast need Linux or macOS (no fcntl here): on Windows, install it in WSL"
+    ) from error
 
 PATIENCE = 10.0  # seconds to wait for a folder that another process holds
 LEFT = 3600  # seconds after which a temporary file counts as abandoned
