@@ -302,6 +302,8 @@ def test_by_the_command_line(tmp_path, capsys):
     for name, options in (("m.bin", ()), ("m", ()), ("m.pt2", ("--format", "onnx")), ("m.onnx", ("--format", "aoti"))):
         said = mistake(capsys, "export", tmp_path / "run", "-o", tmp_path / name, *options)
         assert f"{name}: export writes NAME.onnx, or NAME.pt2" in said
+    said = mistake(capsys, "export", tmp_path / "run", "-o", tmp_path / "n.pt2", "--classes", "A=normal,B1=brawl")
+    assert f"run: --classes is of an official .pth; this model knows {', '.join(CLASSES)}: leave it out" in said
     assert "no model at" in mistake(capsys, "export", tmp_path / "nowhere.pth", "-o", path)
     assert {p.name for p in tmp_path.iterdir()} == {"run", "m.pt2"}
 
