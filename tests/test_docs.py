@@ -10,12 +10,13 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from small_models import teacher
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent
-from avadclip_fast.data import XD_VIOLENCE
+from avadclip_fast.data import XD_VIOLENCE, with_motion
 from avadclip_fast.engine.export import export_model
 from bench import harness, report
 
@@ -79,6 +80,17 @@ def test_examples_run(page, users_folder):
         pytest.importorskip("onnxruntime", reason="the onnx extra is absent")
         export_model(teacher(layers=1), "teacher.onnx")
     run_examples(examples(page), name_of(page))
+
+
+def test_motion_without_the_library_is_the_librarys():
+    (code,) = [code for _, code, _ in examples(ROOT / "docs/videos.md") if "def with_motion" in code]
+    namespace: dict = {"np": np}
+    exec(code, namespace)  # noqa: S102
+    for n in (1, 2, 3, 30):
+        x = np.random.default_rng(0).standard_normal((n, 4)).astype(np.float32)
+        found = namespace["with_motion"](x)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, with_motion(x), rtol=1e-6)
 
 
 def test_an_example_that_fails_is_noticed():
