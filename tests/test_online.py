@@ -416,6 +416,22 @@ def test_a_lost_connection_is_made_again(tmp_path, server):
         next(iter(live))
 
 
+def test_a_camera_may_be_away_for_days(tmp_path, server, monkeypatch):
+    """As many tries as are asked for: the pauses between them end to grow."""
+    monkeypatch.setattr(live_module, "LONGEST_PAUSE", 0.0)
+    address, opened = server([make_video(tmp_path / "a.ts", frames=64).read_bytes()]), live_module.opened
+
+    def away(source, live=False):
+        if watched.reconnects:
+            raise MediaError(f"{source}: away")
+        return opened(source, live=live)
+
+    monkeypatch.setattr(live_module, "opened", away)
+    watched = LiveSource(address, retries=1100)
+    with pytest.raises(MediaError, match="away; not back after 1100 tries"):
+        list(watched)
+
+
 def test_what_connecting_takes_is_part_of_the_time(tmp_path, server, monkeypatch):
     body = make_video(tmp_path / "a.ts", frames=64).read_bytes()
     live = LiveSource(server([body, body], rate=2e6), every=16, retries=1)

@@ -117,7 +117,8 @@ class LiveSource:
                     raise MediaError(f"{lost}; not back after {tries} tries")
                 tries += 1
                 self.reconnects += 1
-                self._closed.wait(min(0.25 * 2**tries, LONGEST_PAUSE))
+                # 10: past LONGEST_PAUSE. No float holds the power after a night of tries.
+                self._closed.wait(min(0.25 * 2 ** min(tries, 10), LONGEST_PAUSE))
             self._put(None)
         except Exception as error:  # raised in the consumer
             self._put(error)
