@@ -214,6 +214,29 @@ def test_frames_and_sound_of_another_form_are_refused(pair):
     assert len(detector._seen) == 1
 
 
+@pytest.mark.parametrize("failing", ["visual", "audio", "model"])
+@pytest.mark.parametrize("time", [5 * SECONDS, 100.0], ids=["next", "after a gap"])
+def test_a_snippet_that_fails_leaves_nothing(pair, monkeypatch, failing, time):
+    """Its sight would go with the sound of another, and of the events that a gap ends nobody would hear."""
+    detector, other = online(pair, threshold=0.0, delay=2), online(pair, threshold=0.0, delay=2)
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    for i, level in enumerate((30, 120, 220, 30, 120)):
+        assert detector.push(grey(level), LOUD * i / 5) == other.push(grey(level), LOUD * i / 5)
+    teacher = detector.scorers[0].model
+    where = {"visual": (Sight, "__call__"), "audio": (Hearing, "__call__"), "model": (teacher, "infer")}
+    with monkeypatch.context() as patch:
+        patch.setattr(*where[failing], fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            detector.push(grey(220), LOUD, time)
+    for level in (220, 30, 120):
+        assert detector.push(grey(level), LOUD, time) == other.push(grey(level), LOUD, time)
+        time += SECONDS
+    assert detector.score == other.score and detector.flush() == other.flush()
+
+
 def narrow_wav2clip():
     """With random weights, as wide as the models are here."""
     encoder = Wav2Clip("random")

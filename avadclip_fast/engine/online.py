@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from copy import copy
 from typing import cast
 
 import numpy as np
@@ -91,8 +92,19 @@ class OnlineDetector:
 
         frame: (H, W, 3) uint8 RGB. audio: (n,) float32 mono at 16 kHz, or None without sound. time: start in seconds,
         increasing; by default the snippet follows the last one. seconds: its duration, if the stream ends within it.
-        Raises DataError for a frame or sound of another form, which would be scored as something else.
+        Raises DataError for a frame or sound of another form, which would be scored as something else. Of a snippet at
+        which this, an encoder or the model raises, nothing stays: push it again, or go on with the next.
         """
+        before = {name: copy(value) for name, value in vars(self).items() if name.startswith("_")}
+        try:
+            return self._pushed(frame, audio, time, seconds)
+        except BaseException:
+            vars(self).update(before)
+            raise
+
+    def _pushed(
+        self, frame: np.ndarray, audio: np.ndarray | None, time: float | None, seconds: float | None
+    ) -> list[Event]:
         events = []
         frame = np.asarray(frame)
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
