@@ -237,6 +237,19 @@ def test_a_snippet_that_fails_leaves_nothing(pair, monkeypatch, failing, time):
     assert detector.score == other.score and detector.flush() == other.flush()
 
 
+def test_times_that_fall_back_are_refused(pair):
+    """An event would end before it began, and never last `longest`: as of a camera whose clock is set back."""
+    detector = online(pair, teacher=False, threshold=0.0)
+    assert detector.push(grey(220), None, 1000.0) == []
+    for at in (0.0, 999.9, float("nan")):
+        with pytest.raises(DataError, match=rf"times must increase; got {at} after 1000.0: call flush\(\)"):
+            detector.push(grey(220), None, at)
+    (event,) = detector.flush()
+    assert (event.start, event.end) == (1000.0, 1000.0 + SECONDS)
+    assert detector.push(grey(220), None, 0.0) == []
+    assert [one.start for one in detector.flush()] == [0.0]
+
+
 def narrow_wav2clip():
     """With random weights, as wide as the models are here."""
     encoder = Wav2Clip("random")

@@ -1,5 +1,6 @@
 """Detection in a stream, one snippet at a time, with bounded memory; events are returned when they end."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from copy import copy
@@ -92,8 +93,9 @@ class OnlineDetector:
 
         frame: (H, W, 3) uint8 RGB. audio: (n,) float32 mono at 16 kHz, or None without sound. time: start in seconds,
         increasing; by default the snippet follows the last one. seconds: its duration, if the stream ends within it.
-        Raises DataError for a frame or sound of another form, which would be scored as something else. Of a snippet at
-        which this, an encoder or the model raises, nothing stays: push it again, or go on with the next.
+        Raises DataError for a frame or sound of another form, which would be scored as something else, and for a time
+        before the last one, unless `flush` was called in between. Of a snippet at which this, an encoder or the model
+        raises, nothing stays: push it again, or go on with the next one and its time.
         """
         before = {name: copy(value) for name, value in vars(self).items() if name.startswith("_")}
         try:
@@ -117,6 +119,8 @@ class OnlineDetector:
                 raise DataError(f"audio must be (n,) float in [-1, 1]; got {given}: {remedy}")
         if time is None:
             time = 0.0 if self._time is None else self._time + self.seconds
+        if not math.isfinite(time) or (self._seen and self._time is not None and time < self._time):
+            raise DataError(f"times must increase; got {time} after {self._time}: call flush() where they begin anew")
         if self._time is not None and time - self._time > PAUSE + self.seconds:
             events = self.flush()
         self._time = time
