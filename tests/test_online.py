@@ -199,6 +199,8 @@ def test_what_does_not_fit_is_refused(pair):
         online(pair, window=33)
     with pytest.raises(DataError, match="less than the window"):
         online(pair, window=4, delay=4)
+    with pytest.raises(DataError, match="seconds must be above 0; got 0.0: a LiveSource knows it with its first"):
+        OnlineDetector(scorers, Sight("cpu"), seconds=LiveSource("a.mkv").seconds)
 
 
 def test_frames_and_sound_of_another_form_are_refused(pair):

@@ -35,7 +35,7 @@ class OnlineDetector:
     seconds: duration of a snippet; should match the snippets that the model was trained on. threshold: replaces the
     models' own. geometry: how frames are cut, see `media.crops.cut`.
     Attributes: `by`, the model that scored last; `score`, the last 1 - p(normal).
-    Raises DataError if the encoders do not match the model, or the delay does not fit the window.
+    Raises DataError if the encoders do not match the model, the delay does not fit the window, or seconds is 0.
     """
 
     def __init__(
@@ -60,6 +60,8 @@ class OnlineDetector:
         self.window = first.length if window is None else window
         if not 1 <= self.window <= first.length:
             raise DataError(f"window must be from 1 to the model's length of {first.length} snippets; got {window}")
+        if not seconds > 0:
+            raise DataError(f"seconds must be above 0; got {seconds}: a LiveSource knows it with its first snippet")
         if not 0 <= delay < self.window:
             raise DataError(f"delay must be from 0 to less than the window of {self.window} snippets; got {delay}")
         # Of a snippet without sound among those with: what no sound at all is to the model, see `Standardize`. Zeros
