@@ -529,6 +529,16 @@ def test_a_playlist_leads_to_no_file(tmp_path, server):
         list(LiveSource(tmp_path / "list.m3u8"))
 
 
+def test_one_iterator_reads(tmp_path):
+    """A second one, after a look at the first snippet, would be given half of the snippets twice and others never."""
+    live = LiveSource(make_video(tmp_path / "a.mkv", frames=100), every=5)
+    snippets = iter(live)
+    assert next(snippets).time == 0
+    with pytest.raises(MediaError, match="was read already: .*, or keep the iterator"):
+        list(live)
+    assert len(list(snippets)) == 19 and live.frames == 100
+
+
 def test_it_ends_when_asked(tmp_path, server):
     body = make_video(tmp_path / "a.ts", frames=250).read_bytes()
     asked = threading.Event()

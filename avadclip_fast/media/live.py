@@ -66,11 +66,13 @@ class LiveSource:
         self.live = self.assumed = False
         self.began: datetime | None = None
         self._queue: queue.Queue[Snippet | Exception | None] = queue.Queue(WAITING)
+        self._begun = False
         self._closed = threading.Event()
 
     def __iter__(self) -> Iterator[Snippet]:
-        if self._closed.is_set():
-            raise MediaError(f"{self.source} was read already: make another LiveSource of it")
+        if self._begun:
+            raise MediaError(f"{self.source} was read already: make another LiveSource of it, or keep the iterator")
+        self._begun = True
         thread = threading.Thread(target=self._read, name=f"reading {self.source}", daemon=True)
         thread.start()
         try:
