@@ -506,6 +506,12 @@ def test_sources_that_are_none(tmp_path, server):
             next(iter(LiveSource(source)))
 
 
+def test_a_source_that_sends_nothing_is_told(monkeypatch):
+    monkeypatch.setattr(decode, "WAIT", 0.5)
+    with pytest.raises(MediaError, match=r"^udp://127.0.0.1:0: not a readable video: timed out after 0.5 s$"):
+        next(iter(LiveSource("udp://127.0.0.1:0")))
+
+
 def test_bad_files_are_told_in_a_line(pair, tmp_path, capsys):
     films = bad_videos(tmp_path / "bad")
     for name, wrong in {**BAD, "none.mp4": "no such file", ".": "a folder, not a video"}.items():

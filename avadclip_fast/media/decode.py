@@ -78,8 +78,15 @@ def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
         except av.error.InvalidDataError as error:
             raise MediaError(f"{source}: {_unknown(source)}") from error
         except (av.error.FFmpegError, ValueError) as error:
-            raise MediaError(f"{source}: not a readable video: {getattr(error, 'strerror', None) or error}") from error
+            raise MediaError(f"{source}: not a readable video: {said(error)}") from error
         yield container
+
+
+def said(error: Exception) -> str:
+    """Returns what FFmpeg says of an error; but of a source that sends nothing, it says "Immediate exit requested"."""
+    if isinstance(error, import_av().error.ExitError):
+        return f"timed out after {WAIT:g} s"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _unknown(source: str | Path) -> str:

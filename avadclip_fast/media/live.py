@@ -15,7 +15,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .decode import ASSUMED, GAP, JUMP, RATE, Beat, Clock, Mono, Reach, decoded, opened, rate_of, upright, video_stream
+from .decode import (
+    ASSUMED,
+    GAP,
+    JUMP,
+    RATE,
+    Beat,
+    Clock,
+    Mono,
+    Reach,
+    decoded,
+    opened,
+    rate_of,
+    said,
+    upright,
+    video_stream,
+)
 from .errors import MediaError, import_av
 
 WAITING = 4  # snippets queued between the reader and the consumer
@@ -176,7 +191,7 @@ class LiveSource:
                         yield self._made(waiting, clock, start, audio, sound)
             except (av.error.FFmpegError, OSError) as error:
                 self.dropped += clock.seen - waiting[0][2] if waiting else 0
-                raise MediaError(f"{self.source}: lost after {clock.seen} frames: {error.strerror or error}") from error
+                raise MediaError(f"{self.source}: lost after {clock.seen} frames: {said(error)}") from error
             for block in mono.rest():
                 sound.add(*block)
             while waiting:
