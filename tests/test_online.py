@@ -632,6 +632,22 @@ def test_the_clock_of_a_live_stream_is_that_of_its_first_frame(pair, tmp_path, c
     assert line["start"] == 0 and -0.001 <= (datetime.fromisoformat(line["clock"]) - before[0]).total_seconds() < 1
 
 
+def test_what_goes_on_as_a_camera_is_lost_is_told(pair, tmp_path, capsys, server, monkeypatch):
+    """Before the last try to reach it again, and not by the end of the command, which may be days later."""
+    body, opened, said = film(tmp_path / "a.ts", [(20, 30, 220)]).read_bytes(), live_module.opened, []
+
+    def noted(*given, **named):
+        said.append(capsys.readouterr().out)
+        return opened(*given, **named)
+
+    monkeypatch.setattr(live_module, "opened", noted)
+    monkeypatch.setattr(detect, "PAUSE", 0.2)
+    options = ["--every", "5", "--longest", "60", "--retries", "3", "-q", *NAMED]
+    assert call("stream", server([body]), "-m", pair / "student", *options) == 2
+    (line,) = map(json.loads, "".join(said).splitlines())
+    assert overlap((line["start"], line["end"]), 4, 6) >= 0.5 and capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("by", [Impatient, Terminated])
 def test_an_interrupted_stream_prints_the_open_event_and_says_so(pair, tmp_path, capsys, by):
     film(tmp_path / "b.mkv", [(4, 14, 220), (14, 80, 255)], frames=400)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -472,7 +473,7 @@ def stream(
     """
     from datetime import timedelta
 
-    from ..engine.detect import event_record
+    from ..engine.detect import PAUSE, event_record
     from ..engine.online import OnlineDetector
     from ..engine.stop import Stopped, listening
     from ..media.decode import ASSUMED
@@ -483,7 +484,9 @@ def stream(
     every = frames_per_snippet(every, fps)
     chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
     scorers, seen, heard = watchers(model, student, classes, chosen)
-    detector, by = None, ""
+    detector: OnlineDetector | None = None
+    by = ""
+    pushed, connected = 0.0, 0  # when the last snippet was, and the connections lost until then
 
     def tell(events: "Iterable[Event]") -> None:
         for event in events:
@@ -494,8 +497,14 @@ def stream(
             tqdm.write(json.dumps(record), file=sys.stdout)
             sys.stdout.flush()
 
+    def until() -> bool:
+        """Polled while snippets are waited for: a lost camera may be away for days, and its events ended."""
+        if detector is not None and live.reconnects > connected and time.monotonic() - pushed > PAUSE + live.seconds:
+            tell(detector.flush())
+        return request.number is not None
+
     with listening() as request, bar(unit="snippet", shown=not quiet) as meter:
-        live = LiveSource(source, every, fps, retries, until=lambda: request.number is not None)
+        live = LiveSource(source, every, fps, retries, until)
         try:
             for snippet in live:
                 if detector is None:
@@ -508,6 +517,7 @@ def stream(
                         threshold=threshold, geometry=geometry, device=device_of(device),
                     )  # fmt: skip
                 tell(detector.push(snippet.image, snippet.sound, snippet.time, snippet.seconds))
+                pushed, connected = time.monotonic(), live.reconnects
                 if detector.by != by and not quiet:
                     by = detector.by
                     tqdm.write(f"{snippet.time:.1f} s: scored by the {by}", file=sys.stderr)
