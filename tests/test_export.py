@@ -15,6 +15,7 @@ import torch
 from small_models import CLASSES, batch, student, teacher
 from test_cli import call, mistake
 
+from avadclip_fast.data import DataError
 from avadclip_fast.engine import export
 from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.export import METADATA, TOLERANCE, ExportError, export_model
@@ -306,6 +307,16 @@ def test_by_the_command_line(tmp_path, capsys):
     assert f"run: --classes is of an official .pth; this model knows {', '.join(CLASSES)}: leave it out" in said
     assert "no model at" in mistake(capsys, "export", tmp_path / "nowhere.pth", "-o", path)
     assert {p.name for p in tmp_path.iterdir()} == {"run", "m.pt2"}
+
+
+def test_what_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "trace", None)
+    (tmp_path / "m.pt2").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ExportError, match=r"m\.pt2 is a folder; give the name of a file$"):
+        export_model(student(), tmp_path / "m.pt2")
+    with pytest.raises(DataError, match=r"file: cannot be made: File exists$"):
+        export_model(student(), tmp_path / "file" / "m.pt2")
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from .. import __version__
 from ..data import TestVideo
-from ..data.atomic import atomic_write
+from ..data.atomic import atomic_write, make_folder
 from ..models.avadclip import Detector
 from ..models.checkpoints import CheckpointError
 from ..ops import use_backend
@@ -106,7 +106,8 @@ def export_model(
     an error; aoti aborts the process, or raises if AOTI_RUNTIME_CHECK_INPUTS=1 is set in the environment.
     The file is written only if its scores agree with `stream_scores` on random features. The model is moved to the
     CPU and put in eval mode.
-    Returns the largest absolute difference of a score. Raises ExportError.
+    Returns the largest absolute difference of a score. Raises ExportError; DataError if the folder cannot be
+    written to.
     """
     path = Path(path)
     if format is None:
@@ -117,7 +118,9 @@ def export_model(
         "onnx": (_write_onnx, _load_onnx), "torch": (_write_torch, _load_torch), "aoti": (_write_aoti, _load_aoti),
     }[format]  # fmt: skip
     _require(format)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder; give the name of a file")
     calibration = calibration or Calibration()
     model.cpu().eval()
     with tempfile.TemporaryDirectory() as folder:
