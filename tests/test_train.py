@@ -535,6 +535,14 @@ def test_a_model_that_hears_needs_sound(make, tmp_path):
         make(CLASSES, standardize=["audio"], **SMALL).fit_inputs(deaf.batches())
 
 
+def test_a_set_without_videos(tmp_path):
+    """As a part of a small set may be."""
+    none = features().subset(torch.tensor([], dtype=torch.int64))
+    for name, videos, held_out in (("data", none, None), ("held_out", features(), none)):
+        with pytest.raises(RecipeError, match=f"^{name} has no videos"):
+            fit(teacher(), videos, RECIPE, tmp_path, held_out=held_out, progress=False)
+
+
 def test_only_students_are_distilled(tmp_path):
     with pytest.raises(RecipeError, match="a teacher distils a student"):
         fit(teacher(), features(), RECIPE, tmp_path, teacher=teacher(1), progress=False)

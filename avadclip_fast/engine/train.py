@@ -162,6 +162,9 @@ def fit(
 
 def _check_fits(model, data: FeatureSet, recipe: Recipe, teacher, held_out: FeatureSet | None, test_ap) -> None:
     """Raises RecipeError on arguments of `fit` that do not go together."""
+    for name, videos in (("data", data), ("held_out", held_out)):
+        if videos is not None and not len(videos):
+            raise RecipeError(f"{name} has no videos; give at least one")
     for one, videos in ((model, data), (teacher, data), (model, held_out)):
         if one is None or videos is None:
             continue
