@@ -39,6 +39,7 @@ LAG_IN_FILES = 5.0  # of which nobody waits for an alarm: VOB and MPG have two s
 HELD = 256  # audio blocks, about 20 to 60 ms each, waiting for a frame to align with
 THREADS = 16  # at most, with which FFmpeg decodes as many frames at once, and gives each as many frames later
 LONGEST_PAUSE = 30.0  # seconds between reconnection attempts
+BURST = 60.0  # seconds that a live source may be ahead of its time, as HLS is, which sends segments; more is a jump
 
 
 class Snippet(NamedTuple):
@@ -55,7 +56,7 @@ class LiveSource:
     """Iterates over the snippets of a file, a device such as /dev/video0, or an rtsp, http, udp or srt URL.
 
     A source that is not a file and has no known duration is *live*: the oldest queued snippets are dropped if the
-    consumer is too slow, and a lost connection is re-established. A file is read as fast as it is consumed.
+    consumer is slower than time, and a lost connection is re-established. A file is read as fast as it is consumed.
 
     every: frames per snippet; fps: snippets per second, instead of `every`
     retries: consecutive reconnection attempts before giving up
@@ -123,7 +124,7 @@ class LiveSource:
                 try:
                     for snippet in self._snippets(offset):
                         last, tries = snippet.time, 0
-                        self._put(snippet)
+                        self._put(snippet, begun + last if self.live and begun is not None else None)
                 except MediaError as error:
                     if begun is None or not self.live:
                         raise
@@ -140,17 +141,21 @@ class LiveSource:
         except Exception as error:  # raised in the consumer
             self._put(error)
 
-    def _put(self, item: "Snippet | Exception | None") -> None:
+    def _put(self, item: "Snippet | Exception | None", due: float | None = None) -> None:
+        """Queues an item. due: monotonic time from which the oldest in a full queue gives way to it, or None: never."""
         while not self._closed.is_set():
+            early = 0.5 if due is None else due - time.monotonic()
+            wait = min(early, 0.5) if 0 < early < BURST else 0.0
             try:
-                return self._queue.put(item, timeout=0 if self.live and isinstance(item, Snippet) else 0.5)
+                return self._queue.put(item, timeout=wait)
             except queue.Full:
-                if self.live and isinstance(item, Snippet):
-                    try:
-                        oldest = self._queue.get_nowait()
-                    except queue.Empty:
-                        continue  # fetched in the meantime
-                    self.dropped += oldest.frames if isinstance(oldest, Snippet) else 0
+                if wait:
+                    continue
+                try:
+                    oldest = self._queue.get_nowait()
+                except queue.Empty:
+                    continue  # fetched in the meantime
+                self.dropped += oldest.frames if isinstance(oldest, Snippet) else 0
 
     def _snippets(self, offset: Callable[[], float]) -> Iterator[Snippet]:
         """Yields the snippets of one connection. offset: called once, at its first frame, for the time of that."""
