@@ -16,7 +16,7 @@ import torch
 from ..data import DataError, TestVideo, chunk, with_motion
 from ..data.atomic import identity_of, in_turn, read_record, write_csv, write_record
 from ..media.features import VideoFeatures
-from ..models.avadclip import Detector
+from ..models.avadclip import Detector, check_normal_first
 from ..models.checkpoints import CheckpointError
 from ..models.text import tokenize
 from .calibrate import Calibration
@@ -165,12 +165,14 @@ def _load(path: Path, names: list[str] | None) -> Detector:
 
 
 def class_names(classes: Sequence[str]) -> list[str]:
-    """Strips the names of blanks. Raises DataError unless there are at least two, all different and not empty."""
+    """Strips the names of blanks.
+
+    Raises DataError unless there are at least two, all different and not empty, and normal is the first or none.
+    """
     classes = [name.strip() for name in classes]
     if len(classes) < 2 or len(set(classes)) < len(classes) or not all(classes):
         raise DataError(f"classes must be at least two different names, normal first; got {', '.join(classes)}")
-    if "normal" in [name.lower() for name in classes[1:]]:  # which would raise an alarm at what is normal
-        raise DataError(f"normal must be the first of the classes; got {', '.join(classes)}")
+    check_normal_first(classes)
     return classes
 
 

@@ -45,6 +45,12 @@ class Output(NamedTuple):
 _pytree._register_namedtuple(Output, serialized_type_name="avadclip_fast.models.Output")  # for torch.export.save
 
 
+def check_normal_first(classes: Sequence[str]) -> None:
+    """Raises DataError if normal is one of the classes and not the first: what is normal would raise alarms."""
+    if "normal" in [name.strip().lower() for name in classes[1:]]:
+        raise DataError(f"normal must be the first of the classes; got {', '.join(classes)}")
+
+
 class Detector(Checkpointed):
     """Base of teacher and student: temporal encoder, binary classifier, prompt and text encoder."""
 
@@ -71,8 +77,7 @@ class Detector(Checkpointed):
         classes = [classes] if isinstance(classes, str) else list(classes)
         if len(classes) < 2 or len(set(classes)) != len(classes):
             raise ValueError(f"classes must be at least two different names, normal first; got {classes}")
-        if "normal" in [name.strip().lower() for name in classes[1:]]:
-            raise DataError(f"normal must be the first of the classes; got {', '.join(classes)}")
+        check_normal_first(classes)
         tokens = class_tokens or tokenize(classes)
         if len(tokens) != len(classes):
             raise ValueError(f"class_tokens must be one list a class, {len(classes)}, got {len(tokens)}")
