@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from avadclip_fast.data import DataError
 from avadclip_fast.engine import plots, report
 from avadclip_fast.engine.evaluate import VideoScores
 from bench import plots as bench_plots
@@ -143,6 +144,8 @@ def test_videos_with_positive_frames_are_drawn_first(tmp_path, monkeypatch):
     assert all(len(part) == 4 * (int(name[1:]) + 1) for name, part in drawn.items())
     assert [int(drawn[name].sum()) for name in drawn] == [1, 1, 0, 0, 0]
     assert [path.stem for path in report.draw(scores, truth, 4, tmp_path, ["v4", "v1"])] == ["v4", "v1"]
+    with pytest.raises(DataError, match="no video named w"):
+        report.draw(scores, truth, 4, tmp_path, ["w"])
 
 
 def test_errors_name_the_video(tmp_path):

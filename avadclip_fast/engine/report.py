@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .. import _build
+from ..data import DataError
 from ..models.checkpoints import MODEL
 from ..ops import _dispatch
 from . import progress
@@ -46,9 +47,12 @@ def draw(
 ) -> list[Path]:
     """Plots score curves over the ground truth, one PNG per video, and returns their paths.
 
-    names: the videos to plot; default: five, those with positive frames first
+    names: the videos to plot; default: five, those with positive frames first. Raises DataError on an unknown name.
     """
     known = {s.name: i for i, s in enumerate(scores)}
+    missing = [name for name in names or () if name not in known]
+    if missing:
+        raise DataError(f"no video named {', '.join(missing)}; the list has {', '.join(list(known)[:5])}, ...")
     parts = np.split(truth, np.cumsum([len(s.anomaly) * frames_per_snippet for s in scores]))
     paths = []
     for name in names or sorted(known, key=lambda name: not parts[known[name]].any())[:5]:
