@@ -55,6 +55,20 @@ def test_scoring_puts_a_model_into_eval_mode():
     np.testing.assert_array_equal(first.anomaly, again.anomaly)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", [teacher, student])
+def test_a_model_of_another_dtype_scores(make, dtype):
+    """Features are float32 whatever the model is; the text side may have been computed before it was cast."""
+    model, close = make(standardize=["visual"]).eval(), {"rtol": 0, "atol": max(4 * torch.finfo(dtype).eps, 1e-5)}
+    text, plain = model.encode_text().detach(), score_videos(model, videos(), progress=False)
+    for known in (text, None):
+        for of, expected in zip(stream_scores(model.to(dtype), videos(), text=known), plain, strict=True):
+            assert of.probabilities.dtype == (np.float64 if dtype == torch.float64 else np.float32)
+            np.testing.assert_allclose(of.probabilities.sum(1), 1, atol=1e-6)  # they have more bits than the model
+            np.testing.assert_allclose(of.probabilities, expected.probabilities, **close)
+            np.testing.assert_allclose(of.anomaly, expected.anomaly, **close)
+
+
 def test_videos_are_read_as_they_are_needed():
     read = []
 

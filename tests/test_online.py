@@ -110,16 +110,18 @@ def test_the_teacher_scores_what_sounds_as_detect_does(pair, lost):
     assert detector.score == pytest.approx(1 - scores[-1, 0], abs=1e-5)
 
 
-def test_a_snippet_that_came_without_sound_is_silence_to_a_standardised_teacher(pair):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_snippet_that_came_without_sound_is_silence_to_a_standardised_teacher(pair, dtype):
     """As no sound at all is: the mean of what it heard in training, not zeros."""
     scorers = detect.load_scorers(pair / "teacher")
     model = scorers[0].model
     model.standardize["audio"] = Standardize(WIDTH)
     model.standardize["audio"].fit(torch.full((WIDTH,), 3.0), torch.ones(WIDTH))
+    model.to(dtype)
     detector = OnlineDetector(scorers, Sight("cpu"), Hearing("cpu"), seconds=SECONDS)
     detector.push(grey(30), LOUD)
     detector.push(grey(30), None)
-    assert not model._input("audio", torch.from_numpy(detector._heard[-1])[None, None], None).any()
+    assert not model._input("audio", torch.from_numpy(detector._heard[-1])[None, None].to(dtype), None).any()
 
 
 def test_a_teacher_sees_what_sounds_alone(pair):

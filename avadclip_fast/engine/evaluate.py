@@ -19,6 +19,7 @@ from ..data.lists import names_of
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError, TextWeightsError
 from ..models.avadclip import Detector
 from ..models.checkpoints import CONFIG, MISFITS, MODEL, kind_of, model_folder, read_official
+from ..ops._padding import at_least_float32
 from . import distributed
 from .calibrate import Calibration, reliability
 from .graph import StepGraph, recordable
@@ -168,22 +169,25 @@ def stream_scores(
 
     Each chunk is scored independently. Videos are packed until they have `chunks` chunks together, so that short videos
     fill a batch. At most `chunks` chunks are computed in one pass, so that a long video needs little more memory than
-    its features. On a GPU all passes have one shape, and from the second on are replays of one CUDA graph.
+    its features. On a GPU all passes have one shape, and from the second on are replays of one CUDA graph. Features are
+    cast to the model's dtype; probabilities are float32, float64 of a model in float64.
 
     silent: withhold the audio from a teacher. calibration: its temperatures divide the logits. text: the result of
     `model.encode_text` if already computed.
     Raises DataError if the model takes audio and a video has none.
     """
     model.to(device).eval()
-    text = model.encode_text() if text is None else text.to(device)
+    dtype = model.classifier.weight.dtype
+    text = model.encode_text() if text is None else text.to(device, dtype)
     calibration = calibration or Calibration()
     hears = "audio" in model.streams() and not silent
 
     def scored(lengths: Tensor, *streams: Tensor) -> Tensor:
         absent = [None] * (len(model.streams()) - len(streams))
-        out = model.infer(*streams, *absent, lengths=lengths, text_features=text)
-        anomaly = (out.anomaly_logits / calibration.binary.temperature).sigmoid()
-        classes = (out.class_logits / calibration.align.temperature).softmax(-1)
+        given = (x.to(dtype) for x in streams)
+        out = model.infer(*given, *absent, lengths=lengths, text_features=text)
+        anomaly = (at_least_float32(out.anomaly_logits) / calibration.binary.temperature).sigmoid()
+        classes = (at_least_float32(out.class_logits) / calibration.align.temperature).softmax(-1)
         return torch.cat([anomaly[..., None], classes], -1)  # [B, T, 1 + C]
 
     # A recording takes as long as some passes without it: from the second pass on there may be many more.

@@ -68,7 +68,7 @@ class OnlineDetector:
         # would be loud where sound is all positive.
         self._silence = np.zeros(first.width, np.float32)
         if "audio" in first.standardize:
-            self._silence = cast(Standardize, first.standardize["audio"]).mean.numpy(force=True)
+            self._silence = cast(Standardize, first.standardize["audio"]).mean.float().numpy(force=True)
         self.by, self.score = "", 0.0
         self._time: float | None = None
         self._forget()
