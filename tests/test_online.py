@@ -218,6 +218,18 @@ def test_frames_and_sound_of_another_form_are_refused(pair):
     assert len(detector._seen) == 1
 
 
+@pytest.mark.parametrize("rate", [44_100, 48_000])
+def test_sound_of_another_rate_is_refused(pair, rate):
+    """It would be cut to its first third, slowed down. Times tell that a snippet is longer."""
+    detector = online(pair)
+    long = np.resize(LOUD, round(SECONDS * rate))
+    with pytest.raises(DataError, match=rf"audio has {len(long)} samples, and a snippet of 0.2 s has 3200 at 16000 Hz"):
+        detector.push(grey(30), long)
+    detector.push(grey(30), long, 0.0)
+    detector.push(grey(30), np.resize(LOUD, 2 * len(LOUD)))
+    assert len(detector._heard) == 2 and np.array_equal(*detector._heard)
+
+
 @pytest.mark.parametrize("failing", ["visual", "audio", "model"])
 @pytest.mark.parametrize("time", [5 * SECONDS, 100.0], ids=["next", "after a gap"])
 def test_a_snippet_that_fails_leaves_nothing(pair, monkeypatch, failing, time):

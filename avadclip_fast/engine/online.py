@@ -11,7 +11,7 @@ import torch
 
 from ..data import DataError
 from ..media.crops import cut
-from ..media.decode import RATE, audible
+from ..media.decode import GAP, RATE, audible
 from ..media.encoders import AudioEncoder, VisualEncoder, encoded
 from ..models.encoder import Standardize
 from .detect import PAUSE, Event, Scorer, check_widths, deaf_name, event_of, score
@@ -64,6 +64,7 @@ class OnlineDetector:
             raise DataError(f"seconds must be above 0; got {seconds}: a LiveSource knows it with its first snippet")
         if not 0 <= delay < self.window:
             raise DataError(f"delay must be from 0 to less than the window of {self.window} snippets; got {delay}")
+        self.samples = round(seconds * RATE)
         # Of a snippet without sound among those with: what no sound at all is to the model, see `Standardize`. Zeros
         # would be loud where sound is all positive.
         self._silence = np.zeros(first.width, np.float32)
@@ -93,11 +94,13 @@ class OnlineDetector:
     ) -> list[Event]:
         """Scores one snippet and returns the events that ended.
 
-        frame: (H, W, 3) uint8 RGB. audio: (n,) float32 mono at 16 kHz, or None without sound. time: start in seconds,
-        increasing; by default the snippet follows the last one. seconds: its duration, if the stream ends within it.
-        Raises DataError for a frame or sound of another form, which would be scored as something else, and for a time
-        before the last one, unless `flush` was called in between. Of a snippet at which this, an encoder or the model
-        raises, nothing stays: push it again, or go on with the next one and its time.
+        frame: (H, W, 3) uint8 RGB. audio: (n,) float32 mono at 16 kHz, or None without sound; what is longer than a
+        snippet is cut. time: start in seconds, increasing; by default the snippet follows the last one. seconds: its
+        duration, if the stream ends within it.
+        Raises DataError for a frame or sound of another form, which would be scored as something else, for sound twice
+        as long as a snippet without its time, as at 48 kHz, and for a time before the last one, unless `flush` was
+        called in between. Of a snippet at which this, an encoder or the model raises, nothing stays: push it again, or
+        go on with the next one and its time.
         """
         before = {name: copy(value) for name, value in vars(self).items() if name.startswith("_")}
         try:
@@ -119,6 +122,12 @@ class OnlineDetector:
                 given = f"{audio.shape} {audio.dtype}"
                 remedy = "divide int16 samples by 32768, and take the mean of channels"
                 raise DataError(f"audio must be (n,) float in [-1, 1]; got {given}: {remedy}")
+            # With times, snippets may last longer, as of a camera that takes fewer frames in the dark. GAP: sound comes
+            # in blocks, which may be longer than a snippet of few frames.
+            if time is None and len(audio) > 2 * self.samples + GAP * RATE:
+                holds = f"a snippet of {self.seconds:g} s has {self.samples} at {RATE} Hz"
+                remedy = "resample it, or give the time of each snippet if they last longer"
+                raise DataError(f"audio has {len(audio)} samples, and {holds}: {remedy}")
         if time is None:
             time = 0.0 if self._time is None else self._time + self.seconds
         if not math.isfinite(time) or (self._seen and self._time is not None and time < self._time):
@@ -161,8 +170,8 @@ class OnlineDetector:
     def _listen(self, audio: np.ndarray | None, time: float) -> None:
         loud = False
         if self.audio is not None and audio is not None:
-            samples = np.zeros((1, round(self.seconds * RATE)), np.float32)
-            samples[0, : len(audio)] = audio[: samples.shape[1]]
+            samples = np.zeros((1, self.samples), np.float32)
+            samples[0, : len(audio)] = audio[: self.samples]
             loud = bool(audible(samples)[0])
             self._heard.append(self._embedded(self.audio, samples))
         else:
