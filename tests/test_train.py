@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -502,7 +503,9 @@ def test_a_gpu_saves_less_often():
     "wrong",
     [
         {"select": "best"}, {"epochs": 0}, {"batch_size": 0}, {"checkpoint_every": 0}, {"precision": "fp8"},
-        {"milestones": (3, -1)},
+        {"milestones": (3, -1)}, {"epochs": 2.5}, {"batch_size": "8"}, {"lr": "1e-3"}, {"lr": -1}, {"lr": math.nan},
+        {"lr": math.inf}, {"temporal_lr": -0.5}, {"noise": -1.0}, {"distill_weight": -1e-8}, {"text_weight": -1},
+        {"weight_decay": np.float64(-0.01)},
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_be_followed(wrong):

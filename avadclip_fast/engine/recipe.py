@@ -1,5 +1,6 @@
 """Training recipes: the paper's, and one for sets of only hundreds of videos."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +43,12 @@ class Recipe:
             if getattr(self, name) not in known:
                 raise RecipeError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "checkpoint_every"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise RecipeError(f"{name} must be at least 1; got {value!r}")
+            if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value >= 1):
+                raise RecipeError(f"{name} must be an integer of at least 1; got {value!r}")
+        for name in ("lr", "weight_decay", "text_weight", "distill_weight", "temporal_lr", "noise"):
+            # below 0, training would go the wrong way, and say nothing; YAML reads 1e-3 as text
+            if not (isinstance(value := getattr(self, name), int | float) and 0 <= value < math.inf):
+                raise RecipeError(f"{name} must be a finite number of at least 0; got {value!r}")
         if any(m < 1 for m in self.milestones):
             raise RecipeError(f"milestones must be at least 1; got {', '.join(map(str, self.milestones))}")
 
