@@ -549,6 +549,10 @@ def test_a_set_without_videos(tmp_path):
 def test_only_students_are_distilled(tmp_path):
     with pytest.raises(RecipeError, match="a teacher distils a student"):
         fit(teacher(), features(), RECIPE, tmp_path, teacher=teacher(1), progress=False)
+    student = AVadCLIPStudent.beside(teacher(), window=4)
+    for wrong, kind in ((student, "AVadCLIPStudent"), ("runs/teacher", "str")):
+        with pytest.raises(RecipeError, match=rf"teacher must be an AVadCLIP; got {kind}: load one with"):
+            fit(student, features(), RECIPE, tmp_path, teacher=wrong, progress=False)
 
 
 def test_a_set_is_known_by_every_bit():

@@ -165,6 +165,9 @@ def _check_fits(model, data: FeatureSet, recipe: Recipe, teacher, held_out: Feat
     for name, videos in (("data", data), ("held_out", held_out)):
         if videos is not None and not len(videos):
             raise RecipeError(f"{name} has no videos; give at least one")
+    if teacher is not None and not isinstance(teacher, AVadCLIP):
+        given = type(teacher).__name__
+        raise RecipeError(f"teacher must be an AVadCLIP; got {given}: load one with AVadCLIP.from_pretrained(folder)")
     for one, videos in ((model, data), (teacher, data), (model, held_out)):
         if one is None or videos is None:
             continue
