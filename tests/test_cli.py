@@ -91,6 +91,15 @@ def mistake(capsys, *arguments) -> str:
     return captured.err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_standard_output_that_is_full_is_named(monkeypatch, capsys):
+    """And given up: Python writes again what is left of it as it exits."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert mistake(capsys, "env") == "error: [Errno 28] No space left on device: standard output\n"
+        print("more", file=full, flush=True)
+
+
 def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
     run = tmp_path / "student"
     assert (

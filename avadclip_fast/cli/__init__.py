@@ -2,6 +2,7 @@
 
 import atexit
 import io
+import os
 import signal
 import sys
 import threading
@@ -66,9 +67,10 @@ def _run() -> int:
         TextWeightsError,
         BackendError,
         FloatingPointError,
-        OSError,  # a full disk, a folder without permission
     ) as error:
         return _fail(error, 2)
+    except OSError as error:  # a full disk, a folder without permission
+        return _fail(f"{error}{_of_output()}", 2)
     except Stopped as stop:
         return _fail(stop, 128 + stop.number)
     except (MemoryError, RuntimeError) as error:
@@ -86,6 +88,16 @@ def _in_thread(failed: threading.ExceptHookArgs) -> None:
     """Leaves out what TensorBoard's thread raises, such as a full disk: its writer raises it again, to be told."""
     if not type(failed.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(failed)
+
+
+def _of_output() -> str:
+    """Names standard output if that takes no more, and gives it up: Python would try again as it exits, and tell it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ": standard output"
+    return ""
 
 
 def _fail(what: object, code: int) -> int:
