@@ -100,6 +100,15 @@ def test_standard_output_that_is_full_is_named(monkeypatch, capsys):
         print("more", file=full, flush=True)
 
 
+@pytest.mark.parametrize("closed", [["stdout"], ["stdout", "stderr"]])
+def test_what_is_told_to_a_closed_output_goes_nowhere(monkeypatch, closed):
+    """As of a service that is started by `>&-`."""
+    for name in closed:
+        monkeypatch.setattr(sys, name, None)
+    assert call("env") == 0
+    sys.stdout.flush()  # as `stream` does after each event
+
+
 def test_train_distil_evaluate(videos, trained, tmp_path, capsys):
     run = tmp_path / "student"
     assert (

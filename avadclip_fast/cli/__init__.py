@@ -22,6 +22,9 @@ _TAKES_LESS = {  # what helps where memory is short
 
 def main() -> None:
     """Runs a command. A user error prints one line on stderr and exits with code 2, without a stack trace."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`: what is told goes nowhere
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         code = _run()
     except (KeyboardInterrupt, SystemExit) as end:
