@@ -483,6 +483,10 @@ def test_videos_of_one_name_in_several_folders_are_all_drawn(videos, trained, tm
     drawn = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")}
     assert drawn == {*(f"{name}.png" for name in (*clash, other)), "reliability.png"}
     assert len({(tmp_path / f"{name}.png").read_bytes() for name in clash}) == 3
+    rows[0] = dataclasses.replace(rows[0], visual=Path(shutil.copy(rows[0].visual, videos / "reliability.npy")))
+    data.write_list(videos / "tree.csv", rows)
+    assert call(*ask, "--plots", tmp_path / "named", "--plot", "reliability") == 0  # as the diagram would be
+    assert sorted(path.name for path in (tmp_path / "named").iterdir()) == ["reliability.png", "reliability_.png"]
 
 
 def test_what_cannot_be_is_told_before_features_are_read(videos, trained, tmp_path, capsys, monkeypatch):

@@ -499,9 +499,12 @@ def evaluate_(
     if json_ is not None:
         write_json(json_, result)
     if plots is not None:
-        for path in report.draw(scores, truth, frames, plots, plot):
+        drawn = report.draw(scores, truth, frames, plots, plot)
+        for path in drawn:
             typer.echo(f"wrote {path}")
         path = plots / "reliability.png"
+        while path in drawn:  # of a video of that name
+            path = path.with_stem(f"{path.stem}_")
         reliability_plot(path, {name: found["bins"] for name, found in result["threshold"].items()})
         typer.echo(f"wrote {path}")
 
