@@ -386,6 +386,19 @@ def test_sound_that_is_far_behind_its_frames_in_a_file_is_heard(tmp_path):
     assert all(np.abs(snippet.sound[: 16_000 // 4]).max() > 0.1 for snippet in LiveSource(path))
 
 
+def test_frames_that_wait_for_sound_that_has_ended_take_bounded_memory(tmp_path, monkeypatch):
+    """Of 4K, five seconds of frames are 3 GB."""
+    path = make_video(tmp_path / "a.mkv", frames=250, audio=1, tone=(0, 1), sound_ends=1.0)
+    monkeypatch.setattr(live_module, "IMAGES", 20 * 48 * 64 * 3)
+    made, most = LiveSource._made, []
+    monkeypatch.setattr(
+        LiveSource, "_made", lambda live, waiting, *rest: most.append(len(waiting)) or made(live, waiting, *rest)
+    )
+    snippets = list(LiveSource(path, every=1))
+    assert len(snippets) == 250 and max(most) < 21 + 2 * live_module.THREADS  # whose last frames come at once
+    assert [np.abs(s.sound).max() > 0.1 for s in snippets] == [True] * 25 + [False] * 225
+
+
 def without_rate(path, frames):
     """A video as browsers record them, of frames at odd times and without a rate. Returns its path, and the times."""
     times = np.cumsum(np.random.default_rng(0).integers(20, 61, frames)) / 1000

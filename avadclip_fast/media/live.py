@@ -36,6 +36,7 @@ from .errors import MediaError, import_av
 WAITING = 4  # snippets queued between the reader and the consumer
 LAG = 1.0  # seconds that a snippet waits for its audio, which may arrive after its frame
 LAG_IN_FILES = 5.0  # of which nobody waits for an alarm: VOB and MPG have two seconds of a still scene before its audio
+IMAGES = 2**30  # bytes of images that wait for audio, at most: five seconds of 4K are 3 GB, if each frame is a snippet
 HELD = 256  # audio blocks, about 20 to 60 ms each, waiting for a frame to align with
 THREADS = 16  # at most, with which FFmpeg decodes as many frames at once, and gives each as many frames later
 LONGEST_PAUSE = 30.0  # seconds between reconnection attempts
@@ -192,7 +193,7 @@ class LiveSource:
                             waiting.append((clock.now, upright(frame), before))
                         self.frames += 1
                     sound.settle()
-                    while waiting and self._complete(waiting[0][0], clock, audio, sound, lag):
+                    while waiting and self._complete(waiting, clock, audio, sound, lag):
                         yield self._made(waiting, clock, start, audio, sound)
             except (av.error.FFmpegError, OSError) as error:
                 self.dropped += clock.seen - waiting[0][2] if waiting else 0
@@ -203,10 +204,14 @@ class LiveSource:
                 yield self._made(waiting, clock, start, audio, sound)
             reach.check(self.source, clock.seen)
 
-    def _complete(self, at: float, clock: Clock, audio: Any, sound: "Ring", lag: float) -> bool:
-        """Whether the snippet at `at` is complete, or its audio is later than `lag` seconds."""
+    def _complete(
+        self, waiting: "deque[tuple[float, np.ndarray, int]]", clock: Clock, audio: Any, sound: "Ring", lag: float
+    ) -> bool:
+        """Whether the first snippet is complete, or its audio is later than `lag` seconds or IMAGES."""
+        at, image, _ = waiting[0]
         end = at + self.seconds
-        return clock.now >= end and (audio is None or sound.end >= end or clock.now >= end + lag)
+        late = clock.now >= end + lag or len(waiting) * image.nbytes > IMAGES
+        return clock.now >= end and (audio is None or sound.end >= end or late)
 
     def _made(
         self, waiting: "deque[tuple[float, np.ndarray, int]]", clock: Clock, offset: float, audio: Any, sound: "Ring"
