@@ -169,6 +169,12 @@ def test_a_model_of_the_default_sizes_is_traced():
         torch.testing.assert_close(x, y, rtol=0, atol=TOLERANCE)
 
 
+def test_a_model_of_single_snippets_is_exported(tmp_path):
+    model = teacher(layers=1, length=1).eval()
+    for name in ("m.pt2", "m.onnx"):
+        assert export_model(model, tmp_path / name) < TOLERANCE / 10
+
+
 def test_what_cannot_be_traced_is_told_in_a_line(tmp_path, monkeypatch):
     class Constraint(Exception):
         """As of a private module of torch."""

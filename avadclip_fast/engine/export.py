@@ -189,7 +189,8 @@ def trace(model: Detector, calibration: Calibration | None = None) -> ExportedPr
 
 
 def _free(model: Detector) -> tuple:
-    batch, snippets = Dim("batch", min=1), Dim("snippets", min=1, max=model.length)
+    batch = Dim("batch", min=1)
+    snippets = Dim("snippets", min=1, max=model.length) if model.length > 1 else 1
     return (tuple({0: batch, 1: snippets} for _ in model.streams()) + ({0: batch},),)
 
 
