@@ -377,6 +377,12 @@ def test_a_conversion_back_is_a_file(trained, tmp_path, capsys):
     assert (tmp_path / "new" / "folder" / "official.pth").is_file()
 
 
+def test_a_conversion_back_keeps_the_classes(trained, tmp_path, capsys):
+    said = mistake(capsys, "convert", trained, tmp_path / "x.pth", "--classes", "A=normal,B1=brawl")
+    assert f"{trained}: --classes is of an official .pth; this model knows normal, " in said
+    assert not (tmp_path / "x.pth").exists()
+
+
 def test_a_conversion_of_a_file_is_a_folder(trained, tmp_path, capsys):
     for name in ("a.pth", "file", "b.bin"):
         (tmp_path / name).write_bytes(b"left as it is")

@@ -603,7 +603,6 @@ def convert(
     ] = None,
 ) -> None:
     """Convert an official checkpoint to a model folder (safetensors + config.json), or back."""
-    codes, _, _ = _preset(preset, classes, None)
     model_folder(source)  # a file of one leads to the folder, before its target is found wrong
     named = target.suffix in (".pth", ".pt")
     if source.is_dir() and (target.is_dir() or not named):
@@ -612,7 +611,7 @@ def convert(
         raise CheckpointError(f"{target}: a .pth is turned into a folder; name a folder, new or to be written to")
     if image_tower is not None and not source.is_dir():
         raise CheckpointError("--image-tower is added to a .pth; a folder takes none: leave it out")
-    model = load_model(source, list(codes.values()), window)
+    model = _load_alone(source, preset, classes, window)
     if source.is_dir():
         model.to_official(target, image_tower)
         typer.echo(f"wrote {target}: weights only; window, padding and calibration are not part of this format")
@@ -667,6 +666,17 @@ def _load(path: Path, codes: dict[str, str], window: int | None, beside: Path | 
         window = None
     model = load_model(path, list(codes.values()), window)
     _same_classes(model, codes, path)
+    return model
+
+
+def _load_alone(path: Path, preset: str, classes: str | None, window: int | None) -> Detector:
+    """Loads a model that no list goes with. preset, classes, window: of an official .pth."""
+    names = list(_preset(preset, classes, None)[0].values())
+    model = load_model(path, names, window)
+    if classes is not None and model.classes != names:
+        raise CheckpointError(
+            f"{path}: --classes is of an official .pth; this model knows {', '.join(model.classes)}: leave it out"
+        )
     return model
 
 

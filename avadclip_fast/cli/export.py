@@ -7,9 +7,7 @@ import typer
 from typer import Argument, Option
 
 from ..engine.calibrate import Calibration
-from ..engine.evaluate import load_model
-from ..models import CheckpointError
-from .commands import Classes, OfficialWindow, PresetName, _preset, app, sized
+from .commands import Classes, OfficialWindow, PresetName, _load_alone, app, sized
 
 
 @app.command()
@@ -41,12 +39,7 @@ def export(
     """
     from ..engine.export import TOLERANCE, export_model
 
-    names = list(_preset(preset, classes, None)[0].values())
-    loaded = load_model(model, names, window)
-    if classes is not None and loaded.classes != names:
-        raise CheckpointError(
-            f"{model}: --classes is of an official .pth; this model knows {', '.join(loaded.classes)}: leave it out"
-        )
+    loaded = _load_alone(model, preset, classes, window)
     difference = export_model(loaded, output, format_, Calibration.load(model), every)
     typer.echo(
         f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB: on random features its scores are the model's to "
