@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._binary_head import binary_head as fused_head
+from ..ops._check import check_counts
 from ..ops._keep import keep
 from ..ops._layer_norm import LAYER_NORM_EPS
 from ..ops._linear_act_cpu import spares
@@ -161,13 +162,16 @@ class TemporalConvNet(nn.Module):
     """Audio encoder: residual levels of causal convolutions with dilation 1, 2, 4, ... (official `temporalconvnet`).
 
     forward: (B, T, D), lengths (B,) or None -> (B, T, D). It is causal, so trailing padding never reaches a valid row.
-    Rows t >= lengths[b] mean nothing.
+    Rows t >= lengths[b] mean nothing. Raises ValueError on invalid settings, shapes, dtypes, devices or lengths.
     """
 
     def __init__(
         self, dim: int = 512, levels: int = 3, taps: int = 2, dropout: float = 0.1, backend: str | None = None
     ):
         super().__init__()
+        check_counts("TemporalConvNet", dim=dim, levels=levels, taps=taps)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"TemporalConvNet: dropout must lie in 0..1, got {dropout!r}")
         self.network = nn.Sequential(*(TemporalBlock(dim, taps, 2**i, dropout, backend) for i in range(levels)))
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:

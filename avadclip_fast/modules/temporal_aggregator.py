@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._check import check_counts
 from ..streams import aside
 from .distance_graph import DistanceGraph
 from .linear_act import TemporalConv
@@ -47,7 +48,7 @@ class TemporalAggregator(nn.Module):
     threshold: cosine above which `SimilarityGraph` keeps an edge
     x: (B, T, D) floating point; lengths: (B,) int, or None if all rows are valid
     Returns (B, T, D) in x's dtype.
-    Raises ValueError on an unknown `padding`, or invalid shapes, dtypes, devices or lengths.
+    Raises ValueError on an unknown `padding`, a `dim` below 2, or invalid shapes, dtypes, devices or lengths.
     Parameters have the official names.
     """
 
@@ -57,6 +58,7 @@ class TemporalAggregator(nn.Module):
             raise ValueError(f"TemporalAggregator: padding must be 'official' or 'masked', got {padding!r}")
         self.padding = padding
         half = dim // 2
+        check_counts("TemporalAggregator", **{"dim // 2": half})
         self.gc1 = GraphConv(dim, half)
         self.gc2 = GraphConv(half, half)
         self.gc3 = GraphConv(dim, half)

@@ -33,7 +33,7 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim: int = 512, window: int = 64, heads: int = 1, backend: str | None = None):
         super().__init__()
-        check_counts("WindowAttention", window=window, heads=heads)
+        check_counts("WindowAttention", dim=dim, window=window, heads=heads)
         if dim % heads:
             raise ValueError(f"WindowAttention: window={window} and heads={heads}: heads must divide dim={dim}")
         self.window, self.heads, self.backend = window, heads, backend
