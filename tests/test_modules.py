@@ -238,6 +238,12 @@ def test_windows_has_the_modules_and_is_told_what_the_models_need():
         (lambda: teacher(classes=["normal"]), r"at least two different names, normal first; got \['normal'\]"),
         (lambda: teacher(classes=["a", "a", "b"]), "at least two different names"),
         (lambda: teacher(class_tokens=[[49406, 5, 49407]]), "class_tokens must be one list a class, 3, got 1"),
+        (lambda: teacher(dropout=-0.1), r"dropout must lie in 0\.\.1, got -0.1"),
+        (lambda: teacher(width=-32), "AVadCLIP: width must be a whole number above zero, got -32"),
+        (lambda: student(length=0), "AVadCLIPStudent: length must be a whole number above zero, got 0"),
+        (lambda: teacher(text_layers=0), "AVadCLIP: text_layers must be a whole number above zero, got 0"),
+        (lambda: teacher(text_width=200), "text_width must be a multiple of 64, .* or below 128; got 200"),
+        (lambda: teacher(standardize="audio"), r"a list of \('visual', 'audio'\); got 'audio'"),
         (lambda: student(modality="text"), "modality must be 'visual' or 'audio', got 'text'"),
     ],
 )

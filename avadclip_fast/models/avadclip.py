@@ -22,7 +22,7 @@ from ..modules import (
 )
 from ..modules.linear_act import binary_head
 from ..ops._autocast import activations, autocasts
-from ..ops._check import check_lengths
+from ..ops._check import check_counts, check_lengths
 from ..ops._linear_act_cpu import spares
 from ..ops._padding import at_least_float32, zero_padding
 from ..streams import FIRST, aside
@@ -81,9 +81,10 @@ class Detector(Checkpointed):
         tokens = class_tokens or tokenize(classes)
         if len(tokens) != len(classes):
             raise ValueError(f"class_tokens must be one list a class, {len(classes)}, got {len(tokens)}")
+        check_counts(type(self).__name__, length=length, width=width, text_width=text_width, text_layers=text_layers)
         self.classes, self.padding = classes, padding
         if not set(standardize) <= set(self.streams()):
-            raise ValueError(f"standardize takes streams of the model, {self.streams()}; got {standardize!r}")
+            raise ValueError(f"standardize takes streams of the model, a list of {self.streams()}; got {standardize!r}")
         if motion and "visual" not in standardize:
             raise ValueError(
                 f"motion and sight are standardised and added up: add 'visual' to standardize={standardize!r}"

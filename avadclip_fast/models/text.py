@@ -109,7 +109,7 @@ class TextEncoder(nn.Module):
     Weights have CLIP's names and are frozen; only `prompt` (77, W) is trained, with row p at position p.
 
     tokens: one list of token ids per class, [SOS] name [EOS]
-    Raises DataError if a name has more than 55 tokens.
+    Raises DataError if a name has more than 55 tokens, ValueError on other invalid settings.
     """
 
     codes: Tensor  # (11 + C·S,) int64, CLIP's token of each row
@@ -119,9 +119,12 @@ class TextEncoder(nn.Module):
 
     def __init__(self, tokens: list[list[int]], dim: int = 512, width: int = 512, layers: int = 12):
         super().__init__()
+        heads = max(1, width // 64)
+        if width % heads:
+            raise ValueError(f"text_width must be a multiple of 64, the width of a head, or below 128; got {width}")
         self.token_embedding = nn.Embedding(VOCABULARY, width)
         self.positional_embedding = nn.Parameter(torch.zeros(CONTEXT, width))
-        self.transformer = Transformer(TextBlock(width, max(1, width // 64)) for _ in range(layers))
+        self.transformer = Transformer(TextBlock(width, heads) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.zeros(width, dim))
         # CLIP's temperature is unused, but kept so that official checkpoints round-trip.
