@@ -578,6 +578,8 @@ def test_what_does_not_fit_is_named():
             pytest.raises(ValueError, match="audio is torch.float64.*float32; cast"),
         ):
             model(visual, audio.double(), lengths)
+    with pytest.raises(ValueError, match="labels must be a tensor, got list"):
+        objective(model, model(visual, audio), labels.tolist())
     with pytest.raises(ValueError, match="visual is torch.float16, but the model is torch.float32; cast one, or use"):
         model(visual.half(), audio, lengths)
     pupil = student()

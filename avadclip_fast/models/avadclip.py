@@ -404,7 +404,8 @@ def objective(
     if not hasattr(model, "mil_loss"):
         raise ValueError(f"model must be the teacher or student itself, such as ddp.module; got {type(model).__name__}")
     if lengths is None:
-        lengths = labels.new_full((len(labels),), out.anomaly_logits.shape[1], dtype=torch.int64)
+        videos, rows = out.anomaly_logits.shape
+        lengths = out.anomaly_logits.new_full((videos,), rows, dtype=torch.int64)
     # A block a video or less, and thus three that a GPU can run beside each other; the last is forty tiny kernels.
     mil = aside("mil", partial(model.mil_loss, out.anomaly_logits, labels, lengths), FIRST)
     text = aside("text loss", partial(text_loss, out.text_features), FIRST)
