@@ -21,6 +21,7 @@ from .packed import Field, checksum, open_packed, write_packed
 
 READERS = 4  # threads that read feature files
 
+Rows = Tensor | np.ndarray | Sequence[int]  # numbers of rows, as a tensor int64
 Progress = Callable[[Iterable], Iterable]  # wraps an iterable, like tqdm
 
 
@@ -138,21 +139,27 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.lengths if self.index is None else self.index)
 
-    def subset(self, index: Tensor) -> "FeatureSet":
-        """The rows of `index` (M,) int64, without copying."""
+    def subset(self, index: Rows) -> "FeatureSet":
+        """The rows of `index` (M,), without copying."""
+        index = self._numbers(index)
         return replace(self, index=index if self.index is None else self.index[index])
 
-    def batch(self, index: Tensor) -> Batch:
-        """The rows of `index` (B,) int64, in float32."""
+    def batch(self, index: Rows) -> Batch:
+        """The rows of `index` (B,), in float32."""
         return self.stored(index).float()
 
-    def stored(self, index: Tensor) -> Batch:
-        """The rows of `index` (B,) int64, in the stored dtype."""
-        index = index.to(self.lengths.device, non_blocking=True)
+    def stored(self, index: Rows) -> Batch:
+        """The rows of `index` (B,), in the stored dtype."""
+        index = self._numbers(index)
         if self.index is not None:
             index = self.index[index]
         audio = None if self.audio is None else self.audio[index]
         return Batch(self.visual[index], audio, self.lengths[index], self.labels[index])
+
+    def _numbers(self, index: Rows) -> Tensor:
+        if not isinstance(index, Tensor):
+            index = torch.as_tensor(index, device="cpu")  # whatever the default device
+        return index.to(self.lengths.device, non_blocking=True)
 
     def valid(self) -> Tensor:
         """Number of valid snippets per sample, (M,) int64."""
