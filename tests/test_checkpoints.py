@@ -185,6 +185,18 @@ def test_every_difference_is_listed(official, settings):
     assert len(message.splitlines()) == 4
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("clipmodel.transformer", "129 text_layers"), ("temporal", "129 layers")],
+    ids=["text", "temporal"],
+)
+def test_a_checkpoint_that_names_more_blocks_than_any_model_has(official, settings, name, said):
+    state = torch.load(official[1], weights_only=True)
+    state |= {f"{name}.resblocks.{i}.x": torch.zeros(1) for i in range(129)}
+    with pytest.raises(CheckpointError, match=f"the checkpoint names {said}; up to 128 are read"):
+        AVadCLIP.from_official(state, **settings)
+
+
 def test_foreign_names_are_listed(official, settings):
     state = torch.load(official[1], weights_only=True) | {"backbone.conv": torch.zeros(1), "gc5.weight": torch.zeros(1)}
     with pytest.raises(

@@ -50,6 +50,7 @@ IMAGE_TOWER = "clipmodel.visual."
 HUB = ("revision", "cache_dir", "force_download", "local_files_only", "token", "proxies", "resume_download")
 # argument -> names of a layer's tensors
 BLOCKS = {"layers": r"temporal\.resblocks\.(\d+)\.", "text_layers": r"text\.transformer\.resblocks\.(\d+)\."}
+DEEPEST = 128  # blocks of either that an official checkpoint may name; CLIP's deepest text transformer has 32
 # What a constructor raises on settings that nobody checked; RuntimeError: on impossible sizes.
 MISFITS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 # The only values that the official code supports; the heads are those of its window attention.
@@ -354,6 +355,9 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         if classes is None:
             classes = list(XD_VIOLENCE.values())
         classes = list(classes)
+        for name in BLOCKS:
+            if sizes[name] > DEEPEST:  # their names cost nothing, the blocks gigabytes and minutes
+                raise CheckpointError(f"{where} names {sizes[name]} {name}; up to {DEEPEST} are read")
         count = sizes.pop("classes")
         if count != len(classes):
             raise CheckpointError(
