@@ -239,6 +239,12 @@ def test_a_held_out_list_takes_the_place_of_a_share(videos, tmp_path, capsys):
     separate = "--held-out-list", videos / "both.csv"
     said = mistake(capsys, "train", videos / "train.csv", "-o", tmp_path / "other", *separate, *QUICK)
     assert "both.csv: " in said and "and not held out" in said
+    (tmp_path / "folder").symlink_to(videos / "train", target_is_directory=True)
+    (tmp_path / "a.npy").symlink_to(next((videos / "train").glob("*__v.npy")))
+    for linked in (next((tmp_path / "folder").glob("*__v.npy")), tmp_path / "a.npy"):
+        (tmp_path / "linked.csv").write_text(f"path,label\n{linked},A\n")
+        student = "train", videos / "train.csv", "-o", tmp_path / "other", "--student", *QUICK
+        assert "and not held out" in mistake(capsys, *student, "--held-out-list", tmp_path / "linked.csv")
     for other in (separate, ("--select", "last")):  # which leave a share aside
         said = mistake(capsys, "train", videos / "train.csv", "-o", tmp_path / "run", "--held-out", 0.3, *other, *QUICK)
         assert f"--held-out 0.3 is for --select val, and {other[0]} " in said

@@ -81,7 +81,11 @@ def train_on_list(
     held = None
     if held_out_list is not None:
         held, others = load(held_out_list)
-        names = [{os.path.abspath(data.video_of(row)) for row in part} for part in (rows, others)]
+        # links are followed, of folders and of files
+        names = [
+            {os.path.realpath(path) for row in part for path in (data.video_of(row), row.visual)}
+            for part in (rows, others)
+        ]
         if both := set.intersection(*names):
             raise DataError(
                 f"{held_out_list}: {min(both)} is in {list_} too, and not held out; remove it from one of them"
