@@ -236,6 +236,24 @@ def test_crops_in_a_feature_set_are_one_video(tmp_path):
         assert found.subset(torch.tensor([0, 1, 3])).videos() == 2
 
 
+def test_crops_of_a_video_have_one_label(tmp_path):
+    labels = {"a__0": "B1-0-0", "a__5": "B1", "b__0": "A", "b__1": "B2-G-0", "b__2": "G-B2"}
+    for name in labels:
+        np.save(tmp_path / f"{name}.npy", np.ones((3, 6), np.float32))
+    rows = [Row(tmp_path / f"{name}.npy", None, label, i + 2) for i, (name, label) in enumerate(labels.items())]
+    assert len(FeatureSet.load(rows[:2] + rows[3:], CODES, 8, width=6, audio=False)) == 4
+    wrong = "labelled B2-G-0, but A on line 4, as another crop of the same video"
+    for read in (
+        lambda: FeatureSet.load(rows, CODES, 8, width=6, audio=False),
+        lambda: data.pack(tmp_path / "p", rows, 8),
+    ):
+        with pytest.raises(LabelError, match=rf"b__1.npy \(list line 5\): {wrong}"):
+            read()
+    write_list(tmp_path / "list.csv", rows)
+    problems = data.check_list(tmp_path / "list.csv", CODES, audio=False, width=6)
+    assert len(problems) == 2 and f"list.csv, line 5: {wrong}" in problems[0] and "line 6: " in problems[1]
+
+
 def test_feature_set_without_sound(listed):
     silent = [Row(row.visual, None, row.label, row.line) for row in listed]
     features = FeatureSet.load(silent, CODES, 8, width=6, audio=False)

@@ -10,7 +10,7 @@ from .errors import DataError, LabelError
 from .features import load_features
 from .ground_truth import read_frame_gt
 from .labels import encode, is_normal
-from .lists import Row, scan_list, videos
+from .lists import Row, scan_list, unlike, videos
 
 
 def check_list(
@@ -41,6 +41,7 @@ def check_list(
         found, count = _check_row(row, codes, audio, width)
         problems += [f"{path}, line {row.line}: {problem}" for problem in found]
         counts.append(count)
+    problems += [f"{path}, line {row.line}: {problem}" for row, problem in unlike(rows)]
     if frame_gt is not None:
         try:
             truth = read_frame_gt(frame_gt)

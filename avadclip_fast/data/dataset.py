@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import DataError, LabelError
 from .features import chunk, load_features, pool, with_motion
 from .labels import encode
-from .lists import Row, video_of
+from .lists import Row, unlike, video_of
 from .packed import Field, checksum, open_packed, write_packed
 
 READERS = 4  # threads that read feature files
@@ -81,7 +81,7 @@ class FeatureSet:
         """
         if not rows:
             raise DataError("no videos to load: the list, or this part of it, is empty")
-        labels = np.stack([_encode(row, codes) for row in rows])
+        labels = _encoded(rows, codes)
         visual = torch.zeros(len(rows), length, (1 + motion) * width, device="cpu")  # whatever the default device
         heard = torch.zeros(len(rows), length, width, device="cpu") if audio else None
         lengths = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
@@ -220,6 +220,7 @@ def pack(
     """
     if not rows:
         raise DataError("no videos to pack: the list is empty")
+    _check_crops(rows)  # labels are not read again before training
     limit = float(np.finfo(dtype).max)
     fields = {"visual": Field(dtype, (length, (1 + motion) * width))}
     fields |= {"audio": Field(dtype, (length, width))} if audio else {}
@@ -264,7 +265,7 @@ def packed_rows(path: str | Path, codes: dict[str, str]) -> tuple[list[Row], np.
     if not _is_packed_list(tensors, info):
         raise DataError(f"{path}: not a packed list; make one with `avadclip-fast pack`, or give the list itself")
     rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
-    return rows, np.stack([_encode(row, codes) for row in rows])
+    return rows, _encoded(rows, codes)
 
 
 def _is_packed_list(tensors: dict[str, Tensor], info: object) -> bool:
@@ -336,8 +337,19 @@ def unequal(row: Row, visual: int, audio: int) -> str:
     )
 
 
-def _encode(row: Row, codes: dict[str, str]) -> np.ndarray:
-    try:
-        return encode(row.label, codes)
-    except LabelError as error:
-        raise LabelError(f"{row.visual} (list line {row.line}): {error}") from error
+def _encoded(rows: Sequence[Row], codes: dict[str, str]) -> np.ndarray:
+    """Returns the labels of rows, (N, C). Raises LabelError."""
+    labels = []
+    for row in rows:
+        try:
+            labels.append(encode(row.label, codes))
+        except LabelError as error:
+            raise LabelError(f"{row.visual} (list line {row.line}): {error}") from error
+    _check_crops(rows)
+    return np.stack(labels)
+
+
+def _check_crops(rows: Sequence[Row]) -> None:
+    """Raises LabelError if crops of one video are labelled differently."""
+    for row, problem in unlike(rows):
+        raise LabelError(f"{row.visual} (list line {row.line}): {problem}")

@@ -43,7 +43,7 @@ def encode(label: str, codes: dict[str, str]) -> np.ndarray:
     Returns (C,) float32. Raises LabelError if the label has an unknown code, no code, or normal with an anomaly.
     """
     order = list(codes)
-    found = {code.strip() for code in label.split("-")} - {FILLER, ""}
+    found = codes_in(label)
     unknown = sorted(found - set(order))
     if unknown:
         known = ", ".join(f"{code} ({name})" for code, name in codes.items())
@@ -55,6 +55,11 @@ def encode(label: str, codes: dict[str, str]) -> np.ndarray:
     if order[0] in found and len(found) > 1:
         raise LabelError(f"label {label!r} is normal ({order[0]}) and anomalous at once; remove one of the two")
     return np.isin(order, list(found)).astype(np.float32)
+
+
+def codes_in(label: str) -> set[str]:
+    """The codes of a label, known or not, without filler."""
+    return {code.strip() for code in label.split("-")} - {FILLER, ""}
 
 
 def is_normal(label: str, codes: dict[str, str]) -> bool:

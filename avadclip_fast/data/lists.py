@@ -12,7 +12,7 @@ import numpy as np
 
 from .atomic import write_csv
 from .errors import DataError
-from .labels import is_normal
+from .labels import codes_in, is_normal
 from .packed import PACKED
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs"}  # which spreadsheets write in the place of commas
@@ -165,6 +165,20 @@ def videos(rows: Sequence[Row]) -> list[list[Row]]:
 def video_of(row: Row) -> Path:
     """The video of a row: its visual file without suffix and crop number."""
     return row.visual.with_name(_CROP.sub("", row.visual.stem)) if row.visual.name else row.visual
+
+
+def unlike(rows: Sequence[Row]) -> list[tuple[Row, str]]:
+    """The rows whose label has other codes than that of the first crop of their video, each with what is wrong."""
+    return [
+        (
+            row,
+            f"labelled {row.label}, but {first.label} on line {first.line}, as another crop of the same video; correct "
+            "one, or rename the files: a name that ends in __0 to __9 is that of a crop",
+        )
+        for first, *others in videos(rows)
+        for row in others
+        if codes_in(row.label) != codes_in(first.label)
+    ]
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:
