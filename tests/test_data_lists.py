@@ -100,6 +100,7 @@ def test_sound_is_optional_where_it_is_not_wanted(tmp_path):
         ("path,audio_path,label\na.npy,b.npy,A\nc\0.npy,d.npy,A\n", ["line 3", "NUL"]),
         ("path,audio_path,label\na.npy,b\0.npy,A\n", ["line 2", "NUL"]),
         ("path,audio_path,label\n.,b.npy,A\n", ["line 2: . is a folder"]),
+        (f"path,audio_path,label\na/{'b' * 256}/c.npy,d.npy,A\n", ["line 2: a name of 256 characters", "of paths?"]),
     ],
 )
 def test_read_refuses(tmp_path, text, words):
@@ -107,6 +108,17 @@ def test_read_refuses(tmp_path, text, words):
     with pytest.raises(DataError) as caught:
         read_list(path)
     assert all(word in str(caught.value) for word in [str(path), *words]), caught.value
+
+
+def test_a_file_that_is_no_list_is_not_printed(tmp_path):
+    """As of the values of a video, of which a line holds thousands."""
+    path = write(tmp_path, "path,label\na.npy," + "0.5-" * 10_000 + "\nb.npy,A" + ",0.5" * 10_000)
+    for problem in data.check_list(path, CODES, audio=False):
+        assert problem.startswith(f"{path}, line ") and len(problem) < 2000
+    path.write_text(",".join(["0.5"] * 10_000))
+    with pytest.raises(DataError, match="list.csv: no column path, label: ") as told:
+        read_list(path, audio=False)
+    assert len(str(told.value)) < 2000
 
 
 def rows_of(names):

@@ -485,6 +485,9 @@ def test_lists_stay_in_their_folder(folder, tmp_path, capsys):
         assert "leads out of" in mistake(capsys, "extract", listed, "-o", tmp_path / "out", *QUICK)
     listed.write_text("path\na\0.mp4\n")
     assert "films.csv, line 2: a NUL in a path" in mistake(capsys, "extract", listed, "-o", tmp_path / "out", *QUICK)
+    (tmp_path / "films.txt").write_text("x" * 10_000)
+    said = mistake(capsys, "extract", tmp_path / "films.txt", "-o", tmp_path / "out", *QUICK)
+    assert "films.txt, line 1: a name of 10000 characters" in said
     listed.write_text(f"path\n{'x' * 200_000}\n")
     assert "not a CSV file in UTF-8: field larger" in mistake(capsys, "extract", listed, "-o", tmp_path, *QUICK)
     listed.write_text("path,audio_path,label\na.npy,b.npy,A\nc.npy,d.npy,A\n")

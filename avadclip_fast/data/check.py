@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from .dataset import Progress, unequal
-from .errors import DataError, LabelError
+from .errors import DataError, LabelError, shortened
 from .features import load_features
 from .ground_truth import read_frame_gt
 from .labels import encode, is_normal
@@ -50,7 +50,7 @@ def check_list(
                 problems += truth_problems(path, rows, known, truth, frame_gt, frames_per_snippet, codes)
         except DataError as error:
             problems.append(str(error))
-    return problems
+    return [*map(shortened, problems)]
 
 
 def _check_row(row: Row, codes: dict[str, str], audio: bool, width: int) -> tuple[list[str], int | None]:

@@ -16,6 +16,7 @@ from .labels import codes_in, is_normal
 from .packed import PACKED
 
 _SEPARATORS = {";": "semicolons", "\t": "tabs"}  # which spreadsheets write in the place of commas
+NAME_MAX = 255  # characters of a file's name, on any system
 _CROP = re.compile(r"(?<=[^.])__\d$")
 
 
@@ -77,6 +78,8 @@ def misplaced(root: str | Path, *names: str) -> str | None:
     """Returns why paths of a list lead to no file below `root`, or None."""
     if any("\0" in name for name in names):
         return "a NUL in a path, which no file has; write the list again in UTF-8"
+    if (longest := max(len(part) for name in names for part in name.split(os.sep))) > NAME_MAX:
+        return f"a name of {longest} characters in a path, and files have {NAME_MAX} at most; is it a list of paths?"
     outside = [name for name in names if not is_inside(root, name)]
     return f"{outside[0]} leads out of {root}; name a --root that holds it" if outside else None
 
