@@ -220,6 +220,8 @@ def test_frame_vector():
     assert vector.tolist() == [0, 0, 0, 0, 0, 0, 1, 1] + [0, 0] + [0, 1, 1, 1, 0]
     with pytest.raises(DataError, match="1 annotated videos.*b"):
         data.frame_vector(annotations, [("a", 8)])
+    with pytest.raises(DataError, match="a is annotated, and in the list twice"):  # of two cameras, say
+        data.frame_vector(annotations, [("a", 8), ("n", 2), ("b", 5), ("n", 2), ("a", 9)])
 
 
 def test_read_annotations(tmp_path):

@@ -232,10 +232,12 @@ def frame_vector(annotations: dict[str, list[tuple[int, int]]], videos: Iterable
     """Frame ground truth of XD-Violence.
 
     videos: (name, frames) in evaluation order
-    Returns (sum of frames,) float32 of 0 and 1. Raises DataError if an annotated video is not in `videos`.
+    Returns (sum of frames,) float32 of 0 and 1. Raises DataError if an annotated video is not in `videos`, or is twice.
     """
     parts, named = [np.zeros(0, np.float32)], set()
     for name, frames in videos:
+        if name in named and name in annotations:
+            raise DataError(f"{name} is annotated, and in the list twice; name each video apart, as with its folder")
         named.add(name)
         truth = np.zeros(frames, np.float32)
         for start, end in annotations.get(name, []):
