@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -72,15 +73,18 @@ class Modality(StrEnum):  # typer takes lists of enums, not of literals
     audio = "audio"
 
 
-MOST = 2**40  # of an integer option: the bytes of any tensor that it sizes still have a number in 64 bits
+def at_most(most: int) -> Callable[[int | None], int | None]:
+    """A callback that refuses more: help would tell a `max` of thirteen digits after each of its options."""
+
+    def checked(value: int | None) -> int | None:
+        if value is not None and value > most:
+            raise typer.BadParameter(f"{value} is more than {most}")
+        return value
+
+    return checked
 
 
-def sized(value: int | None) -> int | None:
-    """Refuses more than MOST. A callback, as help would tell a `max` of thirteen digits after each of its options."""
-    if value is not None and value > MOST:
-        raise typer.BadParameter(f"{value} is more than {MOST}")
-    return value
-
+sized = at_most(2**40)  # the bytes of any tensor that the option sizes still have a number in 64 bits
 
 List_ = Annotated[
     Path,
@@ -159,7 +163,7 @@ Noise = Annotated[
         show_default=False,
     ),
 ]
-SEEDS: Any = {"min": 0, "max": 2**63 - 1}  # steps add to it, and torch takes 64 bits
+SEEDS: Any = {"min": 0, "callback": at_most(2**63 - 1)}  # steps add to it, and torch takes 64 bits
 Seed = Annotated[int, Option(**SEEDS, help="Random seed of weights, sample order, dropout and noise.")]
 Length = Annotated[int, Option(min=1, callback=sized, help="Snippets per training sample and test chunk.")]
 Window = Annotated[
