@@ -78,6 +78,9 @@ def test_a_changed_byte_is_noticed(tmp_path):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(DataError, match="a.safetensors.*not those that were written"):
             check_packed(path)
+    path.write_bytes(whole.replace(b"sines", b"lines"))
+    with pytest.raises(DataError, match="a.safetensors.*not those that were written"):
+        open_packed(path)  # as of labels, which training would take as they are
     path.write_bytes(whole[:-9])
     with pytest.raises(DataError, match="a.safetensors: cannot be read"):
         open_packed(path)

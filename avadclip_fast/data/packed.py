@@ -1,7 +1,7 @@
 """Packed files: tensors that share their first dimension, written in blocks of rows, resumable and memory-mapped.
 
-The format is safetensors. The metadata has a JSON `info` and, once the file is complete, the SHA-256 of all bytes after
-the header. Until then the file is named NAME.part, and NAME.part.json records the number of rows written.
+The format is safetensors. The metadata has a JSON `info`, its SHA-256, and, once the file is complete, that of all
+bytes after the header. Until then the file is named NAME.part, and NAME.part.json records the number of rows written.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from .tensors import read_tensors
 PACKED = ".safetensors"  # suffix of packed files
 _NAMES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 _PLAIN = "0" * 64  # placeholder for the checksum in the header
+_CHANGED = "its bytes are not those that were written (SHA-256 differs); remove it, and make it anew"
 
 
 class Field(NamedTuple):
@@ -109,14 +110,17 @@ def _names(path: Path, file: IO[bytes]) -> bool:
 
 
 def open_packed(path: str | Path) -> tuple[dict[str, Tensor], dict]:
-    """Memory-maps a packed file and returns its tensors and info. Raises DataError."""
+    """Memory-maps a packed file and returns its tensors and info, which it verifies. Raises DataError."""
     try:
         tensors, metadata = read_tensors(path)
-        return tensors, json.loads(metadata["info"])
+        told, info = metadata["info"], json.loads(metadata["info"])
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: cannot be read as packed features: {error}") from error
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: a safetensors file, but not of packed features: it has no info") from error
+    if metadata.get("info_sha256", _sha256(told)) != _sha256(told):  # the first files have none
+        raise DataError(f"{path}: {_CHANGED}")
+    return tensors, info
 
 
 def check_packed(path: str | Path) -> None:
@@ -125,7 +129,7 @@ def check_packed(path: str | Path) -> None:
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if _digest(file, 8 + length) != checksum(path):
-            raise DataError(f"{path}: its bytes are not those that were written (SHA-256 differs); pack it again")
+            raise DataError(f"{path}: {_CHANGED}")
 
 
 def checksum(path: str | Path) -> str | None:
@@ -135,7 +139,8 @@ def checksum(path: str | Path) -> str | None:
 
 
 def _header(fields: dict[str, Field], rows: int, info: dict, checksum: str) -> bytes:
-    entries: dict = {"__metadata__": {"info": json.dumps(info, sort_keys=True), "sha256": checksum}}
+    told = json.dumps(info, sort_keys=True)
+    entries: dict = {"__metadata__": {"info": told, "info_sha256": _sha256(told), "sha256": checksum}}
     at = 0
     for name, field in fields.items():
         end = at + rows * field.row_bytes
@@ -170,6 +175,10 @@ def _done(journal: Path, begun: str, rows: int) -> int:
         return range(rows + 1).index(note["rows"]) if note["begun"] == begun else 0
     except (ValueError, KeyError):
         return 0
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(file, start: int) -> str:
