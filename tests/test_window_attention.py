@@ -1,6 +1,7 @@
 """window_attention: every backend against the reference, the reference against loops, windows of any size."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -53,6 +54,12 @@ class TestWindowAttention(OpTests):
         same[8:12] = False
         torch.testing.assert_close(other[:, same], out[:, same])
         assert (other[:, 8:12] != out[:, 8:12]).any(-1).all()
+
+
+def test_a_window_of_more_than_all_rows_costs_no_more():
+    """Memory for whole windows of so many rows is nowhere to be had."""
+    q = torch.randn(1, 3, 8)
+    assert torch.equal(ops.window_attention(q, q, q, window=sys.maxsize), ops.window_attention(q, q, q, window=3))
 
 
 def test_refuses_numbers_that_do_not_fit():
