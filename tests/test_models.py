@@ -586,6 +586,8 @@ def test_what_does_not_fit_is_named():
     for one, out in ((model, model(visual, audio, lengths)), (pupil, pupil.infer(visual, lengths=lengths))):
         with pytest.raises(ValueError, match="distil a student.*it is a teacher's, or was made by infer"):
             objective(one, out, labels, lengths, teacher_features=visual)
+    with pytest.raises(ValueError, match="distill_loss: teacher must be a tensor, got ndarray"):
+        objective(pupil, pupil(visual, lengths), labels, lengths, teacher_features=visual.numpy())
 
 
 def test_a_student_beside_its_teacher_shares_the_frozen_text_side():

@@ -22,4 +22,6 @@ class UncertaintyDistillationLoss(nn.Module):
         self.backend = backend
 
     def forward(self, teacher: Tensor, student: Tensor, log_variance: Tensor, lengths: Tensor | None = None) -> Tensor:
-        return ops.distill_loss(teacher.detach(), student, log_variance, lengths, backend=self.backend)
+        if isinstance(teacher, Tensor):  # the op refuses anything else, by its name
+            teacher = teacher.detach()
+        return ops.distill_loss(teacher, student, log_variance, lengths, backend=self.backend)
