@@ -273,6 +273,13 @@ def test_atomic_write_names_the_file_of_an_oserror(tmp_path):
         with pytest.raises(OSError) as caught, atomic_write(path):
             raise error
         assert str(caught.value) == told
+    for target, told in (
+        (tmp_path / "none" / "x", "[Errno 2] No such file or directory: '{}'"),
+        (tmp_path, "[Errno 21] Is a directory: '{}'"),
+    ):
+        with pytest.raises(OSError) as caught, atomic_write(target):
+            pass
+        assert str(caught.value) == told.format(target)
 
 
 def test_atomic_write_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):

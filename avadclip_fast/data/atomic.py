@@ -45,8 +45,10 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
                 os.unlink(temporary)
                 raise
     except OSError as error:  # also of closing, which tries once more to write what is left of a small file
-        if error.errno is not None and error.filename is None:
-            error.filename = str(path)  # which Python does not add where the disk is full
+        # Python names no file where the disk is full, and the temporary one where the folder is not there.
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+            del error.filename2  # of a rename
         raise
 
 
