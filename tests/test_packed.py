@@ -336,6 +336,9 @@ def test_a_packed_list_is_the_list(made, tmp_path, audio):
     for chosen in ([2, 1], np.array([2, 1])):
         assert torch.equal(plain.subset([5, 0, 11, 3]).batch(chosen).visual, part.batch(torch.tensor([2, 1])).visual)
         assert torch.equal(plain.subset(order).subset(chosen).valid(), plain.valid()[[11, 0]])
+    assert len(plain.subset([])) == len(plain.batch([]).labels) == 0
+    with pytest.raises(ValueError, match="by their numbers, not by a mask"):
+        plain.subset(plain.labels[:, 0] == 0)
     for one in (plain, packed):
         assert one.fingerprint() != one.subset(order).fingerprint() == one.subset(order).fingerprint()
         assert one.subset(order).fingerprint() == one.subset(order).to("cpu").fingerprint()

@@ -140,7 +140,7 @@ class FeatureSet:
         return len(self.lengths if self.index is None else self.index)
 
     def subset(self, index: Rows) -> "FeatureSet":
-        """The rows of `index` (M,), without copying."""
+        """The rows of `index` (M,), without copying. Raises ValueError on a mask, as `batch` and `stored`."""
         index = self._numbers(index)
         return replace(self, index=index if self.index is None else self.index[index])
 
@@ -159,6 +159,9 @@ class FeatureSet:
     def _numbers(self, index: Rows) -> Tensor:
         if not isinstance(index, Tensor):
             index = torch.as_tensor(index, device="cpu")  # whatever the default device
+            index = index if index.numel() else index.long()  # an empty list has torch's float32
+        if index.dtype == torch.bool:
+            raise ValueError("rows are chosen by their numbers, not by a mask: give mask.nonzero()[:, 0]")
         return index.to(self.lengths.device, non_blocking=True)
 
     def valid(self) -> Tensor:
