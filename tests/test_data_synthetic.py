@@ -120,6 +120,9 @@ def test_it_trains_in_memory(made):
         ({"width": 8}, "width"),
         ({"min_snippets": 3}, "min_snippets"),
         ({"min_snippets": 50, "max_snippets": 40}, "min_snippets"),
+        ({"seed": -1}, "seed"),
+        ({"videos": -1}, "videos"),
+        ({"frames_per_snippet": 0}, "frames_per_snippet"),
     ],
 )
 def test_arguments_refused(tmp_path, options, words):

@@ -68,6 +68,11 @@ def make_synthetic(
             f"a made-up set needs width >= {SCENE + HARMLESS + len(codes) + 1} and "
             f"{4 * LEAST_EVENT} <= min_snippets <= max_snippets, got {width}, {min_snippets} and {max_snippets}"
         )
+    if min(videos, test_videos, seed) < 0 or frames_per_snippet < 1:
+        raise DataError(
+            "a made-up set needs videos, test_videos and seed >= 0, and frames_per_snippet >= 1, got "
+            f"{videos}, {test_videos}, {seed} and {frames_per_snippet}"
+        )
     folder = Path(folder)
     anomalies = len(codes) - 1
     sight = _Stream(width, anomalies, {"audible": TRACE}, np.random.default_rng([seed, 0]))
