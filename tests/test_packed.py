@@ -373,6 +373,12 @@ def test_what_float16_cannot_hold(made, tmp_path, stream, value):
     data.pack(tmp_path / "a.safetensors", rows, 16, dtype="float32")
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_packs_no_other_dtype(made, tmp_path, dtype):
+    with pytest.raises(DataError, match=f"packed features are float16 or float32; got dtype='{dtype}'"):
+        data.pack(tmp_path / "a.safetensors", data.read_list(made / "train.csv"), 16, dtype=dtype)
+
+
 def test_a_packed_file_that_does_not_fit(made, tmp_path, capsys):
     path = tmp_path / "a.safetensors"
     data.pack(path, data.read_list(made / "train.csv"), 16, audio=False)

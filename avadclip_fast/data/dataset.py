@@ -20,6 +20,7 @@ from .lists import Row, unlike, video_of
 from .packed import Field, checksum, open_packed, write_packed
 
 READERS = 4  # threads that read feature files
+PACKED_DTYPES = ("float16", "float32")
 
 Rows = Tensor | np.ndarray | Sequence[int]  # numbers of rows, as a tensor int64
 Progress = Callable[[Iterable], Iterable]  # wraps an iterable, like tqdm
@@ -223,6 +224,8 @@ def pack(
     """
     if not rows:
         raise DataError("no videos to pack: the list is empty")
+    if dtype not in PACKED_DTYPES:
+        raise DataError(f"packed features are {' or '.join(PACKED_DTYPES)}; got dtype={dtype!r}")
     _check_crops(rows)  # labels are not read again before training
     limit = float(np.finfo(dtype).max)
     fields = {"visual": Field(dtype, (length, (1 + motion) * width))}
