@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from avadclip_fast.data import Span
 from avadclip_fast.engine import metrics
 from avadclip_fast.engine.metrics import detection_map, evaluate_scores, format_table, frame_ap
 
@@ -180,6 +181,7 @@ def test_inputs_are_left_alone():
         ([np.zeros((3, 2))], [[(-1, 4, 0)]], {}, "0 <= start"),
         ([np.zeros((3, 2))], [[(0, 4, -1)]], {}, "class < 2"),
         ([np.zeros((3, 2))], [[(0, 4)]], {}, "class"),
+        ([np.zeros((3, 2))], [[Span(0, 4, "B1")]], {}, r"class < 2.*got \[0, 4, 'B1'\]"),
         ([np.zeros((3, 2))], [[]], {"ious": [0.0]}, "ious"),
         ([np.zeros((3, 2))], [[]], {"ious": []}, "ious"),
         ([np.zeros((3, 2))], [[]], {"frames_per_snippet": 0}, "frames_per_snippet"),

@@ -8,6 +8,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -198,7 +199,8 @@ def _check_spans(spans: Spans, videos: int, classes: int) -> np.ndarray:
         raise ValueError(f"spans of {len(spans)} videos, scores of {videos}")
     rows = [(b, *span) for b, own in enumerate(spans) for span in own]
     for b, *span in rows:
-        if len(span) != 3 or not 0 <= span[0] < span[1] or not 0 <= span[2] < classes:
+        numbers = len(span) == 3 and all(isinstance(number, Real) for number in span)  # not codes, as in `data.Span`
+        if not numbers or not 0 <= span[0] < span[1] or not 0 <= span[2] < classes:
             raise ValueError(f"video {b}: a span is (start, end, class < {classes}) with 0 <= start < end, got {span}")
     return np.array(rows, np.int64).reshape(-1, 4)
 
