@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from avadclip_fast.data import DataError
+from avadclip_fast.data import DataError, Span
 from avadclip_fast.engine import plots, report
 from avadclip_fast.engine.evaluate import VideoScores
 from bench import plots as bench_plots
@@ -158,6 +158,8 @@ def test_errors_name_the_video(tmp_path):
         plots.score_curves(path, "vid", {})
     with pytest.raises(ValueError, match="vid: truth is"):
         plots.score_curves(path, "vid", CURVES, np.zeros((3, 4)))
+    with pytest.raises(ValueError, match=r"vid: spans are .* in numbers.*got \['0', '9', 'B1'\]"):
+        plots.score_curves(path, "vid", CURVES, [Span(0, 9, "B1")])
     with pytest.raises(ValueError, match="frames_per_snippet"):
         plots.score_curves(path, "vid", CURVES, frames_per_snippet=0)
     with pytest.raises(ValueError, match="a video or more"):

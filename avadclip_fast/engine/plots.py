@@ -180,6 +180,8 @@ def _spans(name: str, truth, frames: int) -> list[tuple[float, float]]:
             raise ValueError(f"{name}: truth of {len(truth)} frames, scores of {frames}; check frames_per_snippet")
         edges = np.flatnonzero(np.diff(truth > 0, prepend=False, append=False))
         return list(zip(edges[::2], edges[1::2], strict=True))
+    if truth.dtype.kind not in "biuf":  # matplotlib would take text for the names of places on the axis
+        raise ValueError(f"{name}: spans are (start, end[, class]) in numbers, class 0 normal; got {truth[0].tolist()}")
     if truth.ndim != 2 or truth.shape[1] not in (2, 3):
         raise ValueError(f"{name}: truth is a frame vector or (start, end[, class]) rows, got {list(truth.shape)}")
     return [(row[0], row[1]) for row in truth if len(row) == 2 or row[2] != 0]
