@@ -156,6 +156,8 @@ def test_errors_name_the_video(tmp_path):
         plots.score_curves(path, "vid", {"x": np.zeros((3, 2))})
     with pytest.raises(ValueError, match="vid: expected label"):
         plots.score_curves(path, "vid", {})
+    with pytest.raises(ValueError, match=r"vid: curves of one video .* got \{'x': \[3\], 'y': \[2\]\}"):
+        plots.score_curves(path, "vid", {"x": np.zeros(3), "y": np.zeros(2)})
     with pytest.raises(ValueError, match="vid: truth is"):
         plots.score_curves(path, "vid", CURVES, np.zeros((3, 4)))
     with pytest.raises(ValueError, match=r"vid: spans are .* in numbers.*got \['0', '9', 'B1'\]"):

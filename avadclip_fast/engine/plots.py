@@ -101,7 +101,7 @@ def _write(path, items, frames_per_snippet: int, columns: int, panel: tuple[floa
     panels = []
     for name, scores, truth in items:
         curves = _curves(name, scores)
-        frames = frames_per_snippet * max(len(curve) for curve in curves.values())
+        frames = frames_per_snippet * len(next(iter(curves.values())))
         panels.append((name, curves, _spans(name, truth, frames)))
     labels = list(dict.fromkeys(label for _, curves, _ in panels for label in curves))
 
@@ -141,7 +141,7 @@ def _panel(ax, curves, spans, labels, frames_per_snippet: int) -> dict:
     """Draws one video; returns label -> line."""
     for start, end in spans:
         ax.axvspan(start, end, facecolor=TRUTH_COLOUR, alpha=0.3, linewidth=0, zorder=0)
-    length = max(len(curve) for curve in curves.values())
+    length = len(next(iter(curves.values())))
     lines = {}
     for label, curve in curves.items():
         index = labels.index(label)
@@ -167,6 +167,8 @@ def _curves(name: str, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray
     shapes = {label: list(curve.shape) for label, curve in curves.items()}
     if not curves or any(curve.ndim != 1 or len(curve) == 0 for curve in curves.values()):
         raise ValueError(f"{name}: expected label -> scores [n], n > 0, got {shapes}")
+    if len({len(curve) for curve in curves.values()}) > 1:
+        raise ValueError(f"{name}: curves of one video have a score for each of its snippets; got {shapes}")
     return curves
 
 
