@@ -612,6 +612,7 @@ def test_settings_of_a_student_beside_its_teacher():
         (one, "text_layers", 5),
         (one, "text_weights", "openai"),
         (moving, "motion", False),
+        (one, "motion", True),
     ):
         with pytest.raises(ValueError, match=f"^{name}=.*: a student has its teacher's {name}; leave it out$"):
             AVadCLIPStudent.beside(guide, **{name: value})

@@ -332,9 +332,10 @@ class AVadCLIPStudent(Detector):
             "text_weights": None,
             "class_tokens": text.tokens,
         }
-        if teacher.motion and settings.get("modality", "visual") == "visual":
-            shared["motion"] = True
-            settings["standardize"] = sorted({*settings.get("standardize", ()), "visual"})
+        if settings.get("modality", "visual") == "visual":
+            shared["motion"] = teacher.motion
+            if teacher.motion:
+                settings["standardize"] = sorted({*settings.get("standardize", ()), "visual"})
         for name, own in shared.items():
             if (given := settings.get(name, own)) != own:
                 raise ValueError(f"{name}={given!r}: a student has its teacher's {name}; leave it out")
