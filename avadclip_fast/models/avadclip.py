@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,6 +83,8 @@ class Detector(Checkpointed):
         if len(tokens) != len(classes):
             raise ValueError(f"class_tokens must be one list a class, {len(classes)}, got {len(tokens)}")
         check_counts(type(self).__name__, length=length, width=width, text_width=text_width, text_layers=text_layers)
+        if not isinstance(layers, int | np.integer) or layers < 0:  # without any, the graphs are left
+            raise ValueError(f"{type(self).__name__}: layers must be a whole number, 0 or more, got {layers!r}")
         self.classes, self.padding = classes, padding
         if not set(standardize) <= set(self.streams()):
             raise ValueError(f"standardize takes streams of the model, a list of {self.streams()}; got {standardize!r}")
