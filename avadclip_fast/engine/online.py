@@ -35,7 +35,7 @@ class OnlineDetector:
     seconds: duration of a snippet; should match the snippets that the model was trained on. threshold: replaces the
     models' own. geometry: how frames are cut, see `media.crops.cut`.
     Attributes: `by`, the model that scored last; `score`, the last 1 - p(normal).
-    Raises DataError if the encoders do not match the model, the delay does not fit the window, or seconds is 0.
+    Raises DataError if the encoders or the window do not fit the model, or the delay the window, or seconds is 0.
     """
 
     def __init__(

@@ -215,8 +215,8 @@ class AVadCLIP(Detector):
     text_width, text_layers: size of the text encoder; class_tokens: CLIP token ids, if open_clip is not installed
     visual, audio: (B, T, D), in the parameters' dtype, float32 by default; lengths: (B,) int32 or int64
     Returns an `Output` of tensors in that dtype.
-    Raises ValueError on invalid settings, shapes or lengths, TextWeightsError if the text weights are unavailable,
-    DataError if a class name is too long for CLIP, or "normal" is not the first.
+    Raises ValueError on invalid settings, shapes, dtypes, devices or lengths, TextWeightsError if the text weights are
+    unavailable, DataError if a class name is too long for CLIP, or "normal" is not the first.
     Precision and backends: see the ops; `use_backend` forces a backend.
     """
 
@@ -402,8 +402,8 @@ def objective(
     teacher_features: (B, T, D) from the frozen teacher, to distil a student, or None
     Returns float32 scalars (float64 for float64 outputs): total, mil, align, text, and distill if teacher features
     are given.
-    Raises ValueError on invalid shapes or lengths, teacher features for an output without log_variance, or a wrapped
-    model.
+    Raises ValueError on invalid shapes, dtypes, devices or lengths, teacher features for an output without
+    log_variance, or a wrapped model.
     """
     if not hasattr(model, "mil_loss"):
         raise ValueError(f"model must be the teacher or student itself, such as ddp.module; got {type(model).__name__}")

@@ -20,7 +20,7 @@ class MLP(nn.Module):
     """CLIP's two-layer perceptron: c_proj(QuickGELU(c_fc(norm(x)))) + residual, hidden width 4D.
 
     forward: x (B, T, D), residual (B, T, D) or None, norm a LayerNorm or None, lengths (B,) or None -> (B, T, D).
-    Rows t >= lengths[b] of the result mean nothing.
+    Rows t >= lengths[b] of the result mean nothing. Raises ValueError on invalid shapes, dtypes, devices or lengths.
     """
 
     def __init__(self, dim: int, backend: str | None = None):
@@ -74,7 +74,12 @@ def binary_head(x: Tensor, mlp: MLP, classifier: nn.Linear, lengths: Tensor | No
 
 
 class TemporalConv(nn.Conv1d):
-    """Conv1d over time on (B, T, D) tensors; zero padding keeps T. Parameters as in nn.Conv1d."""
+    """Conv1d over time on (B, T, D) tensors; zero padding keeps T. Parameters as in nn.Conv1d.
+
+    forward: x (B, T, I), activation, residual (B, T, O) or None, lengths (B,) or None -> (B, T, O).
+    Rows t >= lengths[b] of x count as zero, and those of the result mean nothing. As `ops.linear_act`.
+    Raises ValueError on invalid shapes, dtypes, devices, lengths or activation names.
+    """
 
     bias: nn.Parameter  # never None
 

@@ -129,6 +129,7 @@ def use_backend(backend: str | None) -> Iterator[None]:
     """Forces one backend inside the block for every op that has it (None: automatic choice for all).
 
     It holds for the whole process, other threads included; blocks of two threads must not overlap.
+    Raises ValueError on an unknown name. In the block, a call that the backend cannot serve raises BackendError.
     """
     global _forced
     if backend is not None and backend not in ORDER:

@@ -36,7 +36,7 @@ def similarity_graph(
     lengths: (B,) int, or None if all T rows are valid
     threshold: a cosine in [-1, 1]
     weights: those returned by an earlier call with the same features and lengths, to reuse its graph, or None
-    Returns (out (B, T, E) in the values' dtype, weights (B, T, T) to pass to a later call).
+    Returns (out (B, T, E) in the values' dtype, weights (B, T, T) float32 (float64) to pass to a later call).
     Raises ValueError on invalid shapes, dtypes, devices, lengths or threshold.
     Precision: cosines and softmax in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
