@@ -538,6 +538,20 @@ def test_a_model_that_hears_needs_sound(make, tmp_path):
         make(CLASSES, standardize=["audio"], **SMALL).fit_inputs(deaf.batches())
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"length": 8}, r"the set has \d+ rows a video; the AVadCLIPStudent takes 8: load it with length=8"),
+        ({"width": 16}, "sound has 32 numbers a row; the model takes 16"),
+        ({"classes": [*CLASSES, "robbery"]}, f"labels are of {len(CLASSES)} classes; the model has {len(CLASSES) + 1}"),
+    ],
+)
+def test_a_set_of_another_model(settings, words, tmp_path):
+    model = AVadCLIPStudent(**{"classes": CLASSES, "modality": "audio", **SMALL, **settings})
+    with pytest.raises(RecipeError, match=words):
+        fit(model, features(), RECIPE, tmp_path, progress=False)
+
+
 def test_a_set_without_videos(tmp_path):
     """As a part of a small set may be."""
     none = features().subset(torch.tensor([], dtype=torch.int64))

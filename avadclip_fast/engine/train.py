@@ -176,6 +176,13 @@ def _check_fits(model, data: FeatureSet, recipe: Recipe, teacher, held_out: Feat
         if "visual" in one.streams() and videos.visual.shape[2] != one.width_of("visual"):
             wanted = f"{one.width_of('visual')}, {'with' if one.motion else 'without'} motion"
             raise RecipeError(f"sight has {videos.visual.shape[2]} numbers a row; the model takes {wanted}")
+        if "audio" in one.streams() and videos.audio is not None and videos.audio.shape[2] != one.width:
+            raise RecipeError(f"sound has {videos.audio.shape[2]} numbers a row; the model takes {one.width}")
+        if (rows := videos.visual.shape[1]) > one.length:
+            remedy = f"load it with length={one.length}"
+            raise RecipeError(f"the set has {rows} rows a video; the {type(one).__name__} takes {one.length}: {remedy}")
+        if one is model and videos.labels.shape[1] != len(model.classes):
+            raise RecipeError(f"labels are of {videos.labels.shape[1]} classes; the model has {len(model.classes)}")
     if teacher is not None and not isinstance(model, AVadCLIPStudent):
         raise RecipeError(f"a teacher distils a student; the model is an {type(model).__name__}")
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
