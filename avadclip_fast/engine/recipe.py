@@ -38,7 +38,10 @@ class Recipe:
         for name, value in vars(self).items():  # a state is JSON, which holds no number of NumPy's
             if isinstance(value, np.generic):
                 object.__setattr__(self, name, value.item())
-        object.__setattr__(self, "milestones", tuple(int(m) for m in self.milestones))
+        try:
+            object.__setattr__(self, "milestones", tuple(int(m) for m in self.milestones))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"milestones must be epochs, such as (3, 6); got {self.milestones!r}") from error
         for name, known in (("precision", PRECISIONS), ("select", SELECT)):
             if getattr(self, name) not in known:
                 raise RecipeError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
