@@ -602,7 +602,7 @@ def test_settings_of_a_student_beside_its_teacher():
     one = teacher()
     length, width = one.temporal.positions.num_embeddings, one.width
     assert AVadCLIPStudent.beside(one).settings()["length"] == length
-    two = AVadCLIPStudent.beside(one, length=length // 2, width=width, classes=one.classes)
+    two = AVadCLIPStudent.beside(one, length=length // 2, width=width, classes=tuple(one.classes))
     assert two.settings()["length"] == length // 2 == two.temporal.positions.num_embeddings
     moving = teacher(motion=True, standardize=["visual"])
     for guide, name, value in (

@@ -339,6 +339,8 @@ class AVadCLIPStudent(Detector):
             shared["motion"] = teacher.motion
             if teacher.motion:
                 settings["standardize"] = sorted({*settings.get("standardize", ()), "visual"})
+        if "classes" in settings:  # of any kind, as for the class
+            settings["classes"] = list(settings["classes"])
         for name, own in shared.items():
             if (given := settings.get(name, own)) != own:
                 raise ValueError(f"{name}={given!r}: a student has its teacher's {name}; leave it out")
