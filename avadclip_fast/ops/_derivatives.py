@@ -57,7 +57,8 @@ def differentiable_once(op: str, backward: str) -> None:
     """
 
     def refuse(ctx, *grads):
-        raise BackendError(f"{op} is not differentiable twice here; use backend='reference'")
+        # Not backend='reference': the models take none.
+        raise BackendError(f"{op} is not differentiable twice here; run the forward pass in use_backend('reference')")
 
     differentiable(backward, refuse, lambda ctx, inputs, output: None)
 
