@@ -34,7 +34,10 @@ from .text import TextEncoder, tokenize
 
 
 class Output(NamedTuple):
-    """Model outputs for a batch of B videos of T snippets and C classes, the first of which is normal."""
+    """Model outputs for a batch of B videos of T snippets and C classes, the first of which is normal.
+
+    With padding="masked", rows t >= lengths[b] mean nothing, and differ between backends: leave them out of any loss.
+    """
 
     features: Tensor  # (B, T, D): fused (teacher), or the mean mu (student)
     text_features: Tensor  # (C, D)

@@ -47,7 +47,7 @@ class TemporalAggregator(nn.Module):
     that padded rows leak through the convolutions and E
     threshold: cosine above which `SimilarityGraph` keeps an edge
     x: (B, T, D) floating point; lengths: (B,) int, or None if all rows are valid
-    Returns (B, T, D) in x's dtype.
+    Returns (B, T, D) in x's dtype. With padding="masked", rows t >= lengths[b] mean nothing.
     Raises ValueError on an unknown `padding`, a `dim` below 2, or invalid shapes, dtypes, devices or lengths.
     Parameters have the official names.
     """

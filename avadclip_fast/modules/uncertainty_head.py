@@ -23,7 +23,7 @@ class UncertaintyHead(nn.Module):
     v: (B, T, D) floating point
     lengths: (B,) int, or None, in which case the convolutions see padded rows
     uncertain: False skips θ, which only distillation needs
-    Returns (mu (B, T, D), θ (B, T, D) or None).
+    Returns (mu (B, T, D), θ (B, T, D) or None). Rows t >= lengths[b] mean nothing.
     Raises ValueError on invalid shapes, dtypes, devices or lengths.
     Parameters have the official names (`conv.i.conv.0`, `theta.theta.{0,2,3}`).
     """
