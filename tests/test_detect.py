@@ -76,7 +76,8 @@ def test_annotated_copy(pair, tmp_path):
 
     And what a killed call left of one an hour ago is removed.
     """
-    film(tmp_path / "a.mkv", [(18, 24, 220)], audio=2, tone=(0, 6), width=160, height=121)
+    look = {"width": 160, "height": 121}
+    film(tmp_path / "a.mkv", [(18, 24, 220)], audio=2, tone=(0, 6), sound_codec="pcm_s16le", **look)
     out = tmp_path / "out"
     out.mkdir()
     (left := out / ".0123456789abcdef.tmp").touch()
@@ -95,6 +96,8 @@ def test_annotated_copy(pair, tmp_path):
         assert (red[0] - red[2] > 60) == (event["start"] <= at < event["end"] - 1e-6), at
     sounds = [decode.read_sound(path).samples for path in (tmp_path / "a.mkv", out / "a.mkv")]
     np.testing.assert_array_equal(*sounds)
+    with av.open(str(out / "a.mkv")) as made:
+        assert made.streams.audio[0].codec_context.name == "pcm_s16le"  # its packets as they were
     assert not left.exists()
 
 
