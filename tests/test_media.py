@@ -86,7 +86,10 @@ def test_sound_that_begins_a_little_later_is_not_early(tmp_path):
 
 
 def test_a_snippet_is_as_long_as_most_are():
-    assert snippet_seconds(np.array([0, 0.64, 1.28, 1.92, 9.0]), Sampling(), 25.0) == pytest.approx(0.64)
+    times = np.array([0, 0.64, 1.28, 1.92, 9.0])
+    assert snippet_seconds(times, Sampling(), 30.0) == pytest.approx(0.64)  # as the frames came, not 16 / 30 s
+    assert snippet_seconds(times[:1], Sampling(), 25.0) == pytest.approx(0.64)
+    assert snippet_seconds(times[:1], Sampling(fps=2), 25.0) == 0.5
 
 
 def test_windows_past_the_end_are_silent(tmp_path):
