@@ -27,7 +27,7 @@ from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.evaluate import stream_scores
 from avadclip_fast.engine.timeline import _apart
 from avadclip_fast.media import decode
-from avadclip_fast.media.annotate import _strip
+from avadclip_fast.media.annotate import _strip, annotate
 from avadclip_fast.media.features import VideoFeatures
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 
@@ -188,6 +188,14 @@ def test_sound_that_nothing_decodes_is_left_out_and_told(pair, tmp_path, capsys)
     assert told == [f"note: {path}: the annotated copy has no sound: its codec cannot be re-encoded (no decoder)"]
     with av.open(str(tmp_path / "out" / "a.mkv")) as made:
         assert not made.streams.audio and len(list(made.decode(video=0))) == 150
+
+
+def test_sound_of_more_channels_than_are_encoded_is_left_out_and_told(tmp_path):
+    path = film(tmp_path / "a.mov", [], frames=30, audio=16, sound_codec="pcm_alaw", sample_rate=8000)
+    told = annotate(path, tmp_path / "a.mkv", np.linspace(0, 1.2, 7), np.zeros(6), np.full(6, 0.5), [""] * 6)
+    assert f"{path}: the annotated copy has no sound: pcm_alaw cannot be re-encoded" in told
+    with av.open(str(tmp_path / "a.mkv")) as made:
+        assert not made.streams.audio and len(list(made.decode(video=0))) == 30
 
 
 def test_snippets_longer_than_events_are_told(pair, tmp_path, capsys):

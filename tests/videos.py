@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 7: "6.1"}
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 7: "6.1", 16: "hexadecagonal"}
 
 
 def make_video(
