@@ -1,5 +1,6 @@
 """Modules: the official parameter names, the formulas they stand for, what they refuse, and which backend serves."""
 
+import inspect
 import math
 import os
 import pickle
@@ -515,6 +516,30 @@ def test_the_models_are_those_of_the_paper_by_default():
     two = avadclip_fast.AVadCLIPStudent(["a", "b"], class_tokens=[[1, 2], [1, 3]], text_layers=1, text_weights=None)
     assert (one["window"], one["layers"], one["length"], one["heads"], one["dropout"]) == (4, 2, 256, 1, 0.1)
     assert [two.settings()[name] for name in ("window", "layers", "length", "heads")] == [64, 1, 256, 1]
+
+
+def test_the_modules_and_ops_are_those_of_the_paper_by_default():
+    paper = {
+        "dim": 512, "temperature": 0.07, "threshold": 0.7, "divisor": 16, "alpha": 0.25, "window": 64, "heads": 1,
+        "levels": 3, "taps": 2, "dropout": 0.1,
+    }  # fmt: skip
+    found = [
+        (one.__name__, name, p.default)
+        for one in (
+            AVFusion, AVPrompt, MILAlignLoss, MILLoss, PromptSimilarity, SimilarityGraph, TemporalAggregator,
+            TemporalConvNet, TopKMean, UncertaintyHead, WindowAttention, ops.mil_loss, ops.mil_align_loss,
+            ops.prompt_similarity, ops.similarity_graph, ops.topk_mean,
+        )
+        for name, p in inspect.signature(one).parameters.items()
+        if name in paper and p.default is not p.empty
+    ]  # fmt: skip
+    assert {name for _, name, _ in found} == paper.keys()
+    assert [one for one in found if one[2] != paper[one[1]]] == []
+
+
+def test_a_misspelt_name_of_the_package_is_an_error():
+    with pytest.raises(AttributeError, match="module 'avadclip_fast' has no attribute 'AVadClip'"):
+        avadclip_fast.AVadClip  # noqa: B018
 
 
 def test_refuses_a_fusion_on_two_devices():
