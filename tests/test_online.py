@@ -654,6 +654,15 @@ def test_stream_command(pair, tmp_path, capsys):
     assert "gopher:// is not read" in mistake(capsys, "stream", "gopher://x", "-m", pair, "-q", *NAMED)
 
 
+def test_an_event_goes_through_a_pipe_at_once(pair, tmp_path, monkeypatch):
+    """Not when some kilobytes of events have come together, which may be days later."""
+    film(tmp_path / "a.mkv", [(12, 20, 220)])
+    pipe = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BufferedWriter(pipe)))
+    assert call("stream", tmp_path / "a.mkv", "-m", pair / "student", "--every", "5", "-q", *NAMED) == 0
+    assert json.loads(pipe.getvalue())["class"] == "explosion"
+
+
 def test_the_clock_of_a_live_stream_is_that_of_its_first_frame(pair, tmp_path, capsys, server, monkeypatch):
     """Not of its first snippet, which comes when it has ended: here one of four seconds, sent in two."""
     body, opened, before = film(tmp_path / "a.ts", [], frames=150).read_bytes(), live_module.opened, []
