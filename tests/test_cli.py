@@ -26,6 +26,7 @@ from avadclip_fast.data import make_synthetic
 from avadclip_fast.engine import demo
 from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.recipe import ROBUST, ROBUST_HEARER
+from avadclip_fast.engine.report import _examples
 from avadclip_fast.engine.train import HISTORY
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 
@@ -537,11 +538,14 @@ def test_a_part_of_torchruns_variables(videos, tmp_path, capsys, monkeypatch):
 
 
 def test_env_names_every_op(capsys, monkeypatch):
-    from avadclip_fast.ops._dispatch import TABLE
+    from avadclip_fast.ops._dispatch import TABLE, why_not_chosen
 
     assert call("env") == 0
     out = capsys.readouterr().out
     assert all(op in out for op in TABLE) and "forced" not in out
+    told = dict(line.split()[:2] for line in out[out.index("because") :].splitlines()[1:])
+    for op, arguments in _examples("cuda" if torch.cuda.is_available() else "cpu").items():
+        assert why_not_chosen(op, told[op], *arguments) is None  # the one that serves
     with use_backend("reference"):
         assert call("env") == 0
     out = capsys.readouterr().out
