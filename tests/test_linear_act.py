@@ -290,6 +290,14 @@ def test_refuses_a_residual_beside_dot(x):
         ops.linear_act(x, torch.zeros(8, 8), residual=x, dot=torch.zeros(8))
 
 
+def test_refuses_needed_lengths_that_do_not_fit(x):
+    call = functools.partial(ops.linear_act, x, torch.zeros(8, 8))
+    with pytest.raises(ValueError, match=r"needed lengths must lie in 1..4, got 5..5"):
+        call(needed=torch.tensor([5]))
+    with pytest.raises(ValueError, match=r"needed lengths must have shape \[1\], got \[2\]"):
+        call(needed=torch.tensor([1, 1]))
+
+
 def test_refuses_a_dropout_that_does_not_fit(x):
     kept, call = torch.ones(1, 4, 8, dtype=torch.bool), functools.partial(ops.linear_act, x, torch.zeros(8, 8))
     with pytest.raises(ValueError, match="residual and dropout must be None where dot is given"):
