@@ -547,8 +547,9 @@ def test_sources_that_are_none(tmp_path, server):
 
 def test_a_source_that_sends_nothing_is_told(monkeypatch):
     monkeypatch.setattr(decode, "WAIT", 0.5)
-    with pytest.raises(MediaError, match=r"^udp://127.0.0.1:0: not a readable video: timed out after 0.5 s$"):
-        next(iter(LiveSource("udp://127.0.0.1:0")))
+    for source in ("udp://127.0.0.1:0", "UDP://127.0.0.1:0"):
+        with pytest.raises(MediaError, match=f"^{source}: not a readable video: timed out after 0.5 s$"):
+            next(iter(LiveSource(source)))
 
 
 def test_bad_files_are_told_in_a_line(pair, tmp_path, capsys):

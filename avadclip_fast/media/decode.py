@@ -54,7 +54,8 @@ def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
                 if not live or scheme not in SCHEMES:
                     known = ", ".join(SCHEMES) if live else FILES_ONLY
                     raise MediaError(f"{source}: {scheme}:// is not read ({known})")
-                target, options = str(source), {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}
+                target = scheme + str(source)[len(scheme) :]  # FFmpeg knows them in small letters alone
+                options = {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}
             else:
                 path = Path(source)
                 if not path.exists():
