@@ -262,7 +262,6 @@ def _check_same(folder: Path, info: dict) -> None:
 def _keep_best(folder: Path, model, info: dict, held_out: FeatureSet | None, batch_size: int, device) -> None:
     """Loads the selected weights, and writes the model, its calibration and the history. Raises StateError."""
     load_state(folder / BEST, model)
-    model.eval()
     history = {"run": info["run"], "selected_epoch": info["best"]["epoch"], "epochs": info["history"]}
     with writing(folder):
         model.save_pretrained(folder / MODEL)
