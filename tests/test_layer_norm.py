@@ -72,6 +72,16 @@ def test_triton_writes_the_dtype_of_the_product_under_autocast(device):
     assert torch.autograd.grad(out.float().sum(), x)[0].dtype == torch.float32
 
 
+@DEVICE
+def test_under_torch_func_torch_serves(device):
+    x, weight, bias = (draw(*s, device=device, dtype=torch.float32).detach() for s in ((3, 8), (8,), (8,)))
+    found, expected = (
+        torch.func.jvp(how, (x,), (torch.ones_like(x).cumsum(1),))
+        for how in (lambda x: layer_norm(x, weight, bias), lambda x: F.layer_norm(x, (8,), weight, bias))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_torch_serves_what_triton_does_not():
     x, weight, bias = torch.randn(3, 8), torch.rand(8), torch.rand(8)
     with use_backend("reference"):
