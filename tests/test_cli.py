@@ -657,6 +657,9 @@ def test_mistakes_end_in_one_line(videos, trained, tmp_path, capsys):
     assert "nul.csv, line 2: a NUL" in mistake(capsys, "train", tmp_path / "nul.csv", "-o", run, *QUICK)
     assert call("check", tmp_path / "nul.csv", "-q") == 1 and "nul.csv, line 2: a NUL" in capsys.readouterr().out
     assert "cuda:99" in mistake(capsys, "train", train, "-o", run, "--device", "cuda:99", *QUICK)
+    for name in ("gpu", "meta"):  # the second is a device to torch
+        said = mistake(capsys, "train", train, "-o", run, "--device", name, *QUICK)
+        assert f"device '{name}': it must be auto, cpu, cuda" in said
     assert "weights" in mistake(capsys, "train", train, "-o", run, "--text-weights", tmp_path / "no.pt", "-q")
     assert "--test-list" in mistake(capsys, "train", train, "-o", run, "--select", "test", *QUICK)
     gt = ["--gt", videos / "gt.npy"]
