@@ -721,7 +721,7 @@ def test_motion_is_that_of_the_whole_video_in_every_part(pair):
     """Of a model that takes it: what is computed in parts sees the rows before and after them."""
     (scorer,) = detect.load_scorers(pair / "student")
     torch.manual_seed(0)
-    model = AVadCLIPStudent.beside(scorer.model, motion=True, standardize=["visual"]).eval()
+    model = AVadCLIPStudent(**{**scorer.model.settings(), "motion": True, "standardize": ["visual"]}).eval()
     x = seen(np.random.default_rng(0).uniform(15, 220, 32 * 20 + 5)).numpy()
     found = detect.score(scorer._replace(model=model), x, None, "cpu")
     chunks, lengths = data.chunk(data.with_motion(x), 32)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -175,7 +176,7 @@ class TemporalConvNet(nn.Module):
     ):
         super().__init__()
         check_counts("TemporalConvNet", dim=dim, levels=levels, taps=taps)
-        if not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
+        if not isinstance(dropout, int | float | np.number) or not 0 <= dropout <= 1:
             raise ValueError(f"TemporalConvNet: dropout must lie in 0..1, got {dropout!r}")
         self.network = nn.Sequential(*(TemporalBlock(dim, taps, 2**i, dropout, backend) for i in range(levels)))
 
