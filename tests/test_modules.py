@@ -537,6 +537,11 @@ def test_the_modules_and_ops_are_those_of_the_paper_by_default():
     assert [one for one in found if one[2] != paper[one[1]]] == []
 
 
+def test_a_dropout_of_numpys_trains():
+    x = rows(2, 5, D)
+    assert TemporalConvNet(D, dropout=np.float32(0.5)).train()(x).shape == x.shape
+
+
 def test_a_misspelt_name_of_the_package_is_an_error():
     with pytest.raises(AttributeError, match="module 'avadclip_fast' has no attribute 'AVadClip'"):
         avadclip_fast.AVadClip  # noqa: B018

@@ -178,7 +178,7 @@ class TemporalConvNet(nn.Module):
         check_counts("TemporalConvNet", dim=dim, levels=levels, taps=taps)
         if not isinstance(dropout, int | float | np.number) or not 0 <= dropout <= 1:
             raise ValueError(f"TemporalConvNet: dropout must lie in 0..1, got {dropout!r}")
-        self.network = nn.Sequential(*(TemporalBlock(dim, taps, 2**i, dropout, backend) for i in range(levels)))
+        self.network = nn.Sequential(*(TemporalBlock(dim, taps, 2**i, float(dropout), backend) for i in range(levels)))
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         ends = None
