@@ -83,7 +83,7 @@ def train_on_list(
         held, others = load(held_out_list)
         # links are followed, of folders and of files
         names = [
-            {os.path.realpath(path) for row in part for path in (data.video_of(row), row.visual)}
+            {os.path.realpath(path) for path in {*map(data.video_of, part), *(row.visual for row in part)}}
             for part in (rows, others)
         ]
         if both := set.intersection(*names):
