@@ -226,7 +226,7 @@ def pack(
         raise DataError("no videos to pack: the list is empty")
     if dtype not in PACKED_DTYPES:
         raise DataError(f"packed features are {' or '.join(PACKED_DTYPES)}; got dtype={dtype!r}")
-    _check_crops(rows)  # labels are not read again before training
+    _check_crops(rows)  # before hours of packing; `packed_rows` would refuse the file
     limit = float(np.finfo(dtype).max)
     fields = {"visual": Field(dtype, (length, (1 + motion) * width))}
     fields |= {"audio": Field(dtype, (length, width))} if audio else {}
