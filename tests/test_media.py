@@ -13,6 +13,7 @@ from videos import damage, joined, make_video
 
 from avadclip_fast.media import MediaError, crops, decode, encoders, fetch
 from avadclip_fast.media.features import Sampling, snippet_seconds, video_features
+from avadclip_fast.media.live import LiveSource
 from avadclip_fast.media.wav2clip import Wav2Clip
 
 av = pytest.importorskip("av")
@@ -35,6 +36,20 @@ def test_one_frame_a_whole_snippet_with_its_time(tmp_path):
 def test_a_shorter_video_is_one_snippet(tmp_path):
     assert times_of(make_video(tmp_path / "one.mp4", frames=1)) == [0.0]
     assert times_of(make_video(tmp_path / "odd.mp4", frames=5, width=34, height=50)) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "sampling, message",
+    [
+        ({"every": 0}, "every must be 1 frame .* got 0"),
+        ({"fps": 0}, "fps must be .* above 0; got 0"),
+        ({"fps": np.nan}, "nan"),
+    ],
+)
+def test_snippets_of_no_length_are_refused(sampling, message):
+    for read in (lambda: times_of("a.mp4", **sampling), lambda: LiveSource("a.mp4", **sampling)):
+        with pytest.raises(MediaError, match=message):
+            read()
 
 
 def test_a_cut_video_gives_the_same_frames_up_to_the_cut(tmp_path):

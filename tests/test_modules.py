@@ -238,6 +238,7 @@ def test_windows_has_the_modules_and_is_told_what_the_models_need():
         (lambda: teacher(fusion="sum"), "mode must be one of .*; got 'sum'"),
         (lambda: teacher(classes=["normal"]), r"at least two different names, normal first; got \['normal'\]"),
         (lambda: teacher(classes=["a", "a", "b"]), "at least two different names"),
+        (lambda: teacher(classes=[0, 1, 2]), r"names, normal first; got \[0, 1, 2\]"),
         (lambda: teacher(class_tokens=[[49406, 5, 49407]]), "class_tokens must be one list a class, 3, got 1"),
         (lambda: teacher(dropout=-0.1), r"dropout must lie in 0\.\.1, got -0.1"),
         (lambda: teacher(dropout=None), r"dropout must lie in 0\.\.1, got None"),
@@ -254,6 +255,11 @@ def test_windows_has_the_modules_and_is_told_what_the_models_need():
 def test_refuses_settings(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_audio_encoder_refuses_arrays():
+    with pytest.raises(ValueError, match="TemporalConvNet: x must be a tensor, got ndarray"):
+        TemporalConvNet(D)(X.numpy())
 
 
 def test_refuses_features_of_another_width():

@@ -6,6 +6,7 @@ are often wrong and serve only to detect truncated files. Damaged packets are sk
 
 import bisect
 import contextlib
+import math
 import mmap
 import os
 import tempfile
@@ -229,6 +230,14 @@ def upright(frame: Any) -> np.ndarray:
     return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90) % 4)) if frame.rotation else image
 
 
+def check_sampling(every: int, fps: float | None) -> None:
+    """Raises MediaError if a snippet of `every` frames, or of one in `fps` a second, lasts no time or for ever."""
+    if fps is None and every < 1:
+        raise MediaError(f"every must be 1 frame per snippet or more; got {every}")
+    if fps is not None and not 0 < fps < math.inf:
+        raise MediaError(f"fps must be a number of snippets per second above 0; got {fps}")
+
+
 def snippet_frames(
     source: str | Path,
     every: int = 16,
@@ -240,8 +249,9 @@ def snippet_frames(
 
     fps: snippets per second instead of `every`: yields the first frame at or after each multiple of 1 / fps
     clock: an unused one, which records the stream's rate and timestamp jumps for `read_sound`
-    Raises MediaError if the file is missing, truncated, or has no decodable video.
+    Raises MediaError if the file is missing, truncated, or has no decodable video, or for no frames or snippets at all.
     """
+    check_sampling(every, fps)
     with opened(source) as container:
         stream = video_stream(container, source)
         held: Frame | None = None

@@ -24,6 +24,7 @@ from .decode import (
     Clock,
     Mono,
     Reach,
+    check_sampling,
     decoded,
     opened,
     rate_of,
@@ -62,7 +63,8 @@ class LiveSource:
     every: frames per snippet; fps: snippets per second, instead of `every`
     retries: consecutive reconnection attempts before giving up
     until: polled twice per second; returning True ends the iteration
-    Raises MediaError if the source does not exist, is not a video, or is lost for good.
+    Raises MediaError for no frames or snippets at all, and if the source does not exist, is not a video, or is lost
+    for good.
 
     The attributes frames, dropped and reconnects are counts so far. Known once the first snippet is read: `seconds`,
     the duration of one; `assumed`, whether that goes by a frame rate that the source does not declare; `live`; and
@@ -77,6 +79,7 @@ class LiveSource:
         retries: int = 8,
         until: Callable[[], bool] = lambda: False,
     ):
+        check_sampling(every, fps)
         self.source, self.every, self.fps, self.retries, self.until = source, every, fps, retries, until
         self.seconds = 1 / fps if fps is not None else 0.0
         self.frames = self.dropped = self.reconnects = 0

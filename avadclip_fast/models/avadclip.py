@@ -79,7 +79,8 @@ class Detector(Checkpointed):
     ):
         super().__init__()
         classes = [classes] if isinstance(classes, str) else list(classes)
-        if len(classes) < 2 or len(set(classes)) != len(classes):
+        named = all(isinstance(name, str) for name in classes)
+        if not named or len(classes) < 2 or len(set(classes)) != len(classes):
             raise ValueError(f"classes must be at least two different names, normal first; got {classes}")
         check_normal_first(classes)
         tokens = class_tokens or tokenize(classes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._binary_head import binary_head as fused_head
-from ..ops._check import check_counts
+from ..ops._check import check_are_tensors, check_counts
 from ..ops._keep import keep
 from ..ops._layer_norm import LAYER_NORM_EPS
 from ..ops._linear_act_cpu import spares
@@ -181,6 +181,7 @@ class TemporalConvNet(nn.Module):
         self.network = nn.Sequential(*(TemporalBlock(dim, taps, 2**i, float(dropout), backend) for i in range(levels)))
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        check_are_tensors("TemporalConvNet", x=x)
         ends = None
         if lengths is None and x.ndim == 3 and spares(x) and not x.requires_grad:  # zeros need no products
             ends = ends_of(x.any(2)).clamp_min(1)
