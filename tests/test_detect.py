@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 from small_models import CLASSES, student, teacher
-from standins import AXES, NAMED, WIDTH, Sight, overlap, seen
+from standins import AXES, NAMED, WIDTH, Hearing, Sight, overlap, seen
 from test_cli import call, mistake
+from test_docs import ROOT, examples
 from videos import BAD, bad_videos, damage, forbid, joined, make_video
 
 from avadclip_fast import data
 from avadclip_fast.cli.media import note_threshold
-from avadclip_fast.engine import detect, timeline
+from avadclip_fast.engine import detect, search, timeline
 from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.evaluate import stream_scores
 from avadclip_fast.engine.timeline import _apart
@@ -69,6 +70,22 @@ def test_known_spans_are_found(pair, tmp_path, capsys):
     frames = (out / "a.frames.csv").read_text().splitlines()
     assert frames[0] == "frame,score,normal,fighting,explosion" and len(frames) == 151
     assert all((out / f"{x}.png").read_bytes().startswith(b"\x89PNG") for x in "abc")
+
+
+def test_the_example_of_the_docs_finds_what_the_command_does(pair, tmp_path, capsys, monkeypatch):
+    (tmp_path / "runs").symlink_to(pair)
+    monkeypatch.chdir(tmp_path)
+    film(tmp_path / "camera.mp4", [(16, 48, 220)], frames=400, audio=1, tone=(0, 16))
+    assert call("detect", "camera.mp4", "-m", pair, "-o", "out", *NAMED, "-q") == 0
+    capsys.readouterr()
+    (found,) = json.loads((tmp_path / "out" / "camera.json").read_text())["events"]
+    monkeypatch.setattr("avadclip_fast.media.encoders.ClipVisual", lambda: Sight("cpu"))
+    monkeypatch.setattr("avadclip_fast.media.wav2clip.Wav2Clip", lambda path: Hearing("cpu"))
+    (code,) = [code for _, code, _ in examples(ROOT / "docs" / "videos.md") if "Sampling" in code]
+    exec(code, {})  # noqa: S102
+    start, end, name, score = capsys.readouterr().out.split()
+    assert (float(start), float(end), name) == (found["start"], found["end"], found["class"])
+    assert float(score) == pytest.approx(found["score"], abs=1e-5)
 
 
 def test_annotated_copy(pair, tmp_path):
@@ -458,11 +475,11 @@ def test_resuming_makes_anew_what_is_of_other_options(pair, tmp_path, capsys):
 def test_calls_that_share_a_folder_lose_no_events(tmp_path):
     def write(name):
         for i in range(5):
-            detect.write_events(tmp_path / "e.csv", {f"{name}{i}": [detect.event_record(by_hand().events()[0])]})
+            search.write_events(tmp_path / "e.csv", {f"{name}{i}": [detect.event_record(by_hand().events()[0])]})
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, "abcd"))
-    assert len(detect.read_events(tmp_path / "e.csv")) == 20
+    assert len(search.read_events(tmp_path / "e.csv")) == 20
 
 
 def test_a_video_that_grows_while_it_is_read_is_done_again(pair, tmp_path, capsys, monkeypatch):
@@ -474,7 +491,7 @@ def test_a_video_that_grows_while_it_is_read_is_done_again(pair, tmp_path, capsy
         film(tmp_path / "a.mkv", [(4, 10, 220)])
         return scored(*args)
 
-    monkeypatch.setattr(detect, "detect", meanwhile)
+    monkeypatch.setattr(search, "detect", meanwhile)
     assert call(*given) == 0
     monkeypatch.undo()
     for count in (0, 1):
@@ -788,17 +805,17 @@ def test_events_are_those_of_the_probabilities():
 
 def test_what_is_written_is_what_was_found(tmp_path):
     found = by_hand()
-    detect.write_events(tmp_path / "e.csv", {"x": [detect.event_record(e) for e in found.events()]})
+    search.write_events(tmp_path / "e.csv", {"x": [detect.event_record(e) for e in found.events()]})
     assert (tmp_path / "e.csv").read_text().splitlines()[1:] == [
         "x,00:00:00.500,00:00:01.500,0.500,1.500,fighting,0.8000",
         "x,00:00:02.000,00:00:02.500,2.000,2.500,explosion,0.9000",
     ]
-    detect.write_frame_scores(tmp_path / "f.csv", found, 22, 4)  # two frames more than there are whole snippets
+    search.write_frame_scores(tmp_path / "f.csv", found, 22, 4)  # two frames more than there are whole snippets
     header, *lines = csv.reader((tmp_path / "f.csv").read_text().splitlines())
     scores = np.append(found.scores.repeat(4), [0.9, 0.9])
     np.testing.assert_allclose([float(line[1]) for line in lines], scores, atol=1e-6)
     assert [line[0] for line in lines] == [str(i) for i in range(22)] and lines[5][2:] == ["0.4000", "0.5000", "0.1000"]
-    written = detect.as_record(found, "x.mkv")["snippets"]
+    written = search.as_record(found, "x.mkv")["snippets"]
     np.testing.assert_allclose(written["score"], found.scores, atol=1e-6)
     np.testing.assert_allclose(written["anomaly"], found.anomaly, atol=1e-6)
 
@@ -806,7 +823,7 @@ def test_what_is_written_is_what_was_found(tmp_path):
 def test_a_record_is_of_what_was_found():
     found = by_hand()
     found.thresholds = np.array([0.5, 0.4, 0.3, 0.6, 0.7])
-    record = detect.as_record(found, "x.mkv")
+    record = search.as_record(found, "x.mkv")
     assert record["snippets"]["threshold"] == found.thresholds.tolist()
     assert record["snippets"]["probabilities"] == found.probabilities.tolist()
     assert record["snippets"]["time"] == [0, 0.5, 1, 1.5, 2]

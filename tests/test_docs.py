@@ -103,8 +103,8 @@ def test_an_example_that_fails_is_noticed():
 
 def test_few_examples_are_left_out():
     left_out = [name_of(page) for page in PAGES for *_, runs in examples(page) if not runs]
-    assert {"docs/training.md"} <= set(left_out) <= {"docs/training.md", "docs/videos.md"}
-    assert len(left_out) <= 2
+    # those of videos run in test_detect and test_online, by stand-ins for what they need
+    assert sorted(left_out) == ["docs/training.md", "docs/videos.md", "docs/videos.md"]
 
 
 # Commands

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from typer import Argument, Option
 
 from ..data import DataError, pack
-from ..data.atomic import identity_of, make_folder, remove_left, write_json
+from ..data.atomic import make_folder, write_json
 from ..data.lists import video_of
 from ..data.lists import videos as by_video
 from ..data.packed import PACKED
@@ -27,7 +27,6 @@ from .commands import Device, Quiet, Root, app, sized
 if TYPE_CHECKING:  # imported when a command runs, so that other commands start fast and without PyAV
     from ..engine.detect import Event, Scorer
     from ..media.encoders import AudioEncoder, Encoders, VisualEncoder
-    from ..media.extract import Source
 
 
 LONG_SNIPPET = 1.5  # seconds: twice those of XD-Violence's videos, of 24 frames a second
@@ -299,26 +298,13 @@ def detect(
     fail are reported at the end, and the exit code is 1. --every must match the snippets that the model was trained on.
     events.csv grows with each video, and keeps the events that earlier calls found in other videos.
     """
-    from ..engine.detect import (
-        best_snippets,
-        check_video,
-        done_with,
-        event_record,
-        read_events,
-        settings_of,
-        summary,
-        write_detection,
-        write_events,
-        write_frame_scores,
-    )
-    from ..engine.detect import detect as detect_in
+    from ..engine.detect import summary
+    from ..engine.search import Results, illustrate, search, settings_of, write_events
     from ..engine.stop import Request, Stopped, listening
-    from ..engine.timeline import timeline
-    from ..media.annotate import annotate
     from ..media.errors import import_av
-    from ..media.extract import check_results, find_sources, reason_of
+    from ..media.extract import find_sources, reason_of
     from ..media.extract import settings_of as features_settings
-    from ..media.features import Sampling, key_frames, video_features
+    from ..media.features import Sampling
 
     import_av()
     if per_frame and fps is not None:
@@ -328,108 +314,57 @@ def detect(
     failed = [one["reason"] for one in unread]
     if not sources and not failed:
         raise DataError(f"{videos[0]}: no videos there")
-    events = output / "events.csv"
-    endings = [".json", *[".frames.csv"] * per_frame, *[".png"] * plot, *[".mkv"] * copy]
-
-    def result(source: "Source", ending: str) -> Path:
-        return output / f"{source.name}{ending}"
-
-    results = [result(source, ending) for source in sources for ending in endings]
-    check_results(videos, sources, [events, *results])
-    if copy and any(path.is_dir() and output.is_dir() and path.samefile(output) for path in videos):
-        raise DataError(
-            f"--annotate would write videos into {output}, where the next call would look for videos to search: give "
-            "another folder with --output"
-        )
-    read_events(events)  # to fail early
-    for source in sources:
-        check_video(result(source, ".json"), source.path)
-    make_folder(output)
-    for folder in {path.parent for path in results}:
-        remove_left(folder)  # copies that a killed call had not finished
+    results = Results(output, plot, copy, per_frame)
+    results.prepare(videos, sources)
     chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
     scorers, seen, heard = watchers(model, student, classes, chosen)
     note_threshold(scorers, threshold)
     sampling, done = Sampling(every, fps, 1, geometry), 0
     settings = settings_of(scorers, threshold, features_settings(sampling, False, chosen))
-
-    def finished(source: "Source") -> list[dict] | None:
-        """The events of a finished video: its other files are no older than the first, or are of an earlier call."""
-        first, *others = (result(source, ending) for ending in endings)
-        try:
-            written = first.stat().st_mtime_ns
-            fresh = all(path.stat().st_mtime_ns >= written for path in others)
-        except OSError:
-            return None
-        return done_with(first, source.path, settings) if fresh else None
-
     if resume:
-        before = {source.name: rows for source in sources if (rows := finished(source)) is not None}
+        before = {source.name: rows for source in sources if (rows := results.finished(source, settings)) is not None}
         typer.echo(f"finished before: {len(before)} of {len(sources)} videos")
         sources = [source for source in sources if source.name not in before]
         if before:
-            write_events(events, before)  # where the file has lost them
-
-    @contextlib.contextmanager
-    def extra(source: "Source", ending: str) -> Iterator[Path]:
-        """Yields where to write. Reports a failure at the end, which does not drop what was found."""
-        target = result(source, ending)
-        try:
-            yield target
-        except Exception as error:
-            failed.append(f"{reason_of(source.path, error)} ({target} alone was not written)")
-
-    frames, request, meter = 0, Request(), bar(sources, desc="detecting", unit="video", shown=not quiet)
+            write_events(results.events, before)  # where the file has lost them
+    request, meter = Request(), bar(sources, desc="detecting", unit="video", shown=not quiet)
     decode = frames_in(meter)
 
-    def stop(decoded: int = 0) -> None:
+    def decoded(frames: int = 0) -> None:
         if request.number is not None:
             raise KeyboardInterrupt  # which nothing takes for the failure of a video
-        decode(decoded)
-
-    def count(decoded: int) -> None:
-        nonlocal frames
-        frames += decoded
-        stop(decoded)
+        decode(frames)
 
     try:
         with listening() as request:
             for source in meter:
-                frames, target = 0, result(source, ".json")
                 try:
-                    read = identity_of(source.path)
-                    found = video_features(source.path, sampling, seen, heard, count)
-                    detection = detect_in(source.name, found, scorers, device_of(device), threshold)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    write_events(events, {source.name: [event_record(e) for e in detection.events()]})
-                    write_detection(target, detection, source.path, read, settings)  # last: it is done then
+                    found = search(
+                        source, results, scorers, sampling, seen, heard, settings, device_of(device), threshold, decoded
+                    )
                 except Exception as error:  # a failing video is reported and does not stop the others
                     failed.append(reason_of(source.path, error))
                     continue
                 done += 1
-                tqdm.write(summary(detection))
+                tqdm.write(summary(found.detection))
                 if found.damaged:
                     note(f"{source.path}: {lost_frames(found.damaged)}")
-                if fps is None and found.seconds > LONG_SNIPPET:
-                    told = f"a snippet of {every} frames lasts {found.seconds:.1f} s, and short events are lost in it"
+                if fps is None and (lasts := found.detection.seconds) > LONG_SNIPPET:
+                    told = f"a snippet of {every} frames lasts {lasts:.1f} s, and short events are lost in it"
                     note(f"{source.path}: {told}: give --fps 1.5, or a smaller --every")
-                if per_frame:
-                    with extra(source, ".frames.csv") as target:
-                        write_frame_scores(target, detection, frames, every)
-                if plot:
-                    with extra(source, ".png") as target:
-                        timeline(target, detection, key_frames(source.path, sampling, best_snippets(detection), stop))
-                if copy:
-                    with extra(source, ".mkv") as target:
-                        if lost := annotate(source.path, target, *detection.curve(), stop):
+                for target in results.files(source)[1:]:
+                    try:
+                        if lost := illustrate(target, source, found, sampling, decoded):
                             note(lost)
-            stop()
+                    except Exception as error:  # does not drop what was found
+                        failed.append(f"{reason_of(source.path, error)} ({target} alone was not written)")
+            decoded()
     except KeyboardInterrupt as end:
-        found_so_far = f"{events} holds what was found so far"
+        found_so_far = f"{results.events} holds what was found so far"
         raise Stopped(request.number or signal.SIGINT, found_so_far if done else "no video was finished") from end
     finally:
         if done:
-            typer.echo(f"wrote {events}")
+            typer.echo(f"wrote {results.events}")
         for reason in failed:
             typer.echo(f"failed: {reason}", err=True)
     if failed:

@@ -1,12 +1,9 @@
 """Detection in video files: the teacher scores parts with sound, the student parts without; scores become events."""
 
-import csv
-import json
-import os
 from bisect import bisect
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import chain, pairwise
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,16 +11,13 @@ import numpy as np
 import torch
 
 from ..data import DataError, TestVideo, chunk, with_motion
-from ..data.atomic import identity_of, in_turn, read_record, write_csv, write_record
 from ..media.features import VideoFeatures
 from ..models.avadclip import Detector, check_normal_first
 from ..models.checkpoints import CheckpointError
 from ..models.text import tokenize
 from .calibrate import Calibration
 from .evaluate import PACKED_CHUNKS, VideoScores, load_model, stream_scores
-from .state import model_digest
 
-EVENTS = ["video", "start", "end", "start_seconds", "end_seconds", "class", "score"]  # columns of events.csv
 PAUSE = 5.0  # seconds: a shorter silence is part of the surrounding sound, a shorter time without frames no gap
 
 
@@ -344,113 +338,6 @@ def event_record(event: Event) -> dict:
         "score": round(event.score, 6),
         "probability": round(event.probability, 6),
     }
-
-
-def as_record(detection: Detection, source: str | Path) -> dict:
-    """Returns a detection as JSON. source: path of the video."""
-
-    def part_record(part: Part) -> dict:
-        start, end = detection.span(part.start, part.end)
-        return {"start": round(start, 3), "end": round(end, 3), "by": part.by, "why": part.why}
-
-    return {
-        "video": os.path.abspath(source),
-        "classes": detection.classes,
-        "seconds_per_snippet": detection.seconds,
-        "parts": [part_record(part) for part in detection.parts],
-        "events": [event_record(e) for e in detection.events()],
-        "snippets": {
-            "time": np.round(detection.times, 3).tolist(),
-            "score": np.round(detection.scores.astype(float), 6).tolist(),
-            "anomaly": np.round(detection.anomaly.astype(float), 6).tolist(),
-            "threshold": np.round(detection.thresholds, 6).tolist(),
-            "probabilities": np.round(detection.probabilities.astype(float), 6).tolist(),
-        },
-    }
-
-
-def settings_of(scorers: Sequence[Scorer], threshold: float | None, features: dict) -> dict:
-    """All that results depend on, besides the video, as JSON has it. features: `media.extract.settings_of`."""
-    models = [[model_digest(scorer.model), asdict(scorer.calibration)] for scorer in scorers]
-    return json.loads(json.dumps({**features, "threshold": threshold, "models": models}))
-
-
-def done_with(path: Path, source: str | Path, settings: dict) -> list[dict] | None:
-    """Returns the events that `write_detection` wrote of this video, unchanged, with these settings; or None."""
-    record = read_record(path)
-    if record.get("settings") != settings or record.get("file") != identity_of(source):
-        return None
-    try:
-        _rows("", record["events"])
-    except (ValueError, TypeError, KeyError, OverflowError):  # another hand has changed them
-        return None
-    return record["events"]
-
-
-def write_detection(path: Path, detection: Detection, source: str | Path, read: dict | None, settings: dict) -> None:
-    """read: `identity_of` the video before it was read, so that one that grew meanwhile is not done."""
-    write_record(path, {"file": read, "settings": settings, **as_record(detection, source)})
-
-
-def check_video(path: Path, source: str | Path) -> None:
-    """Raises DataError if `path` is what `write_detection` wrote of a video other than `source`, moved or not."""
-    own, record = identity_of(source), read_record(path)
-    try:
-        video = record["video"]
-        there = os.path.isfile(video)
-        other = not os.path.samefile(video, source) if there else (record.get("file") or own) != own
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):  # no such file, or none of ours
-        return
-    if other and own is not None:
-        gone, remedy = ("", "their common folder as the videos") if there else (", which is gone", f"remove {path}")
-        raise DataError(
-            f"{path} is of {video}{gone}, and would be replaced by what is found in {source}: give another folder with "
-            f"--output, or {remedy}"
-        )
-
-
-def read_events(path: Path) -> list[list[str]]:
-    """Reads the rows that `write_events` wrote; none if there is no file. Raises DataError."""
-    if not path.is_file():
-        return []
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            header, *rows = [row for row in csv.reader(file) if row] or [[]]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a CSV file in UTF-8: {error}; move it away") from error
-    if header != EVENTS:
-        raise DataError(f"{path} was not written by detect: move it away, or give another folder with --output")
-    return rows
-
-
-def write_events(path: Path, found: dict[str, list[dict]]) -> None:
-    """Writes one CSV row per event with the columns EVENTS, sorted by video; keeps the rows of other videos there.
-
-    found: video -> its events, of `event_record`
-    """
-    new = [row for name, events in found.items() for row in _rows(name, events)]
-    with in_turn(path.parent):  # of several calls with this folder
-        rows = [row for row in read_events(path) if row[0] not in found]
-        write_csv(path, [EVENTS, *sorted(rows + new, key=lambda row: row[0])])
-
-
-def _rows(name: str, events: list[dict]) -> list[list[str]]:
-    """The rows of a video in events.csv."""
-    return [
-        [name, e["start_code"], e["end_code"], f"{e['start']:.3f}", f"{e['end']:.3f}", e["class"], f"{e['score']:.4f}"]
-        for e in events
-    ]
-
-
-def write_frame_scores(path: Path, detection: Detection, frames: int, every: int) -> None:
-    """Writes one CSV row per frame: frame, score, class probabilities.
-
-    frames: number of frames. every: frames per snippet. Frames after the last whole snippet get its scores.
-    """
-    snippet = np.minimum(np.arange(frames) // every, len(detection.times) - 1)
-    rows = np.concatenate([detection.scores[:, None], detection.probabilities], 1)[snippet]
-    lines = ([i, *(f"{x:.4f}" for x in row)] for i, row in enumerate(rows))
-    write_csv(path, chain([["frame", "score", *detection.classes]], lines))
 
 
 def best_snippets(detection: Detection, most: int = 5) -> list[int]:
