@@ -356,6 +356,32 @@ def test_a_subclass_that_passes_settings_on_comes_back(tmp_path):
     assert same(model, Named.from_official(tmp_path / "official.pth", CLASSES, class_tokens=TOKENS))
 
 
+class Recurrent(torch.nn.Module):
+    """A temporal encoder of a user's own."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.layer = torch.nn.GRU(width, width, batch_first=True)
+
+    def forward(self, x, lengths=None):
+        return self.layer(x)[0]
+
+
+class Own(Named):
+    def __init__(self, classes, **settings):
+        super().__init__(classes, **settings)
+        self.temporal = Recurrent(self.width)
+
+
+def test_a_subclass_with_a_temporal_encoder_of_its_own_comes_back(tmp_path):
+    """It was asked for the type of its position rows, and on loading for their number."""
+    model = Own(CLASSES, class_tokens=TOKENS, **SIZES).eval()
+    model.save_pretrained(tmp_path)
+    again, (visual, audio, _, lengths) = Own.from_pretrained(tmp_path), batch([24, 5], 24)
+    assert same(model, again)
+    torch.testing.assert_close(again(visual, audio, lengths).features, model(visual, audio, lengths).features)
+
+
 def test_our_folder_loads_without_open_clip(tmp_path):
     """Names were tokenised once, when the model was made: the folder holds their codes."""
     pytest.importorskip("open_clip")

@@ -143,7 +143,7 @@ class Detector(Checkpointed):
             x = self.standardize[stream](x, lengths)
         else:  # what is not finite there would reach the gradients of weights, as 0 * NaN
             x = zero_padding(activations(x), self.valid(lengths))
-        dtype, double = self.temporal.positions.weight.dtype, x.dtype == torch.float64
+        dtype, double = self.classifier.weight.dtype, x.dtype == torch.float64
         if x.dtype != dtype and (double or not autocasts(x.device.type)):  # autocast leaves float64 alone
             remedy = "cast one" if double else "cast one, or use torch.autocast"
             raise ValueError(f"{type(self).__name__}: {stream} is {x.dtype}, but the model is {dtype}; {remedy}")
