@@ -13,7 +13,7 @@ import plain_model
 import pytest
 import torch
 from op_tests import ON_GPU
-from small_models import CLASSES, TOKENS, batch, draw, student, teacher
+from small_models import CLASSES, SIZES, TOKENS, batch, draw, student, teacher
 from torch import Tensor
 
 from avadclip_fast import AVadCLIP, AVadCLIPStudent, objective, use_backend
@@ -451,6 +451,18 @@ def test_text_features_at_hand_are_used():
     text = model.encode_text()
     assert torch.equal(model(visual, lengths, text).class_logits, model(visual, lengths).class_logits)
     assert not torch.equal(model(visual, lengths, -text).class_logits, model(visual, lengths).class_logits)
+
+
+def test_text_features_of_a_subclass_are_those_of_training_too():
+    """Evaluation asked its `encode_text`, and `forward` the text encoder."""
+
+    class Own(AVadCLIPStudent):
+        def encode_text(self):
+            return torch.eye(3, self.width)
+
+    visual, _, _, lengths = batch([9, 16], 16)
+    out = Own(CLASSES, class_tokens=TOKENS, window=8, **SIZES)(visual, lengths)
+    assert torch.equal(out.text_features, torch.eye(3, 32))
 
 
 def test_a_model_is_where_its_weights_are_whatever_the_default_device():

@@ -161,7 +161,7 @@ class Detector(Checkpointed):
 
     def _text(self, text_features: Tensor | None) -> Callable[[], Tensor]:
         """Starts the text encoder; call it before the stream encoders so that both can overlap."""
-        return aside("text", self.text, FIRST) if text_features is None else lambda: text_features
+        return aside("text", self.encode_text, FIRST) if text_features is None else lambda: text_features
 
     def _each(
         self, function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor | None
