@@ -382,6 +382,15 @@ def test_a_subclass_with_a_temporal_encoder_of_its_own_comes_back(tmp_path):
     torch.testing.assert_close(again(visual, audio, lengths).features, model(visual, audio, lengths).features)
 
 
+def test_a_subclass_names_its_arguments():
+    """Its settings were saved as "args", which no model takes on loading."""
+    with pytest.raises(TypeError, match=r"^Unnamed.__init__ takes \*args, .* by name, as in \(self, classes, "):
+
+        class Unnamed(AVadCLIP):
+            def __init__(self, *args, **settings):
+                super().__init__(*args, **settings)
+
+
 def test_our_folder_loads_without_open_clip(tmp_path):
     """Names were tokenised once, when the model was made: the folder holds their codes."""
     pytest.importorskip("open_clip")

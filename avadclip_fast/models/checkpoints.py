@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Set, ValuesView
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -215,6 +216,9 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
     length: int
 
     def __init_subclass__(cls, **named: Any) -> None:
+        if any(p.kind is p.VAR_POSITIONAL for p in signature(cls.__init__).parameters.values()):
+            remedy = "write them out, or pass them on by name, as in (self, classes, **settings)"
+            raise TypeError(f"{cls.__name__}.__init__ takes *args, whose names config.json would not have: {remedy}")
         super().__init_subclass__(**{"coders": CODERS, **named})  # which the mixin does not inherit
 
     def remember(self, **settings: Any) -> None:
