@@ -154,6 +154,15 @@ def test_a_run_that_has_not_ended_is_no_model_yet(tmp_path):
     load_model(tmp_path)
 
 
+def test_a_model_of_a_class_of_ones_own_is_told(tmp_path):
+    """The line was: does not describe a model of this library: 'Own'."""
+    model = student()
+    model.__class__ = type("Own", (type(model),), {})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=rf"{CONFIG}: 'Own' is no class of this library; its from_pretrained"):
+        load_model(tmp_path)
+
+
 def test_a_description_of_no_model_is_told_in_a_line(tmp_path):
     student().save_pretrained(tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text())

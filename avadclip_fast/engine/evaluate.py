@@ -63,6 +63,8 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
     try:
         if folder is not None:
             kind = json.loads(where.read_text())["model"]
+            if kind not in KINDS:
+                raise CheckpointError(f"{where}: {kind!r} is no class of this library; its from_pretrained loads it")
             model = KINDS[kind].from_pretrained(folder)
         else:
             official = KINDS[kind_of(read_official(path))]
