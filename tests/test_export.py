@@ -44,6 +44,13 @@ def moving():
     return model
 
 
+class Doubled(torch.nn.Module):
+    """In place of a temporal encoder."""
+
+    def forward(self, x, lengths=None):
+        return x + x
+
+
 MODELS = {
     "teacher": lambda: teacher(layers=1),
     "student of sound": heard,
@@ -292,6 +299,14 @@ def test_drawn_videos_are_clear_of_the_threshold_on_both_sides():
     margins = [(x - 0.7).abs().min() for x in cosines]
     assert max(margins) > 1e-4
     assert all(0.02 < (x > 0.7).double().mean() < 0.98 for x in cosines)
+
+
+def test_an_encoder_of_ones_own_is_exported(tmp_path):
+    """It was asked for its similarity graph."""
+    model = student().eval()
+    model.temporal = Doubled()
+    export_model(model, tmp_path / "own.pt2")
+    assert (tmp_path / "own.pt2").is_file()
 
 
 def test_by_the_command_line(tmp_path, capsys):

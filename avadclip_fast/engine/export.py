@@ -22,6 +22,7 @@ from ..data import TestVideo
 from ..data.atomic import atomic_write, make_folder
 from ..models.avadclip import Detector
 from ..models.checkpoints import CheckpointError
+from ..modules import SimilarityGraph
 from ..ops import use_backend
 from .calibrate import Calibration
 from .evaluate import VideoScores, stream_scores
@@ -304,16 +305,16 @@ def _draw(model: Detector, calibration: Calibration, n: int, generator) -> tuple
     the one whose cosines stay farthest from it.
     """
     length = model.length
-    graph = model.temporal.aggregator.simAdj
     margin = np.inf
 
-    def look(_, inputs: tuple) -> None:
+    def look(graph: SimilarityGraph, inputs: tuple) -> None:
         nonlocal margin
         x = F.normalize(inputs[0][0, :n].double(), dim=-1)
         margin = float((x @ x.T - graph.threshold).abs().min())
 
     drawn = []
-    hook = graph.register_forward_pre_hook(look)
+    graphs = [part for part in model.modules() if isinstance(part, SimilarityGraph)]  # none in an encoder of one's own
+    hooks = [graph.register_forward_pre_hook(look) for graph in graphs]
     try:
         for _ in range(DRAWS):
             unlike = generator.uniform(0.2, 1, (n, 1))  # cosines on both sides of 0.7
@@ -325,6 +326,7 @@ def _draw(model: Detector, calibration: Calibration, n: int, generator) -> tuple
             (scores,) = stream_scores(model, [video], calibration=calibration)
             drawn.append((margin, video, scores))
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
     _, video, scores = max(drawn, key=lambda one: one[0])
     return video, scores
