@@ -315,8 +315,10 @@ def test_every_op_has_a_page():
 
     together = {"mil_align_loss": "mil_loss", "unpack_rows": "pack_rows"}
     assert {together.get(op, op) for op in _dispatch.TABLE} == {page.stem for page in KERNEL_PAGES}
+    tables = [(ROOT / page).read_text() for page in ("README.md", "docs/kernels/index.md")]
     for op in _dispatch.TABLE:
         page = together.get(op, op)
+        assert all(re.search(rf"^\| [\[`].*\b{op}\b.*\|", table, re.M) for table in tables), f"a row for {op}"
         assert f"\n::: avadclip_fast.ops.{page}.{op}\n" in (ROOT / f"docs/kernels/{page}.md").read_text()
 
 

@@ -36,6 +36,9 @@ def test_an_op_has_all_its_files(op):
     files += [f"csrc/{NATIVE.get(op, op)}_cpu.cpp"] if {"cpp", "amx"} & set(_dispatch.TABLE[op]) else []
     files += [f"csrc/{NATIVE.get(op, op)}.cu"] if "cuda" in _dispatch.TABLE[op] else []
     assert [file for file in files if not (ROOT / file).exists()] == []
+    if {"cpp", "amx"} & set(_dispatch.TABLE[op]):
+        sanitized = re.search(r"^CPP_TESTS := (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
+        assert {stem, NATIVE.get(op, op)} & {*sanitized}
 
 
 @every_op
