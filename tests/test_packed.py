@@ -386,6 +386,8 @@ def test_a_packed_file_that_does_not_fit(made, tmp_path, capsys):
         FeatureSet.open(path, {code: CODES[code] for code in ("A", "B1", "B2")}, 16, audio=False)
     with pytest.raises(DataError, match="packed as 16 x 512, 32 x 512 is wanted"):
         FeatureSet.open(path, CODES, 32, audio=False)
+    with pytest.raises(DataError, match="width 512, expected 768; were they made by another encoder"):
+        FeatureSet.open(path, CODES, 16, width=768, audio=False)  # and not: train with --length 16
     with pytest.raises(DataError, match="packed without sound"):
         FeatureSet.open(path, CODES, 16)
     streams, _ = open_packed(path)
@@ -425,8 +427,9 @@ def test_a_list_packed_with_motion(made, tmp_path):
         FeatureSet.open(path, CODES, 16)
     without = tmp_path / "b.safetensors"
     data.pack(without, rows, 16)
-    with pytest.raises(DataError, match="packed without motion; pack it again with --motion"):
-        FeatureSet.open(without, CODES, 16, motion=True)
+    for length in (16, 32):
+        with pytest.raises(DataError, match="packed without motion; pack it again with --motion"):
+            FeatureSet.open(without, CODES, length, motion=True)
 
 
 def test_training_from_a_packed_file(made, tmp_path, capsys):

@@ -120,9 +120,12 @@ class FeatureSet:
         tensors, _ = open_packed(path)
         found = list(tensors["visual"].shape[1:])
         if found != [length, (1 + motion) * width]:
-            if found == [length, (2 - motion) * width]:
+            if found[1] == (2 - motion) * width:
                 without, again = ("without", "with") if motion else ("with", "without")
                 raise DataError(f"{path}: packed {without} motion; pack it again {again} --motion")
+            if found[1] != (1 + motion) * width:
+                wanted = f"width {found[1]}, expected {(1 + motion) * width}"
+                raise DataError(f"{path}: packed features have {wanted}; were they made by another encoder?")
             shape = " x ".join(map(str, found))
             raise DataError(
                 f"{path}: packed as {shape}, {length} x {(1 + motion) * width} is wanted; "
