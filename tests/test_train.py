@@ -570,6 +570,13 @@ def test_only_students_are_distilled(tmp_path):
             fit(student, features(), RECIPE, tmp_path, teacher=wrong, progress=False)
 
 
+def test_a_teacher_that_was_distilled_from_is_frozen(tmp_path):
+    known = teacher()
+    fit(AVadCLIPStudent.beside(known, window=4), features(), RECIPE, tmp_path / "a", teacher=known, progress=False)
+    with pytest.raises(RecipeError, match="the model is frozen"):
+        fit(known, features(), RECIPE, tmp_path / "b", progress=False)
+
+
 def test_a_set_is_known_by_every_bit():
     one = features()
     for name in ("visual", "audio", "labels"):

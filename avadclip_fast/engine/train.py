@@ -185,6 +185,9 @@ def _check_fits(model, data: FeatureSet, recipe: Recipe, teacher, held_out: Feat
             raise RecipeError(f"labels are of {videos.labels.shape[1]} classes; the model has {len(model.classes)}")
     if teacher is not None and not isinstance(model, AVadCLIPStudent):
         raise RecipeError(f"a teacher distils a student; the model is an {type(model).__name__}")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        # and not requires_grad_(), which would train the text encoder too
+        raise RecipeError("the model is frozen, as a teacher is once it was given to fit: make it or load it again")
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
         raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
 
