@@ -133,14 +133,16 @@ def test_recording_leaves_what_it_changes_as_it_was(recordings):
         return weight.add_(moments["sum"]).sum()[None]
 
     step = graph.StepGraph(function, lambda: [weight, *moments.values()])
-    step.record(torch.full((3,), 2.0))
+    step.record(given := torch.full((3,), 2.0))
     assert weight.tolist() == [1, 1, 1] and moments["sum"].tolist() == [0, 0, 0]
     step.record(torch.full((3,), 5.0))  # the same shape: there already
     assert len(recordings) == 1
-    assert step(torch.full((3,), 3.0)).tolist() == [12]
+    assert step(torch.full((3,), 3.0)).tolist() == [12] and given.tolist() == [2, 2, 2]
     step.record(torch.ones(1))  # another shape, when there is something to lose
     assert weight.tolist() == [4, 4, 4] and moments["sum"].tolist() == [3, 3, 3]
     assert step(torch.ones(1)).tolist() == [24]
+    step.record(torch.ones(1, dtype=torch.float64))  # which a graph of float32 would round
+    assert len(recordings) == 3
 
 
 def test_a_graph_is_recorded_on_the_gpu_of_its_inputs(recordings, monkeypatch):
