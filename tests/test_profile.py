@@ -3,16 +3,21 @@
 import json
 import logging
 import runpy
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import SIZES
 from typer.testing import CliRunner
 
 import avadclip_fast.cli.profile  # noqa: F401  adds its command
-from avadclip_fast import ops, profiling
+from avadclip_fast import AVadCLIP, AVadCLIPStudent, ops, profiling
 from avadclip_fast.cli.commands import app
 from avadclip_fast.data import DataError
-from avadclip_fast.engine.profile import BATCH, STEPS, Setting, make, names, run
+from avadclip_fast.engine import profile
+from avadclip_fast.engine.profile import BATCH, CLASSES, STEPS, Setting, T, make, names, run
+from avadclip_fast.engine.recipe import RecipeError
 from avadclip_fast.ops import _dispatch
 
 CPU = torch.device("cpu")
@@ -182,11 +187,79 @@ def test_every_op_is_a_case(op, precision):
     with profiling.profiling():
         seen = recorded(make(op, Setting(CPU, precision, 1)))
     assert any(name.startswith(f"{op}:") for name in seen)
+    learned = [x for x in profile._arguments(op, Setting(CPU, precision, 1)).values() if getattr(x, "requires_grad", 0)]
+    assert {x.dtype for x in learned} == {{"fp32": torch.float32, "bf16": torch.bfloat16}[precision]}
 
 
 def test_cases_are_steps_and_ops():
     assert names() == [*STEPS, *_dispatch.TABLE] and set(STEPS) == {"train-teacher", "train-student", "distil", "infer"}
     assert BATCH["cuda"] == 96
+
+
+def test_a_batch_of_any_size_has_every_length_and_class():
+    setting = Setting(CPU, "fp32", 5000)
+    lengths, labels = profile._lengths(setting), profile._labels(setting)
+    assert (lengths.min(), lengths.max()) == (T // 4, T)
+    assert labels.shape == (5000, len(CLASSES)) and (labels.sum(1) == 1).all() and labels.any(0).all()
+
+
+def test_a_report_gives_the_mean_time_of_an_iteration(monkeypatch):
+    """In milliseconds, without the warm-up, and of the same inputs in every call."""
+    inputs, done, clock = [], [], iter([10.0, 16.0] * 2)
+
+    def step(setting):
+        inputs.append(float(torch.rand(())))
+        return lambda: done.append(profiling.enabled)
+
+    monkeypatch.setitem(STEPS, "infer", step)
+    monkeypatch.setattr(profile, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    for _ in range(2):
+        report = run("infer", CPU, batch=2, warmup=2, iterations=3)
+        assert report == "infer, batch 2, fp32 on cpu: 2000.000 ms an iteration"
+    assert done == [False, False, True, True, True] * 2 and inputs[0] == inputs[1]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The cases of whole steps, in models that are made at once."""
+    for model in (AVadCLIP, AVadCLIPStudent):
+        monkeypatch.setattr(profile, model.__name__, partial(model, **SIZES))
+    profile.AVadCLIPStudent.beside = AVadCLIPStudent.beside
+    monkeypatch.setattr(profile, "D", SIZES["width"])
+    monkeypatch.setattr(profile, "T", SIZES["length"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("case", "kind"), [("train-teacher", AVadCLIP), ("train-student", AVadCLIPStudent), ("distil", AVadCLIPStudent)]
+)
+def test_a_step_of_training_is_that_of_the_command(case, kind, precision, small, monkeypatch):
+    taken = []
+    monkeypatch.setattr(profile, "train_step", lambda *given: taken.append(given))
+    make(case, Setting(CPU, precision, 3))()
+    ((model, _, batch, known, recipe),) = taken
+    assert type(model) is kind and model.training and recipe.precision == precision
+    assert (known is not None) == (case == "distil")
+    padding = torch.arange(SIZES["length"]) >= batch.lengths[:, None]
+    assert padding.any() and not batch.visual[padding].any() and not batch.audio[padding].any()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_inference_is_that_of_an_evaluation(precision, small, monkeypatch):
+    found = []
+
+    def infer(model, *_, **__):
+        found.append((model.training, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+
+    monkeypatch.setattr(AVadCLIPStudent, "infer", infer)
+    make("infer", Setting(CPU, precision, 1))()
+    assert found == [(False, False, precision == "bf16")]
+
+
+def test_a_precision_that_a_processor_lacks_is_told(monkeypatch):
+    monkeypatch.setattr("avadclip_fast.engine.step.HAS_AMX", False)
+    with pytest.raises(RecipeError, match="tf32 needs a GPU"):
+        run("topk_mean", CPU, "tf32")
 
 
 def test_a_step_has_its_phases(tmp_path):
