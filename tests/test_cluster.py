@@ -99,7 +99,7 @@ class Counting:
 
     def __init__(self, processors, interrupted_after=None):
         self.processors, self.left = processors, interrupted_after
-        self.tasks, self.most, self.cancelled = 0, 0, []
+        self.tasks, self.most, self.cancelled, self.awaited = 0, 0, [], 0
 
     def cluster_resources(self):
         return {"CPU": float(self.processors)}
@@ -110,6 +110,7 @@ class Counting:
 
     def wait(self, running, num_returns=1, timeout=None):
         self.most = max(self.most, len(running))
+        self.awaited = num_returns
         if self.left is not None and timeout == cluster.LOOK:
             self.left -= 1
             if self.left < 0:
@@ -134,6 +135,9 @@ def test_tasks_in_flight_are_bounded():
     assert len(run(fake, 1000)["done"]) == 1000 and fake.tasks == 1000 and fake.most == 8
     assert run(Counting(0), 3)["done"] == ["0", "1", "2"]  # machines are still to come
     assert run(Counting(4), 0) == {"done": [], "skipped": [], "failed": []}
+    fake = Counting(8)
+    lose = lambda: vars(fake).update(processors=1 if fake.tasks > 20 else 8)  # noqa: E731  a machine
+    assert len(run(fake, 100, until=lose)["done"]) == 100
 
 
 def test_an_interrupt_calls_off_what_runs():
@@ -141,6 +145,7 @@ def test_an_interrupt_calls_off_what_runs():
     with pytest.raises(KeyboardInterrupt):
         run(fake, 100)
     assert fake.tasks == 9 and fake.cancelled == [6, 7, 8, 9]  # and none that has ended
+    assert fake.awaited == 4  # so that none leaves a temporary file
 
 
 def test_being_asked_to_end_calls_off_what_runs_and_keeps_what_is_done():
@@ -153,6 +158,13 @@ def test_encoders_are_loaded_once_a_process():
     chosen = Encoders("deadly:Grey", "openai", "none", device="cpu")
     same = Encoders("deadly:Grey", "openai", "none", device="cpu")
     assert cluster._loaded(chosen)[0] is cluster._loaded(same)[0]
+
+
+def test_weights_are_found_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("openai", "random", "https://host/w.pt", "/w.pt"):
+        assert cluster._absolute(given) == given
+    assert cluster._absolute("w.pt") == str(tmp_path / "w.pt")
 
 
 def test_the_gpu_that_was_lent(monkeypatch):
