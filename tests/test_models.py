@@ -525,9 +525,10 @@ def test_statistics_of_batches_that_were_read_before():
         student(standardize=["visual"]).fit_inputs(batches)
 
 
-def test_normal_is_the_first_class():
-    with pytest.raises(DataError, match="normal must be the first of the classes; got fire, Normal"):
-        teacher(classes=["fire", "Normal"])
+@pytest.mark.parametrize("name", ["Normal", " normal "])
+def test_normal_is_the_first_class(name):
+    with pytest.raises(DataError, match=f"normal must be the first of the classes; got fire, {name}"):
+        teacher(classes=["fire", name])
 
 
 MOVES = {"motion": True, "standardize": ["audio", "visual"]}
