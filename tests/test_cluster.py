@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from deadly import FLAGS
@@ -12,6 +13,7 @@ from videos import make_video
 
 from avadclip_fast.media import cluster
 from avadclip_fast.media.encoders import Encoders
+from avadclip_fast.media.errors import MediaError
 from avadclip_fast.media.extract import Source
 from avadclip_fast.media.features import Sampling
 
@@ -178,6 +180,36 @@ def test_the_gpu_that_was_lent(monkeypatch):
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert cluster._lent() == device
+    monkeypatch.setattr(cluster, "_loaded", lambda encoders: pytest.fail(encoders.device))
+    chosen = Encoders("deadly:Grey", "openai", "none", device="cuda")
+    with pytest.raises(pytest.fail.Exception, match="cuda:1"):
+        cluster._task(Source(Path("a.mkv"), "a"), Path("out"), Sampling(), chosen, {})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gpus", "given"), [("auto", 0, "cpu"), ("auto", 2, "cuda"), ("cpu", 2, "cpu"), ("cuda", 2, "cuda")]
+)
+def test_each_video_takes_a_gpu_where_there_are_some(wanted, gpus, given, monkeypatch):
+    asked, sent, fake = [], [], Counting(4)
+    fake.is_initialized, fake.cluster_resources = lambda: True, lambda: {"CPU": 4.0, "GPU": gpus}
+    fake.remote = lambda **options: asked.append(options) or (lambda _: task)
+    task = SimpleNamespace(remote=lambda *arguments: sent.append(arguments) or 1)
+    monkeypatch.setattr(cluster, "import_ray", lambda: fake)
+    chosen = Encoders("deadly:Grey", "w.pt", "none", device=wanted)
+    found = cluster.extract([Source(Path("a.mkv"), "a")], "out", Sampling(), chosen, {})
+    assert found["done"] == ["a"]
+    (options,), ((source, output, _, encoders, _),) = asked, sent
+    assert (options["num_gpus"], encoders.device) == (int(given == "cuda"), given)
+    assert (options["runtime_env"] is not None) == (given == "cuda")  # Ray is to hide none of a worker's GPUs
+    assert all(Path(path).is_absolute() for path in (source.path, output, encoders.visual_weights))
+
+
+def test_a_gpu_that_a_cluster_lacks_is_told(monkeypatch):
+    fake = Counting(4)
+    fake.is_initialized = lambda: True
+    monkeypatch.setattr(cluster, "import_ray", lambda: fake)
+    with pytest.raises(MediaError, match="device 'cuda' is not available: the Ray cluster has no GPU"):
+        cluster.extract([], "out", Sampling(), Encoders("deadly:Grey", "openai", "none", device="cuda"), {})
 
 
 def test_mistakes_are_told_once(films, tmp_path, capsys, monkeypatch):
