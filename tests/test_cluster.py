@@ -156,6 +156,33 @@ def test_being_asked_to_end_calls_off_what_runs_and_keeps_what_is_done():
     assert len(record["done"]) == 6 and fake.cancelled == [7, 8, 9]
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            ray.exceptions.RayTaskError("f", "Traceback:\n  ...\nTypeError: x", TypeError("x")),
+            "RayTaskError: TypeError: x",
+        ),
+        (ray.exceptions.RayError("the machine is gone\nIts logs:"), "RayError: the machine is gone"),
+        (ray.exceptions.RayError(), "RayError: "),
+    ],
+    ids=["a traceback ends with its cause", "others begin with it", "none"],
+)
+def test_a_lost_task_is_told_in_a_line_and_costs_no_other(error, told):
+    def get(task):
+        if task == 1:
+            raise error
+        return "done", ""
+
+    fake = Counting(4)
+    fake.get = get
+    assert run(fake, 3) == {
+        "done": ["1", "2"],
+        "skipped": [],
+        "failed": [{"source": "0.mkv", "reason": f"0.mkv: {told}"}],
+    }
+
+
 def test_encoders_are_loaded_once_a_process():
     chosen = Encoders("deadly:Grey", "openai", "none", device="cpu")
     same = Encoders("deadly:Grey", "openai", "none", device="cpu")
@@ -200,6 +227,7 @@ def test_each_video_takes_a_gpu_where_there_are_some(wanted, gpus, given, monkey
     assert found["done"] == ["a"]
     (options,), ((source, output, _, encoders, _),) = asked, sent
     assert (options["num_gpus"], encoders.device) == (int(given == "cuda"), given)
+    assert options["max_retries"] == cluster.RETRIES
     assert (options["runtime_env"] is not None) == (given == "cuda")  # Ray is to hide none of a worker's GPUs
     assert all(Path(path).is_absolute() for path in (source.path, output, encoders.visual_weights))
 
@@ -217,8 +245,9 @@ def test_mistakes_are_told_once(films, tmp_path, capsys, monkeypatch):
     missing = ["--visual-encoder", "deadly:Grey", "--audio-weights", tmp_path / "none.pt", "-q"]
     assert "none.pt: no such file" in mistake(capsys, *wrong, *missing)
     assert "device 'cuda:1' with Ray" in mistake(capsys, *wrong, *THREADS, "--device", "cuda:1")
-    monkeypatch.setenv("RAY_ADDRESS", "nothing://here")
-    assert "no Ray cluster" in mistake(capsys, *wrong, *THREADS)
+    for address in ("nothing://here", "here"):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert "no Ray cluster" in mistake(capsys, *wrong, *THREADS)
     monkeypatch.setitem(sys.modules, "ray", None)
     assert 'pip install "avadclip_fast[ray]"' in mistake(capsys, *wrong, *THREADS)
     assert not ray.is_initialized() and not list(tmp_path.rglob("*.npy"))
