@@ -461,11 +461,13 @@ class OpTests:
                 with pytest.raises(ValueError, match=f"{self.op}: {name} must be .*tensor.*got"):
                     self.call({**arguments, name: x.tolist()}, None)
 
-    @pytest.mark.parametrize("bad", [0, -3, 1000])
-    def test_refuses_lengths(self, bad: int):
+    @pytest.mark.parametrize("bad", [0, -3, "a row too many"])
+    def test_refuses_lengths(self, bad: int | str):
         arguments = self.one_case()
         if arguments.get("lengths") is None:
             pytest.skip("takes no lengths")
+        if isinstance(bad, str):
+            bad = 1 + arguments[ROWS[self.op][0]].shape[0 if self.packed else 1]
         lengths = arguments["lengths"].clone()
         lengths[-1] = bad
         with pytest.raises(ValueError, match=rf"{self.op}: lengths must .*{re.escape(str(bad))}"):
@@ -479,11 +481,18 @@ class OpTests:
         """Sizes must be whole and above zero, scales above zero: the same words from every backend."""
         arguments = self.one_case()
         for name in set(arguments) & {"window", "heads", "divisor", "rows", "dilation", "scale", "temperature"}:
-            for bad in (0, -1, None, "4", 2.5):
-                if bad == 2.5 and name in ("scale", "temperature"):
+            for bad in (0, -1, None, "4", 2.5, True):
+                if bad in (2.5, True) and name in ("scale", "temperature"):
                     continue
                 with pytest.raises(ValueError, match=rf"{self.op}: {name} must be a .*number above zero, got .*{bad}"):
                     self.call({**arguments, name: bad}, None)
+
+    def test_takes_numpys_numbers(self):
+        arguments = self.one_case()
+        given = {name: x for name, x in arguments.items() if type(x) in (int, float)}
+        numpys = {name: np.float32(x) if isinstance(x, float) else np.int64(x) for name, x in given.items()}
+        own = {name: x.item() for name, x in numpys.items()}
+        assert torch.equal(self.call({**arguments, **numpys}, None), self.call({**arguments, **own}, None))
 
     def test_refuses_backends(self):
         arguments = self.one_case()

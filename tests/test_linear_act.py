@@ -296,6 +296,14 @@ def test_refuses_needed_lengths_that_do_not_fit(x):
         call(needed=torch.tensor([5]))
     with pytest.raises(ValueError, match=r"needed lengths must have shape \[1\], got \[2\]"):
         call(needed=torch.tensor([1, 1]))
+    with pytest.raises(ValueError, match=r"needed goes with x of shape \[B, T, I\], got \[4, 8\]"):
+        ops.linear_act(x[0], torch.zeros(8, 8), needed=torch.tensor([1, 1, 1, 1]))
+
+
+def test_takes_numpys_share_of_dropout(x):
+    kept = torch.ones(1, 4, 8, dtype=torch.bool)
+    own, numpys = (ops.linear_act(x, torch.ones(8, 8), dropout=(kept, p)) for p in (0.5, np.float32(0.5)))
+    assert torch.equal(own, numpys)
 
 
 def test_refuses_a_dropout_that_does_not_fit(x):

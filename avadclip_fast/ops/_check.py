@@ -9,7 +9,7 @@ from torch import Tensor
 from ._autocast import autocasts
 
 _WHOLE = int | np.integer | torch.SymInt
-_REAL = _WHOLE | float | np.floating | torch.SymFloat
+REAL = _WHOLE | float | np.floating | torch.SymFloat
 
 
 def check_are_tensors(op: str, **values: object) -> None:
@@ -127,7 +127,7 @@ def _values(x: Tensor) -> np.ndarray | None:
 def check_positive(op: str, **values: Any) -> None:
     """Raises ValueError if a number is not positive."""
     for name, value in values.items():
-        if not isinstance(value, _REAL) or not value > 0:
+        if not isinstance(value, REAL) or not value > 0:
             raise ValueError(f"{op}: {name} must be a number above zero, got {value!r}")
 
 

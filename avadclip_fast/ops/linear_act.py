@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from . import _dispatch, _linear_act_cpu, _linear_act_onednn
-from ._check import check_are_tensors, check_counts, check_lengths, check_needed, check_tensors, leading
+from ._check import REAL, check_are_tensors, check_counts, check_lengths, check_needed, check_tensors, leading
 from ._derivatives import differentiable, differentiable_once, empty_grads, wanted
 from ._layer_norm import layer_norm
 from ._padding import zero_padding
@@ -199,5 +199,5 @@ def _check_dropout(dropout: tuple[Tensor, float], shape: tuple[int, ...], device
         raise ValueError(f"linear_act: kept of dropout must have shape {list(shape)}, got {list(kept.shape)}")
     if kept.device != device:
         raise ValueError(f"linear_act: kept of dropout is on {kept.device}, but x is on {device}")
-    if not isinstance(p, float | int) or not 0 <= p <= 1:
+    if not isinstance(p, REAL) or not 0 <= p <= 1:
         raise ValueError(f"linear_act: p of dropout must lie in 0..1, got {p!r}")

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from . import _dispatch, _similarity_graph_cpu, _similarity_graph_triton
 from ._autocast import without_autocast
-from ._check import check_are_tensors, check_lengths, check_tensors
+from ._check import REAL, check_are_tensors, check_lengths, check_tensors
 
 _dispatch.register("similarity_graph", "reference", without_autocast(reference.similarity_graph))
 _dispatch.register(
@@ -41,7 +41,7 @@ def similarity_graph(
     Precision: cosines and softmax in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("similarity_graph", ("features", features, "B T D"), ("values", values, "B T E"))
-    if not isinstance(threshold, float | int) or not -1 <= threshold <= 1:
+    if not isinstance(threshold, REAL) or not -1 <= threshold <= 1:
         raise ValueError(f"similarity_graph: threshold is a cosine in [-1, 1], got {threshold!r}")
     if lengths is None:
         lengths = torch.full((sizes["B"],), sizes["T"], device=features.device)
