@@ -1,6 +1,8 @@
 """`avadclip-fast extract --engine ray`, on a cluster of two nodes in this machine."""
 
 import json
+import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -238,6 +240,15 @@ def test_a_gpu_that_a_cluster_lacks_is_told(monkeypatch):
     monkeypatch.setattr(cluster, "import_ray", lambda: fake)
     with pytest.raises(MediaError, match="device 'cuda' is not available: the Ray cluster has no GPU"):
         cluster.extract([], "out", Sampling(), Encoders("deadly:Grey", "openai", "none", device="cuda"), {})
+
+
+def test_a_cluster_that_is_started_here_prints_and_sends_nothing(monkeypatch):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
+    asked = []
+    cluster._connect(SimpleNamespace(init=lambda **options: asked.append(options)))
+    assert asked == [{"log_to_driver": False, "logging_level": logging.ERROR}]
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 def test_mistakes_are_told_once(films, tmp_path, capsys, monkeypatch):
