@@ -252,6 +252,15 @@ class OpTests:
         without = FIXED.get(self.op, ())
         self.call(convert(arguments, lambda name, x: x.requires_grad_(name not in without)), backend).mul_(2)
 
+    def test_a_result_that_gets_no_gradient_hands_none_down(self, case: Case, backend: str, device: str):
+        without = FIXED.get(self.op, ())
+        arguments = convert(
+            self.make(case, backend, device=device), lambda name, x: x.requires_grad_(name not in without)
+        )
+        wanted = [x for _, x in leaves(arguments) if x.requires_grad]
+        out = Cut.apply(self.call(arguments, backend)).sum()
+        assert not any(x.any() for x in torch.autograd.grad(out, wanted, materialize_grads=True))
+
     def test_vectors_of_any_stride(self, case: Case, backend: str, device: str):
         """Lengths, biases and other vectors may be columns of a matrix."""
         arguments = self.make(case, backend, device=device)
@@ -509,6 +518,18 @@ class OpTests:
 
     def one_case(self) -> dict[str, Any]:
         return next(case for case in CASES[self.op] if case.name == self.ragged).make(torch.float32, "cpu", 0)
+
+
+class Cut(torch.autograd.Function):
+    """Its input, which gets no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> None:
+        return None
 
 
 def draw_like(x: Tensor) -> Tensor:

@@ -551,6 +551,9 @@ def test_slower_is_what_exceeds_the_limit_and_the_spread():
     assert not compare.verdict("faster", [1.1 * x for x in steady], steady)["slower"]
     noisy = [0.6, 1.5, 1.1, 0.9, 1.4]
     assert not compare.verdict("noise", noisy, [1.1 * x for x in noisy])["slower"]
+    spread = {"median_ms": 1000.0, "p20_ms": 998.0, "p80_ms": 1002.0}
+    assert compare.verdict("same", steady, steady)["head"] == pytest.approx(spread)
+    assert compare.verdict("an outlier", [1.0] * 5, [1.0, 1.0, 9.0, 1.0, 1.0])["ratio"] == 1
 
 
 def test_the_versions_take_turns_at_going_first(monkeypatch):
@@ -570,6 +573,9 @@ def test_the_versions_take_turns_at_going_first(monkeypatch):
     monkeypatch.setattr(compare, "Worker", Worker)
     compare.compare("x", "base", "head", "cpu", 4)
     assert asked == ["head", "base", "base", "head"] * 2
+    monkeypatch.setattr(Worker, "cases", property(lambda worker: [worker.folder]))
+    with pytest.raises(SystemExit, match="x: the versions serve different cases: .*base.* and .*head"):
+        compare.compare("x", "base", "head", "cpu", 4)
 
 
 def test_a_comparison_is_written_where_it_is_asked_for(monkeypatch, tmp_path):
@@ -585,14 +591,21 @@ def test_a_comparison_is_written_where_it_is_asked_for(monkeypatch, tmp_path):
         compare.main()
 
 
-def test_a_comparison_on_a_gpu_wants_one(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--device", "cuda"], "--device cuda: no GPU here that torch can use"),
+        (["--rounds", "2"], "--rounds: a spread wants 3 at least"),
+    ],
+)
+def test_a_comparison_on_a_gpu_wants_one_and_a_spread_some_rounds(monkeypatch, capsys, given, told):
     """Before versions are built."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(compare, "built", lambda _: pytest.fail("it was built"))
-    monkeypatch.setattr(sys, "argv", ["compare", "main", "--device", "cuda"])
+    monkeypatch.setattr(sys, "argv", ["compare", "main", *given])
     with pytest.raises(SystemExit, match="^2$"):
         compare.main()
-    assert "--device cuda: no GPU here that torch can use" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 def test_a_new_op_has_nothing_to_be_compared_with(monkeypatch, tmp_path, capsys):
@@ -612,6 +625,29 @@ def test_a_new_op_has_nothing_to_be_compared_with(monkeypatch, tmp_path, capsys)
 def test_a_folder_that_is_no_version_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="a folder without avadclip_fast"), compare.built(str(tmp_path)):
         pass
+
+
+def test_a_revision_that_cannot_be_built_is_told_and_leaves_no_worktree(monkeypatch):
+    ran = []
+
+    def run(command):
+        ran.append(next(word for word in ("add", "pip", "remove") if word in command))
+        return SimpleNamespace(returncode=int(ran[-1] == "pip"))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(SystemExit, match="v1 cannot be built"), compare.built("v1"):
+        pass
+    assert ran == ["add", "pip", "remove"]
+
+
+def test_a_version_that_says_nothing_is_told(monkeypatch, tmp_path):
+    (tmp_path / "avadclip_fast").mkdir()
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **how: popen([sys.executable, "-S", "-c", ""], **how))
+    worker = compare.Worker("uniform_pool", tmp_path, "cpu")
+    with pytest.raises(SystemExit, match="could not be measured"):
+        worker.__enter__()
+    worker.__exit__()
 
 
 @pytest.mark.parametrize("kernels", ["kernels", "avadclip_fast/kernels"])  # of a checkout, and where it is installed

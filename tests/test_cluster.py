@@ -229,7 +229,7 @@ def test_each_video_takes_a_gpu_where_there_are_some(wanted, gpus, given, monkey
     assert found["done"] == ["a"]
     (options,), ((source, output, _, encoders, _),) = asked, sent
     assert (options["num_gpus"], encoders.device) == (int(given == "cuda"), given)
-    assert options["max_retries"] == cluster.RETRIES
+    assert (options["max_retries"], options["max_calls"]) == (cluster.RETRIES, 0)  # workers keep their encoders
     assert (options["runtime_env"] is not None) == (given == "cuda")  # Ray is to hide none of a worker's GPUs
     assert all(Path(path).is_absolute() for path in (source.path, output, encoders.visual_weights))
 
