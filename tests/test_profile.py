@@ -100,7 +100,7 @@ def test_compiled_and_exported_code_has_no_ranges(on):
             with profiling.span("part"):
                 return ops.topk_mean(x, torch.tensor([20, 7]))
 
-    x, module = torch.randn(2, 20, 3), Module()
+    x, module = torch.randn(2, 20, 3, requires_grad=True), Module()
     torch._dynamo.reset()
     with profiling.profiling(on):
         compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
@@ -155,6 +155,7 @@ def test_a_short_run_leaves_what_there_was(tmp_path, caplog):
     assert "was not written" in caplog.text and not list(tmp_path.iterdir())
     run(3)
     assert ranges(tmp_path / "trace.json") == ["step 2"]
+    assert caplog.text.count("was not written") == 1
 
 
 def test_a_trace_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
