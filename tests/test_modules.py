@@ -4,6 +4,7 @@ import inspect
 import math
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 
@@ -144,8 +145,11 @@ def test_a_backend_an_op_has_not_says_which_it_has():
 def test_use_backend_holds_inside_its_block_alone():
     with pytest.raises(BackendError, match="backend 'cuda'"), use_backend("cuda"):
         MILLoss()(rows(B, T), LABELS, LENGTHS)
-    with use_backend("cuda"), use_backend("reference"):
-        MILLoss()(rows(B, T), LABELS, LENGTHS)
+    with use_backend("cuda"):
+        with use_backend("reference"):
+            MILLoss()(rows(B, T), LABELS, LENGTHS)
+        with pytest.raises(BackendError, match="backend 'cuda'"):
+            MILLoss()(rows(B, T), LABELS, LENGTHS)
     MILLoss()(rows(B, T), LABELS, LENGTHS)  # nothing is forced any more
 
 
@@ -185,6 +189,21 @@ def test_the_environment_forces_a_backend():
         timeout=120,
     )
     assert done.returncode == 1 and "BackendError: topk_mean: backend 'cuda' cannot serve" in done.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(("value", "forced"), [("", None), ("cpp", "cpp")])
+def test_an_empty_variable_of_the_environment_forces_none(monkeypatch, value, forced):
+    monkeypatch.setenv("AVADCLIP_FAST_BACKEND", value)
+    assert runpy.run_module(_dispatch.__name__)["_forced"] == forced
+
+
+def test_an_unknown_backend_of_the_environment_is_refused(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_forced", "fpga")
+    with pytest.raises(BackendError, match="topk_mean: backend 'fpga' cannot serve this call: unknown backend"):
+        ops.topk_mean(rows(1, 4, 2), torch.tensor([4]))
+    with pytest.raises(BackendError, match="AVADCLIP_FAST_BACKEND=fpga: unknown backend; one of cuda"):
+        _dispatch.forced()
 
 
 @pytest.mark.parametrize("module", ["avadclip_fast", "avadclip_fast.cli.media"])
