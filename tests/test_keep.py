@@ -45,6 +45,13 @@ def test_shares_at_the_ends(device):
     assert keep(x[:0], 0.5).shape == (0, 3, 500)
 
 
+def test_shares_are_rounded_to_a_65536th():
+    torch.manual_seed(0)
+    x = torch.zeros(1 << 22)
+    for few in (~keep(x, 2**-16), keep(x, 1 - 1e-9)):  # of 64 in the mean
+        assert 40 < few.sum() < 95
+
+
 def test_triton_drops_all_at_one_and_nearly_all_before():
     if not INTERPRETED:
         pytest.skip("needs TRITON_INTERPRET=1")

@@ -80,10 +80,12 @@ def test_triton_serves_no_pass_without_gradients(name, device, served):
 
 
 @DEVICE
-def test_triton_leaves_other_norms_residuals_and_heads(device, served):
+def test_triton_leaves_other_norms_residuals_heads_and_backends(device, served):
     x = torch.randn(B, T, D, device=device, requires_grad=True)
     attention, mlp = (drawn(HALVES[name](), device).part for name in ("windows of 5", "mlp"))
     with use_backend("triton"):
+        for part in (WindowAttention(D, 5, backend="reference"), MLP(D, backend="reference")):
+            part.to(device)(x, residual=x, norm=nn.LayerNorm(D).to(device))
         for part in (attention, mlp):
             part(x, residual=x.clone(), norm=nn.LayerNorm(D).to(device))
             part(x, residual=x, norm=nn.LayerNorm(D, eps=1e-6).to(device))
