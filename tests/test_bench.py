@@ -302,6 +302,8 @@ def test_a_case_that_fails_does_not_cost_the_others(capsys):
 
 def test_stages_end_and_are_told(tmp_path):
     python = sys.executable
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/earlier.log").touch()
     record = gpu.run(
         [
             gpu.Stage("good", [python, "-c", "print('hello')"], 30),
@@ -346,27 +348,44 @@ def seems_a_gpu(monkeypatch) -> None:
 @pytest.mark.parametrize("tune", [False, True])
 def test_benchmarks_alone_are_tuned_first_if_asked(tmp_path, monkeypatch, seems_a_gpu, tune):
     asked: list[str] = []
-    monkeypatch.setattr(gpu, "run", lambda stages, *_: asked.extend(stage.name for stage in stages) or {})
+    monkeypatch.setattr(gpu, "run", lambda stages, _, total: asked.extend([*(s.name for s in stages), total]) or {})
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--bench", *["--tune"] * tune])
     with pytest.raises(SystemExit, match="^0$"):
         gpu.main()
     assert asked[: 3 + tune] == ["env", "kernels", *["tune"] * tune, "bench_step"]
+    assert asked[-1] == gpu.TOTAL + 300 * tune
 
 
-@pytest.mark.parametrize("seconds", ["0", "-3", "nan"])
-def test_no_time_at_all_is_refused(tmp_path, monkeypatch, seems_a_gpu, capsys, seconds):
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        *((["--seconds", seconds], "--seconds: above 0") for seconds in ("0", "-3", "nan")),
+        (["--out", str(gpu.WORK / "out")], "is emptied, choose another folder"),
+        (["--stages", "bnech_*"], "--stages: none of build, env,"),
+    ],
+)
+def test_no_time_no_stage_and_no_lasting_folder_are_refused(tmp_path, monkeypatch, seems_a_gpu, capsys, given, told):
     monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("it ran"))
-    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), "--seconds", seconds])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path), *given])
     with pytest.raises(SystemExit, match="^2$"):
         gpu.main()
-    assert "--seconds: above 0" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
+
+
+def test_no_gpu_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no CUDA device here"):
+        gpu.main()
 
 
 def test_what_did_not_end_well_is_told_by_the_exit_status(tmp_path, monkeypatch, seems_a_gpu):
     results = {"a": "ok", "b": "left out: none", "c": "stopped after 3 s, see c.log", "d": "no time left"}
+    results |= {"ahead_0": "stopped after 3 s", "a_compiled": "no time left", "b_compiled": "failed (1)"}
     monkeypatch.setattr(gpu, "run", lambda *_: {name: {"result": result} for name, result in results.items()})
     monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="^not well: c, d$"):
+    with pytest.raises(SystemExit, match="^not well: c, d, b_compiled$"):
         gpu.main()
 
 

@@ -115,6 +115,24 @@ def test_a_kernels_source_is_in_its_hash(tmp_path, monkeypatch):
     assert {op for _, op in changed("avadclip_fast/reference/x.py", "2")} == {"x", "y", "step"}
 
 
+def test_a_check_rewrites_nothing_and_fails_until_all_is_rewritten(tmp_path, monkeypatch, capsys):
+    page, old = tmp_path / "page.md", "<!-- figures: x -->\nold\n<!-- end -->\n"
+    page.write_text(old)
+    for name, value in {"ROOT": tmp_path, "PAGES": (page,), "FIGURES": {"x": lambda: "new\n"}}.items():
+        monkeypatch.setattr(report, name, value)
+    monkeypatch.setattr(report, "draw", lambda folder: None)
+    monkeypatch.setattr("sys.argv", ["report", "--check"])
+    with pytest.raises(SystemExit, match="^page.md: figures differ"):
+        report.main()
+    assert page.read_text() == old
+    monkeypatch.setattr("sys.argv", ["report"])
+    report.main()
+    assert page.read_text() == old.replace("old", "new")
+    monkeypatch.setattr("sys.argv", ["report", "--check"])
+    report.main()
+    assert capsys.readouterr().out == "rewritten: page.md\nevery figure is what the JSON says\n"
+
+
 def test_plots_are_those_of_the_json(tmp_path):
     """To the pixel, where matplotlib is the version that drew what is committed."""
     report.draw(tmp_path)
