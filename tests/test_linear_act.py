@@ -300,6 +300,11 @@ def test_refuses_needed_lengths_that_do_not_fit(x):
         ops.linear_act(x[0], torch.zeros(8, 8), needed=torch.tensor([1, 1, 1, 1]))
 
 
+def test_takes_any_leading_shape(x):
+    weight, shape = torch.randn(3, 8), (1, 1, 2, 1, 2, 1, 1)
+    torch.testing.assert_close(ops.linear_act(x.view(*shape, 8), weight), (x @ weight.T).view(*shape, 3))
+
+
 def test_takes_numpys_share_of_dropout(x):
     kept = torch.ones(1, 4, 8, dtype=torch.bool)
     own, numpys = (ops.linear_act(x, torch.ones(8, 8), dropout=(kept, p)) for p in (0.5, np.float32(0.5)))

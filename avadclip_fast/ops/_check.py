@@ -94,7 +94,7 @@ def check_lengths(
 
 def leading(x: Tensor) -> str:
     """The dimensions before the last, for `check_tensors`."""
-    return " ".join("BTSRQ"[: x.ndim - 1])
+    return " ".join("BTSRQPMLJGFEA"[: x.ndim - 1])
 
 
 def check_needed(op: str, needed: Tensor | None, x: Tensor) -> None:
