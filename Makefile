@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
 
 # Most tests are one thread's work, and threads of one process take time from another's; `make sanitize` runs with many.
-PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 test test-triton golden-triton: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
