@@ -21,7 +21,7 @@ from test_train import RECIPE, features, same, teacher, weights
 
 from avadclip_fast import AVadCLIPStudent, data
 from avadclip_fast.data.packed import check_packed
-from avadclip_fast.engine import step, teacher_cache
+from avadclip_fast.engine import export, step, teacher_cache
 from avadclip_fast.engine.loop import Board
 from avadclip_fast.engine.state import StateError
 from avadclip_fast.engine.stop import Stopped
@@ -177,7 +177,10 @@ def test_a_full_disk_is_told_with_the_file_of_a_model(tmp_path, capsys, monkeypa
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # where export writes at first
     model, official, made = tmp_path / "model", tmp_path / "a.pth", tmp_path / "made"
     sizes = {"width": 64, "text_width": 64, "text_layers": 1, "length": 32}  # 12 MB, nearly all of it CLIP's vocabulary
-    AVadCLIPStudent(["normal", "x"], **sizes, text_weights="random", padding="official").save_pretrained(model)
+    student = AVadCLIPStudent(["normal", "x"], **sizes, text_weights="random", padding="official")
+    student.save_pretrained(model)
+    program = export.trace(student.eval())  # once for both files
+    monkeypatch.setattr(export, "trace", lambda *_: program)
     assert call("convert", model, official) == 0
     capsys.readouterr()
     classes = "--classes", "A=normal,B=x"
