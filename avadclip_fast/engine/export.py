@@ -22,7 +22,6 @@ from ..data import TestVideo
 from ..data.atomic import atomic_write, make_folder
 from ..models.avadclip import Detector
 from ..models.checkpoints import CheckpointError
-from ..modules import SimilarityGraph
 from ..ops import use_backend
 from .calibrate import Calibration
 from .evaluate import VideoScores, stream_scores
@@ -305,16 +304,16 @@ def _draw(model: Detector, calibration: Calibration, n: int, generator) -> tuple
     the one whose cosines stay farthest from it.
     """
     length = model.length
+    graph: Any = getattr(getattr(model.temporal, "aggregator", None), "simAdj", None)  # None in an own encoder
     margin = np.inf
 
-    def look(graph: SimilarityGraph, inputs: tuple) -> None:
+    def look(_, inputs: tuple) -> None:
         nonlocal margin
         x = F.normalize(inputs[0][0, :n].double(), dim=-1)
         margin = float((x @ x.T - graph.threshold).abs().min())
 
     drawn = []
-    graphs = [part for part in model.modules() if isinstance(part, SimilarityGraph)]  # none in an encoder of one's own
-    hooks = [graph.register_forward_pre_hook(look) for graph in graphs]
+    hook = None if graph is None else graph.register_forward_pre_hook(look)
     try:
         for _ in range(DRAWS):
             unlike = generator.uniform(0.2, 1, (n, 1))  # cosines on both sides of 0.7
@@ -326,7 +325,7 @@ def _draw(model: Detector, calibration: Calibration, n: int, generator) -> tuple
             (scores,) = stream_scores(model, [video], calibration=calibration)
             drawn.append((margin, video, scores))
     finally:
-        for hook in hooks:
+        if hook is not None:
             hook.remove()
     _, video, scores = max(drawn, key=lambda one: one[0])
     return video, scores
