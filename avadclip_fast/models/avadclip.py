@@ -50,7 +50,7 @@ _pytree._register_namedtuple(Output, serialized_type_name="avadclip_fast.models.
 
 
 def check_normal_first(classes: Sequence[str]) -> None:
-    """Raises DataError if normal is one of the classes and not the first: what is normal would raise alarms."""
+    """Raises DataError if "normal" is one of the classes but not the first: normal videos would raise alarms."""
     if "normal" in [name.strip().lower() for name in classes[1:]]:
         raise DataError(f"normal must be the first of the classes; got {', '.join(classes)}")
 
@@ -127,10 +127,10 @@ class Detector(Checkpointed):
         return 2 * self.width if stream == "visual" and self.motion else self.width
 
     def fit_inputs(self, batches: Iterable) -> None:
-        """Fits the statistics of `standardize` to a training set in one pass; reads nothing if it is empty.
+        """Fits the statistics of `standardize` to a training set in one pass; reads nothing if no stream is listed.
 
         batches: as for `moments`, such as `FeatureSet.batches()`
-        Raises ValueError if the batches lack a stream, or there are none.
+        Raises ValueError if there are no batches, or they lack a stream.
         """
         if not self.standardize:
             return
@@ -156,7 +156,7 @@ class Detector(Checkpointed):
         return self(*streams, lengths, text_features)
 
     def valid(self, lengths: Tensor | None) -> Tensor | None:
-        """Where videos end for all but the temporal encoder: (B,), or None if padded rows take part ("official")."""
+        """The lengths (B,) for all parts but the temporal encoder, or None if padded rows take part ("official")."""
         return lengths if self.padding == "masked" else None
 
     def _text(self, text_features: Tensor | None) -> Callable[[], Tensor]:
@@ -214,7 +214,7 @@ class AVadCLIP(Detector):
     padding: "masked" (padding and batch-mates never change a video's result) or "official" (as in the official code)
     prompt: "official" or "paper", see `AVPrompt`; fusion: see `AVFusion`; dropout: in the audio encoder
     standardize: streams to normalise to mean 0 and variance 1 with the statistics of `fit_inputs`
-    motion: visual is (B, T, 2 D), features and motion from `data.with_motion`, whose sum the model sees
+    motion: visual is (B, T, 2 D), features and motion from `data.with_motion`; the model sees their sum
     text_weights: "openai", "random", a path, or None to leave the text encoder uninitialised
     text_width, text_layers: size of the text encoder; class_tokens: CLIP token ids, if open_clip is not installed
     visual, audio: (B, T, D), in the parameters' dtype, float32 by default; lengths: (B,) int32 or int64
@@ -326,9 +326,9 @@ class AVadCLIPStudent(Detector):
     def beside(cls, teacher: AVadCLIP, **settings: Any) -> "AVadCLIPStudent":
         """A new student with a teacher's classes, sizes and frozen text weights; settings as for the class.
 
-        A visual student of a teacher with motion also uses motion, since both train on the same features. Samples to
-        train on are no longer than the shorter `length` of the two.
-        Raises ValueError on a setting that must be the teacher's and is not: classes, width, motion and the text side.
+        A visual student of a teacher with motion also uses motion, since both train on the same features. Train
+        on samples no longer than the shorter `length` of the two.
+        Raises ValueError if classes, width, motion or the text side differ from the teacher's.
         """
         text = teacher.text
         shared: dict[str, Any] = {
@@ -402,7 +402,7 @@ def objective(
 
         total = L_mil + L_align + text_weight · L_text  [+ distill_weight · L_ukd]
 
-    model: the teacher or student itself, where a wrapper made `out` (`ddp.module`)
+    model: the teacher or student; for `out` of a wrapper, the model in it (`ddp.module`)
     labels: (B, C) multi-hot, class 0 is normal, and every video has a class
     lengths: (B,) int, or None if all snippets are valid
     teacher_features: (B, T, D) from the frozen teacher, to distil a student, or None

@@ -65,9 +65,9 @@ class CheckpointError(RuntimeError):
 
 
 def model_folder(path: str | Path) -> Path | None:
-    """Returns the model folder that `path` is, or is the run of; None if it is neither.
+    """Returns the model folder: `path`, or the one in it if it is a run; else None.
 
-    Raises CheckpointError if it is a file of a model folder, which it names.
+    Raises CheckpointError, which names the model folder, if `path` is a file in one.
     """
     path = Path(path)
     if path.name in (CONFIG, WEIGHTS) and (path.parent / CONFIG).is_file():
@@ -140,7 +140,7 @@ def official_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Loads every tensor, or raises CheckpointError listing those missing, unknown, misshapen or of integers."""
+    """Loads every tensor, or raises CheckpointError listing those missing, unknown, misshapen or not floating point."""
     own = model.state_dict()
     problems = [f"missing: {name} {list(own[name].shape)}" for name in own if name not in state]
     problems += [f"unknown: {name} {list(state[name].shape)}" for name in state if name not in own]
@@ -162,7 +162,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 def infer_sizes(state: dict[str, Tensor], where: str) -> dict[str, int]:
     """Infers length, width, layers, text width, text layers and class count from a state dict (our names).
 
-    Raises CheckpointError, which names `where`, if it is of no model.
+    Raises CheckpointError, which names `where`, if the state is not a model's.
     """
 
     def shape(name: str, dimensions: int) -> list[int]:
@@ -181,7 +181,7 @@ def infer_sizes(state: dict[str, Tensor], where: str) -> dict[str, int]:
 
 
 def kind_of(state: dict[str, Tensor]) -> str:
-    """Returns the class of the model that a state dict (our names) is of."""
+    """Returns the model class of a state dict (our names)."""
     return "AVadCLIPStudent" if any(name.startswith("uncertainty.") for name in state) else "AVadCLIP"
 
 
@@ -243,8 +243,8 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
     ) -> str | None:
         """Saves the model as a folder; arguments as for `ModelHubMixin.save_pretrained`.
 
-        Where writing fails, or is killed, a model that was there stays as it was. The mixin's own removes its
-        config.json before anything is written.
+        If writing fails or is killed, a model already there is unchanged. The mixin's own method removes its
+        config.json first.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -276,7 +276,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         Its weights are float32, whatever precision they were saved in; cast the model with `.to(dtype)`.
 
         settings: as for `ModelHubMixin.from_pretrained`, and constructor arguments that override those of config.json
-        Raises CheckpointError if there is none, or its weights do not fit.
+        Raises CheckpointError if there is no model, or its weights do not fit.
         """
         name = str(pretrained_model_name_or_path)
         if Path(name).is_dir():

@@ -53,7 +53,7 @@ class Standardize(nn.Module):
         self.fitted = True
 
     def plain(self) -> bool:
-        """Whether nothing gave it statistics, neither `fit` nor weights that were loaded."""
+        """Whether it still has no statistics, from `fit` or from loaded weights."""
         return not (self.fitted or self.mean.any() or (self.std != 1).any())
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
@@ -64,7 +64,7 @@ def moments(batches: Iterable, streams: Iterable[str]) -> dict[str, tuple[Tensor
     """Mean and standard deviation, (D,) float64, of each stream's valid rows, in one pass.
 
     batches: objects with `lengths` (B,) and streams (B, T, D) that are zero in padded rows, as `FeatureSet.batches()`
-    Raises ValueError if the batches lack a stream, or there are none.
+    Raises ValueError if there are no batches, or they lack a stream.
     """
     rows, sums = 0, {stream: torch.zeros((), device="cpu") for stream in streams}
     for batch in batches:

@@ -13,10 +13,10 @@ _lowered = WeakTensorKeyDictionary()
 
 
 def release(module: nn.Module) -> None:
-    """Forgets the weights of a module that is about to exchange its tensors for others.
+    """Forgets the weights of a module whose tensors are about to be swapped for others.
 
-    Where `torch.__future__.set_swap_module_params_on_conversion` is on, torch exchanges them in conversions and in
-    load_state_dict, and refuses to while anything refers to them weakly.
+    With `torch.__future__.set_swap_module_params_on_conversion` on, torch swaps them in conversions and in
+    load_state_dict, and refuses to while there are weak references to them.
     """
     if torch.__future__.get_swap_module_params_on_conversion():
         for weight in module.parameters():
@@ -24,10 +24,10 @@ def release(module: nn.Module) -> None:
 
 
 def lowered(weight: Tensor) -> Tensor:
-    """A frozen weight in the dtype of autocast; without autocast, or where the weight needs a gradient, itself.
+    """A frozen weight in the dtype of autocast; without autocast, or if it needs a gradient, the weight itself.
 
     weight: any shape, floating point, -> the same shape
-    The result is kept until the weight moves or changes in place, whereupon the next call renews it, in place too: a
+    The result is cached. After the weight moves or changes in place, the next call updates the result, in place too: a
     CUDA graph may read it, and sees the change from that call on. Writing to `weight.data` goes unnoticed by torch.
     """
     device = weight.device.type

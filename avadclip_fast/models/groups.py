@@ -1,4 +1,4 @@
-"""Groups videos of similar length, for CPUs whose products of padded rows cost as much as those of valid ones."""
+"""Groups videos of similar length, for CPUs where products of padded rows cost as much as those of valid ones."""
 
 from collections.abc import Callable, Sequence
 
@@ -34,7 +34,7 @@ def split(lengths: Sequence[int]) -> list[list[int]]:
 def pays(x: Tensor) -> bool:
     """Whether grouping pays off: on a GPU, reading the lengths would synchronise, and one shape is faster.
 
-    Beside a fake or wrapped tensor, there are no lengths to read.
+    With fake or wrapped tensors, there are no lengths to read.
     """
     read = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not transformed()
     return x.device.type == "cpu" and read

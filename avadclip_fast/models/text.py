@@ -1,4 +1,4 @@
-"""The text encoder: CLIP's frozen text transformer over learnable prompts, at only the positions that matter.
+"""The text encoder: CLIP's frozen text transformer over learnable prompts, only at positions that matter.
 
 The sequence of a class is [SOS] + 10 learnable rows + the name's tokens + 10 learnable rows + [EOS] + learnable rows.
 The transformer is causal, so nothing after EOS affects the result. Positions 0..10 are the same for every class and are
@@ -55,7 +55,7 @@ def tokenize(names: list[str]) -> list[list[int]]:
 class TextBlock(nn.Module):
     """Pre-norm transformer block of CLIP's text tower; rows are the prefix, then S rows per class.
 
-    Its weights are taken as frozen: those of the products are converted for autocast once, not in every call.
+    Its weights are assumed to be frozen: those of products are converted for autocast once, not in every call.
     """
 
     def __init__(self, width: int, heads: int):
@@ -145,7 +145,7 @@ class TextEncoder(nn.Module):
         self.set_tokens(self.tokens)
 
     def set_tokens(self, tokens: list[list[int]]) -> None:
-        """Sets the classes and lays out their rows after the shared prefix. Raises DataError as the class."""
+        """Sets the classes and lays out their rows after the shared prefix. Raises DataError like the class."""
         tokens = [[index(i) for i in t] for t in tokens]  # plain numbers, which config.json can hold
         if min(map(len, tokens)) < 2 or not all(0 <= i < VOCABULARY for t in tokens for i in t):
             raise ValueError(f"class_tokens must be ids of CLIP's tokens, in 0..{VOCABULARY - 1}, from [SOS] to [EOS]")
@@ -242,7 +242,7 @@ class TextEncoder(nn.Module):
 def openai_weights(option: str) -> Path:
     """Returns OpenAI's ViT-B-16.pt, downloaded into ~/.cache/clip once and verified by SHA-256.
 
-    option: what takes its path instead, for the message of the TextWeightsError that is raised if it is not there
+    option: what takes a local path instead, named by the TextWeightsError if the download fails
     """
     try:
         from open_clip.pretrained import download_pretrained_from_url
@@ -285,7 +285,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def unreadable(error: Exception) -> str:
     """Returns one line on why torch.load with weights_only=True failed; its own message may be a bare "105" or a page.
 
-    A file that is cut short fails with EINVAL, since torch seeks to before its start.
+    A truncated file fails with EINVAL, since torch seeks to a point before its start.
     """
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return str(error.strerror)

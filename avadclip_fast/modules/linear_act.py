@@ -47,9 +47,9 @@ class MLP(nn.Module):
 
 
 def unnormed(x: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """x, and the weight and bias of the LayerNorm that is still to come, which linear_act can do on its way.
+    """x, and the weight and bias of the LayerNorm if linear_act can apply it; else x after the norm, and None.
 
-    It does that of one eps, with weight and bias; another norm is done here.
+    linear_act supports a single eps, and norms with both weight and bias.
     """
     if norm is None:
         return x, None
@@ -78,7 +78,7 @@ class TemporalConv(nn.Conv1d):
     """Conv1d over time on (B, T, D) tensors; zero padding keeps T. Parameters as in nn.Conv1d.
 
     forward: x (B, T, I), activation, residual (B, T, O) or None, lengths (B,) or None -> (B, T, O).
-    Rows t >= lengths[b] of x count as zero, and those of the result mean nothing. As `ops.linear_act`.
+    Rows t >= lengths[b] of x count as zero, and those of the result mean nothing. See `ops.linear_act`.
     Raises ValueError on invalid shapes, dtypes, devices, lengths or activation names.
     """
 
@@ -147,7 +147,7 @@ class CausalConv(nn.Module):
 class TemporalBlock(nn.Module):
     """One level of the audio TCN: out = ReLU(h2 + x), h1 = drop(ReLU(conv1 x)), h2 = drop(ReLU(conv2 h1)).
 
-    forward: (B, T, D), lengths (B,) or None, ends (B,) or None -> (B, T, D); lengths and ends as of `CausalConv`.
+    forward: (B, T, D), lengths (B,) or None, ends (B,) or None -> (B, T, D); lengths and ends as for `CausalConv`.
     """
 
     def __init__(self, dim: int, taps: int, dilation: int, dropout: float, backend: str | None = None):

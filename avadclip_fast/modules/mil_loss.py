@@ -34,7 +34,7 @@ class MILAlignLoss(nn.Module):
     The focal weight `alpha` (C,) is learnable. The official code is that of arXiv 2504.04495.
 
     logits: (B, T, C) floating point; lengths: (B,) int in 1..T
-    labels: (B, C) multi-hot, where every video has a class: of one that has none, the loss is NaN
+    labels: (B, C) multi-hot; the loss is NaN if a video has no class
     Returns a float32 scalar (float64 for float64 logits).
     Raises ValueError on invalid shapes, dtypes, devices or lengths.
     Precision, determinism and backends: see `ops.mil_align_loss`.

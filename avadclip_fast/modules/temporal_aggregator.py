@@ -43,8 +43,8 @@ class TemporalAggregator(nn.Module):
         aggregate = TemporalAggregator(512)
         out = aggregate(x, lengths)            # (B, T, 512) -> (B, T, 512)
 
-    padding: "masked" hides padded rows from valid rows; "official" follows the official code, which masks A only, so
-    that padded rows leak through the convolutions and E
+    padding: "masked" hides padded rows from valid rows; "official" follows the official code, which masks only A, so
+    padded rows leak through the convolutions and E
     threshold: cosine above which `SimilarityGraph` keeps an edge
     x: (B, T, D) floating point; lengths: (B,) int, or None if all rows are valid
     Returns (B, T, D) in x's dtype. With padding="masked", rows t >= lengths[b] mean nothing.

@@ -18,7 +18,7 @@ class UncertaintyHead(nn.Module):
         θ = -(v + ReLU(conv1(conv3(ReLU(conv1(v))))))
 
     No activation separates the last conv3 and conv1. With enough rows they run as one convolution, whose weight is the
-    product of theirs.
+    product of both.
 
     v: (B, T, D) floating point
     lengths: (B,) int, or None, in which case the convolutions see padded rows

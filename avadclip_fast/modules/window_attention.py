@@ -81,12 +81,12 @@ class WindowAttention(nn.Module):
 
 
 def fold(weight: Tensor, bias: Tensor, after: nn.Linear) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Weights and biases that make of rows x the queries and values of one-headed attention whose keys are x.
+    """Weights and biases that map rows x to queries and values, for single-head attention whose keys are x.
 
-        <Wq x_i + bq, Wk x_j + bk> = <Wk'Wq x_i + Wk'bq, x_j> + what is the same for all j, and so cancels
+        <Wq x_i + bq, Wk x_j + bk> = <Wk'Wq x_i + Wk'bq, x_j> + a term equal for all j, which cancels
         Wo (sum_j p_ij (Wv x_j + bv)) + bo = sum_j p_ij (WoWv x_j + Wo bv + bo)      since sum_j p_ij = 1
 
-    weight, bias: (3D, D) and (3D,) of the queries, keys and values; after: what follows the attention.
+    weight, bias: (3D, D) and (3D,) of the queries, keys and values; after: the output projection.
     """
     query, key, value = weight.chunk(3)
     query_bias, _, value_bias = bias.chunk(3)

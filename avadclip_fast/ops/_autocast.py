@@ -10,7 +10,7 @@ LOWERING = ("cuda",)  # devices that pass activations on in autocast's dtype; a 
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is at work on a type of device. Torch raises where it is asked of "meta", which has none."""
+    """Whether autocast is on for a type of device. Torch raises for "meta", which has no autocast."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
@@ -28,10 +28,10 @@ def without_autocast(reference: Callable) -> Callable:
 
 
 def activations(x: Tensor) -> Tensor:
-    """`x` as layers are to pass it on: on a GPU under autocast, in its dtype, which halves the traffic between them.
+    """`x` as layers should pass it on: on a GPU under autocast, in autocast's dtype, which halves the traffic.
 
-    Autocast itself casts what enters a product and nothing else, so that a float32 stream would stay float32 wherever
-    something is added to it. As for torch's own layers, float64 is left alone.
+    Autocast itself casts only the inputs of products, so a float32 stream would stay float32 wherever something is
+    added to it. As in torch's own layers, float64 stays float64.
     """
     device = x.device.type
     if device not in LOWERING or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
@@ -40,7 +40,7 @@ def activations(x: Tensor) -> Tensor:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that products of x have: autocast's where it is at work, else its own."""
+    """The dtype of products of x: autocast's if it is on, else x's."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x.device.type) else x.dtype
 
 

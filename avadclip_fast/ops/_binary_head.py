@@ -56,7 +56,7 @@ def binary_head(
 ) -> Tensor:
     """x: [..., D]; weight: (N, D); bias, dot: (N,); direct: (D,) -> [...].
 
-    needed: as of linear_act; all rows are computed
+    needed: as for linear_act; all rows are computed
     """
     check_tensors("binary_head", ("x", x, f"{leading(x)} D"), ("weight", weight, "N D"), ("direct", direct, "D"))
     check_needed("binary_head", needed, x)

@@ -98,7 +98,7 @@ def leading(x: Tensor) -> str:
 
 
 def check_needed(op: str, needed: Tensor | None, x: Tensor) -> None:
-    """Checks the number of rows (B,) that are needed of a result, which goes with x (B, T, I). Raises ValueError."""
+    """Checks `needed`, (B,): how many rows of a result for x (B, T, I) are needed. Raises ValueError."""
     if needed is None:
         return
     if x.ndim != 3:

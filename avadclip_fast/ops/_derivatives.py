@@ -14,11 +14,11 @@ _library = torch.library.Library("avadclip_fast", "FRAGMENT")
 def differentiable(op: str, backward: Callable, save: Callable, one_result: bool = False) -> None:
     """Registers backward(ctx, *grads) as the derivative of an operator, and save(ctx, inputs, output) before it.
 
-    one_result: what the operator returns after it is for the backward pass alone, which is backward(ctx, grad), and is
-    not run where the result has no gradient
+    one_result: only the first output is a result; the others serve the backward pass, which is then
+    backward(ctx, grad), and is not run if the result has no gradient
 
-    As torch.library.register_autograd, without the defaults of arguments, of which there are none: filling them in took
-    most of 57 us a call, in place of 18. A step without a CUDA graph makes hundreds of calls.
+    As torch.library.register_autograd, but without filling in defaults of arguments, of which there are none: that took
+    most of 57 us a call, now 18. A step without a CUDA graph makes hundreds of calls.
     """
     operator = getattr(torch.ops.avadclip_fast, op).default
 
@@ -82,10 +82,10 @@ def adjoint(operator: str, of: str, dim: int) -> None:
 
 
 def empty_grads(needs: Sequence[bool], *like: Tensor) -> tuple[Tensor, ...]:
-    """What stands for gradients of tensors like these where nothing is computed: empty where `needs` is False."""
+    """Placeholders for gradients of tensors like these if none are computed: empty where `needs` is False."""
     return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(like, needs, strict=True))
 
 
 def wanted(needs: Sequence[bool], grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients that an operator gave, as autograd takes them: None where `needs` is False."""
+    """An operator's gradients in the form that autograd takes: None where `needs` is False."""
     return tuple(x if need else None for x, need in zip(grads, needs, strict=True))

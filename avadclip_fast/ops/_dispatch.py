@@ -56,7 +56,7 @@ def register(
 ):
     """Adds a row to the table. `supports` and `declines` take the op's arguments and must neither launch nor sync.
 
-    A call that `declines` gives a reason against gets this backend only on request, because another one is faster.
+    If `declines` gives a reason, a call gets this backend only on request, because another one is faster.
     """
     if backend not in ORDER:
         raise ValueError(f"{op}: unknown backend {backend!r}; one of {', '.join(ORDER)}")
@@ -87,7 +87,7 @@ def run(op: str, backend: str | None, *args, **kwargs):
 
 
 def ranged(name: str, function: Callable, *args, **kwargs):
-    """Calls a function, in ranges of that name for a profiler if one is at work, the second for its backward pass."""
+    """Calls a function; if profiling is on, in a range of that name, with another for the backward pass."""
     if not profiling.enabled or torch.compiler.is_compiling():
         return function(*args, **kwargs)
     with profiling.span(name):
@@ -97,7 +97,7 @@ def ranged(name: str, function: Callable, *args, **kwargs):
 
 
 def transformed() -> bool:
-    """Whether torch.func (grad, jvp, vmap ...) or forward-mode AD is at work, which our operators know nothing of."""
+    """Whether torch.func (grad, jvp, vmap ...) or forward-mode AD is active, which our operators do not support."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -128,7 +128,7 @@ def forced() -> str | None:
 def use_backend(backend: str | None) -> Iterator[None]:
     """Forces one backend inside the block for every op that has it (None: automatic choice for all).
 
-    It holds for the whole process, other threads included; blocks of two threads must not overlap.
+    It applies to the whole process, all threads included; blocks in two threads must not overlap.
     Raises ValueError on an unknown name. In the block, a call that the backend cannot serve raises BackendError.
     """
     global _forced

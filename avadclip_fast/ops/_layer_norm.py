@@ -49,9 +49,9 @@ differentiable_once("linear_act", "layer_norm_backward")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = None) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-5) · weight + bias over the last dimension, in the dtype that products of it have.
+    """(x - mean) / sqrt(var + 1e-5) · weight + bias over the last dimension, in the dtype of its products.
 
-    backend: as of an op; torch serves what Triton does not.
+    backend: as for an op; torch serves what Triton does not.
     """
     dtype, asked = product_dtype(x), backend or _dispatch.forced()
     if asked not in _dispatch.TABLE["linear_act"]:

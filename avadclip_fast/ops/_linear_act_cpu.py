@@ -23,7 +23,7 @@ def saves_y(activation: str, residual: Tensor | None, dot: Tensor | None, *learn
 
 
 def mask_and_gain(dropout: tuple[Tensor, float] | None) -> tuple[Tensor | None, float]:
-    """What dropout multiplies by: a mask, and a number."""
+    """The factors of dropout: a mask, and a number."""
     return (None, 1.0) if dropout is None else (dropout[0], gain(dropout[1]))
 
 
@@ -69,7 +69,7 @@ def reason(*tensors: Tensor, amx: bool) -> str | None:
 
 
 def float32_reason(*tensors: Tensor) -> str | None:
-    """Returns why float32 products of a processor's own cannot take these tensors, or None."""
+    """Returns why the float32 products for CPUs cannot take these tensors, or None."""
     if any(t.dtype != torch.float32 for t in tensors) or torch.is_autocast_enabled("cpu"):
         return "it computes in float32"
     if torch.compiler.is_exporting():
@@ -83,7 +83,7 @@ def declines(x, weight, *_, **__) -> str | None:
 
 
 def spares(x: Tensor) -> bool:
-    """Whether linear_act, told which rows of features like x are needed, is spared the rest."""
+    """Whether linear_act, given `needed`, skips the other rows of features like x."""
     if torch.compiler.is_exporting() or _dispatch.transformed() or _dispatch.forced() not in (None, "amx", "cpp"):
         return False  # first: an exported graph must not ask for the number of rows
     if x.shape[-1] < WIDTH or x.shape[:-1].numel() < ROWS:

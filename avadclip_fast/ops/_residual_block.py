@@ -3,7 +3,7 @@
     residual_attention:  out = x + attention(LayerNorm(x)),  whose keys are LayerNorm(x) itself
     residual_mlp:        out = x + W2 QuickGELU(W1 LayerNorm(x) + b1) + b2
 
-The modules that use them do the same with the public operators where `fused` is False.
+If `fused` is False, the modules compute the same with the public operators.
 """
 
 import torch
@@ -108,10 +108,10 @@ differentiable_once("residual_mlp", "residual_mlp_backward")
 def residual_attention(
     x: Tensor, norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor, window: int, lengths: Tensor | None
 ) -> Tensor:
-    """x + attention within windows of the rows LayerNorm(x), which are their own keys; one head.
+    """x + single-head window attention over the rows LayerNorm(x), which are their own keys.
 
     x: (B, T, D); norm: weight and bias, (D,) each; weight: (2D, D) and bias: (2D,) of the queries, then the values
-    window: at most `longest` of the products' dtype
+    window: at most `longest` for the products' dtype
     lengths: (B,) int, to exclude keys, or None
     """
     sizes = check_tensors("residual_attention", ("x", x, "B T D"), ("norm", norm[0], "D"))
@@ -129,7 +129,7 @@ def residual_mlp(
 ) -> Tensor:
     """x + MLP(LayerNorm(x)). x: [..., D]; norm, fc and proj: weight and bias, fc's (4D, D) and proj's (D, 4D).
 
-    needed: as of linear_act; all rows are computed
+    needed: as for linear_act; all rows are computed
     """
     sizes = (("norm", norm[0], "D"), ("fc", fc[0], "H D"), ("proj", proj[0], "D H"))
     check_tensors("residual_mlp", ("x", x, f"{leading(x)} D"), *sizes)

@@ -46,8 +46,8 @@ def _too_old(device: torch.device) -> str | None:
 def declines_exact(weight: Tensor) -> str | None:
     """Returns why the automatic choice leaves the products with a weight to the reference, or None.
 
-    In exact float32 no tensor core helps, and cuBLAS is several times faster. A convolution is left to cuDNN only where
-    that is exact too: of its own accord, it multiplies float32 in tf32.
+    In exact float32 no tensor core helps, and cuBLAS is several times faster. A convolution is left to cuDNN only if
+    cuDNN is exact too: by default, it multiplies float32 in tf32.
     """
     if INTERPRETED or product_dtype(weight) != torch.float32 or not _torch_is_exact(weight.ndim == 3):
         return None
@@ -57,7 +57,7 @@ def declines_exact(weight: Tensor) -> str | None:
 def fused(backend: str | None, x: Tensor, *weights: Tensor) -> bool:
     """Whether a whole layer of x is one operator here: gradients are wanted, and Triton serves its products.
 
-    backend: as of an op
+    backend: as for an op
     """
     wanted = backend or _dispatch.forced()
     if wanted not in (None, "triton") or torch.compiler.is_exporting() or _dispatch.transformed():

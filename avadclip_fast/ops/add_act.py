@@ -58,7 +58,7 @@ differentiable_once("add_act", "add_act_backward")
 
 
 def add_act(x: Tensor, residual: Tensor, activation: str, backend: str | None = None) -> Tensor:
-    """Adds and activates: what ends a layer whose activation follows its residual (arXiv 2504.04495, the audio TCN).
+    """Adds a residual, then activates: the end of layers of that order (the audio TCN of arXiv 2504.04495).
 
         out = act(x + residual)
 
@@ -66,7 +66,7 @@ def add_act(x: Tensor, residual: Tensor, activation: str, backend: str | None = 
 
     x, residual: (B, T, D) floating point
     activation: "none", "relu", "gelu" (erf) or "quick_gelu" (y·sigmoid(1.702 y))
-    Returns (B, T, D) in the inputs' dtype; under autocast, where they may differ, in the widest.
+    Returns (B, T, D) in the inputs' dtype; under autocast, where dtypes may differ, in the widest.
     Raises ValueError on invalid shapes, dtypes, devices or activation names.
     Precision: float32 on a GPU, the inputs' dtype in the reference. Deterministic. Backends: see `avadclip-fast env`.
     """

@@ -130,7 +130,7 @@ def gated_fusion(
     needed: (B,) int or None; rows t >= needed[b] of the result mean nothing, and a backend may leave them out
     Returns (B, T, D) in the inputs' dtype.
     Raises ValueError on invalid shapes, dtypes, devices or `needed`.
-    Precision: products in the inputs' dtype, or in that of autocast. Deterministic. Backends: see `avadclip-fast env`.
+    Precision: products in the inputs' dtype, or in autocast's. Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors(
         "gated_fusion",

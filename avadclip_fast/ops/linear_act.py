@@ -131,7 +131,7 @@ def linear_act(
     needed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Linear layer or temporal convolution in [B, T, D] layout after LayerNorm, and activation, dropout and residual.
+    """LayerNorm, linear layer or temporal convolution in [B, T, D] layout, activation, dropout and residual.
 
         h_t = LayerNorm(x_t) if norm else x_t
         y_t = sum_k W[:, :, k] h_(t + (k - K//2)·dilation) + b         (causal: k - K + 1 in place of k - K//2)
@@ -146,12 +146,12 @@ def linear_act(
     dilation, causal: of the convolution; causal pads on the left only
     lengths: (B,) int or None; a convolution sees zeros at t >= lengths[b]; a linear layer ignores it
     dot: (O,) or None; reduces each row of act(y) to one number and excludes `residual` and `dropout`
-    dropout: (kept, p) or None; kept (B, T, O) bool is False for what is dropped, 0 <= p <= 1 its share
+    dropout: (kept, p) or None; kept (B, T, O) bool is False for dropped elements, 0 <= p <= 1 is their share
     needed: (B,) int or None; rows t >= needed[b] of the result mean nothing, and a backend may leave them out
-    Returns (B, T, O), or (B, T) with dot, in x's dtype; under autocast in its dtype, or the residual's if wider.
+    Returns (B, T, O), or (B, T) with dot, in x's dtype; under autocast in autocast's, or the residual's if wider.
     Raises ValueError on invalid shapes, dtypes, devices, lengths or activation names.
-    Precision: LayerNorm in float32 (float64); products in x's dtype, or in that of autocast.
-    Deterministic; by cuDNN only with `torch.backends.cudnn.deterministic`. Backends: see `avadclip-fast env`.
+    Precision: LayerNorm in float32 (float64); products in x's dtype, or in autocast's.
+    Deterministic; in cuDNN only with `torch.backends.cudnn.deterministic`. Backends: see `avadclip-fast env`.
     """
     check_are_tensors("linear_act", x=x, weight=weight)
     if norm is not None and not (isinstance(norm, tuple) and len(norm) == 2):

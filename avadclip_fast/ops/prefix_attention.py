@@ -75,7 +75,7 @@ def prefix_attention(qkv: Tensor, prefix: int, rows: int, heads: int = 1, backen
     prefix: P >= 1, the rows that all sequences share
     rows: S >= 1, the rows of each sequence after the prefix
     heads: must divide W
-    Returns (N, W) in qkv's dtype; of no rows at all, no rows.
+    Returns (N, W) in qkv's dtype; N = 0 gives no rows.
     Raises ValueError on an invalid shape, dtype, `prefix`, `rows` or `heads`.
     Precision: scores and softmax in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """

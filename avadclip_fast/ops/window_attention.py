@@ -12,7 +12,7 @@ from ._triton import implement, triton_reason
 
 
 def longest(dtype: torch.dtype) -> int:
-    """The longest window that Triton takes. A program holds the scores of whole windows: more would spill."""
+    """The longest window that Triton takes. A program holds the scores of whole windows: longer ones would spill."""
     return 64 if dtype == torch.float32 else 128
 
 
@@ -89,7 +89,7 @@ def window_attention(
     heads: must divide D
     lengths: (B,) int, to exclude keys t >= lengths[b] and zero those rows of the sum, or None
     residual: (B, T, D) or None
-    Returns (B, T, D) in the inputs' dtype; under autocast, where they may differ, in the widest.
+    Returns (B, T, D) in the inputs' dtype; under autocast, where dtypes may differ, in the widest.
     Raises ValueError on invalid shapes, dtypes, devices, lengths, `window` or `heads`.
     Precision: scores and softmax in float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
