@@ -36,10 +36,10 @@ def current(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def keep_memory() -> None:
-    """Keeps freed memory in the process, as torch does on a GPU. It holds for the whole process; glibc only.
+    """Keeps freed memory in the process, as torch does on a GPU. Affects the whole process; glibc only.
 
-    glibc returns large blocks to the system, which clears every page of them when the next step asks again: a tenth of
-    a training step on two cores. The peak grows by about as much.
+    glibc returns large blocks to the system, which clears all their pages when the next step allocates them: a tenth
+    of a training step on two cores. The peak grows by about as much.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -1,7 +1,7 @@
 """Side streams during CUDA graph capture, which become branches of the graph, also in the backward pass.
 
-Without capture, work runs where it stands: launch-bound code gains nothing from overlap. It does so in the same order,
-so that gradients add up to the same bits.
+Without capture, work runs in place: launch-bound code gains nothing from overlap. The order is the same, so gradients
+are equal bit for bit.
 """
 
 import functools
@@ -17,10 +17,10 @@ Result = TypeVar("Result", bound=Tensor | tuple[Tensor, ...])
 
 
 def aside(name: str, function: Callable[[], Result], priority: int = 0) -> Callable[[], Result]:
-    """Runs function(), of which later work is independent, and returns a callable that yields its result.
+    """Runs function() and returns a callable that yields its result; work before that call must not depend on it.
 
-    During capture, function runs on a side stream, beside what comes before that callable is called.
-    name: of the branch; those of one name that leave the same stream wait for each other
+    During capture, function runs on a side stream, in parallel with that work.
+    name: of the branch; branches of one name from the same stream wait for each other
     """
     if not _capturing():
         result = function()

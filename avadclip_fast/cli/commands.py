@@ -34,7 +34,7 @@ from ..models.checkpoints import model_folder
 
 
 class Commands(TyperGroup):
-    """Tells the first sentence of each command whole, where plain help would cut it off at the end of its line."""
+    """Shows the whole first sentence of each command, which plain help would cut off at the end of the line."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -74,7 +74,7 @@ class Modality(StrEnum):  # typer takes lists of enums, not of literals
 
 
 def at_most(most: int) -> Callable[[int | None], int | None]:
-    """A callback that refuses more: help would tell a `max` of thirteen digits after each of its options."""
+    """A callback that refuses more: with `max`, help would show its thirteen digits after each option."""
 
     def checked(value: int | None) -> int | None:
         if value is not None and value > most:
@@ -97,7 +97,7 @@ List_ = Annotated[
 Root = Annotated[
     Path | None,
     Option(
-        help="Base folder of the list's paths, which none may leave; default: the list's folder.", show_default=False
+        help="Base folder of the list's paths, which must stay in it; default: the list's folder.", show_default=False
     ),
 ]
 PresetName = Annotated[str, Option("--preset", help=f"Class codes and settings: {', '.join(data.PRESETS)}.")]
@@ -233,7 +233,7 @@ PrecisionOf = Annotated[
 ]
 Exact = Annotated[bool, Option("--deterministic", help="Use only deterministic operations, for bitwise equal runs.")]
 Resume = Annotated[bool, Option("--resume", help="Resume exactly from the run's saved state; --epochs may grow.")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bars; in a log they are a line a minute.")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bars (in a log: a line a minute).")]
 Profile = Annotated[
     Path | None,
     Option(help="Write trace.json of ten steps into this folder, with a range for each phase.", show_default=False),
@@ -413,10 +413,10 @@ def evaluate_(
     model: Annotated[Path, Option("--model", "-m", help="A run, a model folder, or an official .pth.")],
     gt: Annotated[Path, Option(help="Frame ground truth: .npy, or .npz.")],
     segments: Annotated[Path | None, Option(help="Spans, for detection mAP: .json, or the official .npy.")] = None,
-    segment_labels: Annotated[Path | None, Option(help="Their labels, with the official .npy.")] = None,
+    segment_labels: Annotated[Path | None, Option(help="Labels of --segments, if .npy.")] = None,
     silent: Annotated[bool, Option("--silent", help="Withhold the sound from a teacher.")] = False,
     uncalibrated: Annotated[
-        bool, Option("--uncalibrated", help="Leave the model's calibration.json aside, as the paper's numbers do.")
+        bool, Option("--uncalibrated", help="Ignore the model's calibration.json, as for the paper's numbers.")
     ] = False,
     student: Annotated[Path | None, Option(help="For --missing-sound: a student beside the teacher.")] = None,
     missing: Annotated[
@@ -597,7 +597,7 @@ def pack(
 @app.command()
 def convert(
     source: Annotated[Path, Argument(help="An official .pth, or a folder of this library.")],
-    target: Annotated[Path, Argument(help="The other of the two, to be written.")],
+    target: Annotated[Path, Argument(help="The other of the two, to write.")],
     preset: PresetName = "xd-violence",
     classes: Classes = None,
     window: OfficialWindow = None,

@@ -18,8 +18,8 @@ def export(
         Literal["onnx", "torch", "aoti"] | None,
         Option(
             "--format",
-            help="onnx; torch, a torch.export archive; aoti, an AOTInductor package, compiled for processors such as "
-            "this one. By default .onnx is onnx, .pt2 torch.",
+            help="onnx; torch, a torch.export archive; aoti, an AOTInductor package, compiled for CPUs such as this "
+            "one. Default: by suffix, torch for .pt2.",
             show_default=False,
         ),
     ] = None,
@@ -34,7 +34,7 @@ def export(
     """Export a model, from features to scores, to one file that runs without this library.
 
     Inputs: visual and audio (teacher) or the student's stream, each [B, T, D], and lengths [B]; outputs: anomaly [B, T]
-    and probabilities [B, T, C], calibrated; past lengths 0, but 1 for normal. The file is written only if running it
+    and probabilities [B, T, C], calibrated; padding gets 0, but 1 for normal. The file is written only if running it
     reproduces the model's scores.
     """
     from ..engine.export import TOLERANCE, export_model

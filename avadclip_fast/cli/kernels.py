@@ -15,8 +15,8 @@ from .commands import app
 
 @app.command()
 def tune(
-    precision: Annotated[Literal["bf16", "fp16", "tf32", "fp32"], Option(help="What is multiplied.")] = "bf16",
-    only: Annotated[str, Option(help="Calls with this in their name alone, such as mlp.")] = "",
+    precision: Annotated[Literal["bf16", "fp16", "tf32", "fp32"], Option(help="Precision of products.")] = "bf16",
+    only: Annotated[str, Option(help="Only calls with this in their name, such as mlp.")] = "",
 ) -> None:
     """Find the fastest tiles of the matrix kernels on this GPU, and save them in the installed table.
 

@@ -49,7 +49,7 @@ AudioWeights = Annotated[
 ]
 Model = Annotated[Path, Option("--model", "-m", help="A run, a model folder, or a folder of teacher/ and student/.")]
 Student = Annotated[
-    Path | None, Option(help="A student beside a teacher, for where there is no sound.", show_default=False)
+    Path | None, Option(help="A student beside a teacher, for parts without sound.", show_default=False)
 ]
 Names = Annotated[
     str | None,
@@ -110,7 +110,7 @@ def note(told: str) -> None:
 
 
 def note_threshold(scorers: "list[Scorer]", threshold: float | None) -> None:
-    """Tells on stderr that an alarm begins at 0.5 where nothing was calibrated.
+    """Notes on stderr that an alarm begins at 0.5 if a model was not calibrated.
 
     Such are official .pth files and runs without held-out videos: --select last or test without --held-out-list.
     """
@@ -129,7 +129,7 @@ def note_threshold(scorers: "list[Scorer]", threshold: float | None) -> None:
 def extract(
     videos: Annotated[list[Path], Argument(help="Videos, folders of them, or lists (.csv with path,label, or .txt).")],
     output: Annotated[
-        Path, Option("--output", "-o", help="A folder; or NAME.safetensors, packed as well.", show_default=False)
+        Path, Option("--output", "-o", help="A folder NAME; NAME.safetensors also packs it.", show_default=False)
     ],
     every: Every = None,
     fps: Fps = None,
@@ -164,9 +164,9 @@ def extract(
 ) -> None:
     """Extract features from videos: a visual file per crop, an audio file, and list.csv, as train and eval read them.
 
-    Resumes an interrupted call; videos extracted with another list or --label get the new label, unless one was typed
-    into list.csv, and --label replaces no list's. Videos that fail are reported at the end and in extract.json, and the
-    exit code is 1. After Ctrl-C, list.csv has the finished videos.
+    Resumes an interrupted call. Videos extracted before take the label of a new list or --label, unless one was typed
+    into list.csv; --label does not replace a list's. Videos that fail are reported at the end and in extract.json,
+    and the exit code is 1. After Ctrl-C, list.csv has the finished videos.
     """
     from ..engine import report
     from ..engine.stop import Stopped, listening
@@ -271,7 +271,7 @@ def detect(
     model: Model,
     student: Student = None,
     output: Annotated[
-        Path, Option("--output", "-o", help="Folder of the results; not searched for videos unless given as one.")
+        Path, Option("--output", "-o", help="Folder of the results; searched for videos only if given itself.")
     ] = Path("detections"),
     classes: Names = None,
     threshold: Threshold = None,
@@ -284,7 +284,7 @@ def detect(
     audio_encoder: Audio = "wav2clip",
     audio_weights: AudioWeights = None,
     plot: Annotated[bool, Option(help="Draw curve, events and key frames of each video.")] = True,
-    copy: Annotated[bool, Option("--annotate", help="Write NAME.mkv: the video with curve and events in it.")] = False,
+    copy: Annotated[bool, Option("--annotate", help="Write NAME.mkv: the video with curve and events drawn.")] = False,
     per_frame: Annotated[bool, Option("--per-frame", help="Write NAME.frames.csv: scores of every frame.")] = False,
     resume: Annotated[
         bool, Option("--resume", help="Skip videos that a call with these models and options has finished.")
@@ -389,9 +389,7 @@ def stream(
     delay: Annotated[
         int, Option(min=0, callback=sized, help="Snippets to wait for before scoring one (more context, later alarm).")
     ] = 0,
-    longest: Annotated[
-        float, Option(min=0.1, help="Report an event that is still going on every this many seconds.")
-    ] = 10.0,
+    longest: Annotated[float, Option(min=0.1, help="Report an ongoing event every so many seconds.")] = 10.0,
     retries: Annotated[int, Option(min=0, callback=sized, help="Reconnections in a row before giving up.")] = 8,
     geometry: GeometryName = "crops",
     visual_encoder: Visual = "clip",
@@ -433,7 +431,7 @@ def stream(
             sys.stdout.flush()
 
     def until() -> bool:
-        """Polled while snippets are waited for: a lost camera may be away for days, and its events ended."""
+        """Polled while waiting for a snippet: ends the events of a lost camera, which may be away for days."""
         if detector is not None and live.reconnects > connected and time.monotonic() - pushed > PAUSE + live.seconds:
             tell(detector.flush())
         return request.number is not None

@@ -1,4 +1,4 @@
-"""Whole files: atomic writes, after which a file is complete or does not exist, records, and hashes."""
+"""Atomic writes, after which a file is complete or does not exist; locks, JSON records and hashes."""
 
 import contextlib
 import csv
@@ -53,7 +53,7 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
 
 
 def lock(file: int) -> None:
-    """Locks an open file or folder until it is closed, or the process ends, however it does.
+    """Locks an open file or folder until it is closed or the process ends, even if killed.
 
     Does nothing on file systems without such locks. Raises BlockingIOError if another process holds it.
     """
@@ -67,9 +67,9 @@ def lock(file: int) -> None:
 
 @contextlib.contextmanager
 def in_turn(folder: str | Path) -> Iterator[None]:
-    """Holds a folder inside the block, after others that do: for files that are read and replaced in moments.
+    """Locks a folder inside the block, after waiting for others: for files that are read and replaced in moments.
 
-    Goes on without after PATIENCE seconds, in a folder that is held for longer, such as by a training run.
+    Goes on without the lock after PATIENCE seconds, as in a folder that a training run holds.
     """
     held, end = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
     try:
@@ -103,7 +103,7 @@ def write_record(path: str | Path, record: dict[str, Any]) -> None:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object; empty if there is no such file, or it holds none."""
+    """Reads a JSON object; empty if the file is missing or holds none."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -112,7 +112,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
 
 
 def identity_of(path: str | Path) -> dict[str, int] | None:
-    """What a file keeps where it is moved, for its record; None if it is gone, as a camera's oldest are."""
+    """What identifies a file even if moved, for its record; None if it is gone, as a camera's oldest are."""
     try:
         facts = os.stat(path)
     except OSError:

@@ -84,8 +84,8 @@ def truth_problems(
 ) -> list[str]:
     """Returns a problem for each row whose label differs from the frame ground truth.
 
-    counts: snippets of each row; truth: read from `frame_gt`, of `frames` frames per snippet
-    Raises DataError if it has not as many frames as the list.
+    counts: snippets of each row; truth: read from `frame_gt`, `frames` frames per snippet
+    Raises DataError if its number of frames is not the list's.
     """
     snippets = sum(counts)
     if len(truth) != snippets * frames:

@@ -144,7 +144,7 @@ class FeatureSet:
         return len(self.lengths if self.index is None else self.index)
 
     def subset(self, index: Rows) -> "FeatureSet":
-        """The rows of `index` (M,), without copying. Raises ValueError on a mask, as `batch` and `stored`."""
+        """The rows of `index` (M,), without copying. Raises ValueError on a mask, like `batch` and `stored`."""
         index = self._numbers(index)
         return replace(self, index=index if self.index is None else self.index[index])
 
@@ -173,7 +173,7 @@ class FeatureSet:
         return self.lengths if self.index is None else self.lengths[self.index]
 
     def videos(self) -> int:
-        """Number of videos; all crops of one count once."""
+        """Number of videos; all crops of a video count once."""
         if self.video is None:
             return len(self)
         return len((self.video if self.index is None else self.video[self.index]).unique())

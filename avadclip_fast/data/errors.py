@@ -15,6 +15,6 @@ class LabelError(DataError):
 
 
 def shortened(message: str) -> str:
-    """A message without its middle if it is too long: it begins with the file and row, and ends with the remedy."""
+    """A message, cut in the middle if too long: the file and row at its start and the remedy at its end stay."""
     half = LONGEST // 2 - 3
     return message if len(message) <= LONGEST else f"{message[:half]} ... {message[-half:]}"

@@ -232,7 +232,7 @@ def frame_vector(annotations: dict[str, list[tuple[int, int]]], videos: Iterable
     """Frame ground truth of XD-Violence.
 
     videos: (name, frames) in evaluation order
-    Returns (sum of frames,) float32 of 0 and 1. Raises DataError if an annotated video is not in `videos`, or is twice.
+    Returns (sum of frames,) float32 of 0 and 1. Raises DataError if an annotated video is not in `videos` exactly once.
     """
     parts, named = [np.zeros(0, np.float32)], set()
     for name, frames in videos:

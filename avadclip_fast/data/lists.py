@@ -94,8 +94,8 @@ def read_cells(
 ) -> list[tuple[int, dict[str, str]]]:
     """(line number, column -> stripped text, "" if missing) of each non-blank line.
 
-    problems: to which a line is told, and left out, that has more cells than the header has columns
-    Raises DataError if the file cannot be read, one of the `expected` columns is missing, or without `problems` for
+    problems: receives a message for each line left out because it has more cells than the header
+    Raises DataError if the file cannot be read, one of the `expected` columns is missing, or, without `problems`, for
     such a line.
     """
     try:
@@ -171,7 +171,7 @@ def video_of(row: Row) -> Path:
 
 
 def unlike(rows: Sequence[Row]) -> list[tuple[Row, str]]:
-    """The rows whose label has other codes than that of the first crop of their video, each with what is wrong."""
+    """The rows whose label has other codes than the first crop of their video, each with an error message."""
     return [
         (
             row,
@@ -185,7 +185,7 @@ def unlike(rows: Sequence[Row]) -> list[tuple[Row, str]]:
 
 
 def names_of(rows: Sequence[Row]) -> list[str]:
-    """The name of each row: its visual file without suffix, with the folders in which files of one name differ."""
+    """The name of each row: its visual file without suffix, with the folders that tell files of one name apart."""
     stems = Counter(row.visual.stem for row in rows)
     paths = [Path(os.path.abspath(row.visual.with_suffix(""))) for row in rows]
     same = [path.parent for path in paths if stems[path.name] > 1]
@@ -196,8 +196,8 @@ def names_of(rows: Sequence[Row]) -> list[str]:
 def split(rows: Sequence[Row], fraction: float, seed: int, codes: dict[str, str]) -> tuple[list[Row], list[Row]]:
     """Splits rows into training and held-out rows, each in list order, deterministically.
 
-    Holds out whole videos, the same fraction of normal and anomalous ones, rounded, but never all and at least one of
-    two or more.
+    Holds out whole videos, the same fraction of normal and of anomalous ones, rounded; of two or more at least one, but
+    never all.
 
     fraction: in [0, 1); codes: code -> class name, normal first
     Raises ValueError on an invalid fraction, LabelError on an invalid label.

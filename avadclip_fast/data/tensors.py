@@ -10,7 +10,7 @@ from torch import Tensor
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns all tensors of a file, memory-mapped, and its metadata. Raises as `safe_open` does.
 
-    In a thread of its own: Ctrl-C reaches the main one alone. Below `get_tensor` it would pass for a damaged file.
+    Reads in a separate thread, which Ctrl-C does not reach: in `get_tensor` it would look like a damaged file.
     """
 
     def read() -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -159,9 +159,9 @@ def _load(path: Path, names: list[str] | None) -> Detector:
 
 
 def class_names(classes: Sequence[str]) -> list[str]:
-    """Strips the names of blanks.
+    """Strips blanks from the names.
 
-    Raises DataError unless there are at least two, all different and not empty, and normal is the first or none.
+    Raises DataError unless there are at least two, all different and not empty, and "normal" is first or absent.
     """
     classes = [name.strip() for name in classes]
     if len(classes) < 2 or len(set(classes)) < len(classes) or not all(classes):
@@ -189,10 +189,10 @@ def detect(
     """Scores one video.
 
     A teacher scores each part with sound separately, so that silent parts do not influence it. A student, if given,
-    scores the other parts, with the whole video as context. What a gap in the footage separates is scored as if it
-    were two videos, as `OnlineDetector` does.
+    scores the other parts, with the whole video as context. Footage before and after a gap is scored as
+    separate videos, as `OnlineDetector` does.
 
-    name: of the video. found: its features. scorers: from `load_scorers`. threshold: replaces the models' own.
+    name: the video's. found: its features. scorers: from `load_scorers`. threshold: replaces the models' own.
     Raises DataError if the features do not match the model.
     """
     visual = found.visual[0].astype(np.float32, copy=False)
@@ -232,10 +232,10 @@ def detect(
 
 
 def cuts_of(found: VideoFeatures) -> list[int]:
-    """Returns the snippets before which there is a gap in the footage, as where a camera records only what moves.
+    """Returns the snippets that follow a gap in the footage, as in recordings of a camera with motion detection.
 
-    As in `OnlineDetector`, the snippet starts more than PAUSE seconds late. Besides, that long there is no frame:
-    snippets of as many frames last longer where a camera takes fewer.
+    As in `OnlineDetector`, the snippet starts more than PAUSE seconds late. In addition, there is no frame for that
+    long: a snippet of `every` frames also lasts longer if the frame rate drops.
     """
     steps = np.diff(found.times)
     waits = steps if found.waits is None else found.waits[1:]

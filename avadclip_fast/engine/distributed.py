@@ -107,7 +107,7 @@ def part(lengths: Tensor) -> Part:
 
 
 def flattened(parameters: Iterable[nn.Parameter], losses: Iterable[Tensor]) -> Tensor:
-    """Returns the gradients that exist, the losses, and a stop flag that is not set, as one vector for `add_up`."""
+    """Returns the gradients that exist, the losses, and a cleared stop flag as one vector for `add_up`."""
     grads = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
     return torch.cat([*grads, torch.stack([loss.detach().float() for loss in losses]), grads[0].new_zeros(1)])
 
@@ -117,9 +117,9 @@ def add_up(flat: Tensor, ask: bool) -> None:
 
     This is one all-reduce of one flat buffer instead of DistributedDataParallel. The losses already carry the weights
     of uneven parts, so gradients are summed, not averaged. A student that is not distilled has parameters without
-    gradients, which DDP would have to find in every graph. The losses and the stop flag share the buffer. It stands
-    between the two CUDA graphs of a step, which then hold no communication. DDP would gain little by overlapping it
-    with the backward pass: a step sends only 17 million numbers.
+    gradients, which DDP would have to find in every graph. The losses and the stop flag share the buffer. The
+    all-reduce runs between the two CUDA graphs of a step, which then hold no communication. DDP would gain
+    little by overlapping it with the backward pass: a step sends only 17 million numbers.
     """
     if ask:
         flat[-1] = 1.0

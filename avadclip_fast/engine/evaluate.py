@@ -99,9 +99,9 @@ def score_videos(
 def check_truth(
     path: Path, truth: np.ndarray, list_: Path, rows: Sequence[Row], width: int, frames: int, codes: dict[str, str]
 ) -> None:
-    """Checks that the frame ground truth read from `path` has the frames of a list's features, by their headers.
+    """Checks that the frame ground truth read from `path` is as long as a list's features, by their headers.
 
-    Warns of rows whose labels differ from it, as in another order. Raises DataError. frames: per snippet
+    Warns if labels of rows contradict it, as in another order. Raises DataError. frames: per snippet
     """
     counts = [snippet_count(row.visual, width) for row in rows]
     problems = truth_problems(list_, rows, counts, truth, path, frames, codes)
@@ -111,7 +111,7 @@ def check_truth(
 
 
 def check_spans(path: Path, spans: Sequence, videos: int, classes: list[str], codes: dict[str, str]) -> None:
-    """Checks that the spans read from `path` are of so many videos and of the model's classes. Raises DataError."""
+    """Checks the number of `videos` and the classes of the spans read from `path`. Raises DataError."""
     if len(spans) != videos:
         raise DataError(f"{path}: spans of {len(spans)} videos, the list has {videos}; are they of the same set?")
     try:
@@ -172,7 +172,7 @@ def stream_scores(
     Each chunk is scored independently. Videos are packed until they have `chunks` chunks together, so that short videos
     fill a batch. At most `chunks` chunks are computed in one pass, so that a long video needs little more memory than
     its features. On a GPU all passes have one shape, and from the second on are replays of one CUDA graph. Features are
-    cast to the model's dtype; probabilities are float32, float64 of a model in float64.
+    cast to the model's dtype; probabilities are float32 (float64 for a float64 model).
 
     silent: withhold the audio from a teacher. calibration: its temperatures divide the logits. text: the result of
     `model.encode_text` if already computed.

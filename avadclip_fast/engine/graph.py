@@ -39,7 +39,7 @@ class StepGraph:
         losses = step(index)                 # overwritten by the next replay of this shape
 
     function: must not synchronize with the device, must change tensors in place, and must draw from the default
-    generator; what it returns is that of every replay, with new values. It runs on the GPU of its first input, which
+    generator; every replay returns the same tensors, with new values. It runs on the GPU of its first input, which
     need not be the current one.
     changed: returns the tensors that the function changes, by default none. Recording has no net effect on them:
     existing tensors get their values back, and tensors that the first call creates, such as AdamW's moments, are set to

@@ -1,4 +1,4 @@
-"""The epochs of a run: each step's inputs, its CUDA graphs, and what is written while it goes on."""
+"""The epochs of a run: each step's inputs, its CUDA graphs, and the files written on the way."""
 
 import logging
 import math
@@ -239,7 +239,7 @@ class Board:
     """TensorBoard writer whose losses are read from the device only when the host synchronizes anyway."""
 
     def __init__(self, folder: Path, done: int):
-        """done: steps that are kept of an earlier run, the last of them with the values of its epoch."""
+        """done: steps kept from an earlier run, the last of them with the values of its epoch."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.logs = logs = folder / "tensorboard"

@@ -1,6 +1,6 @@
-"""Casts a model's weights to autocast's dtype once a step, all of them together.
+"""Casts a model's weights to autocast's dtype once per step, all of them together.
 
-Autocast casts each where it is used, and its gradient back: two launches a weight, most shorter than the gaps between.
+Autocast casts each where it is used, and its gradient back: two kernels each, most shorter than the gaps between them.
 """
 
 import re
@@ -33,7 +33,7 @@ class Lowered(torch.autograd.Function):
 
 
 def copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors in another dtype, by one launch for many of them."""
+    """Copies of the tensors in another dtype, many per launch."""
     rows = [x.reshape(-1) for x in tensors]  # torch goes one by one if a single tensor's strides are not its copy's
     copies = [torch.empty_like(x, dtype=dtype) for x in rows]
     if copies:
@@ -44,8 +44,8 @@ def copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def lowered_weights(model: nn.Module, device: str) -> dict[str, Tensor]:
     """The float32 weights by name in autocast's dtype, for `torch.func.functional_call`; none on a CPU.
 
-    Call it under autocast. A CPU's products cast what they take themselves. A model of torch.compile is left alone: it
-    fuses its casts, and would compile anew for tensors that are others in every step.
+    Call it under autocast. A CPU's products cast their inputs themselves. A model of torch.compile is left alone: it
+    fuses its casts, and would recompile because the tensors are new in every step.
     """
     compiled = hasattr(model, "_orig_mod")
     if device not in _autocast.LOWERING or not torch.is_autocast_enabled(device) or compiled:

@@ -35,7 +35,7 @@ class OnlineDetector:
     seconds: duration of a snippet; should match the snippets that the model was trained on. threshold: replaces the
     models' own. geometry: how frames are cut, see `media.crops.cut`.
     Attributes: `by`, the model that scored last; `score`, the last 1 - p(normal).
-    Raises DataError if the encoders or the window do not fit the model, or the delay the window, or seconds is 0.
+    Raises DataError if the encoders or the window do not fit the model, delay >= window, or seconds is 0.
     """
 
     def __init__(
@@ -94,13 +94,13 @@ class OnlineDetector:
     ) -> list[Event]:
         """Scores one snippet and returns the events that ended.
 
-        frame: (H, W, 3) uint8 RGB. audio: (n,) float32 mono at 16 kHz, or None without sound; what is longer than a
-        snippet is cut. time: start in seconds, increasing; by default the snippet follows the last one. seconds: its
+        frame: (H, W, 3) uint8 RGB. audio: (n,) float32 mono at 16 kHz, or None without sound; cut to the length of
+        a snippet. time: start in seconds, increasing; by default the snippet follows the last one. seconds: its
         duration, if the stream ends within it.
-        Raises DataError for a frame or sound of another form, which would be scored as something else, for sound twice
-        as long as a snippet without its time, as at 48 kHz, and for a time before the last one, unless `flush` was
-        called in between. Of a snippet at which this, an encoder or the model raises, nothing stays: push it again, or
-        go on with the next one and its time.
+        Raises DataError for a frame or sound of another shape or dtype, for sound twice as long as a snippet (as at
+        48 kHz) without a `time`, and for a time before the last one, unless `flush` was called in between. If this, an
+        encoder or the model raises, the snippet leaves no trace: push it again, or go on with the next one and its
+        time.
         """
         before = {name: copy(value) for name, value in vars(self).items() if name.startswith("_")}
         try:

@@ -55,7 +55,7 @@ def reliability_plot(
     """Writes one PNG with a reliability diagram: the positive share against the score, equal if well calibrated.
 
     bins: label -> rows (mean score, share positive, share of all) from `calibrate.reliability`; the share of all sets
-    the area of a marker. of: what is positive or not, for the label of the y axis. Raises ValueError without bins.
+    the area of a marker. of: what is counted, for the label of the y axis. Raises ValueError without bins.
     """
     from matplotlib.figure import Figure
 

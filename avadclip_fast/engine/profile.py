@@ -62,7 +62,7 @@ def run(
 
     On a GPU the iterations after the warm-up run between cudaProfilerStart and cudaProfilerStop.
     trace: write a Chrome trace of the iterations to this file instead, on any device, and report the slowest operators.
-    Raises DataError on an unknown case or a trace that cannot be written there, RecipeError on a precision that the
+    Raises DataError on an unknown case or a path that cannot be written to, RecipeError on a precision that the
     device does not support, and OSError.
     """
     setting = Setting(device, precision, batch or BATCH[device.type])

@@ -1,4 +1,4 @@
-"""Progress bars: live for people who look on, a line a minute in a log or a pipe."""
+"""Progress bars: live in a terminal or notebook, a line a minute in a log or pipe."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ A_LINE = 60.0  # seconds, where nobody looks on: more would fill the log of a wa
 
 
 def bar(*given: Any, shown: bool = True, **options: Any) -> tqdm:
-    """Returns tqdm(...), which draws nothing unless `shown`, and in a log no more than a line a minute."""
+    """Returns tqdm(...), which draws nothing unless `shown`, and in a log at most a line a minute."""
     closed = sys.stderr is None
     live = "ipykernel" in sys.modules or (not closed and sys.stderr.isatty())
     seldom = {} if live else {"mininterval": A_LINE, "maxinterval": A_LINE}
@@ -19,12 +19,12 @@ def bar(*given: Any, shown: bool = True, **options: Any) -> tqdm:
 
 
 def due(shown: tqdm, since: float) -> bool:
-    """Whether a bar should tell more, having done so at `since` by time.monotonic()."""
+    """Whether to update a bar that was last updated at `since` (time.monotonic())."""
     return not shown.disable and time.monotonic() - since > max(1, shown.mininterval)
 
 
 def frames_in(shown: tqdm) -> Callable[[int], None]:
-    """Returns a function that adds to the frames beside a bar of videos, each of which may take hours."""
+    """Returns a function that adds to the frame count beside a bar of videos, which may take hours each."""
     frames, told = 0, time.monotonic()
 
     def add(decoded: int) -> None:

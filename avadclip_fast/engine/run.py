@@ -52,7 +52,7 @@ def train_on_list(
     held_out: for select="val", the share of videos to hold out; they select the epoch and calibrate the model.
     held_out_list: a separate held-out list, used instead; it calibrates the model under any `select`.
     test_list, gt, frames_per_snippet: for select="test", the test list and its frame ground truth.
-    resume, profile, graph: of `fit`.
+    resume, profile, graph: see `fit`.
     Returns the model's folder. Raises DataError on invalid lists, features or ground truth; otherwise as `fit`.
     """
     check_resumable(output, resume)  # before any feature is read

@@ -1,4 +1,4 @@
-"""Search of video files for events: what `detect` finds in each goes into one folder, video by video."""
+"""Searches video files for events, and writes what `detect` finds into one folder, video by video."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ EVENTS = ["video", "start", "end", "start_seconds", "end_seconds", "class", "sco
 
 @dataclass(frozen=True)
 class Results:
-    """The files of a search: FOLDER/events.csv, and of each video NAME.json and what else is asked for."""
+    """The files of a search: FOLDER/events.csv, and for each video NAME.json and those chosen below."""
 
     folder: Path
     plot: bool = True  # NAME.png: curve, events and key frames
@@ -43,7 +43,7 @@ class Results:
         return [self.folder / f"{source.name}{ending}" for ending in endings]
 
     def prepare(self, given: Sequence[Path], sources: Sequence[Source]) -> None:
-        """Makes the folder, and removes what killed calls had not finished.
+        """Makes the folder, and removes unfinished files of killed calls.
 
         given: arguments of `find_sources`
         Raises DataError if a search of these sources would replace anything but earlier results of the same videos.
@@ -63,9 +63,9 @@ class Results:
             remove_left(folder)
 
     def finished(self, source: Source, settings: dict) -> list[dict] | None:
-        """Returns the events of a video that was searched with these settings, of which all files are there, or None.
+        """Returns the events of a video that was searched with these settings, if all its files exist, else None.
 
-        The others are written after NAME.json: older ones are of an earlier search.
+        The others are written after NAME.json: older ones are from an earlier search.
         """
         first, *others = self.files(source)
         try:
@@ -121,7 +121,7 @@ def search(
 def illustrate(
     target: Path, source: Source, found: Found, sampling: Sampling, progress: Progress = lambda frames: None
 ) -> str:
-    """Writes one of `Results.files` but the first, which its ending names: plot, copy, or scores of every frame.
+    """Writes one of `Results.files` after the first, by its suffix: plot, copy, or scores of every frame.
 
     progress: as for `video_features`
     Returns "", or what the copy lacks, as `annotate` does. Raises MediaError.
@@ -164,13 +164,13 @@ def as_record(detection: Detection, source: str | Path) -> dict:
 
 
 def settings_of(scorers: Sequence[Scorer], threshold: float | None, features: dict) -> dict:
-    """All that results depend on, besides the video, as JSON has it. features: `media.extract.settings_of`."""
+    """All that results depend on besides the video, as JSON values. features: `media.extract.settings_of`."""
     models = [[model_digest(scorer.model), asdict(scorer.calibration)] for scorer in scorers]
     return json.loads(json.dumps({**features, "threshold": threshold, "models": models}))
 
 
 def done_with(path: Path, source: str | Path, settings: dict) -> list[dict] | None:
-    """Returns the events that `write_detection` wrote of this video, unchanged, with these settings; or None."""
+    """Returns the events that `write_detection` wrote with these settings, if the video is unchanged, or None."""
     record = read_record(path)
     if record.get("settings") != settings or record.get("file") != identity_of(source):
         return None
@@ -182,12 +182,12 @@ def done_with(path: Path, source: str | Path, settings: dict) -> list[dict] | No
 
 
 def write_detection(path: Path, detection: Detection, source: str | Path, read: dict | None, settings: dict) -> None:
-    """read: `identity_of` the video before it was read, so that one that grew meanwhile is not done."""
+    """read: `identity_of` the video before reading, so that one that grew meanwhile does not count as done."""
     write_record(path, {"file": read, "settings": settings, **as_record(detection, source)})
 
 
 def check_video(path: Path, source: str | Path) -> None:
-    """Raises DataError if `path` is what `write_detection` wrote of a video other than `source`, moved or not."""
+    """Raises DataError if `write_detection` wrote `path` for a video other than `source`, moved or not."""
     own, record = identity_of(source), read_record(path)
     try:
         video = record["video"]
@@ -220,7 +220,7 @@ def read_events(path: Path) -> list[list[str]]:
 def write_events(path: Path, found: dict[str, list[dict]]) -> None:
     """Writes one CSV row per event with the columns EVENTS, sorted by video; keeps the rows of other videos there.
 
-    found: video -> its events, of `event_record`
+    found: video -> its events, from `event_record`
     """
     new = [row for name, events in found.items() for row in _rows(name, events)]
     with in_turn(path.parent):  # of several calls with this folder

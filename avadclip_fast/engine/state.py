@@ -40,7 +40,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Makes a run's folder, and holds it inside the block. Raises StateError if another process holds it."""
+    """Makes a run's folder and locks it inside the block. Raises StateError if another process holds it."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         held = os.open(folder, os.O_RDONLY)
@@ -57,7 +57,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
-    """Returns what a run makes of a model: trainable parameters, and the statistics of its inputs.
+    """Returns what a run changes in a model: trainable parameters, and the statistics of its inputs.
 
     This leaves out CLIP's frozen text weights, four fifths of the bytes.
     """
@@ -77,7 +77,7 @@ def model_digest(model: Detector) -> str:
 
 
 def shape_of(model: Detector) -> dict[str, Any]:
-    """Returns the settings of a model, without class tokens, which follow from the classes, and text weights."""
+    """Returns the settings of a model without text weights and class tokens, which follow from the classes."""
     return {k: v for k, v in model.settings().items() if k not in ("text_weights", "class_tokens")}
 
 
@@ -91,14 +91,14 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 class Saver:
-    """Writes states in a thread of its own, in the order of the calls, while training goes on.
+    """Writes states in a separate thread, in the order of the calls, while training goes on.
 
         with Saver() as saver:
             saver.save(folder / STATE, model, optimizer, info)
 
-    What a state holds is copied at once, on a GPU in its own memory. An earlier file is replaced atomically. If one
-    cannot be written, neither is any after it, which may refer to it, and the StateError is raised by a later `save`,
-    by `wait`, or at the end.
+    States are copied at once, on a GPU in its own memory. An earlier file is replaced atomically. If a state cannot be
+    written, no later one is, as it may refer to the lost one; a later `save`, `wait`, or the end of the block raises
+    the StateError.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class Saver:
 
 
 def on_host(tensors: dict[str, Tensor]) -> Callable[[], dict[str, Tensor]]:
-    """What fetches copies that were just made from a GPU, in another thread, while later steps go on there."""
+    """Returns a function that fetches new copies from a GPU, in another thread, while later steps run there."""
     device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
     if device is None:
         return lambda: tensors

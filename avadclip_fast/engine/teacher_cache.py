@@ -34,7 +34,7 @@ _log = logging.getLogger("avadclip_fast")
 def teacher_features(teacher: AVadCLIP, batch: Batch, precision: str = "fp32") -> Tensor:
     """Returns the frozen teacher's fused features (B, T, D), each of which depends only on its own sample.
 
-    precision: of its products, as in a `Recipe`; with "bf16" a GPU's features are bfloat16
+    precision: of products, as in a `Recipe`; with "bf16" a GPU's features are bfloat16
     A masked teacher's output at padded rows also depends on the batch, so it is set to 0; a student whose padding is
     "official" reads it.
     """

@@ -60,7 +60,7 @@ def fit(
     into `folder`/model/calibration.json. test_ap: returns a model's frame AP; required by select="test".
     test_videos: a fingerprint of what `test_ap` scores, which must be the same on resuming.
     resume: continue from `folder`/state.safetensors if it exists. The result is bitwise equal to that of an
-    uninterrupted run on the same device with the same thread count, also if that has more epochs than the run so far.
+    uninterrupted run on the same device with the same thread count, also one with more epochs than the run so far.
     profile: folder for trace.json, a trace of a few steps.
     graph: run each step as one CUDA graph, or in a distributed run as two with an all-reduce between, with identical
     results; default: on a GPU.

@@ -79,7 +79,7 @@ def annotate(
 class Track:
     """Copies the audio stream `heard` to `made`, from the first frame on, retimed to the clock of the frames.
 
-    Re-encodes what the container does not take. Attribute: `lost`, why sound is missing, or "".
+    Re-encodes audio that the container does not take. Attribute: `lost`, why sound is missing, or "".
     """
 
     def __init__(self, container: Any, heard: Any, made: Any, clock: Clock):

@@ -85,7 +85,7 @@ def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
 
 
 def said(error: Exception) -> str:
-    """Returns what FFmpeg says of an error; but of a source that sends nothing, it says "Immediate exit requested"."""
+    """Returns FFmpeg's message, or that a source timed out, for which FFmpeg says "Immediate exit requested"."""
     if isinstance(error, import_av().error.ExitError):
         return f"timed out after {WAIT:g} s"
     return getattr(error, "strerror", None) or str(error)
@@ -172,7 +172,7 @@ class Beat:
 def frames(source: str | Path, stream: Any, container: Any, clock: Clock | None = None) -> Iterator[tuple[float, Any]]:
     """Yields (time, decoded frame) in order, with times from `clock`, whose rate is set from the stream.
 
-    clock: an unused one, which also counts the frames that cannot be decoded, or None to create it
+    clock: an unused one, which also counts frames that cannot be decoded; None creates one
     Raises MediaError if the file is truncated, or no frame can be decoded.
     """
     av, clock, reach = import_av(), clock or Clock(), Reach(container, stream)
@@ -189,10 +189,10 @@ def frames(source: str | Path, stream: Any, container: Any, clock: Clock | None 
 
 
 class Reach:
-    """How far the packets of a file reach, against the end that its header declares, to tell a truncated file.
+    """Compares where a file's packets end with the end that its header declares, to detect a truncated file.
 
-    MKV, WebM and FLV declare the end of all streams, the indexes of AVI and MP4 that of the pictures. Of other
-    containers, FFmpeg finds the end of what is there.
+    MKV, WebM and FLV declare the end of all streams, the indexes of AVI and MP4 that of the video. For other
+    containers, FFmpeg gives the end of the data present.
     """
 
     def __init__(self, container: Any, stream: Any):
@@ -216,7 +216,7 @@ class Reach:
     def check(self, source: str | Path, seen: int) -> None:
         """Raises MediaError if there is no frame (seen: decoded frames), or if the packets end far too early.
 
-        Not all containers store how long the last frame lasts, which may be as long as others before it.
+        Not all containers store the last frame's duration, which may be that of any frame before it.
         """
         if seen == 0:
             raise MediaError(f"{source}: holds no frame that can be decoded")
@@ -231,7 +231,7 @@ def upright(frame: Any) -> np.ndarray:
 
 
 def check_sampling(every: int, fps: float | None) -> None:
-    """Raises MediaError if a snippet of `every` frames, or of one in `fps` a second, lasts no time or for ever."""
+    """Raises MediaError unless `every` is at least 1 frame, or `fps`, if given, positive and finite."""
     if fps is None and every < 1:
         raise MediaError(f"every must be 1 frame per snippet or more; got {every}")
     if fps is not None and not 0 < fps < math.inf:
@@ -249,7 +249,7 @@ def snippet_frames(
 
     fps: snippets per second instead of `every`: yields the first frame at or after each multiple of 1 / fps
     clock: an unused one, which records the stream's rate and timestamp jumps for `read_sound`
-    Raises MediaError if the file is missing, truncated, or has no decodable video, or for no frames or snippets at all.
+    Raises MediaError if the file is missing, truncated, or has no decodable video, or if `every` or `fps` is invalid.
     """
     check_sampling(every, fps)
     with opened(source) as container:

@@ -157,7 +157,7 @@ def _by_name(name: str, device: str | torch.device, wanted: tuple[str, ...]) -> 
 def encoded(
     name: str, encoder: Any, given: Any, rows: int, dtype: npt.DTypeLike = np.float32, **options: Any
 ) -> np.ndarray:
-    """Returns encoder(given) as (rows, width). Raises MediaError if of another shape, NaN, or too much for `dtype`."""
+    """Returns encoder(given) as (rows, width). Raises MediaError on a wrong shape, NaN, or values beyond `dtype`."""
     out = torch.as_tensor(encoder(given, **options)).detach().float().cpu().numpy()
     if out.shape != (rows, encoder.width):
         raise MediaError(f"the {name} encoder gave shape {out.shape}, expected {(rows, encoder.width)}")

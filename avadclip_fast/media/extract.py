@@ -105,7 +105,7 @@ def find_sources(
 
 
 def check_results(given: Iterable[Path], sources: Iterable[Source], written: Iterable[Path]) -> None:
-    """Raises DataError if results would replace a source or a list that is given, or a video of someone else's.
+    """Raises DataError if results would replace a source, a given list, or a video that no earlier call wrote.
 
     given: arguments of `find_sources`. written: the files to be written
     A video without a NAME.json beside it is not the result of an earlier call.
@@ -321,7 +321,7 @@ def _paths(output: Path, name: str, crops: int) -> tuple[list[Path], Path, Path]
 
 
 def remove_unfinished(output: Path, sources: Iterable[Source]) -> None:
-    """Removes what killed calls had not finished from the folders that the files of these videos go to."""
+    """Removes unfinished files of killed calls from the output folders of these videos."""
     folders = {output}
     for source in sources:
         (visual,), audio, done = _paths(output, source.name, 1)
@@ -331,7 +331,7 @@ def remove_unfinished(output: Path, sources: Iterable[Source]) -> None:
 
 
 def settings_of(sampling: Sampling, half: bool, chosen: Encoders) -> dict:
-    """All settings that features depend on, by option: of encoders their names and weights. half: float16 files."""
+    """All settings that features depend on, by option; for encoders, name and weights. half: float16 files."""
     return {
         **asdict(sampling),
         "dtype": "float16" if half else "float32",
@@ -363,7 +363,7 @@ def _differing(theirs: dict, ours: dict) -> set[str]:
 
 
 def check_replaced(sources: Sequence[Source], output: Path, settings: dict) -> None:
-    """Raises DataError if features of other videos, or of these made with other settings, would be replaced."""
+    """Raises DataError if features of other videos, or made with other settings, would be replaced."""
     records = [_read_record(_paths(output, source.name, 0)[2]) for source in sources]
     for source, record in zip(sources, records, strict=True):
         if record is not None and source.path.is_file() and _is_other(source.path, record):
@@ -381,7 +381,7 @@ def check_replaced(sources: Sequence[Source], output: Path, settings: dict) -> N
 
 
 def check_names(sources: Sequence[Source], output: Path, settings: dict) -> None:
-    """Raises DataError if a video would be listed by two names: it may be held out, and trained on as the other."""
+    """Raises DataError if a video would be listed by two names: one could be held out, the other trained on."""
     names = {os.path.abspath(source.path): source.name for source in sources}
     given = set(names.values())
     for done in sorted((output / "done").rglob("*.json")):
@@ -442,7 +442,7 @@ def _label(source: Source, before: dict) -> dict:
 
 
 def write_video(output: Path, source: Source, identity: dict | None, found: VideoFeatures, settings: dict) -> None:
-    """Writes a video's files atomically, and its record last, which marks it as done. identity: of the file read."""
+    """Writes a video's files atomically, and its record last, which marks it as done. identity: the file's."""
     visual, audio, done = _paths(output, source.name, len(found.visual))
     before = _labelled(done)
     for path in (*visual, audio, done):
@@ -482,7 +482,7 @@ class Listing(NamedTuple):
 
 
 def read_labels(output: str | Path) -> dict[Path, list[str]]:
-    """Labels in OUTPUT/list.csv, if there is one: OUTPUT/visual/NAME -> that of each crop. Raises DataError."""
+    """Labels in OUTPUT/list.csv, if there is one: OUTPUT/visual/NAME -> one per crop. Raises DataError."""
     path, labels = Path(output) / "list.csv", dict[Path, list[str]]()
     if path.is_file():
         for line, cells in read_cells(path, ["path", "label"]):
@@ -494,7 +494,7 @@ def read_labels(output: str | Path) -> dict[Path, list[str]]:
 def write_lists(output: str | Path, settings: dict) -> Listing:
     """Writes OUTPUT/list.csv with all videos done with these settings, sorted by name.
 
-    A label that is not the one written last was typed by hand, and stays. Raises DataError as `read_labels`.
+    A label that differs from the last one written was typed by hand, and stays. Raises DataError like `read_labels`.
     """
     output = Path(output)
     with in_turn(output):  # of shards that end together

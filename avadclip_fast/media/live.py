@@ -58,16 +58,16 @@ class LiveSource:
     """Iterates over the snippets of a file, a device such as /dev/video0, or an rtsp, http, udp or srt URL.
 
     A source that is not a file and has no known duration is *live*: the oldest queued snippets are dropped if the
-    consumer is slower than time, and a lost connection is re-established. A file is read as fast as it is consumed.
+    consumer falls behind, and a lost connection is re-established. A file is read as fast as it is consumed.
 
     every: frames per snippet; fps: snippets per second, instead of `every`
     retries: consecutive reconnection attempts before giving up
     until: polled twice per second; returning True ends the iteration
-    Raises MediaError for no frames or snippets at all, and if the source does not exist, is not a video, or is lost
-    for good.
+    Raises MediaError if `every` or `fps` is invalid, or the source does not exist, is not a video, or is lost for
+    good.
 
-    The attributes frames, dropped and reconnects are counts so far. Known once the first snippet is read: `seconds`,
-    the duration of one; `assumed`, whether that goes by a frame rate that the source does not declare; `live`; and
+    The attributes frames, dropped and reconnects are counts so far. Set once the first snippet is read: `seconds`, the
+    duration of a snippet; `assumed`, whether that assumes a frame rate, as the source declares none; `live`; and
     `began`, the UTC time at which the first frame arrived.
     """
 
