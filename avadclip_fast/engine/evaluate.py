@@ -44,7 +44,7 @@ class VideoScores(NamedTuple):
 
 
 def load_model(path: str | Path, classes: list[str] | None = None, window: int | None = None) -> Detector:
-    """Loads a teacher or student from a model folder, a run folder, or an official .pth; its contents tell which.
+    """Loads a teacher or student from a model folder, a run folder, or an official .pth; its contents decide.
 
     classes, window: class names and window of an official checkpoint, which does not store them.
     Raises CheckpointError, also if a folder's model has another window.

@@ -54,7 +54,7 @@ class Scores(nn.Module):
     forward: the model's streams (visual, audio, or both in this order), each (B, T, D) float32 with T <= length, and
     lengths (B,) int64 in 1..T -> anomaly (B, T) and probabilities (B, T, C), float32. For t >= lengths[b], anomaly is 0
     and the first class has probability 1: normal. Stream values there are ignored. Inputs are zero-padded to the
-    model's full length, so that scores match evaluation also if padding is "official", where they depend on it.
+    model's full length, so that scores match evaluation even if padding is "official", where they depend on T.
     """
 
     text: Tensor

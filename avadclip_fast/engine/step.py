@@ -122,10 +122,10 @@ def train_step(
 
 
 def shares(part: Part, model: Detector, recipe: Recipe) -> tuple[float, float, float]:
-    """Returns the weights of a rank's losses in those of the full batch: of distillation, of the others, and of
+    """Returns the weights of a rank's losses in the full batch's: for distillation, for the others, and for
     distillation relative to the others in the total.
 
-    Distillation is a mean over rows, of which a rank's share differs from its share of the samples.
+    Distillation is a mean over rows, and a rank's share of the rows differs from its share of the samples.
     """
     rows = part.rows if model.padding == "masked" else part.samples
     return rows, part.samples, recipe.distill_weight * (rows / part.samples if part.samples else 1.0)

@@ -216,7 +216,7 @@ class Reach:
     def check(self, source: str | Path, seen: int) -> None:
         """Raises MediaError if there is no frame (seen: decoded frames), or if the packets end far too early.
 
-        Not all containers store the last frame's duration, which may be that of any frame before it.
+        Not all containers store the last frame's duration, which may be as long as any before it.
         """
         if seen == 0:
             raise MediaError(f"{source}: holds no frame that can be decoded")
