@@ -233,7 +233,7 @@ PrecisionOf = Annotated[
 ]
 Exact = Annotated[bool, Option("--deterministic", help="Use only deterministic operations, for bitwise equal runs.")]
 Resume = Annotated[bool, Option("--resume", help="Resume exactly from the run's saved state; --epochs may grow.")]
-Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bars (in a log: a line a minute).")]
+Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress bars, which in a log are a line a minute.")]
 Profile = Annotated[
     Path | None,
     Option(help="Write trace.json of ten steps into this folder, with a range for each phase.", show_default=False),

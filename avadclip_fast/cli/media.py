@@ -129,7 +129,7 @@ def note_threshold(scorers: "list[Scorer]", threshold: float | None) -> None:
 def extract(
     videos: Annotated[list[Path], Argument(help="Videos, folders of them, or lists (.csv with path,label, or .txt).")],
     output: Annotated[
-        Path, Option("--output", "-o", help="A folder NAME; NAME.safetensors also packs it.", show_default=False)
+        Path, Option("--output", "-o", help="A folder; NAME.safetensors packs the folder NAME too.", show_default=False)
     ],
     every: Every = None,
     fps: Fps = None,
