@@ -81,6 +81,14 @@ def test_a_backend_that_is_there_serves(op, backend):
         pytest.skip(str(error))
 
 
+def test_no_operator_is_taken_for_a_constant():
+    """Torch takes what has no derivative for one: each has its own, or refuses, and so has each backward pass."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    operators = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("avadclip_fast::")]
+    public = [name for name in operators if has(name, "Meta")]
+    assert len(public) > 40 and [name for name in public if not has(name, "Autograd")] == ["avadclip_fast::keep"]
+
+
 def test_the_file_names_are_ops():
     """No file in ops/ or reference/ that the table does not know."""
     stems = {STEMS.get(op, op) for op in _dispatch.TABLE}
