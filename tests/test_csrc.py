@@ -373,6 +373,7 @@ class TestOperators:
         weights, packed = torch.rand(2, 6, 6, requires_grad=True), torch.randn(9, 3, requires_grad=True)
         for operator, arguments in (
             (op.similarity_graph, (x, v, lengths, 0.7)),
+            (op.similarity_graph, (x.detach().double().requires_grad_(), v.detach().double(), lengths, 0.7)),
             (op.similarity_mix, (weights, v, lengths)),
             (op.topk_mean, (v, lengths, 2)),
             (op.mil_loss, (v.detach()[..., 0].requires_grad_(), labels, lengths, 2)),

@@ -10,6 +10,7 @@ from op_tests import INTERPRETED, OpTests
 from torch.nn import functional as F
 
 from avadclip_fast import ops
+from avadclip_fast.ops import _dispatch
 
 # tf32 rounds inputs to 2^-11 = 5e-4: a cosine that is closer to the threshold may fall on either side.
 DELTA = 1e-3
@@ -99,6 +100,18 @@ def test_refuses_a_threshold_that_is_no_cosine(threshold):
     x = torch.zeros(1, 2, 4)
     with pytest.raises(ValueError, match=r"threshold is a cosine in \[-1, 1\], got"):
         ops.similarity_graph(x, x, threshold=threshold)
+
+
+def test_kernels_leave_low_thresholds_and_other_weights_to_the_reference():
+    x, lengths = torch.zeros(1, 4, 8), torch.tensor([4])
+
+    def why_not(backend, threshold=0.7, weights=None):
+        return _dispatch.why_not("similarity_graph", backend, x, x, lengths, threshold, weights) or ""
+
+    for backend in ("triton", "cpp"):
+        assert "float32, not torch.float64" in why_not(backend, weights=torch.zeros(1, 4, 4, dtype=torch.double))
+    assert "it takes thresholds from 0.01, not 0.0099" in why_not("triton", 0.0099)
+    assert "threshold" not in why_not("triton", 0.01)
 
 
 def test_no_lengths_means_all_rows():
