@@ -91,18 +91,21 @@ def test_the_example_of_the_docs_finds_what_the_command_does(pair, tmp_path, cap
 def test_annotated_copy(pair, tmp_path):
     """As many frames at the same times, the same sound, and red around what is part of an event.
 
-    And what a killed call left of one an hour ago is removed.
+    And what a killed call left of one an hour ago is removed. In a folder of its own, as the video is.
     """
     look = {"width": 160, "height": 121}
-    film(tmp_path / "a.mkv", [(18, 24, 220)], audio=2, tone=(0, 6), sound_codec="pcm_s16le", **look)
-    out = tmp_path / "out"
-    out.mkdir()
+    inner, out = tmp_path / "in" / "day", tmp_path / "out" / "day"
+    inner.mkdir(parents=True)
+    film(inner / "a.mkv", [(18, 24, 220)], audio=2, tone=(0, 6), sound_codec="pcm_s16le", **look)
+    out.mkdir(parents=True)
     (left := out / ".0123456789abcdef.tmp").touch()
     os.utime(left, (0, 0))
-    assert call("detect", tmp_path / "a.mkv", "-m", pair, "-o", out, *QUICK, "--no-plot", "--annotate") == 0
+    given = ["detect", tmp_path / "in", "-m", pair, "-o", tmp_path / "out", *QUICK, "--no-plot", "--annotate"]
+    assert call(*given) == 0
+    assert (tmp_path / "out" / "events.csv").read_text().splitlines()[1].startswith("day/a,")
     (event,) = json.loads((out / "a.json").read_text())["events"]
     pictures = {}
-    for name, path in {"given": tmp_path / "a.mkv", "made": out / "a.mkv"}.items():
+    for name, path in {"given": inner / "a.mkv", "made": out / "a.mkv"}.items():
         with decode.opened(path) as container:
             stream = decode.video_stream(container, path)
             pictures[name] = [(t, f.to_ndarray(format="rgb24")) for t, f in decode.frames(path, stream, container)]
@@ -111,7 +114,7 @@ def test_annotated_copy(pair, tmp_path):
         assert image.shape == (120, 160, 3)
         red = image[60, 0].astype(int)
         assert (red[0] - red[2] > 60) == (event["start"] <= at < event["end"] - 1e-6), at
-    sounds = [decode.read_sound(path).samples for path in (tmp_path / "a.mkv", out / "a.mkv")]
+    sounds = [decode.read_sound(path).samples for path in (inner / "a.mkv", out / "a.mkv")]
     np.testing.assert_array_equal(*sounds)
     with av.open(str(out / "a.mkv")) as made:
         assert made.streams.audio[0].codec_context.name == "pcm_s16le"  # its packets as they were
@@ -140,16 +143,17 @@ def test_annotating_replaces_no_video(pair, tmp_path, capsys, monkeypatch):
 
 def test_own_copies_are_not_taken_for_videos(pair, tmp_path, monkeypatch):
     """The folder of the results, by default within the one at hand, is searched only if it is given."""
-    film(tmp_path / "a.mkv", [])
+    (tmp_path / "day").mkdir()
+    film(tmp_path / "day" / "a.mkv", [])
     monkeypatch.chdir(tmp_path)
     same = ["-m", pair / "student", *QUICK, "--no-plot", "--annotate"]
     for given in (".", ".", tmp_path):
         assert call("detect", given, *same) == 0
         assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()) == [
-            "a.mkv", "detections/a.json", "detections/a.mkv", "detections/events.csv",
+            "day/a.mkv", "detections/day/a.json", "detections/day/a.mkv", "detections/events.csv",
         ]  # fmt: skip
     assert call("detect", "detections", "-o", "again", *same[:-1]) == 0
-    assert (tmp_path / "again" / "a.json").is_file()
+    assert (tmp_path / "again" / "day" / "a.json").is_file()
 
 
 def test_copies_go_to_no_folder_that_is_searched(pair, tmp_path, capsys):
@@ -159,6 +163,9 @@ def test_copies_go_to_no_folder_that_is_searched(pair, tmp_path, capsys):
     assert "--annotate would write videos into" in mistake(capsys, *given, "--annotate")
     assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
     assert call(*given) == 0
+    capsys.readouterr()
+    assert call("detect", tmp_path / "gone.mp4", *given[2:], "--annotate") == 1  # which is no folder
+    assert f"failed: {tmp_path / 'gone.mp4'}: " in capsys.readouterr().err
 
 
 def test_sound_that_is_left_out_is_not_said_to_be_missing(pair, tmp_path, capsys):
