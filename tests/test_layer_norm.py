@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fused import DEVICE
+from op_tests import Recorder
 from tolerance import assert_within_rule
 
 from avadclip_fast import use_backend
@@ -70,6 +71,14 @@ def test_triton_writes_the_dtype_of_the_product_under_autocast(device):
         out = layer_norm(x, weight, bias)
     assert out.dtype == torch.float16
     assert torch.autograd.grad(out.float().sum(), x)[0].dtype == torch.float32
+
+
+@DEVICE
+def test_a_backend_that_products_lack_has_no_say(device):
+    x, weight, bias = (draw(*s, device=device, dtype=torch.float32) for s in ((3, 8), (8,), (8,)))
+    with use_backend("cuda"), Recorder() as recorder:
+        layer_norm(x, weight, bias)
+    assert list(recorder.calls) == ["avadclip_fast.layer_norm.default"]
 
 
 @DEVICE

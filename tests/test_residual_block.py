@@ -151,12 +151,15 @@ def test_sanitizers_watch_the_operators_of_layers(name, device, served):
 
 @DEVICE
 def test_triton_registration_passes_opcheck(device):
+    """In float16, and under autocast, where each result has the dtype of x, of the weights, or float32."""
+    half, operators = torch.float16, torch.ops.avadclip_fast
     x, norm = torch.randn(2, 5, 8, device=device, requires_grad=True), torch.rand(2, 8, device=device)
-    weights = [torch.randn(s, device=device, requires_grad=True) for s in ((16, 8), (16,), (8, 16), (8,))]
+    weights = [torch.randn(s, device=device).to(half).requires_grad_() for s in ((16, 8), (16,), (8, 16), (8,))]
     lengths = torch.tensor([5, 2], device=device)
-    operators = torch.ops.avadclip_fast
     torch.library.opcheck(operators.residual_attention.default, (x, *norm, *weights[:2], 3, lengths))
     torch.library.opcheck(operators.residual_mlp.default, (x, *norm, *weights))
+    low = x.detach().to(half).requires_grad_()
+    torch.library.opcheck(operators.residual_mlp.default, (low, *norm.to(half), *weights))
 
 
 @DEVICE
