@@ -430,6 +430,14 @@ class OpTests:
             roundings = 12 * 2**-8 if mixed or self.lowered else 1e-5
             assert (result.float() - out).abs().max() <= roundings * max(1.0, out.abs().max().item())
 
+    def test_autocast_changes_no_reference(self):
+        if self.lowered:
+            pytest.skip("its products are bf16")
+        arguments = self.one_case()
+        out = self.call(arguments, "reference")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(self.call(arguments, "reference"), out)
+
     # It refuses what does not fit
 
     def test_refuses_shapes(self):

@@ -7,6 +7,7 @@ import fused
 import pytest
 import torch
 from fused import DEVICE, B, D, T, drawn
+from op_tests import Recorder
 from torch import Tensor, nn
 
 from avadclip_fast import BackendError, use_backend
@@ -36,6 +37,11 @@ def test_triton_agrees_with_the_other_way(ragged, dtype, device, served):
 @DEVICE
 def test_triton_serves_autocast(device, served):
     fused.assert_serves_autocast(Head, device, served, PREFIX)
+    model, x = drawn(Head(), device), torch.randn(B, T, D, device=device)
+    with Recorder() as recorder, use_backend("triton"), torch.autocast(device, torch.float16):
+        model(x, None)
+    _, given, _ = recorder.calls["avadclip_fast.binary_head.default"]
+    assert {each.dtype for each in given} == {torch.float16}
 
 
 @DEVICE
@@ -75,6 +81,16 @@ def test_triton_refuses_lengths_as_the_other_way_does(lengths, device):
     for backend in ("triton", "reference"):
         with use_backend(backend), pytest.raises(ValueError, match="lengths must"):
             model(x, torch.tensor(lengths, device=device))
+
+
+@DEVICE
+def test_triton_says_what_is_wrong(device):
+    model = drawn(Head(), device)
+    with use_backend("triton"):
+        with pytest.raises(ValueError, match="shape"):
+            model(torch.randn(B, T, D + 1, device=device, requires_grad=True), None)
+        with pytest.raises(ValueError, match="cast one"):
+            model(torch.randn(B, T, D, device=device, dtype=torch.float16, requires_grad=True), None)
 
 
 @DEVICE

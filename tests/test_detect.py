@@ -69,6 +69,8 @@ def test_known_spans_are_found(pair, tmp_path, capsys):
     assert lines[0]["start"] == detect.time_code(found["a"][0][1])
     frames = (out / "a.frames.csv").read_text().splitlines()
     assert frames[0] == "frame,score,normal,fighting,explosion" and len(frames) == 151
+    scores = [float(line.split(",")[1]) for line in frames[5::5]]  # of the last frame of each snippet
+    np.testing.assert_allclose(scores, records["a"]["snippets"]["score"], atol=1e-4)
     assert all((out / f"{x}.png").read_bytes().startswith(b"\x89PNG") for x in "abc")
 
 
@@ -476,7 +478,22 @@ def test_resuming_makes_anew_what_is_of_other_options(pair, tmp_path, capsys):
         assert f"finished before: {count} of 1 videos\n" in capsys.readouterr().out
         assert (out / "events.csv").read_text() == lines
         (out / "events.csv").unlink()
+        for path in out.glob("a.*"):
+            os.utime(path, (1, 1))  # a disk may know whole seconds alone
     assert (out / "a.frames.csv").read_text().startswith("frame,score,normal,fighting,explosion\n")
+
+
+def test_settings_are_all_that_results_depend_on(pair):
+    (scorer,), (other,) = (detect.load_scorers(pair / kind) for kind in ("student", "teacher"))
+    rescaled = scorer._replace(calibration=Calibration(align=Head(1.5, 0.5)))
+    made = [
+        search.settings_of(scorers, threshold, {"every": every, "visual": ("clip", None)})
+        for scorers, threshold, every in (
+            ([scorer], None, 16), ([scorer], 0.5, 16), ([scorer], None, 8), ([other], None, 16), ([rescaled], None, 16),
+        )
+    ]  # fmt: skip
+    assert len({json.dumps(each) for each in made}) == 5
+    assert json.loads(json.dumps(made)) == made  # as they are read
 
 
 def test_calls_that_share_a_folder_lose_no_events(tmp_path):

@@ -90,10 +90,13 @@ def test_no_weight_is_cast_alone(model, make, device):
     assert casts.seen and not [name for name in casts.seen if name is not None]
 
 
-def test_a_cpu_and_other_precisions_cast_nothing():
-    model = teacher()
+def test_a_cpu_and_other_precisions_cast_nothing(monkeypatch):
+    model, x = teacher(), torch.ones(2, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
         assert lowering.lowered_weights(model, "cpu") == {}
+        assert _autocast.activations(x.float()).dtype == torch.float32
+        monkeypatch.setattr(_autocast, "LOWERING", ("cpu",))
+        assert _autocast.activations(x) is x
     assert lowering.lowered_weights(model, "cuda") == {}
 
 
