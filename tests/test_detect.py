@@ -11,6 +11,7 @@ import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ from avadclip_fast.engine.evaluate import stream_scores
 from avadclip_fast.engine.timeline import _apart
 from avadclip_fast.media import decode
 from avadclip_fast.media.annotate import _strip, annotate
-from avadclip_fast.media.features import VideoFeatures
+from avadclip_fast.media.extract import Source
+from avadclip_fast.media.features import Sampling, VideoFeatures
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
 
 av = pytest.importorskip("av")
@@ -549,6 +551,54 @@ def test_events_in_another_video_of_the_same_name_stay(pair, tmp_path, capsys, m
     for text in (json.dumps(older), "[]", "{}", "{"):
         (tmp_path / "out" / "a.json").write_text(text)
         assert call(*given) == 0
+
+
+def test_a_record_that_stops_nothing(tmp_path):
+    """One that names no video, one of a video that is not there to be searched; and what is told of others."""
+    path, video, other = tmp_path / "a.json", tmp_path / "a.mkv", tmp_path / "b.mkv"
+    video.touch()
+    other.write_text("longer")
+    theirs = {"bytes": 1, "modified": 1}
+    for name in (10**400, None, [], str(video)):
+        path.write_text(json.dumps({"video": name, "file": theirs}))
+        search.check_video(path, video)
+    for gone in (str(other), str(tmp_path / "c.mkv")):
+        path.write_text(json.dumps({"video": gone, "file": theirs}))
+        search.check_video(path, tmp_path / "none.mkv")
+        remedy = "their common folder as the videos" if gone == str(other) else f"remove {path}"
+        with pytest.raises(data.DataError, match=f"give another folder with --output, or {re.escape(remedy)}"):
+            search.check_video(path, video)
+    event = detect.event_record(by_hand().events()[0])
+    for start, done in ((0.5, True), (10**400, False)):
+        events = [{**event, "start": start}]
+        path.write_text(json.dumps({"settings": {}, "file": search.identity_of(video), "events": events}))
+        assert search.done_with(path, video, {}) == (events if done else None)
+
+
+def test_events_of_a_table(tmp_path):
+    """Sorted by video, whichever was searched first; blank lines are none, and another table is told."""
+    path, (first, second) = tmp_path / "events.csv", map(detect.event_record, by_hand().events())
+    search.write_events(path, {"b": [first]})
+    path.write_text(path.read_text() + "\n\n")
+    search.write_events(path, {"a": [first, second]})
+    assert [(row[0], row[3]) for row in search.read_events(path)] == [("a", "0.500"), ("a", "2.000"), ("b", "0.500")]
+    for written, told in (
+        (b"", "was not written by detect"), (b"\xff", "not a CSV file in UTF-8"), (b'"' + b"x" * 2**18, "not a CSV"),
+    ):  # fmt: skip
+        path.write_bytes(written)
+        with pytest.raises(data.DataError, match=f"events.csv.* {told}"):
+            search.read_events(path)
+
+
+def test_drawing_tells_its_progress(monkeypatch):
+    """By which it is interrupted."""
+    given, told = [], lambda frames: None
+    for name in ("engine.search.key_frames", "engine.timeline.timeline", "media.annotate.annotate"):
+        monkeypatch.setattr(f"avadclip_fast.{name}", lambda *args: given.extend(args))
+    source, found = Source(Path("a.mkv"), "a"), search.Found(by_hand(), 22, 0)
+    for ending in ("png", "mkv"):
+        search.illustrate(Path(f"a.{ending}"), source, found, Sampling(4), told)
+    assert sum(each is told for each in given) == 2
 
 
 def test_paths_of_a_list_have_a_root(pair, tmp_path, capsys):

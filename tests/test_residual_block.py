@@ -116,6 +116,9 @@ def test_triton_says_what_is_wrong(name, device):
             model(torch.randn(B, T, D + 1, device=device, requires_grad=True), None)
         with pytest.raises(ValueError, match="cast one"):
             model(torch.randn(B, T, D, device=device, dtype=torch.float16, requires_grad=True), None)
+        model.norm = nn.LayerNorm(D + 1).to(device)
+        with pytest.raises(ValueError, match="norm"):
+            model(torch.randn(B, T, D, device=device, requires_grad=True), None)
 
 
 @DEVICE
