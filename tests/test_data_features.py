@@ -3,7 +3,9 @@ import os
 import pickle
 import stat
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from avadclip_fast.data import (
     with_motion,
     write_features,
 )
+from avadclip_fast.data.atomic import read_record, remove_left
 
 
 def plain_pool(features, length):
@@ -290,6 +293,27 @@ def test_atomic_write_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatc
     with atomic_write(tmp_path / "x") as file:
         file.write(b"12345")
     assert done == [5, "named"]
+
+
+def test_a_record_that_is_none_is_empty(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_record(path) == {}
+    for text in (b"[]", b"{", b"\xff", b"[" * 10**5):
+        path.write_bytes(text)
+        assert read_record(path) == {}
+    path.write_text('{"a": 1}')
+    assert read_record(path) == {"a": 1}
+
+
+def test_temporary_files_that_are_left_are_removed(tmp_path, monkeypatch):
+    """Of killed processes: those of an hour ago, by our names; one may be gone by then."""
+    left, recent, foreign, gone = (tmp_path / f".{name}.tmp" for name in ("0" * 16, "a" * 16, "0" * 15, "f" * 16))
+    for path, ago in ((left, 3700), (recent, 3500), (foreign, 3700)):
+        path.touch()
+        os.utime(path, (time.time() - ago,) * 2)
+    monkeypatch.setattr(Path, "glob", lambda self, how, glob=Path.glob: [gone, *glob(self, how)])
+    remove_left(tmp_path)
+    assert not left.exists() and recent.exists() and foreign.exists()
 
 
 def test_atomic_write_is_an_ordinary_file(tmp_path):

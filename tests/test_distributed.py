@@ -272,6 +272,20 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
         }[name]  # fmt: skip
 
 
+def test_a_device_that_is_none_or_is_not_here_is_told(monkeypatch):
+    for name in ("meta", "gpu", "cuda:", "cpu:a"):
+        with pytest.raises(data.DataError, match=f"device '{name}': it must be auto, cpu, cuda, or"):
+            device_of(name)
+    for error in (RuntimeError, AssertionError):  # the latter of a torch without CUDA
+
+        def missing(*_, error=error, **__):
+            raise error("no such device\nand where to look")
+
+        monkeypatch.setattr(torch, "empty", missing)
+        with pytest.raises(data.DataError, match=r"^device 'cuda:10' is not available: no such device$"):
+            device_of("cuda:10")
+
+
 def test_training_makes_its_gpu_the_current_one(monkeypatch, tmp_path):
     """Streams and CUDA graphs are of the current GPU: a graph recorded on another one holds nothing."""
     assert isinstance(current(torch.device("cuda:1")), torch.cuda.device)
