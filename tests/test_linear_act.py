@@ -13,6 +13,7 @@ from op_tests import ON_GPU, ON_TILES, OpTests, Recorder, on_both_units
 
 from avadclip_fast import ops
 from avadclip_fast.ops import _dispatch, _triton
+from avadclip_fast.ops._linear_act_onednn import HAS_ONEDNN
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -173,6 +174,22 @@ class TestTiles:
         got, plain = ((grads[name, torch.float32] - oracle).abs().max() for name in (backend, "reference"))
         assert got <= 3 * plain + 2 * torch.finfo(torch.float32).eps * oracle.max()
 
+    @on_both_units
+    def test_a_dot_learns_alone_and_a_matrix_sees_no_lengths(self, backend):
+        torch.manual_seed(0)
+        x, weight, norm = torch.randn(2, 5, 8), torch.randn(6, 8), (torch.rand(8), torch.rand(8))
+        grads = []
+        for name in (backend, "reference"):
+            dot = torch.ones(6, requires_grad=True)
+            ops.linear_act(x, weight, activation="relu", dot=dot, backend=name).sum().backward()
+            grads.append(dot.grad)
+        torch.testing.assert_close(*grads)
+        cut, whole = (
+            ops.linear_act(x, weight, norm=norm, lengths=lengths, backend=backend)
+            for lengths in (torch.tensor([2, 5]), None)
+        )
+        assert torch.equal(cut, whole)
+
     @ON_TILES
     def test_high_precision_keeps_16_bits(self):
         torch.manual_seed(0)
@@ -193,6 +210,15 @@ class TestTiles:
             layer = (torch.zeros(rows, 256), torch.zeros(width, 256), *_LAYER)
             assert _dispatch.why_not("linear_act", backend, *layer) is None  # it serves whoever asks for it
             assert (_dispatch.why_not_chosen("linear_act", backend, *layer) is None) == chosen
+
+    @pytest.mark.skipif(not HAS_ONEDNN, reason="this torch comes without oneDNN")
+    def test_onednn_is_chosen_where_it_is_faster_and_serves_no_inputs(self):
+        for outputs, inputs, chosen in ((512, 512, True), (511, 2048, False), (2048, 511, False)):
+            layer = (torch.zeros(4, inputs), torch.zeros(outputs, inputs), *_LAYER)
+            assert _dispatch.why_not("linear_act", "onednn", *layer) is None
+            assert (_dispatch.why_not_chosen("linear_act", "onednn", *layer) is None) == chosen
+        nothing = torch.ones(3, 0), torch.ones(4, 0), torch.ones(4)  # which it does not multiply itself
+        assert torch.equal(ops.linear_act(*nothing, backend="onednn"), torch.ones(3, 4))
 
     @on_both_units
     def test_serves_float32_alone(self, backend):
