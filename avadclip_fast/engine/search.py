@@ -101,21 +101,14 @@ def search(
     results: prepared. settings: from `settings_of`. progress: as for `video_features`. The others: as for `detect`.
     Raises MediaError, DataError.
     """
-    frames = 0
-
-    def count(decoded: int) -> None:
-        nonlocal frames
-        frames += decoded
-        progress(decoded)
-
     read = identity_of(source.path)
-    features = video_features(source.path, sampling, visual, audio, count)
+    features = video_features(source.path, sampling, visual, audio, progress)
     detection = detect(source.name, features, scorers, device, threshold)
     target = results.files(source)[0]
     target.parent.mkdir(parents=True, exist_ok=True)
     write_events(results.events, {source.name: [event_record(e) for e in detection.events()]})
     write_detection(target, detection, source.path, read, settings)  # last: it is done then
-    return Found(detection, frames, features.damaged)
+    return Found(detection, features.frames, features.damaged)
 
 
 def illustrate(

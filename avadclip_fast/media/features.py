@@ -35,6 +35,7 @@ class VideoFeatures:
     waits: np.ndarray | None = None  # (n,) seconds, see `decode.Frame`; None if there are frames at `times` alone
     end: float = np.inf  # of the last frame, in seconds
     damaged: int = 0  # frames that could not be decoded
+    frames: int = 0  # frames that could
     deaf: bool = False  # whether the sound was left out, if there was any
 
 
@@ -77,7 +78,7 @@ def video_features(
     times = np.array(starts)
     seconds = snippet_seconds(times, sampling, clock.rate)
     seen = np.frombuffer(rows, dtype).reshape(len(times), sampling.crops, -1).transpose(1, 0, 2)  # [crops, n, D]
-    rest = np.array(waits), clock.now + 1 / clock.rate, clock.damaged
+    rest = np.array(waits), clock.now + 1 / clock.rate, clock.damaged, clock.seen
     sound = None if audio is None else read_sound(source, clock, progress)
     if audio is None or sound is None:
         return VideoFeatures(seen, None, times, seconds, np.zeros(len(times), bool), *rest, deaf=audio is None)

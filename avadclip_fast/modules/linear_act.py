@@ -2,13 +2,12 @@
 
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..ops._binary_head import binary_head as fused_head
-from ..ops._check import check_are_tensors, check_counts
+from ..ops._check import REAL, check_are_tensors, check_counts
 from ..ops._keep import keep
 from ..ops._layer_norm import LAYER_NORM_EPS
 from ..ops._linear_act_cpu import spares
@@ -176,7 +175,7 @@ class TemporalConvNet(nn.Module):
     ):
         super().__init__()
         check_counts("TemporalConvNet", dim=dim, levels=levels, taps=taps)
-        if not isinstance(dropout, int | float | np.number) or not 0 <= dropout <= 1:
+        if not isinstance(dropout, REAL) or not 0 <= dropout <= 1:
             raise ValueError(f"TemporalConvNet: dropout must lie in 0..1, got {dropout!r}")
         self.network = nn.Sequential(*(TemporalBlock(dim, taps, 2**i, float(dropout), backend) for i in range(levels)))
 
