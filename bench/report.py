@@ -29,7 +29,7 @@ def operations() -> str:
         rows = record["rows"]
         for case in dict.fromkeys(row["case"] for row in rows):
             *others, ours = [row for row in rows if row["case"] == case]
-            ratios = ", ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in others)
+            ratios = "; ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in others)
             lines.append(f"| {name} | {case} | {ours['median_ms']:.2f} | {ratios} |")
     return "\n".join(lines) + _where(*records.values(), names=records)
 
@@ -38,19 +38,18 @@ def steps(name: str, unit: str = "s") -> str:
     """Returns a table of whole steps against the official code. unit: of times, "s" or "ms"."""
     record = read(name)
     columns = ("official code", "this library", "in bfloat16", "masked", "masked, bfloat16")
-    lines = [
-        f"| step | {' | '.join(f'{column}, {unit}' for column in columns)} | ratios |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"| step | {' | '.join(f'{column}, {unit}' for column in columns)} |", "|---|---|---|---|---|---|"]
     for case in dict.fromkeys(row["case"] for row in record["rows"]):
         rows = {row["alternative"]: row for row in record["rows"] if row["case"] == case}
         if "official" not in rows:
             continue  # a comparison of bfloat16 steps on a GPU
         ours = ("ours", "ours, bfloat16", "ours, masked", "ours, masked, bfloat16")
         scale = {"s": 1e-3, "ms": 1}[unit]
-        times = " | ".join(f"{rows[name]['median_ms'] * scale:.2f}" for name in ("official", *ours))
-        ratios = ", ".join(f"{rows['official']['over_ours'] / rows[name]['over_ours']:.2f}" for name in ours)
-        lines.append(f"| {case} | {times} | {ratios} |")
+        cells = [f"{rows['official']['median_ms'] * scale:.2f}"]
+        for name in ours:
+            times = rows["official"]["over_ours"] / rows[name]["over_ours"]
+            cells.append(f"{rows[name]['median_ms'] * scale:.2f} ({times:.2f} ×)")
+        lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines) + _where(record)
 
 
@@ -87,7 +86,7 @@ def gpu() -> str:
             same = [row for row in beside if row["case"] == case]
             rows += [row for row in same if row["alternative"] in harness.COMPILED] if rows else same
             ours = next(row for row in rows if row["over_ours"] == 1)
-            ratios = ", ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in rows if row is not ours)
+            ratios = "; ".join(f"{row['alternative']} {row['over_ours']:.1f}" for row in rows if row is not ours)
             floor = "in cache" if ours.get("in_cache") else f"{ours['of_floor']:.0%}" if "of_floor" in ours else ""
             name = bench.removeprefix("bench_")
             lines.append(f"| `{name}` | {case} | {ours['median_ms']:.3f} | {floor} | {ratios} |")

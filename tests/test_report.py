@@ -70,7 +70,7 @@ def test_a_gpus_tables(tmp_path, monkeypatch):
          ("f", "cuda", 0.05, 1.0, 0.7))  # fmt: skip
     save(".", "bench_step", ("teacher", "ours", 9.0, 1.0, 0.5, 120, 0, 2.5e9))
     told = report.gpu()
-    assert "| `topk_mean` | f | 0.050 | 75% | reference 4.0, torch.compile 2.0 |" in told
+    assert "| `topk_mean` | f | 0.050 | 75% | reference 4.0; torch.compile 2.0 |" in told
     assert "| teacher | ours | 9.00 | 120 | 0 | 2.5 |" in told and "H100, torch 2.\n" in told
     assert told.index("`step`") < told.index("`topk_mean`")
 
