@@ -94,7 +94,8 @@ def built(version: str) -> Iterator[Path]:
 def compare(op: str, base: Path, head: Path, device: str, rounds: int) -> list[dict]:
     """Returns a row per case; the versions alternate in going first."""
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker(op, folder, device)) for folder in (base, head)]
+        sides = (("base", base), ("head", head))
+        workers = [stack.enter_context(Worker(op, folder, device, side)) for side, folder in sides]
         if workers[0].cases != workers[1].cases:
             sys.exit(f"{op}: the versions serve different cases: {workers[0].cases} and {workers[1].cases}")
         rows = []
@@ -119,9 +120,10 @@ def verdict(case: str, base: list[float], head: list[float]) -> dict:
 
 
 class Worker:
-    """A process with one version of the library that measures cases on request."""
+    """A process with one version of the library that measures cases on request. side: its name in errors."""
 
-    def __init__(self, op: str, folder: Path, device: str):
+    def __init__(self, op: str, folder: Path, device: str, side: str):
+        self.name = f"{op}: the {side}"
         # Combine the bench of this tree with the library of that folder. In a checkout, its kernels/ lies beside it:
         # unless it is linked too, the kernels of the environment's editable install would be measured instead.
         self.cases_folder = tempfile.TemporaryDirectory()
@@ -150,7 +152,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit("a version could not be measured; what it says stands above")
+            sys.exit(f"{self.name} could not be measured; what it says stands above")
         return json.loads(line)
 
     def __exit__(self, *error: object) -> None:

@@ -581,7 +581,7 @@ def test_the_versions_take_turns_at_going_first(monkeypatch):
     class Worker(contextlib.nullcontext):
         cases = ["x"]
 
-        def __init__(self, op, folder, device):
+        def __init__(self, op, folder, device, side):
             super().__init__(self)
             self.folder = folder
 
@@ -663,8 +663,8 @@ def test_a_version_that_says_nothing_is_told(monkeypatch, tmp_path):
     (tmp_path / "avadclip_fast").mkdir()
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **how: popen([sys.executable, "-S", "-c", ""], **how))
-    worker = compare.Worker("uniform_pool", tmp_path, "cpu")
-    with pytest.raises(SystemExit, match="could not be measured"):
+    worker = compare.Worker("uniform_pool", tmp_path, "cpu", "head")
+    with pytest.raises(SystemExit, match="^uniform_pool: the head could not be measured"):
         worker.__enter__()
     worker.__exit__()
 
@@ -678,7 +678,7 @@ def test_a_version_brings_its_own_kernels(monkeypatch, tmp_path, kernels):
     told = "import avadclip_fast, avadclip_fast.kernels; print(avadclip_fast.name, avadclip_fast.kernels.name)"
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **how: popen([sys.executable, "-c", told], **how))
-    worker = compare.Worker("uniform_pool", tmp_path, "cpu")
+    worker = compare.Worker("uniform_pool", tmp_path, "cpu", "head")
     assert worker.process.communicate()[0] == "library kernels\n"
     worker.__exit__()
 
