@@ -15,6 +15,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -513,7 +514,15 @@ def show(rows: list[dict]) -> None:
 
 def read(name: str) -> dict:
     """Returns a committed record of `RESULTS`."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return read_file(RESULTS / f"{name}.json")
+
+
+def read_file(path: Path) -> dict:
+    """Returns a record. Ends the process if it is no JSON, such as one that was copied in part."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path}: cannot be read: {error}; copy or measure it again, or take it back from git")
 
 
 def setting(name: str, options: argparse.Namespace) -> dict:

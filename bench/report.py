@@ -5,7 +5,6 @@ python -m bench.report --check      fails if a page does not match the JSON
 """
 
 import argparse
-import json
 import re
 import sys
 import textwrap
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from . import fightsurv, harness, plots
-from .harness import RESULTS, ROOT, read
+from .harness import RESULTS, ROOT, read, read_file
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -104,7 +103,7 @@ def gpu() -> str:
 
 def gpu_records(folder: str) -> dict[str, dict]:
     """Returns the records in a folder of the results by bench, whole steps and models first."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / folder).glob("bench_*.json"))}
+    found = {path.stem: read_file(path) for path in sorted((RESULTS / folder).glob("bench_*.json"))}
     whole = ("bench_step", "bench_training", "bench_inference")
     return {name: found[name] for name in sorted(found, key=lambda name: name not in whole)}
 

@@ -30,6 +30,17 @@ def test_a_figure_without_json_fails():
         report.rendered("<!-- figures: dreamt-up -->\n<!-- end -->")
 
 
+@pytest.mark.parametrize("name", ["bench_topk_mean", "gpu/bench_topk_mean"])
+def test_a_record_that_is_no_json_is_named(tmp_path, monkeypatch, name):
+    for module in (harness, report):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    path = tmp_path / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"bench": ')
+    with pytest.raises(SystemExit, match=f"^{re.escape(str(path))}: cannot be read: Expecting value.*from git$"):
+        report.gpu() if name.startswith("gpu") else report.operations()
+
+
 def test_a_figure_older_than_the_kernels_says_so(monkeypatch):
     def record(op: str, cpu: str, gpu: str | None = None) -> dict:
         setting = {"gpu": gpu, "cpu": cpu, "threads": 2, "torch": "2"}
