@@ -466,6 +466,22 @@ def test_resuming_leaves_out_what_is_done(pair, tmp_path, capsys):
         assert json.loads((tmp_path / "out" / "a.json").read_text()) == whole
 
 
+def test_pictures_that_an_earlier_call_left_are_told(pair, tmp_path, capsys):
+    """Beside results of other options, they show events that are found no more."""
+    path = film(tmp_path / "a.mkv", [(10, 16, 220)])  # beside its results: no copy by an earlier call
+    given = ["detect", path, "-m", pair / "student", "-o", tmp_path, *QUICK, "--threshold", "0.3"]
+    told = "note: not written again, and still of an earlier call:"
+    for options, left in (
+        (["--per-frame"], ""),
+        (["--no-plot", "--per-frame"], f"{told} {tmp_path / 'a.png'}\n"),
+        (["--no-plot"], f"{told} {tmp_path / 'a.frames.csv'} and 1 more\n"),
+        (["--no-plot", "--resume"], ""),
+        (["--per-frame"], ""),
+    ):
+        assert call(*given, *options) == 0
+        assert capsys.readouterr().err == left
+
+
 def test_resuming_makes_anew_what_is_of_other_options(pair, tmp_path, capsys):
     """And adds events that the table has lost, as of calls that ended at once where folders cannot be locked."""
     film(tmp_path / "a.mkv", [(10, 16, 220)])

@@ -328,7 +328,7 @@ def detect(
         if before:
             write_events(results.events, before)  # where the file has lost them
     request, meter = Request(), bar(sources, desc="detecting", unit="video", shown=not quiet)
-    decode = frames_in(meter)
+    decode, left = frames_in(meter), list[Path]()
 
     def decoded(frames: int = 0) -> None:
         if request.number is not None:
@@ -339,13 +339,14 @@ def detect(
         with listening() as request:
             for source in meter:
                 try:
+                    older = results.left(source)
                     found = search(
                         source, results, scorers, sampling, seen, heard, settings, device_of(device), threshold, decoded
                     )
                 except Exception as error:  # a failing video is reported and does not stop the others
                     failed.append(reason_of(source.path, error))
                     continue
-                done += 1
+                done, left = done + 1, left + older
                 tqdm.write(summary(found.detection))
                 if found.damaged:
                     note(f"{source.path}: {lost_frames(found.damaged)}")
@@ -365,6 +366,9 @@ def detect(
     finally:
         if done:
             typer.echo(f"wrote {results.events}")
+        if left:
+            shown = f"{left[0]} and {len(left) - 1} more" if len(left) > 1 else left[0]
+            note(f"not written again, and still of an earlier call: {shown}")
         for reason in failed:
             typer.echo(f"failed: {reason}", err=True)
     if failed:

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,12 @@ class Results:
         make_folder(self.folder)
         for folder in {path.parent for path in files}:
             remove_left(folder)
+
+    def left(self, source: Source) -> list[Path]:
+        """Returns the files of a video that an earlier search wrote, and that this one, still to come, does not."""
+        own = self.files(source)
+        known = replace(self, plot=True, copy=True, per_frame=True).files(source) if own[0].is_file() else []
+        return [p for p in known if p not in own and p.is_file() and p.resolve() != source.path.resolve()]
 
     def finished(self, source: Source, settings: dict) -> list[dict] | None:
         """Returns the events of a video that was searched with these settings, if all its files exist, else None.
