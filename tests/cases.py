@@ -127,7 +127,7 @@ def _attention_pool(dtype, device, seed, *, shape, lengths=None, layout=same, ze
     features, logits = draw(*shape), draw(*shape[:2])
     if zeros:
         features[0] = 0
-    return {"features": layout(features), "logits": logits, "lengths": draw.ints(lengths)}
+    return {"features": layout(features), "logits": layout(logits), "lengths": draw.ints(lengths)}
 
 
 def _distance_graph(dtype, device, seed, *, shape, lengths=None, scale=torch.e, layout=same):
@@ -234,7 +234,8 @@ def _mil_align_loss(dtype, device, seed, *, rows, lengths, classes, divisor=16, 
 def _prompt_similarity(dtype, device, seed, *, shape, classes, temperature=0.07, layout=same):
     draw = Draw(dtype, device, seed)
     batch, _, width = shape
-    return {"features": layout(draw(*shape)), "prompts": draw(batch, classes, width), "temperature": temperature}
+    features, prompts = layout(draw(*shape)), layout(draw(batch, classes, width))
+    return {"features": features, "prompts": prompts, "temperature": temperature}
 
 
 def _similarity_graph(dtype, device, seed, *, shape, width, lengths=None, threshold=0.7, layout=same):
@@ -308,6 +309,7 @@ CASES: dict[str, list[Case]] = {
         ragged_wide={"shape": (2, 16, 32), "lengths": [5, 16], "layout": wide},
         time_last={"shape": (3, 7, 32), "layout": time_last},
         zero_video={"shape": (2, 2, 8), "zeros": True},
+        many_channels={"shape": (2, 3, 520)},
     ),
     "distance_graph": _cases(
         _distance_graph,
@@ -339,6 +341,7 @@ CASES: dict[str, list[Case]] = {
         time_last={"shape": (2, 16, 32), "layout": time_last},
         whole_blocks={"shape": (2, 64, 64)},
         needed={"shape": (3, 33, 32), "needed": _RAGGED},
+        many_channels={"shape": (1, 3, 136)},
     ),
     "linear_act": _cases(
         _linear_act,
@@ -347,7 +350,10 @@ CASES: dict[str, list[Case]] = {
         relu={"shape": (2, 33, 32), "outputs": 64, "activation": "relu"},
         gelu={"shape": (2, 16, 48), "outputs": 8, "activation": "gelu"},
         quick_gelu_norm={"shape": (3, 7, 64), "outputs": 48, "activation": "quick_gelu", "norm": True},
+        norm_wide={"shape": (3, 7, 32), "outputs": 8, "norm": True, "layout": wide},
+        norm_time_last={"shape": (1, 7, 32), "outputs": 8, "norm": True, "layout": time_last},
         residual_wide={"shape": (2, 64, 32), "outputs": 32, "residual": "own", "layout": wide},
+        residual_time_last={"shape": (2, 7, 32), "outputs": 8, "taps": 2, "residual": "own", "layout": time_last},
         shared_residual={"shape": (2, 7, 48), "outputs": 32, "residual": "shared", "activation": "gelu"},
         transposed_weight={"shape": (2, 16, 32), "outputs": 64, "bias": False, "transposed": True},
         dot={"shape": (2, 33, 32), "outputs": 48, "activation": "quick_gelu", "dot": True},
@@ -385,6 +391,8 @@ CASES: dict[str, list[Case]] = {
             "lengths": [1, 20, 33],
             "dropout": 0.1,
         },
+        many_rows={"shape": (1030, 8), "outputs": 8, "dropout": 0.1, "activation": "gelu", "residual": "own"},
+        many_outputs={"shape": (7, 8), "outputs": 136, "activation": "gelu"},
         all_dropped={"shape": (2, 7, 32), "outputs": 8, "dropout": 1.0},
         needed={"shape": (3, 33, 32), "outputs": 48, "residual": "own", "activation": "relu", "needed": _RAGGED},
         needed_norm={
@@ -478,6 +486,7 @@ CASES: dict[str, list[Case]] = {
         ragged={"shape": (3, 33, 48), "width": 32, "lengths": _RAGGED},
         ragged_wide={"shape": (2, 16, 64), "width": 32, "lengths": [5, 16], "layout": wide},
         time_last={"shape": (3, 7, 32), "width": 64, "lengths": [7, 2, 1], "layout": time_last},
+        weak_edges={"shape": (2, 16, 32), "width": 8, "threshold": 0.02},
         only_itself={"shape": (2, 16, 32), "width": 8, "threshold": 0.99},
         every_edge={"shape": (2, 16, 32), "width": 8, "threshold": -1.0},
     ),

@@ -19,9 +19,9 @@ PREFIX = "binary_head"
 
 
 class Head(nn.Module):
-    def __init__(self):
+    def __init__(self, width: int = D):
         super().__init__()
-        self.mlp, self.classifier = MLP(D), nn.Linear(D, 1)
+        self.mlp, self.classifier = MLP(width), nn.Linear(width, 1)
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         return binary_head(x, self.mlp, self.classifier, lengths)
@@ -67,11 +67,21 @@ def test_triton_takes_no_rows_and_is_differentiable_once(device):
 def test_triton_takes_rows_of_any_shape(device, served):
     model = drawn(Head(), device)
     for shape in ((4, D), (2, 1, 4, D)):
-        x, upstream = torch.randn(shape, device=device), torch.ones(shape[:-1], device=device)
+        x, upstream = torch.randn(shape, device=device), torch.ones((), device=device).expand(shape[:-1])
         found = [fused.results(model, x, None, upstream, backend) for backend in ("triton", "reference")]
         assert served.by(PREFIX)
         for a, b in zip(*(each.values() for each in found), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+@DEVICE
+def test_triton_takes_more_channels_than_a_tile(device, served):
+    model, upstream = drawn(Head(130), device), torch.ones(5, device=device)  # 520 columns of the pre-activation
+    x = torch.randn(5, 130, device=device)
+    found = [fused.results(model, x, None, upstream, backend) for backend in ("triton", "reference")]
+    assert served.by(PREFIX)
+    for a, b in zip(*(each.values() for each in found), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
 @DEVICE
