@@ -44,6 +44,13 @@ def test_triton_takes_any_strides_and_no_rows(device):
     torch.testing.assert_close(
         layer_norm(x, weight, bias, backend="triton"), F.layer_norm(x, (24,), weight, bias), rtol=1e-5, atol=1e-6
     )
+    for x in (torch.randn(7, 48, device=device)[:, :24], torch.randn(24, 7, device=device).T):
+        grads = []
+        for backend in ("triton", "reference"):
+            given = x.detach().requires_grad_(), weight, bias
+            out = layer_norm(*given, backend=backend)
+            grads.append([out, *torch.autograd.grad(out.sum(), given)])  # of which the upstream gradient is one number
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
     nothing = torch.ones(0, 24, device=device, requires_grad=True)
     out = layer_norm(nothing, weight, bias, backend="triton")
     grads = torch.autograd.grad(out.sum(), (nothing, weight, bias))
@@ -62,6 +69,21 @@ def test_triton_computes_only_the_gradients_that_are_wanted(wanted, device):
         grads.append(torch.autograd.grad(out.square().sum(), [own[i] for i in wanted]))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@DEVICE
+def test_triton_programs_take_several_blocks_of_rows(device):
+    """As where there are more than 1024 blocks, of which the interpreter would make a minute."""
+    from avadclip_fast.kernels import layer_norm as kernels
+
+    torch.manual_seed(0)
+    x, weight, bias = (draw(*s, device=device, dtype=torch.float32) for s in ((7, 24), (24,), (24,)))
+    upstream = torch.randn_like(x)
+    dx, sums = torch.empty_like(x), torch.empty(2, 2, 24, device=device)
+    _, stats = kernels.forward(x, weight, bias, x.dtype)
+    kernels.norm_grad_kernel[2,](upstream, x, weight, *stats, None, dx, sums, 7, 24, 24, 1, ROWS=2, COLS=32)
+    expected = torch.autograd.grad(F.layer_norm(x, (24,), weight, bias), (x, weight, bias), upstream)
+    torch.testing.assert_close((dx, *sums.sum(0)), expected, rtol=1e-5, atol=1e-5)
 
 
 @DEVICE

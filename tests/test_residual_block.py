@@ -128,8 +128,8 @@ def test_triton_takes_rows_of_any_shape(apart, device, served, monkeypatch):
     monkeypatch.setattr("avadclip_fast.kernels.residual_block.APART", 0 if apart else 2**62)
     model = drawn(HALVES["mlp"](), device)
     for shape in ((D,), (4, D), (2, 1, 4, D)):
-        x = torch.randn(shape, device=device)
-        found = [results(model, x, None, torch.ones_like(x), backend) for backend in ("triton", "reference")]
+        x, upstream = torch.randn(shape, device=device), torch.ones((), device=device).expand(shape)
+        found = [results(model, x, None, upstream, backend) for backend in ("triton", "reference")]
         assert served.by(PREFIX)
         for a, b in zip(*(each.values() for each in found), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
