@@ -70,7 +70,7 @@ FAR = """
 import torch
 from avadclip_fast import ops
 
-def far(*shape, to):
+def far(*shape, to):  # huge steps along dimension `to`
     stride = 2**30 + 64
     base = torch.empty(2 * stride + 64, dtype=torch.float16)
     strides = [stride if d == to else 1 if d == len(shape) - 1 or to == 2 else shape[-1] for d in range(3)]
@@ -78,6 +78,7 @@ def far(*shape, to):
     return x.copy_(torch.arange(1.0, 1 + x.numel()).view(shape) / x.numel())
 
 few = torch.ones(1, 2, 3).half()
+many = torch.ones(3, 2, 3).half()
 weight = torch.ones(2, 2, 1).half()
 for call in (
     lambda b: ops.attention_pool(far(1, 2, 3, to=2), few[..., 0], backend=b),
@@ -88,6 +89,13 @@ for call in (
     lambda b: ops.distill_loss(*[far(1, 2, 3, to=2)] * 3, backend=b),
     lambda b: ops.linear_act(far(1, 3, 2, to=1), weight, backend=b),
     lambda b: ops.linear_act(torch.ones(1, 3, 2).half(), weight, residual=far(1, 3, 2, to=1), backend=b),
+    lambda b: ops.attention_pool(far(3, 2, 3, to=0), many[..., 0], backend=b),
+    lambda b: ops.prompt_similarity(far(3, 2, 3, to=0), many, backend=b),
+    lambda b: ops.similarity_graph(far(3, 2, 3, to=0), far(3, 2, 3, to=0), backend=b)[0],
+    lambda b: ops.window_attention(*[far(3, 2, 3, to=0)] * 3, 2, residual=far(3, 2, 3, to=0), backend=b),
+    lambda b: ops.add_act(far(3, 2, 3, to=0), far(3, 2, 3, to=0), "relu", backend=b),
+    lambda b: ops.distill_loss(*[far(3, 2, 3, to=0)] * 3, backend=b),
+    lambda b: ops.linear_act(far(3, 3, 2, to=0), weight, residual=far(3, 3, 2, to=0), backend=b),
 ):
     print(call.__code__.co_names[1], flush=True)
     torch.testing.assert_close(call("triton").float(), call("reference").float(), rtol=2e-3, atol=2e-3)
@@ -106,3 +114,11 @@ def test_tma_does_not_take_expanded_rows():
     silence = torch.zeros(1, 1, 64, dtype=torch.bfloat16).expand(3, 50, 64)  # audio that is absent
     assert not linear_act.describable(silence.reshape(1, -1, 64))
     assert linear_act.describable(silence.contiguous())
+
+
+def test_tma_takes_aligned_rows_of_contiguous_channels_alone():
+    linear_act = pytest.importorskip("avadclip_fast.kernels.linear_act")
+    x = torch.zeros(3, 50, 64, dtype=torch.bfloat16)
+    assert linear_act.describable(x[..., :40]) and linear_act.describable(x[:, 1:])
+    for bad in (x[..., 1:], x.flatten()[: 3 * 50 * 60].view(3, 50, 60), x[..., ::2]):
+        assert not linear_act.describable(bad)
