@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Draw
-from op_tests import INTERPRETED, OpTests
+from op_tests import INTERPRETED, OpTests, draw_like
 from torch.nn import functional as F
 
 from avadclip_fast import ops
@@ -55,6 +55,24 @@ class TestSimilarityGraph(OpTests):
         out = self.call(arguments, backend)
         for b, n in enumerate(arguments["lengths"]):
             assert (out[b, n:] == 0).all() and (out[b, :n] != 0).any()
+
+    def test_weights_of_padding_are_zero(self, case, backend, device):
+        arguments = self.make(case, backend, device=device)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # memory that nothing was written to is then NaN
+        try:
+            _, weights = ops.similarity_graph(**arguments, backend=backend)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        padding = self.padding(arguments, "lengths")
+        assert not weights[padding].any() and not weights.mT[padding].any()
+
+    def test_weights_take_an_upstream_of_any_layout(self, case, backend, device):
+        arguments, grads = self.make(case, backend, device=device), []
+        features = arguments.pop("features").requires_grad_()
+        for name in (backend, "reference"):
+            _, weights = ops.similarity_graph(features, **arguments, backend=name)
+            grads += torch.autograd.grad(weights, features, draw_like(weights).mT)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
 
     def test_foreign_weights_are_refused(self, case, backend, device):
         arguments = self.make(case, backend, device=device)
