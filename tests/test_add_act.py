@@ -25,6 +25,17 @@ class TestAddAct(OpTests):
         assert out.tolist() == [[[0, 0, 2]]]
         assert grads["x"].tolist() == grads["residual"].tolist() == [[[0, 0, 1]]]
 
+    @pytest.mark.parametrize("half", ["x", "residual"])
+    def test_the_sum_of_two_dtypes_has_the_wider(self, case, backend, device, half):
+        """Under autocast, where a product is half precision and its residual is not."""
+        arguments = self.make(case, backend, device=device)
+        mixed = arguments | {half: arguments[half].half()}
+        with torch.autocast(device, torch.float16):
+            out, grads = self.run(mixed, backend)
+        expected, _ = self.run(arguments | {half: mixed[half].float()}, "reference")
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        assert {name: grad.dtype for name, grad in grads.items()} == {name: mixed[name].dtype for name in grads}
+
     def test_large_sums_stay_finite(self, case, backend, device):
         x = torch.tensor([[[-300.0, 300.0]]], device=device)
         out, grads = self.run({"x": x, "residual": x, "activation": "quick_gelu"}, backend, torch.ones_like(x))

@@ -32,6 +32,15 @@ class TestPromptSimilarity(OpTests):
         assert (out[0, 3] == 0).all() and (out[1, :, 2] == 0).all()
         assert all(grad.isfinite().all() for grad in grads.values())
 
+    def test_what_is_shorter_than_any_direction_is_only_scaled(self, case, backend, device):
+        """Below 1e-12 the result is the product over 1e-12, and its gradients have nothing taken out."""
+        short, unit = torch.full((1, 1, 4), 2e-13, device=device), torch.eye(4, device=device)[None, :1]
+        for given in ({"features": short, "prompts": unit}, {"features": unit, "prompts": short}):
+            out, grads = self.run(given | {"temperature": 1.0}, backend, torch.ones(1, 1, 1, device=device))
+            assert out.item() == pytest.approx(0.2)
+            (grad,) = (grads[name] for name in given if given[name] is short)
+            torch.testing.assert_close(grad, unit * 1e12)
+
     @pytest.mark.parametrize("size", [1e-6, 1e6])
     def test_size_does_not_matter(self, case, backend, device, size):
         arguments = self.make(case, backend, device=device)
