@@ -117,9 +117,10 @@ def same(x: Tensor) -> Tensor:
     return x
 
 
-def _add_act(dtype, device, seed, *, shape, activation, layout=same):
+def _add_act(dtype, device, seed, *, shape, activation, layout=same, other=None):
+    """other: the layout of the residual, where it is not that of x"""
     draw = Draw(dtype, device, seed)
-    return {"x": layout(draw(*shape)), "residual": layout(draw(*shape)), "activation": activation}
+    return {"x": layout(draw(*shape)), "residual": (other or layout)(draw(*shape)), "activation": activation}
 
 
 def _attention_pool(dtype, device, seed, *, shape, lengths=None, layout=same, zeros=False):
@@ -299,6 +300,7 @@ CASES: dict[str, list[Case]] = {
         gelu_wide={"shape": (2, 16, 32), "activation": "gelu", "layout": wide},
         relu_wide={"shape": (2, 16, 300), "activation": "relu", "layout": wide},
         time_last={"shape": (3, 7, 32), "activation": "quick_gelu", "layout": time_last},
+        two_layouts={"shape": (2, 16, 32), "activation": "gelu", "layout": wide, "other": time_last},
         plain_sum={"shape": (2, 9, 5), "activation": "none", "layout": shifted},
     ),
     "attention_pool": _cases(
@@ -463,6 +465,7 @@ CASES: dict[str, list[Case]] = {
         alone={"prefix": 5, "rows": 3, "count": 0, "width": 16},
         text={"prefix": 11, "rows": 13, "count": 7, "width": 48, "heads": 2},
         long={"prefix": 3, "rows": 30, "count": 3, "width": 32, "heads": 4},
+        widest_heads={"prefix": 2, "rows": 3, "count": 2, "width": 128, "heads": 2},
         long_prefix={"prefix": 29, "rows": 2, "count": 20, "width": 16},
         longer={"prefix": 7, "rows": 33, "count": 2, "width": 16},
         wide={"prefix": 2, "rows": 7, "count": 3, "width": 64, "heads": 2, "layout": wide},

@@ -67,7 +67,8 @@ def test_triton_takes_no_rows_and_is_differentiable_once(device):
 def test_triton_takes_rows_of_any_shape(device, served):
     model = drawn(Head(), device)
     for shape in ((4, D), (2, 1, 4, D)):
-        x, upstream = torch.randn(shape, device=device), torch.ones((), device=device).expand(shape[:-1])
+        x = torch.randn(*shape[:-1], 2 * D, device=device)[..., :D]  # rows that lie apart
+        upstream = torch.ones((), device=device).expand(shape[:-1])
         found = [fused.results(model, x, None, upstream, backend) for backend in ("triton", "reference")]
         assert served.by(PREFIX)
         for a, b in zip(*(each.values() for each in found), strict=True):
