@@ -220,6 +220,11 @@ class TestTiles:
         nothing = torch.ones(3, 0), torch.ones(4, 0), torch.ones(4)  # which it does not multiply itself
         assert torch.equal(ops.linear_act(*nothing, backend="onednn"), torch.ones(3, 4))
 
+    def test_triton_leaves_no_inputs_to_the_others(self):
+        nothing = torch.ones(3, 0), torch.ones(4, 0), torch.ones(4)
+        assert "no inputs" in _dispatch.why_not("linear_act", "triton", *nothing, *_LAYER[1:])
+        assert torch.equal(ops.linear_act(*nothing), torch.ones(3, 4))
+
     @on_both_units
     def test_serves_float32_alone(self, backend):
         layer = (torch.zeros(1024, 256), torch.zeros(256, 256), *_LAYER)

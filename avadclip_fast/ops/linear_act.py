@@ -40,6 +40,8 @@ def _triton(
 def _supports(
     x, weight, bias, activation, residual, norm, dilation, causal, lengths, dot=None, dropout=None, needed=None
 ) -> str | None:
+    if x.shape[-1] == 0:
+        return "it multiplies, and there are no inputs"
     tensors = (x, weight, bias, residual, *(norm or ()), dot)
     return triton_reason(*(t for t in tensors if t is not None))
 
