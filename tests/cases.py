@@ -436,6 +436,8 @@ CASES: dict[str, list[Case]] = {
             "norm": True,
             "lengths": [16, 5],
         },
+        matrix_ragged={"shape": (2, 7, 32), "outputs": 8, "lengths": [3, 7]},  # which it does not look at
+        conv4_dilated={"shape": (2, 16, 8), "outputs": 32, "taps": 4, "dilation": 2, "lengths": [16, 3]},
         conv5={"shape": (2, 64, 32), "outputs": 64, "taps": 5},
         conv5_short={"shape": (3, 2, 48), "outputs": 8, "taps": 5, "lengths": [1, 2, 2]},
         conv5_time_last={"shape": (2, 7, 32), "outputs": 32, "taps": 5, "layout": time_last, "activation": "gelu"},
