@@ -493,7 +493,7 @@ CASES: dict[str, list[Case]] = {
         time_last={"shape": (3, 7, 32), "width": 64, "lengths": [7, 2, 1], "layout": time_last},
         weak_edges={"shape": (2, 16, 32), "width": 8, "threshold": 0.02},
         only_itself={"shape": (2, 16, 32), "width": 8, "threshold": 0.99},
-        every_edge={"shape": (2, 16, 32), "width": 8, "threshold": -1.0},
+        every_edge={"shape": (2, 16, 32), "width": 8, "threshold": -1.0, "lengths": [16, 5]},
     ),
     "topk_mean": _cases(
         _topk_mean,

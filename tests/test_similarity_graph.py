@@ -52,9 +52,20 @@ class TestSimilarityGraph(OpTests):
 
     def test_padded_rows_are_zero(self, case, backend, device):
         arguments = self.make(case, backend, device=device)
-        out = self.call(arguments, backend)
+        out, (_, weights) = self.call(arguments, backend), ops.similarity_graph(**arguments, backend=backend)
         for b, n in enumerate(arguments["lengths"]):
             assert (out[b, n:] == 0).all() and (out[b, :n] != 0).any()
+            assert (weights[b, n:] == 0).all() and (weights[b, :, n:] == 0).all()
+            torch.testing.assert_close(weights[b, :n].sum(-1).cpu(), torch.ones(n))
+
+    @pytest.mark.parametrize("kind, size", [(torch.float32, 1e-6), (torch.float32, 1e6), (torch.float16, 2**7)])
+    def test_size_does_not_matter(self, case, backend, device, kind, size):
+        """Nor does a product of two rows that float16 does not hold."""
+        arguments = self.make(case, backend, kind, device)
+        out = self.call(arguments, backend)
+        scaled = self.call(arguments | {"features": arguments["features"] * size}, backend)
+        assert self.unsure(arguments) is None
+        torch.testing.assert_close(scaled, out, rtol=1e-5, atol=1e-5)
 
     def test_weights_of_padding_are_zero(self, case, backend, device):
         arguments = self.make(case, backend, device=device)
