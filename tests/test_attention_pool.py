@@ -29,6 +29,13 @@ class TestAttentionPool(OpTests):
         torch.testing.assert_close(out.cpu(), torch.full((1, 4), 0.2))
         torch.testing.assert_close(grads["features"].cpu(), torch.full((1, 1, 4), 1e12))
 
+    def test_a_sum_beyond_float16_has_its_direction(self, case, backend, device):
+        features = torch.full((1, 2, 4), 300.0, device=device, dtype=torch.float16)
+        arguments = {"features": features, "logits": features[..., 0]}
+        out, grads = self.run(arguments, backend)
+        torch.testing.assert_close(out.cpu(), torch.full((1, 4), 0.5, dtype=torch.float16))
+        assert grads["features"].isfinite().all()
+
     def test_zero_features_are_finite(self, case, backend, device):
         features, logits = torch.zeros(2, 5, 8, device=device), torch.ones(2, 5, device=device)
         out, grads = self.run({"features": features, "logits": logits}, backend)

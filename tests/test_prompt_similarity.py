@@ -41,9 +41,9 @@ class TestPromptSimilarity(OpTests):
             (grad,) = (grads[name] for name in given if given[name] is short)
             torch.testing.assert_close(grad, unit * 1e12)
 
-    @pytest.mark.parametrize("size", [1e-6, 1e6])
-    def test_size_does_not_matter(self, case, backend, device, size):
-        arguments = self.make(case, backend, device=device)
+    @pytest.mark.parametrize("kind, size", [(torch.float32, 1e-6), (torch.float32, 1e6), (torch.float16, 2**13)])
+    def test_size_does_not_matter(self, case, backend, device, kind, size):
+        arguments = self.make(case, backend, kind, device)
         out = self.call(arguments, backend)
         scaled = self.call({**arguments, "features": arguments["features"] * size}, backend)
         torch.testing.assert_close(scaled, out, rtol=1e-5, atol=1e-5)
