@@ -120,6 +120,25 @@ static void test_half() {
   }
 }
 
+// Every finite bfloat16 and the floats beside the middle of two, and what is no number whatever its bits are.
+static void test_bfloat16() {
+  const auto narrowed = [](uint32_t bits) {
+    bf16 out;
+    narrow(bits_as<float>(bits), out);
+    return uint32_t(out.bits);
+  };
+  for (uint32_t sign : {0u, 0x8000u})
+    for (uint32_t bits = sign; bits < (sign | 0x7f80); ++bits) {
+      const uint32_t x = bits << 16, middle = x | 0x8000;
+      CHECK(narrowed(x) == bits && bits_as<uint32_t>(widen(bf16{uint16_t(bits)})) == x, "at %x", bits);
+      CHECK(narrowed(middle - 1) == bits && narrowed(middle + 1) == bits + 1, "beside the middle after %x", bits);
+      CHECK(narrowed(middle) == bits + bits % 2, "in the middle after %x", bits);
+    }
+  CHECK(narrowed(0x7f800000) == 0x7f80 && narrowed(0xff800000) == 0xff80, "infinities");
+  for (uint32_t bits : {0x7f800001u, 0x7fc00000u, 0x7fffffffu, 0xff800001u, 0xffffffffu})
+    CHECK((narrowed(bits) & 0x7fff) > 0x7f80, "%x is no number", bits);
+}
+
 static void test_exponential() {
   double worst = 0;
   for (double x = -87; x < 88.7; x += 0.00123) {
@@ -343,6 +362,7 @@ static void test_hostile_numbers() {
 int main() {
   test_keys();
   test_half();
+  test_bfloat16();
   test_exponential();
   test_topk<float>();
   test_topk<double>();
