@@ -78,7 +78,7 @@ class TestMILAlignLoss(OpTests):
     def test_certain_scores_are_finite(self, case, backend, device):
         for right in (0, 1):
             logits = torch.zeros(1, 4, 2, device=device)
-            logits[..., right] = 300.0
+            logits[..., right] = 3000.0  # more than exp takes in float64
             out, grads = self.run(
                 {
                     "logits": logits,
@@ -88,8 +88,8 @@ class TestMILAlignLoss(OpTests):
                 },
                 backend,
             )
-            # right: ce = 0; wrong: ce = 300, focal = 0.25 · 300
-            torch.testing.assert_close(out.cpu(), torch.tensor(0.0 if right == 0 else (300 + 75) / 2))
+            # right: ce = 0; wrong: ce = 3000, focal = 0.25 · 3000
+            torch.testing.assert_close(out.cpu(), torch.tensor(0.0 if right == 0 else (3000 + 750) / 2))
             assert all(grad.isfinite().all() for grad in grads.values())
 
     def test_of_no_video_alpha_has_no_slope(self, case, backend, device):
