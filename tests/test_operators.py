@@ -245,6 +245,33 @@ class TestServes:
             assert all(torch.equal(a, b) for a, b in zip(again, results[0], strict=True))
 
 
+def test_work_in_many_parts_is_the_same_in_any_number_of_threads():
+    """The sizes above are too small to be parted: one thread takes all."""
+    torch.manual_seed(0)
+    x, lengths, labels = torch.randn(3, 260, 300), torch.tensor([260, 3, 100]), torch.rand(3, 300) + 0.1
+    layer, before = {"weight": torch.randn(100, 300, 3), "bias": torch.randn(100)}, torch.get_num_threads()
+    functions = (
+        lambda x: ops.topk_mean(x, lengths, backend="cpp"),
+        lambda x: ops.mil_align_loss(x, labels, lengths, torch.ones(300), backend="cpp") * 3,
+        lambda x: ops.distance_graph(x, math.e, lengths, backend="cpp"),
+        lambda x: ops.distance_graph(x, 40.0, lengths, backend="cpp"),
+        lambda x: ops.uniform_pool(x.flatten(0, 1), torch.tensor([500, 7, 273]), 40, backend="cpp"),
+        *((lambda x: ops.linear_act(x, **layer, lengths=lengths, backend="cpp"),) if HAS_AVX512 else ()),
+    )
+    try:
+        for number, function in enumerate(functions):
+            results = []
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                given = x.clone().requires_grad_()
+                out = function(given)
+                results.append((out, *torch.autograd.grad(out.square().sum(), given)))
+            for other in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True)), number
+    finally:
+        torch.set_num_threads(before)
+
+
 # Multiples of an eighth: what differs, differs by more than a rounding of the sigmoid, so that ties are the same ones.
 LATTICE = st.integers(-32, 32).map(lambda n: n / 8)
 FEW = st.sampled_from([0.0, -0.0, 1.0])
