@@ -71,6 +71,16 @@ class TestLinearAct(OpTests):
         torch.testing.assert_close(out, shift.expand_as(out))
         assert all(grad.isfinite().all() for grad in grads.values())
 
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_not_a_number_passes(self, case, backend, device, activation):
+        """Every activation, and dropout of it: a training that has gone wrong must show."""
+        x, weight = torch.ones(1, 2, 8, device=device), torch.eye(8, device=device)
+        x[0, 0, 0] = float("nan")
+        dropped = torch.zeros(1, 2, 8, device=device, dtype=torch.bool), 0.5
+        for dropout in (None, dropped):
+            out = self.call({"x": x, "weight": weight, "activation": activation, "dropout": dropout}, backend)
+            assert out[0, 0].isnan().all() and out[0, 1].isfinite().all()
+
     def test_large_numbers_have_slopes(self, case, backend, device):
         """Of quick_gelu, although 1.702 y is more than float32 holds."""
         x, weight = torch.tensor([[[-3e38, 3e38]]], device=device), torch.eye(2, device=device)
