@@ -36,6 +36,7 @@ from avadclip_fast import (
 )
 from avadclip_fast.models.encoder import TemporalEncoder
 from avadclip_fast.modules import MLP, TemporalConvNet
+from avadclip_fast.modules.gated_fusion import MODES
 from avadclip_fast.ops import _dispatch
 from avadclip_fast.ops._linear_act_cpu import spares
 
@@ -276,9 +277,20 @@ def test_refuses_settings(make, message):
         make()
 
 
-def test_the_audio_encoder_refuses_arrays():
-    with pytest.raises(ValueError, match="TemporalConvNet: x must be a tensor, got ndarray"):
-        TemporalConvNet(D)(X.numpy())
+@pytest.mark.parametrize("kind", [AVFusion, TemporalAggregator, TemporalConvNet, UncertaintyHead, WindowAttention])
+def test_modules_name_themselves_and_what_they_are_given(kind):
+    """Not an op within them, or their weights."""
+    rule = r"must have shape \[B, T, 16\], got"
+    for module in [kind(D)] if kind is not AVFusion else [AVFusion(D, mode) for mode in MODES]:
+        for given, lengths, message in (
+            (X.numpy(), None, "must be a tensor, got ndarray"),
+            (X[0], None, rf"{rule} \[{T}, 16\]"),
+            (X[..., 1:], None, rf"{rule} \[{B}, {T}, 15\]"),
+            (X, torch.tensor([T, 0]), rf"lengths must lie in 1\.\.{T}, got 0\.\.{T}"),
+            (X, torch.tensor([T]), rf"lengths must have shape \[{B}\], got \[1\]"),
+        ):
+            with pytest.raises(ValueError, match=rf"^{kind.__name__}: \w* ?{message}"):
+                module(*[given] * (2 if kind is AVFusion else 1), lengths=lengths)
 
 
 def test_refuses_features_of_another_width():
@@ -452,19 +464,16 @@ def test_fusion_modes(lengths):
         torch.testing.assert_close(cross(v, void, lengths), cross(v, a, lengths))
 
 
-@pytest.mark.parametrize("mode", ["gated", "add", "concat", "cross_attention"])
+@pytest.mark.parametrize("mode", MODES)
 def test_fusion_refuses_streams_of_two_shapes(mode):
     with pytest.raises(ValueError, match=r"\[2, 11, 16\].*\[2, 10, 16\]|\[2, 10, 16\]"):
         AVFusion(D, mode)(rows(B, T, D), rows(B, T - 1, D))
 
 
 @pytest.mark.parametrize("mode", ["gated", "concat", "cross_attention"])
-def test_fusion_refuses_streams_of_another_width_or_dtype_than_its_weights(mode):
-    fusion, narrow = AVFusion(D, mode), rows(B, T, D // 2)
-    with pytest.raises(ValueError, match=f"weight must have shape .* with B={B}, T={T}, D={D // 2}, got "):
-        fusion(narrow, narrow)
+def test_fusion_refuses_streams_of_another_dtype_than_its_weights(mode):
     with pytest.raises(ValueError, match=r"weight is torch.float32, but visual is torch.float64; cast one"):
-        fusion(X.double(), X.double())
+        AVFusion(D, mode)(X.double(), X.double())
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["all", "lengths"])

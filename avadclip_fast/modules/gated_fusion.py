@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._check import check_lengths, check_tensors
+from ..ops._check import check_rows, check_tensors
 from ..ops._padding import valid_mask, zero_padding
 
 MODES = ("gated", "add", "concat", "cross_attention")
@@ -39,7 +39,7 @@ class AVFusion(nn.Module):
             raise ValueError(f"AVFusion: mode {mode!r} has no backend but 'reference'; got {backend!r}")
         if mode == "cross_attention" and dim % HEADS:
             raise ValueError(f"AVFusion: cross_attention has {HEADS} heads, and dim must be a multiple; got {dim}")
-        self.mode, self.backend = mode, backend
+        self.dim, self.mode, self.backend = dim, mode, backend
         if mode == "gated":
             self.gate_proj = nn.Sequential(nn.Linear(2 * dim, dim), nn.Sigmoid())
             self.residual_proj = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, dim))
@@ -50,6 +50,7 @@ class AVFusion(nn.Module):
 
     def forward(self, visual: Tensor, audio: Tensor, lengths: Tensor | None = None) -> Tensor:
         """visual, audio (B, T, D) -> (B, T, D). With `lengths` (B,), rows t >= lengths[b] mean nothing."""
+        check_rows("AVFusion", self.dim, lengths, visual=visual, audio=audio)
         if self.mode == "gated":
             layers = self.gate_proj[0], self.residual_proj[0], self.residual_proj[2]
             gate, hidden, residual = (cast(nn.Linear, layer) for layer in layers)
@@ -57,17 +58,13 @@ class AVFusion(nn.Module):
                 visual, audio, gate.weight, gate.bias, hidden.weight, hidden.bias, residual.weight, residual.bias,
                 needed=lengths, backend=self.backend,
             )  # fmt: skip
-        tensors = [("visual", visual, "B T D"), ("audio", audio, "B T D")]
-        if self.mode == "concat":
-            tensors.append(("proj.weight", self.proj.weight, "D 2D"))
-        elif self.mode == "cross_attention":
-            tensors.append(("attention.in_proj_weight", self.attention.in_proj_weight, "3D D"))
-        sizes = check_tensors("AVFusion", *tensors)
-        check_lengths("AVFusion", lengths, sizes["B"], sizes["T"], visual.device)
         if self.mode == "add":
             return visual + audio
         if self.mode == "concat":
+            check_tensors("AVFusion", ("visual", visual, "B T D"), ("proj.weight", self.proj.weight, "D 2D"))
             return self.proj(torch.cat([visual, audio], dim=-1))
+        projection = self.attention.in_proj_weight
+        check_tensors("AVFusion", ("visual", visual, "B T D"), ("attention.in_proj_weight", projection, "3D D"))
         padding = None
         if lengths is not None:
             padding = ~valid_mask(lengths, audio.shape[1])

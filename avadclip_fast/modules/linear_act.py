@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._binary_head import binary_head as fused_head
-from ..ops._check import REAL, check_are_tensors, check_counts
+from ..ops._check import REAL, check_counts, check_rows
 from ..ops._keep import keep
 from ..ops._layer_norm import LAYER_NORM_EPS
 from ..ops._linear_act_cpu import spares
@@ -177,12 +177,13 @@ class TemporalConvNet(nn.Module):
         check_counts("TemporalConvNet", dim=dim, levels=levels, taps=taps)
         if not isinstance(dropout, REAL) or not 0 <= dropout <= 1:
             raise ValueError(f"TemporalConvNet: dropout must lie in 0..1, got {dropout!r}")
+        self.dim = dim
         self.network = nn.Sequential(*(TemporalBlock(dim, taps, 2**i, float(dropout), backend) for i in range(levels)))
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        check_are_tensors("TemporalConvNet", x=x)
+        check_rows("TemporalConvNet", self.dim, lengths, x=x)
         ends = None
-        if lengths is None and x.ndim == 3 and spares(x) and not x.requires_grad:  # zeros need no products
+        if lengths is None and spares(x) and not x.requires_grad:  # zeros need no products
             ends = ends_of(x.any(2)).clamp_min(1)
         for level in self.network:
             x, ends = level(x, lengths, ends), None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..ops._check import check_counts
+from ..ops._check import check_counts, check_rows
 from ..streams import aside
 from .distance_graph import DistanceGraph
 from .linear_act import TemporalConv
@@ -73,6 +73,7 @@ class TemporalAggregator(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None, alike: Tensor | None = None) -> Tensor:
         """x, lengths -> (B, T, D). alike: (B,) int or None; all videos have the same rows t >= alike[b]."""
+        check_rows("TemporalAggregator", self.linear.out_features, lengths, x=x)
         valid = lengths if self.padding == "masked" else None
         needed, share = (valid, _as_it_is) if alike is None else _shared(alike, x.shape[1])
         first, third = self.gc1, self.gc3  # both read x, so their weights are concatenated

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._check import check_rows
 from ..streams import aside
 from .linear_act import TemporalConv
 
@@ -30,7 +31,7 @@ class UncertaintyHead(nn.Module):
 
     def __init__(self, dim: int = 512, backend: str | None = None):
         super().__init__()
-        self.backend = backend
+        self.dim, self.backend = dim, backend
         self.conv = nn.ModuleList(_Named(conv=nn.Sequential(TemporalConv(dim, dim, 3, backend))) for _ in range(3))
         self.theta = _Named(
             theta=nn.Sequential(
@@ -42,6 +43,7 @@ class UncertaintyHead(nn.Module):
         )
 
     def forward(self, v: Tensor, lengths: Tensor | None = None, uncertain: bool = True) -> tuple[Tensor, Tensor | None]:
+        check_rows("UncertaintyHead", self.dim, lengths, v=v)
         log_variance = aside("theta", lambda: self._log_variance(v, lengths)) if uncertain else None
         mu = v
         for layer in cast(Iterable[_Named], self.conv):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._autocast import as_autocast, product_dtype
-from ..ops._check import check_counts, check_tensors
+from ..ops._check import check_counts, check_rows, check_tensors
 from ..ops._layer_norm import layer_norm
 from ..ops._residual_block import residual_attention
 from ..ops._triton import fused
@@ -52,12 +52,9 @@ class WindowAttention(nn.Module):
         norm: nn.LayerNorm | None = None,
     ) -> Tensor:
         width = self.out_proj.in_features
-        check_tensors(
-            "WindowAttention",
-            ("x", x, f"B T {width}"),
-            ("norm", None if norm is None else norm.weight, f"{width}"),
-            optional=("norm",),
-        )
+        check_rows("WindowAttention", width, lengths, x=x)
+        weight = None if norm is None else norm.weight
+        check_tensors("WindowAttention", ("x", x, "B T D"), ("norm", weight, "D"), optional=("norm",))
         layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
         # Folding costs 2·D³ and saves 2·rows·D². An exported graph must not even ask for the number of rows.
         if torch.compiler.is_exporting() or self.heads > 1 or x.shape[0] * x.shape[1] <= width:

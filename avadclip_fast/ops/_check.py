@@ -92,6 +92,12 @@ def check_lengths(
             raise ValueError(f"{op}: {name} must lie in 1..{rows}, got {values.min()}..{values.max()}")
 
 
+def check_rows(module: str, width: int, lengths: Tensor | None, **rows: Tensor) -> None:
+    """Checks what a module is given: rows (B, T, width) by name, and `lengths` (B,) or None. Raises ValueError."""
+    sizes = check_tensors(module, *((name, x, f"B T {width}") for name, x in rows.items()))
+    check_lengths(module, lengths, sizes["B"], sizes["T"], next(iter(rows.values())).device)
+
+
 def leading(x: Tensor) -> str:
     """The dimensions before the last, for `check_tensors`."""
     return " ".join("BTSRQPMLJGFEA"[: x.ndim - 1])
