@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import CASES, LARGE
+from cases import CASES, LARGE, Draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_tests import ON_GPU, ON_TILES, OpTests, Recorder, on_both_units
@@ -199,6 +199,17 @@ class TestTiles:
             for lengths in (torch.tensor([2, 5]), None)
         )
         assert torch.equal(cut, whole)
+
+    @on_both_units
+    def test_a_dot_of_several_tasks_of_columns(self, backend):
+        """Of videos that end early, with rows that see nothing of them, and with rows that nobody needs."""
+        draw = Draw()
+        layer = {"x": draw(2, 11, 8), "weight": draw(520, 8, 2), "bias": draw(520), "activation": "quick_gelu"}
+        layer |= {"dilation": 4, "causal": True, "lengths": torch.tensor([2, 11]), "dot": draw(520, 2)[:, 0]}
+        for needed in (None, torch.tensor([9, 3])):
+            TestLinearAct().agree({**layer, "needed": needed}, backend)
+        layer["weight"][-1, 0, 0] = float("nan")  # it reaches what is made of no rows too
+        assert TestLinearAct().call({**layer, "dot": None}, backend)[..., -1].isnan().all()
 
     @ON_TILES
     def test_high_precision_keeps_16_bits(self):
