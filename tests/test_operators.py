@@ -249,14 +249,19 @@ def test_work_in_many_parts_is_the_same_in_any_number_of_threads():
     """The sizes above are too small to be parted: one thread takes all."""
     torch.manual_seed(0)
     x, lengths, labels = torch.randn(3, 260, 300), torch.tensor([260, 3, 100]), torch.rand(3, 300) + 0.1
-    layer, before = {"weight": torch.randn(100, 300, 3), "bias": torch.randn(100)}, torch.get_num_threads()
+    before = torch.get_num_threads()
+    layers = (  # whose weights and biases are numbers of x too
+        lambda x: ops.linear_act(x, x[:, :100].permute(1, 2, 0), x[0, 0, :100], lengths=lengths, backend="cpp"),
+        lambda x: ops.linear_act(x[0], x[1, :70], x[2, 0, :70], "relu", backend="cpp"),
+    )
     functions = (
         lambda x: ops.topk_mean(x, lengths, backend="cpp"),
         lambda x: ops.mil_align_loss(x, labels, lengths, torch.ones(300), backend="cpp") * 3,
         lambda x: ops.distance_graph(x, math.e, lengths, backend="cpp"),
         lambda x: ops.distance_graph(x, 40.0, lengths, backend="cpp"),
         lambda x: ops.uniform_pool(x.flatten(0, 1), torch.tensor([500, 7, 273]), 40, backend="cpp"),
-        *((lambda x: ops.linear_act(x, **layer, lengths=lengths, backend="cpp"),) if HAS_AVX512 else ()),
+        lambda x: ops.mil_loss(x[0].T, labels[:1].T, torch.arange(1, 301) % 260 + 1, backend="cpp"),
+        *(layers if HAS_AVX512 else ()),
     )
     try:
         for number, function in enumerate(functions):
