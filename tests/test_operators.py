@@ -186,6 +186,27 @@ class TestRefusals:
                 refuses(name, {**arguments, key: value}, "no tile units" if key == "amx" else "must")
 
 
+@pytest.mark.skipif(not HAS_AVX512, reason="needs a processor with AVX-512")
+def test_a_layer_with_a_dot_and_one_without():
+    """The calls above are of the other kind."""
+    arguments = arguments_of("linear_act_tiles") | {"residual": None, "mask": None, "dot": torch.randn(C)}
+    y, name = torch.randn(B, T, C), "linear_act_tiles"
+    call(name, arguments)
+    refuses(name, {**arguments, "dot": torch.randn(C + 1)}, rf"dot must have shape \[{C}\], got \[{C + 1}\]")
+    for other, value in (("residual", y), ("mask", y > 0)):
+        refuses(name, {**arguments, other: value}, "residual and mask must be none where dot is given")
+    name = "linear_act_tiles_backward"
+    refuses(name, {**arguments_of(name), "activation": "none", "kept": y[:0]}, "kept must have shape")
+    arguments = arguments_of(name) | {"grad": y, "dot": None, "needs": [True] * 3 + [False]}
+    for activation in ("relu", "quick_gelu"):
+        arguments["activation"] = activation
+        call(name, arguments)
+        refuses(name, {**arguments, "kept": y[:0]}, rf"kept must have shape \[{B}, {T}, {C}\], got \[0, {T}, {C}\]")
+    for bad in (y[..., 0], y[..., :1]):
+        refuses(name, {**arguments, "grad": bad}, rf"grad must have shape \[{B}, {T}, {C}\], got \[{B}, {T}")
+    refuses(name, {**arguments, "needs": [True] * 4}, "needs must not have dot's flag where there is none")
+
+
 def test_indices_outside():
     arguments = arguments_of("topk_mean_backward")
     index = arguments["index"].clone()
