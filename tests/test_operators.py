@@ -374,12 +374,14 @@ def test_no_class_at_all_is_not_a_number():
 
 def test_an_infinity_reaches_the_whole_video():
     """Where the reference's weight has underflowed to 0, and 0 · inf is NaN, a scan still has the infinity."""
-    values = torch.ones(1, 400, 1)
-    values[0, 0] = math.inf
-    scan, product = (ops.distance_graph(values, math.e, backend=backend).flatten() for backend in ("cpp", "reference"))
-    assert (scan == math.inf).all()
-    near = torch.arange(400) < 200  # exp(-200 / e) is 1e-32, exp(-399 / e) underflows
-    assert (product[near] == math.inf).all() and not product.isfinite().any() and product[-1].isnan()
+    for at in (0, 699):
+        values = torch.ones(1, 700, 2)
+        values[0, at, 1] = math.inf
+        scan, product = (ops.distance_graph(values, math.e, backend=name)[0] for name in ("cpp", "reference"))
+        assert scan[:, 0].isfinite().all() and (scan[:, 1] == math.inf).all()
+        near = (torch.arange(700) - at).abs() < 200  # exp(-200 / e) is 1e-32, exp(-399 / e) underflows
+        assert (product[near, 1] == math.inf).all() and product[699 - at, 1].isnan()
+        assert not product[:, 1].isfinite().any()
 
 
 def test_gradients_of_pooling_and_packing_in_float64():
