@@ -116,12 +116,15 @@ class TestSimilarityGraph(OpTests):
         )
         torch.testing.assert_close(out[0, :3].cpu(), expected)
 
-    def test_no_gradient_below_the_threshold(self, case, backend, device):
+    def test_no_gradient_below_the_threshold_and_at_it(self, case, backend, device):
         features, values = torch.eye(4, device=device)[None], torch.randn(1, 4, 3).to(device)
         features = features + torch.tensor([0.1, 0.2, 0.3, 0.4], device=device)
         _, grads = self.run({"features": features, "values": values, "threshold": 0.99}, backend)
         # Only the diagonal is above it, and a cosine with oneself does not change.
         torch.testing.assert_close(grads["features"], torch.zeros_like(features), rtol=0, atol=1e-6)
+        at_it = torch.tensor([[[0.5, 0.5, 0.5, 0.5], [1, 0, 0, 0]]], device=device)
+        _, grads = self.run({"features": at_it, "values": values[:, :2], "threshold": 0.5}, backend)
+        torch.testing.assert_close(grads["features"], torch.zeros_like(at_it), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("threshold", [-1.5, 1.01, float("nan")])
