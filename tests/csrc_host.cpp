@@ -178,6 +178,15 @@ static void test_mil() {
   }
 }
 
+// Every row that is no number shows it, chosen or not.
+static void test_mil_of_no_numbers() {
+  const int n = 40;
+  std::vector<float> logits(n, NAN), slope(n + 1), room(n);
+  const float loss = mil_video(Emulated{32}, logits.data(), n, 3, n + 1, 1.f, 1.f, room.data(), slope.data());
+  const auto shown = std::count_if(slope.begin(), slope.end(), [](float x) { return std::isnan(x); });
+  CHECK(std::isnan(loss) && shown == n && slope[n] == 0, "%d rows of %d, loss %g", int(shown), n, loss);
+}
+
 // log(1 - p) of hundreds of scores close to 1: their sum must not be rounded to float32.
 static void test_mil_of_a_long_video() {
   const int n = 12000, k = top_count(n, 16);
@@ -369,6 +378,7 @@ int main() {
   test_topk<bf16>();
   test_topk<f16>();
   test_mil();
+  test_mil_of_no_numbers();
   test_mil_of_a_long_video();
   test_align();
   for (double scale : {2.718281828, 0.5, 40.0, 1e6})
