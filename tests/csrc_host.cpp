@@ -193,7 +193,7 @@ static void test_mil_of_a_long_video() {
   std::vector<float> logits(n), slope(n), room(n);
   std::vector<double> p(n);
   for (int round = 0; round < 4; ++round) {
-    for (auto& x : logits) x = float(normal() * 2);
+    for (auto& x : logits) x = float(normal() * 2 + round);
     for (int t = 0; t < n; ++t) p[t] = 1 / (1 + std::exp(-double(logits[t])));
     std::sort(p.rbegin(), p.rend());
     double mean = 0;
