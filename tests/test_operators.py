@@ -126,7 +126,7 @@ class TestRefusals:
             if (name, key) in ANY_RANK:
                 continue
             for bad in (x[None], *([x[0]] if x.ndim else [])):
-                refuses(name, {**arguments, key: bad})
+                refuses(name, {**arguments, key: bad}, rf"must have shape \[.*, got {re.escape(str(list(bad.shape)))}")
 
     def test_sizes(self, name):
         for key, x, arguments in changes(name, True):
