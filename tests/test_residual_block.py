@@ -33,7 +33,7 @@ class Half(nn.Module):
 HALVES: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: Half(MLP(D)),
     "windows of 5": lambda: Half(WindowAttention(D, 5)),
-    "one window": lambda: Half(WindowAttention(D, 64)),
+    "one window": lambda: Half(WindowAttention(D, 10**6)),
 }
 each = pytest.mark.parametrize("name", HALVES)
 
@@ -105,6 +105,16 @@ def test_triton_is_differentiable_once(name, device):
         (first,) = torch.autograd.grad(model(x, None).sum(), x, create_graph=True)
         with pytest.raises(BackendError, match="twice"):
             torch.autograd.grad(first.sum(), x)
+
+
+@DEVICE
+@each
+def test_under_torch_func_the_other_way_serves(name, device, served):
+    model, x = drawn(HALVES[name](), device), torch.randn(B, T, D, device=device)
+    found, slope = torch.func.jvp(lambda x: model(x, None), (x,), (torch.randn_like(x),))
+    assert not served.by(PREFIX)
+    torch.testing.assert_close(found, model(x, None), rtol=1e-4, atol=1e-4)
+    assert served.by(PREFIX) and slope.isfinite().all()
 
 
 @DEVICE
