@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from cases import CASES, FIXED, LARGE, ROWS, Case, convert, leaves
+from cases import CASES, FIXED, LARGE, ROWS, Case, convert, leaves, time_last
 from tolerance import assert_within_rule
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,6 +60,16 @@ class Recorder(TorchDispatchMode):
             copies = [x.detach().clone() if isinstance(x, Tensor) else x for x in args]
             self.calls.setdefault(str(function), (function, copies, kwargs or {}))
         return function(*args, **(kwargs or {}))
+
+    def check(self) -> None:
+        """Holds what the operators say of their results to what those are."""
+        for function, args, kwargs in self.calls.values():
+            differentiable = not function._schema.name.endswith("_backward")
+            args = [
+                x.requires_grad_() if differentiable and isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in args
+            ]
+            torch.library.opcheck(function, tuple(args), kwargs)
 
 
 class OpTests:
@@ -395,20 +405,45 @@ class OpTests:
             torch.testing.assert_close(grad, grads[name], rtol=1e-5, atol=1e-6)
 
     def test_operators_pass_opcheck(self, case: Case, backend: str, device: str):
-        # In float16, what is kept in float32 has another dtype than the inputs.
+        # In float16, what is kept in float32 has another dtype than the inputs; stored as (B, D, T), other strides.
         arguments = self.make(case, backend, torch.float16 if backend == "triton" else torch.float32, device)
         with Recorder() as recorder:
-            self.run(arguments, backend)
+            self.run(convert(arguments, lambda _, x: time_last(x) if x.ndim == 3 else x), backend)
         if not recorder.calls:
             assert backend == "reference", f"{self.op}: {backend} calls no operator of torch.ops.avadclip_fast"
             pytest.skip("the reference is plain PyTorch")
-        for function, args, kwargs in recorder.calls.values():
-            differentiable = not function._schema.name.endswith("_backward")
-            args = [
-                x.requires_grad_() if differentiable and isinstance(x, Tensor) and x.is_floating_point() else x
-                for x in args
-            ]
-            torch.library.opcheck(function, tuple(args), kwargs)
+        recorder.check()
+
+    @pytest.mark.parametrize("halved", ["none", "first", "all but the last"])
+    def test_two_dtypes_under_autocast(self, case: Case, backend: str, device: str, halved: str):
+        """Some arguments in float16, as products leave them: the values, their dtype, and what a compiler is told."""
+        if backend == "reference":
+            pytest.skip("it is what others are compared with")
+        arguments = self.make(case, backend, device=device)
+        names = [name for name, _ in leaves(arguments)]
+        low = {"none": [], "first": names[:1], "all but the last": names[:-1]}[halved]
+        arguments = convert(arguments, lambda name, x: x.half() if name in low else x)
+
+        def both_ways(backend: str) -> Tensor:
+            given = convert(arguments, lambda name, x: x.detach().requires_grad_(name not in FIXED.get(self.op, ())))
+            wanted = [x for _, x in leaves(given) if x.requires_grad]
+            with torch.autocast(device, torch.float16):  # of the forward pass alone, as in training
+                out = self.call(given, backend)
+            torch.autograd.grad(out, wanted, draw_like(out))
+            return out.detach()
+
+        expected = both_ways("reference")
+        try:
+            with Recorder() as recorder:
+                out = both_ways(backend)
+        except BackendError as error:
+            pytest.skip(str(error))
+        recorder.check()
+        unsure = self.unsure(arguments)
+        assert out.dtype == expected.dtype
+        if unsure is None:
+            # 2^-10 is a rounding of float16: a few of them, of the largest value
+            torch.testing.assert_close(out, expected, rtol=0, atol=2**-8 * max(1.0, expected.abs().max().item()))
 
     @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "mixed"])
     def test_autocast(self, case: Case, mixed: bool):
