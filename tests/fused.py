@@ -43,11 +43,14 @@ def drawn(model: nn.Module, device: str, dtype: torch.dtype = torch.float32) -> 
     return model.to(device, dtype)
 
 
-def results(model: nn.Module, x: Tensor, lengths: Tensor | None, upstream: Tensor, backend: str) -> dict[str, Tensor]:
-    """The value of model(x, lengths), and the gradients of x and of every parameter."""
+def results(
+    model: nn.Module, x: Tensor, lengths: Tensor | None, upstream: Tensor, backend: str, lowered: bool = False
+) -> dict[str, Tensor]:
+    """The value of model(x, lengths), under autocast if `lowered`, and the gradients of x and of every parameter."""
     x = x.detach().requires_grad_()
     with use_backend(backend):
-        out = model(x, lengths)
+        with torch.autocast(x.device.type, torch.float16, enabled=lowered):  # which casts in a backward pass too
+            out = model(x, lengths)
         learned = dict(model.named_parameters())
         grads = torch.autograd.grad(out, [x, *learned.values()], upstream.to(out.dtype))
     return {"out": out.detach()} | dict(zip(("x", *learned), grads, strict=True))
@@ -109,8 +112,7 @@ def assert_serves_autocast(make, device: str, served: Served, prefix: str) -> No
     exact, found = results(model, x, None, upstream, "reference"), {}
     for backend in ("triton", "reference"):
         served.clear()
-        with torch.autocast(device, torch.float16):
-            found[backend] = results(model, x, None, upstream, backend)
+        found[backend] = results(model, x, None, upstream, backend, lowered=True)
         assert served.by(prefix) == (backend == "triton")
     for key, value in exact.items():
         error, known = ((found[backend][key] - value).norm() for backend in ("triton", "reference"))

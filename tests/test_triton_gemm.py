@@ -7,6 +7,7 @@ import contextlib
 
 import pytest
 import torch
+from cases import convert, shifted
 from fused import ON_TRITON
 from fused import TRITON as DEVICE
 from tolerance import assert_within_rule
@@ -96,6 +97,29 @@ def test_gated_fusion_is_the_same_however_it_is_launched(launch):
     check("gated_fusion", lambda backend, own: ops.gated_fusion(*own.values(), backend=backend), leaves)
 
 
+@pytest.mark.parametrize("odd", ["x", "weight", "outputs", "visual", "audio", "gate_weight"])
+def test_tma_leaves_what_is_not_aligned(odd, monkeypatch):
+    """Its descriptors refuse a pointer or a stride that is no multiple of 16 bytes."""
+    from avadclip_fast.kernels import gated_fusion, linear_act
+
+    torch.manual_seed(0)
+    for module in (linear_act, gated_fusion):
+        monkeypatch.setattr(module, "config", lambda *_: {**TILES, "tma": True})
+    if odd in ("visual", "audio", "gate_weight"):
+        leaves = dict(zip(("visual", "audio", "gate_weight", *map(str, range(5))), fusion_arguments(), strict=True))
+    else:
+        outputs = N - 1 if odd == "outputs" else N
+        leaves = {"x": draw(B, T, D), "weight": draw(outputs, D, *([] if odd == "weight" else [3]))}
+    leaves |= {odd: shifted(leaves[odd].detach())} if odd in leaves else {}
+
+    def call(backend, own):
+        if "audio" in own:
+            return ops.gated_fusion(*own.values(), backend=backend)
+        return ops.linear_act(**own, activation="gelu", backend=backend)
+
+    check("tma", call, leaves)
+
+
 def test_a_second_run_gives_the_same_bits():
     torch.manual_seed(0)
     x, weight, bias = draw(B, T, D), draw(N, D, 3), draw(N)
@@ -141,23 +165,25 @@ def test_compiles_whole():
     torch.testing.assert_close(x.grad, expected, rtol=0, atol=0)  # the same kernels
 
 
-@pytest.mark.parametrize("name", ["linear_act", "gated_fusion"])
+@pytest.mark.parametrize("name", ["linear_act", "linear_act without norm", "gated_fusion"])
 def test_autocast_gives_what_the_reference_gives(name):
     """Products in float16, norm and residual in float32, as in torch's own layers."""
     torch.manual_seed(0)
     x, weight, bias, scale, shift, residual = draw(B, T, D), draw(N, D), draw(N), draw(D), draw(D), draw(B, T, N)
-    fusion = fusion_arguments()
+    fusion, layer = fusion_arguments(), {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    layer |= {"activation": "gelu", "norm": (scale, shift)} if name == "linear_act" else {}
 
     def run(backend):
         with torch.autocast(DEVICE, torch.float16):
             if name == "gated_fusion":
                 return ops.gated_fusion(*fusion, backend=backend)
-            return ops.linear_act(x, weight, bias, "gelu", residual, (scale, shift), backend=backend)
+            return ops.linear_act(**layer, backend=backend)
 
     out = run("triton")
-    plain = reference.gated_fusion(*(t.double() for t in fusion)) if name == "gated_fusion" else reference.linear_act(
-        *(t.double() for t in (x, weight, bias)), "gelu", residual.double(), (scale.double(), shift.double())
-    )  # fmt: skip
+    if name == "gated_fusion":
+        plain = reference.gated_fusion(*(t.double() for t in fusion))
+    else:
+        plain = ops.linear_act(**convert(layer, lambda _, t: t.double()), backend="reference")
     assert out.dtype == run("reference").dtype == torch.float32
     worst = [(o.double() - plain).abs().max().item() for o in (out, run("reference"))]
     assert worst[0] <= 2 * worst[1]
