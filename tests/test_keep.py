@@ -48,7 +48,7 @@ def test_shares_at_the_ends(device):
 def test_shares_are_rounded_to_a_65536th():
     torch.manual_seed(0)
     x = torch.zeros(1 << 22)
-    for few in (~keep(x, 2**-16), keep(x, 1 - 1e-9)):  # of 64 in the mean
+    for few in (~keep(x, 0.6 * 2**-16), keep(x, 1 - 1e-9)):  # of 64 in the mean
         assert 40 < few.sum() < 95
 
 
@@ -58,7 +58,15 @@ def test_triton_drops_all_at_one_and_nearly_all_before():
     seed = torch.tensor(5)
     assert not torch.ops.avadclip_fast.keep(seed, [1 << 16], 1.0).any()
     assert 0 < torch.ops.avadclip_fast.keep(seed, [1 << 20], 1 - 1e-9).sum() < 64  # a 65536th is kept
+    assert 0 < (~torch.ops.avadclip_fast.keep(seed, [1 << 20], 0.6 * 2**-16)).sum() < 64
     torch.library.opcheck(torch.ops.avadclip_fast.keep.default, (seed, [3, 7], 0.5))
+
+
+def test_triton_takes_all_bits_of_a_seed():
+    if not INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    masks = [torch.ops.avadclip_fast.keep(torch.tensor(seed), [64], 0.5) for seed in (5, 5 + 2**32, 5 + 2**62)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
 
 
 @pytest.mark.gpu
