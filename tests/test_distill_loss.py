@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fused import DEVICE
 from op_tests import ON_GPU, OpTests
 
 from avadclip_fast import UncertaintyDistillationLoss, ops
@@ -43,6 +44,16 @@ class TestDistillLoss(OpTests):
         out, grads = self.run({"teacher": zero, "student": one, "log_variance": theta}, backend)
         torch.testing.assert_close(out.cpu(), torch.tensor(1e6 / 2))
         assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@DEVICE
+def test_triton_keeps_slopes_in_the_dtypes_of_their_own(device):
+    """A log variance in float32 beside features in bfloat16, as under autocast."""
+    teacher, student, theta = torch.randn(3, 2, 5, 8, device=device)
+    given = (teacher.bfloat16(), student.bfloat16().requires_grad_(), theta.requires_grad_(), None)
+    torch.library.opcheck(torch.ops.avadclip_fast.distill_loss.default, given)
+    _, by_student, by_theta, _ = torch.ops.avadclip_fast.distill_loss(*given)
+    assert by_student.dtype == torch.bfloat16 and by_theta.dtype == torch.float32
 
 
 def test_the_module_detaches_the_teacher():
