@@ -8,7 +8,7 @@ import torch
 from op_tests import ON_GPU
 
 from avadclip_fast import ops
-from avadclip_fast.ops._triton import INTERPRETED
+from avadclip_fast.ops._triton import INTERPRETED, _addressable
 
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
@@ -107,6 +107,17 @@ def test_offsets_of_over_2_to_the_31_elements():
     """In a process of its own, as a wrong offset may end it. The 4 GiB are never touched, and thus never allocated."""
     done = subprocess.run([sys.executable, "-c", FAR], capture_output=True, text=True)
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr[-500:])
+
+
+def test_what_offsets_of_32_bits_do_not_reach_is_copied():
+    """Within a video: where each video begins is an offset of 64 bits."""
+    for size, stride, copied in (
+        ((2, 3, 4), (4, 2**30, 1), True),
+        ((2, 3, 4), (4, 2**30 - 1, 1), False),
+        ((3, 2, 4), (2**31, 4, 1), False),
+    ):
+        x = torch.empty_strided(size, stride, device="meta")
+        assert (_addressable(x) is not x) == copied
 
 
 def test_tma_does_not_take_expanded_rows():
