@@ -109,3 +109,7 @@ def test_triton_registration_passes_opcheck(device):
     shapes = ((2, 5, 8), (16, 8), (16,), (16,), (8,))
     arguments = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
     torch.library.opcheck(torch.ops.avadclip_fast.binary_head.default, arguments)
+    x, weight, _, dot, direct = (t.detach() for t in arguments)
+    given = (torch.ones(2, 5, device=device), x, weight, dot, direct, torch.ones(10, 16, device=device), [True] * 5)
+    grads = torch.ops.avadclip_fast.binary_head_backward(*given)
+    assert len({grad.untyped_storage().data_ptr() for grad in grads}) == 5  # results share no memory
