@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..ops._check import check_rows
+from ..ops._dispatch import exporting
 from ..streams import aside
 from .linear_act import TemporalConv
 
@@ -54,7 +54,7 @@ class UncertaintyHead(nn.Module):
         first, _, middle, last = cast(Iterable[TemporalConv], self.theta.theta)
         h = first(v, "relu", lengths=lengths)
         # Folding costs 3·D³ and saves rows·D². An exported graph must not depend on the number of rows.
-        if torch.compiler.is_exporting() or v.shape[0] * v.shape[1] <= 3 * v.shape[2]:
+        if exporting() or v.shape[0] * v.shape[1] <= 3 * v.shape[2]:
             return -last(middle(h, lengths=lengths), "relu", residual=v, lengths=lengths)
         weight, bias = fold(middle, last)
         return -ops.linear_act(

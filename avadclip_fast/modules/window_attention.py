@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..ops._autocast import as_autocast, product_dtype
 from ..ops._check import check_counts, check_rows, check_tensors
+from ..ops._dispatch import exporting
 from ..ops._layer_norm import layer_norm
 from ..ops._residual_block import residual_attention
 from ..ops._triton import fused
@@ -57,7 +58,7 @@ class WindowAttention(nn.Module):
         check_tensors("WindowAttention", ("x", x, "B T D"), ("norm", weight, "D"), optional=("norm",))
         layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
         # Folding costs 2·D³ and saves 2·rows·D². An exported graph must not even ask for the number of rows.
-        if torch.compiler.is_exporting() or self.heads > 1 or x.shape[0] * x.shape[1] <= width:
+        if exporting() or self.heads > 1 or x.shape[0] * x.shape[1] <= width:
             h, affine = unnormed(x, norm)
             q, k, v = layer(h, self.in_proj_weight, self.in_proj_bias, norm=affine).chunk(3, dim=-1)
             mixed = ops.window_attention(q, k, v, self.window, self.heads, lengths, backend=self.backend)

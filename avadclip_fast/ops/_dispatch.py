@@ -101,6 +101,11 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def exporting() -> bool:
+    """Whether torch.export is tracing; torch.compiler.is_exporting says so of torch.compile too, in torch 2.11."""
+    return torch.compiler._is_exporting_flag
+
+
 def why_not(op: str, backend: str, *args, **kwargs) -> str | None:
     """Returns why `backend` cannot serve `op` with these arguments, or None."""
     if backend not in ORDER:

@@ -72,7 +72,7 @@ def float32_reason(*tensors: Tensor) -> str | None:
     """Returns why the float32 products for CPUs cannot take these tensors, or None."""
     if any(t.dtype != torch.float32 for t in tensors) or torch.is_autocast_enabled("cpu"):
         return "it computes in float32"
-    if torch.compiler.is_exporting():
+    if _dispatch.exporting():
         return "an exported graph must run on any processor"
     return None
 
@@ -84,7 +84,7 @@ def declines(x, weight, *_, **__) -> str | None:
 
 def spares(x: Tensor) -> bool:
     """Whether linear_act, given `needed`, skips the other rows of features like x."""
-    if torch.compiler.is_exporting() or _dispatch.transformed() or _dispatch.forced() not in (None, "amx", "cpp"):
+    if _dispatch.exporting() or _dispatch.transformed() or _dispatch.forced() not in (None, "amx", "cpp"):
         return False  # first: an exported graph must not ask for the number of rows
     if x.shape[-1] < WIDTH or x.shape[:-1].numel() < ROWS:
         return False

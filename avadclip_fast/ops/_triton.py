@@ -60,7 +60,7 @@ def fused(backend: str | None, x: Tensor, *weights: Tensor) -> bool:
     backend: as for an op
     """
     wanted = backend or _dispatch.forced()
-    if wanted not in (None, "triton") or torch.compiler.is_exporting() or _dispatch.transformed():
+    if wanted not in (None, "triton") or _dispatch.exporting() or _dispatch.transformed():
         return False
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))):
         return False
