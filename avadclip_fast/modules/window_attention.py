@@ -54,8 +54,8 @@ class WindowAttention(nn.Module):
     ) -> Tensor:
         width = self.out_proj.in_features
         check_rows("WindowAttention", width, lengths, x=x)
-        weight = None if norm is None else norm.weight
-        check_tensors("WindowAttention", ("x", x, "B T D"), ("norm", weight, "D"), optional=("norm",))
+        scale = None if norm is None else norm.weight
+        check_tensors("WindowAttention", ("x", x, "B T D"), ("norm", scale, "D"), optional=("norm",))
         layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
         # Folding costs 2·D³ and saves 2·rows·D². An exported graph must not even ask for the number of rows.
         if exporting() or self.heads > 1 or x.shape[0] * x.shape[1] <= width:
