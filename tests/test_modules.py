@@ -286,6 +286,8 @@ def test_modules_name_themselves_and_what_they_are_given(kind):
             (X.numpy(), None, "must be a tensor, got ndarray"),
             (X[0], None, rf"{rule} \[{T}, 16\]"),
             (X[..., 1:], None, rf"{rule} \[{B}, {T}, 15\]"),
+            (rows(B, T, 2 * D), None, rf"{rule} \[{B}, {T}, 32\]"),
+            (rows(B, T, 0), None, rf"{rule} \[{B}, {T}, 0\]"),
             (X, torch.tensor([T, 0]), rf"lengths must lie in 1\.\.{T}, got 0\.\.{T}"),
             (X, torch.tensor([T]), rf"lengths must have shape \[{B}\], got \[1\]"),
         ):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..ops._autocast import as_autocast, product_dtype
-from ..ops._check import check_counts, check_rows, check_tensors
+from ..ops._check import check_counts, check_lengths, check_tensors
 from ..ops._dispatch import exporting
 from ..ops._layer_norm import layer_norm
 from ..ops._residual_block import residual_attention
@@ -53,9 +53,9 @@ class WindowAttention(nn.Module):
         norm: nn.LayerNorm | None = None,
     ) -> Tensor:
         width = self.out_proj.in_features
-        check_rows("WindowAttention", width, lengths, x=x)
-        scale = None if norm is None else norm.weight
-        check_tensors("WindowAttention", ("x", x, "B T D"), ("norm", scale, "D"), optional=("norm",))
+        rows, scale = ("x", x, f"B T {width}"), ("norm", None if norm is None else norm.weight, f"{width}")
+        sizes = check_tensors("WindowAttention", rows, scale, optional=("norm",))
+        check_lengths("WindowAttention", lengths, sizes["B"], sizes["T"], x.device)
         layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
         # Folding costs 2·D³ and saves 2·rows·D². An exported graph must not even ask for the number of rows.
         if exporting() or self.heads > 1 or x.shape[0] * x.shape[1] <= width:

@@ -28,7 +28,7 @@ def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tup
     """Checks rank, sizes, dtype and device of an op's floating-point arguments; returns the sizes.
 
     specs: (name, tensor, shape); the letters of the shape must agree across arguments and may have a factor, as in
-    ("gate_weight", w, "D 2D")
+    ("gate_weight", w, "D 2D"); a number alone is a size
     optional: names that may be None
     Raises ValueError with the argument's name and the expected and actual shape, dtype or device.
     """
@@ -44,17 +44,13 @@ def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tup
             raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}], got {list(x.shape)}")
         for dim, size in zip(dims, x.shape, strict=True):
             letter = dim.lstrip("0123456789")
-            factor = dim.removesuffix(letter)
-            if letter in sizes:
-                expected = int(factor or 1) * sizes[letter]
-            else:
-                expected = size
-                sizes[letter] = size // int(factor or 1)
-                if sizes[letter] * int(factor or 1) != size:
-                    raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}], got {list(x.shape)}")
-            if size != expected:
-                known = ", ".join(f"{k}={v}" for k, v in sizes.items())
-                raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}] with {known}, got {list(x.shape)}")
+            factor = int(dim.removesuffix(letter) or 1)
+            met = letter in sizes
+            if letter and not met:
+                sizes[letter] = size // factor
+            if size != factor * sizes.get(letter, 1):
+                known = " with " + ", ".join(f"{k}={v}" for k, v in sizes.items()) if met else ""
+                raise ValueError(f"{op}: {name} must have shape [{', '.join(dims)}]{known}, got {list(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"{op}: {name} must be floating point, got {x.dtype}")
         if x.device != like.device:
