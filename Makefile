@@ -11,7 +11,9 @@ demo: $(VENV)/installed
 	$(BIN)/avadclip-fast demo --output runs/demo
 
 # Most tests are one thread's work, and threads of one process take time from another's; `make sanitize` runs with many.
-PARALLEL := -n auto --maxprocesses 4 --dist worksteal
+# One process more than there are processors, as many a test waits for a process that it has started.
+PROCESSES := $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n + 1 : 4)))
+PARALLEL := -n $(PROCESSES) --dist worksteal
 test test-triton golden-triton: export OMP_NUM_THREADS = 1
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
