@@ -46,19 +46,20 @@ def main() -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         folders = [stack.enter_context(built(version)) for version in (options.base, options.head)]
-        rows = []
+        rows: list[dict] = []
+        print(f"{'case':<60} {'base, ms':>10} {'head, ms':>10} {'head / base':>12}")
         for op in options.op or ops():
             old, new = ((folder / f"avadclip_fast/ops/{op}.py").exists() for folder in folders)
             if new and not old:
                 print(f"{op} is new: {options.base} has none to compare with")
-            else:
-                rows += compare(op, *folders, options.device, options.rounds)
-    print(f"{'case':<60} {'base, ms':>10} {'head, ms':>10} {'head / base':>12}")
-    for row in rows:
-        times = " ".join(f"{row[side]['median_ms']:>10.3f}" for side in ("base", "head"))
-        print(f"{row['case']:<60} {times} {row['ratio']:>11.2f}x {'slower' * row['slower']}")
-    if options.json:
-        options.json.write_text(json.dumps({"base": options.base, "head": options.head, "rows": rows}, indent=1) + "\n")
+                continue
+            for row in compare(op, *folders, options.device, options.rounds):
+                times = " ".join(f"{row[side]['median_ms']:>10.3f}" for side in ("base", "head"))
+                print(f"{row['case']:<60} {times} {row['ratio']:>11.2f}x {'slower' * row['slower']}", flush=True)
+                rows.append(row)
+            if options.json:  # each time: a later op may end the run
+                record = {"base": options.base, "head": options.head, "rows": rows}
+                options.json.write_text(json.dumps(record, indent=1) + "\n")
     if slower := sum(row["slower"] for row in rows):
         sys.exit(f"{slower} of {len(rows)} cases are slower")
 

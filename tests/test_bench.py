@@ -604,6 +604,11 @@ def test_a_comparison_is_written_where_it_is_asked_for(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "new/compare.json")])
     compare.main()
     assert json.loads((tmp_path / "new/compare.json").read_text())["rows"] == rows
+    monkeypatch.setattr(compare, "compare", lambda op, *_: sys.exit("it died") if op == "mil_loss" else rows)
+    monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "cut.json"), "--op", "mil_loss"])
+    with pytest.raises(SystemExit, match="it died"):
+        compare.main()
+    assert json.loads((tmp_path / "cut.json").read_text())["rows"] == rows, "what was measured before is kept"
     monkeypatch.setattr(compare, "compare", lambda *_: pytest.fail("it was measured"))
     monkeypatch.setattr(sys, "argv", [*asked, str(tmp_path / "new")])
     with pytest.raises(SystemExit):
