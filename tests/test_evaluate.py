@@ -10,7 +10,7 @@ from small_models import batch, student, teacher
 from avadclip_fast.data import DataError, TestVideo
 from avadclip_fast.data.features import chunk
 from avadclip_fast.engine.evaluate import VideoScores, evaluate, load_model, score_videos, stream_scores
-from avadclip_fast.engine.state import STATE
+from avadclip_fast.engine.state import LOGS, STATE
 from avadclip_fast.models import CheckpointError
 from avadclip_fast.models.checkpoints import CONFIG
 
@@ -146,6 +146,9 @@ def test_a_folder_of_runs_is_told_with_them(tmp_path):
 
 def test_a_run_that_has_not_ended_is_no_model_yet(tmp_path):
     with pytest.raises(CheckpointError, match="holds no model: neither"):
+        load_model(tmp_path)
+    (tmp_path / LOGS).mkdir()  # a kill may come before the first state
+    with pytest.raises(CheckpointError, match="its training has not ended; go on with --resume"):
         load_model(tmp_path)
     (tmp_path / STATE).touch()
     with pytest.raises(CheckpointError, match="holds no model yet: its training has not ended; go on with --resume"):

@@ -25,7 +25,7 @@ from .calibrate import Calibration, reliability
 from .graph import StepGraph, recordable
 from .metrics import evaluate_scores, positive_frames
 from .progress import bar
-from .state import STATE
+from .state import LOGS, STATE
 
 KINDS: dict[str, type[Detector]] = {"AVadCLIP": AVadCLIP, "AVadCLIPStudent": AVadCLIPStudent}
 WIDEST = 1 << 14  # snippets in a window: its attention matrix takes a gigabyte per video at this size
@@ -52,9 +52,9 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
     path = Path(path)
     folder = model_folder(path)
     if path.is_dir() and folder is None:
-        if (path / STATE).is_file():
-            raise CheckpointError(f"{path} holds no model yet: its training has not ended; go on with --resume")
         inner = sorted(f for f in path.iterdir() if model_folder(f))
+        if (path / STATE).is_file() or ((path / LOGS).is_dir() and not inner):
+            raise CheckpointError(f"{path} holds no model yet: its training has not ended; go on with --resume")
         hint = f"; did you mean {' or '.join(map(str, inner[:5]))}?" if inner else ""
         raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor {MODEL}/{CONFIG} is there{hint}")
     if not path.exists():

@@ -18,7 +18,7 @@ from ..profiling import span
 from . import distributed, progress, residency
 from .graph import StepGraph, changed_by
 from .recipe import Recipe
-from .state import Saver, trained, writing
+from .state import LOGS, Saver, trained, writing
 from .step import add_noise, gradients, shares, train_step, trim
 from .stop import Request, Stopped
 
@@ -242,7 +242,7 @@ class Board:
         """done: steps kept from an earlier run, the last of them with the values of its epoch."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.logs = logs = folder / "tensorboard"
+        self.logs = logs = folder / LOGS
         with writing(folder):
             earlier = set(logs.glob("*"))
             self.writer = SummaryWriter(logs, purge_step=done + 1)

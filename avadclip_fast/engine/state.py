@@ -20,6 +20,7 @@ from ..data.tensors import read_tensors
 from ..models.avadclip import Detector
 
 STATE = "state.safetensors"  # in the folder of a run
+LOGS = "tensorboard"  # there too, from before the first step
 
 
 class StateError(RuntimeError):
