@@ -377,7 +377,9 @@ def detect(
 
 @app.command()
 def stream(
-    source: Annotated[str, Argument(help="A file, a device (/dev/video0), or an rtsp, http, udp or srt address.")],
+    source: Annotated[
+        str, Argument(help="A file, a device (/dev/video0), an rtsp, http, udp or srt address, or - (standard input).")
+    ],
     model: Model,
     student: Student = None,
     classes: Names = None,

@@ -29,6 +29,7 @@ ROUNDED = 1.001e-3  # seconds by which two time stamps in whole milliseconds, as
 ASSUMED = 25.0  # frames per second, where a container declares no rate
 CLOCK = 1000  # ticks per second, the least of any container's clock that is no frame rate: of WebM; 90,000 of MPEG-TS
 SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
+STDIN = "-"  # a live source, as in `ffmpeg ... -f mpegts - | avadclip-fast stream -`
 FILES_ONLY = "files only; `avadclip-fast stream` takes URLs"
 Progress = Callable[[int], None]  # called with the number of frames decoded since the last call
 
@@ -43,7 +44,7 @@ class Frame(NamedTuple):
 
 @contextlib.contextmanager
 def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
-    """Opens a file, or if `live` also a URL of SCHEMES, as a PyAV container. Raises MediaError."""
+    """Opens a file, or if `live` also a URL of SCHEMES or STDIN, as a PyAV container. Raises MediaError."""
     av = import_av()
     scheme, form = str(source).partition("://")[0].lower() if "://" in str(source) else "", None
     wait = WAIT if scheme else None
@@ -57,6 +58,11 @@ def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
                     raise MediaError(f"{source}: {scheme}:// is not read ({known})")
                 target = scheme + str(source)[len(scheme) :]  # FFmpeg knows them in small letters alone
                 options = {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}
+            elif live and str(source) == STDIN:
+                if os.isatty(0):
+                    raise MediaError(f"{source}: standard input is a terminal; pipe a video into it, or name a source")
+                # Without a buffer, which would wait until it is full; not sys.stdin's, which Python locks as it exits.
+                target, options = open(0, "rb", buffering=0, closefd=False), {"protocol_whitelist": "none"}
             else:
                 path = Path(source)
                 if not path.exists():

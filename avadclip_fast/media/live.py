@@ -20,6 +20,7 @@ from .decode import (
     GAP,
     JUMP,
     RATE,
+    STDIN,
     Beat,
     Clock,
     Mono,
@@ -55,10 +56,11 @@ class Snippet(NamedTuple):
 
 
 class LiveSource:
-    """Iterates over the snippets of a file, a device such as /dev/video0, or an rtsp, http, udp or srt URL.
+    """Iterates over the snippets of a file, a device such as /dev/video0, an rtsp, http, udp or srt URL, or "-", stdin.
 
     A source that is not a file and has no known duration is *live*: the oldest queued snippets are dropped if the
-    consumer falls behind, and a lost connection is re-established. A file is read as fast as it is consumed.
+    consumer falls behind, and a lost connection is re-established, other than stdin. A file is read as fast as it is
+    consumed.
 
     every: frames per snippet; fps: snippets per second, instead of `every`
     retries: consecutive reconnection attempts before giving up
@@ -130,10 +132,10 @@ class LiveSource:
                         last, tries = snippet.time, 0
                         self._put(snippet, begun + last if self.live and begun is not None else None)
                 except MediaError as error:
-                    if begun is None or not self.live:
+                    if begun is None or not self._reopens():
                         raise
                     lost = error
-                if not self.live:
+                if not self._reopens():
                     break
                 if tries == self.retries:
                     raise MediaError(f"{lost}; not back after {tries} tries")
@@ -144,6 +146,9 @@ class LiveSource:
             self._put(None)
         except Exception as error:  # raised in the consumer
             self._put(error)
+
+    def _reopens(self) -> bool:
+        return self.live and str(self.source) != STDIN  # whose end is that of what feeds it
 
     def _put(self, item: "Snippet | Exception | None", due: float | None = None) -> None:
         """Queues an item. due: monotonic time from which the oldest in a full queue gives way to it, or None: never."""
