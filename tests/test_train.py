@@ -742,6 +742,19 @@ def test_a_student_has_a_calibration_of_its_own(tmp_path):
     assert Calibration.load(tmp_path) == calibrate(student, held_out, 5, "cpu")
 
 
+def test_a_kill_while_a_run_is_calibrated_leaves_no_model_without_calibration(tmp_path, monkeypatch):
+    """Whose alarms would begin at another threshold."""
+    recipe, held_out = dataclasses.replace(RECIPE, epochs=1), features(7, seed=1)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "calibrate", kill)
+    with pytest.raises(KeyboardInterrupt):
+        fit(teacher(), features(), recipe, tmp_path, held_out=held_out, progress=False)
+    assert (tmp_path / STATE).exists() and not (tmp_path / MODEL).exists()
+
+
 def test_a_held_out_loss_drops_nothing_out():
     model = AVadCLIP(CLASSES, **SMALL, dropout=0.5)
     first, again = (validation_loss(model.train(), features(4), 5, "cpu") for _ in range(2))

@@ -266,12 +266,15 @@ def _keep_best(folder: Path, model, info: dict, held_out: FeatureSet | None, bat
     """Loads the selected weights, and writes the model, its calibration and the history. Raises StateError."""
     load_state(folder / BEST, model)
     history = {"run": info["run"], "selected_epoch": info["best"]["epoch"], "epochs": info["history"]}
+    fitted = None  # before the model is written: after a kill in between, it would pass for one without calibration
+    if held_out is not None and has_both_kinds(held_out):
+        fitted = calibrate(model, held_out, batch_size, device)
+    elif held_out is not None:
+        _log.warning("not calibrated: the held-out videos are all normal, or all abnormal")
     with writing(folder):
         model.save_pretrained(folder / MODEL)
-        if held_out is not None and has_both_kinds(held_out):
-            calibrate(model, held_out, batch_size, device).save(folder / MODEL)
-        elif held_out is not None:
-            _log.warning("not calibrated: the held-out videos are all normal, or all abnormal")
+        if fitted is not None:
+            fitted.save(folder / MODEL)
         write_json(folder / HISTORY, history)
 
 
