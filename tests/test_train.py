@@ -645,6 +645,12 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
             fit(teacher(), features(), RECIPE, tmp_path, resume=True, progress=False)
 
 
+def test_a_run_in_a_path_that_is_not_utf_8_is_refused(tmp_path):
+    """Where TensorBoard could not write, nor safetensors read the state."""
+    with pytest.raises(StateError, match="a path that is not UTF-8"):
+        fit(teacher(), features(), RECIPE, tmp_path / "b\udcff" / "run", progress=False)
+
+
 def test_selection(tmp_path):
     values = iter([0.2, 0.9, 0.9])  # of equals the first
     recipe = Recipe(**{**vars(RECIPE), "select": "test"})

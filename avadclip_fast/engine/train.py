@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import asdict
@@ -193,7 +194,9 @@ def _check_fits(model, data: FeatureSet, recipe: Recipe, teacher, held_out: Feat
 
 
 def check_resumable(folder: Path, resume: bool) -> None:
-    """Raises StateError if `folder` holds a run that is not to be resumed, or is no folder."""
+    """Raises StateError if `folder` holds a run that is not to be resumed, is no folder, or is not named in UTF-8."""
+    if os.fsencode(folder) != str(folder).encode(errors="replace"):  # TensorBoard and safetensors know no other paths
+        raise StateError(f"{folder}: a path that is not UTF-8, which a run needs; choose another output folder")
     if folder.exists() and not folder.is_dir():
         raise StateError(f"{folder} is a file; name a folder for the run")
     if (folder / STATE).exists() and not resume:
