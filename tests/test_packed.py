@@ -447,3 +447,6 @@ def test_training_from_a_packed_file(made, tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
     assert call("check", path) == 1
     assert "not those that were written" in capsys.readouterr().out
+    assert call("pack", made / "train.csv", "-o", path, "--length", 16, "--no-audio", "-q") == 0
+    assert call("check", path, "--no-audio") == 0 and call("check", path) == 1  # as of a list
+    assert "p.safetensors: packed without sound" in capsys.readouterr().out

@@ -546,7 +546,7 @@ def check(
             raise DataError("--gt and --root are for lists; a packed file is checked against its own checksum")
         try:
             rows, _ = data.packed_rows(list_, codes)
-            data.check_packed(list_)
+            data.check_packed(list_, audio)
         except DataError as error:
             typer.echo(error)
             raise typer.Exit(1) from error

@@ -123,9 +123,11 @@ def open_packed(path: str | Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, info
 
 
-def check_packed(path: str | Path) -> None:
-    """Verifies a whole file against its checksum. Raises DataError."""
-    open_packed(path)
+def check_packed(path: str | Path, audio: bool = False) -> None:
+    """Verifies a whole file against its checksum. Raises DataError, also without sound if `audio` is required."""
+    if audio and "audio" not in open_packed(path)[0]:
+        remedy = "pack it again with --audio; without sound, train --student, check --no-audio"
+        raise DataError(f"{path}: packed without sound: {remedy}")
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if _digest(file, 8 + length) != checksum(path):
