@@ -485,6 +485,18 @@ def test_where_numbers_go_is_looked_at_before_scoring(videos, trained, tmp_path,
     assert "all of one kind" in mistake(capsys, *normal, "--student", trained, "--missing-sound", "50")
 
 
+def test_numbers_are_written_before_they_are_told(videos, trained, tmp_path, monkeypatch):
+    """To a `head`, which has closed standard output once it has its lines."""
+
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(commands.typer, "echo", closed)
+    ask = "eval", videos / "test.csv", "--model", trained, "--gt", videos / "gt.npy", "--classes", CLASSES, "-q"
+    assert call(*ask, "--json", tmp_path / "out.json") == 2
+    assert json.loads((tmp_path / "out.json").read_text())["threshold"]
+
+
 def test_videos_of_one_name_in_several_folders_are_all_drawn(videos, trained, tmp_path):
     """As extract writes them for a tree of videos: those whose names clash are told apart by their folders."""
     rows = data.read_list(videos / "test.csv")

@@ -492,16 +492,16 @@ def evaluate_(
         if not distributed.is_main():
             return
     result = evaluate(scores, truth, detector.classes, frames, spans, codes)
-    typer.echo(format_table(result))
-    calibration = fitted(model)
+    told, calibration = [format_table(result)], fitted(model)
     result["threshold"] = at_threshold(scores, truth, frames, calibration)
     if calibration.videos:
-        typer.echo(report.threshold_table(result["threshold"]))
+        told.append(report.threshold_table(result["threshold"]))
     if missing is not None:
         result["missing_sound"] = missing_sound(scores, deaf, others, truth, detector.classes, frames, percents, seed)
-        typer.echo("\n" + format_missing(result["missing_sound"]))
+        told.append("\n" + format_missing(result["missing_sound"]))
     if json_ is not None:
-        write_json(json_, result)
+        write_json(json_, result)  # before standard output, which `head` may have closed
+    typer.echo("\n".join(told))
     if plots is not None:
         drawn = report.draw(scores, truth, frames, plots, plot)
         for path in drawn:
