@@ -224,6 +224,13 @@ def test_frame_vector():
         data.frame_vector(annotations, [("a", 8), ("n", 2), ("b", 5), ("n", 2), ("a", 9)])
 
 
+@pytest.mark.parametrize("span", [(-3, 2), (5, 2), (4, 4), (0.5, 2.5), (0, 5, "B1"), 0])
+def test_frame_vector_takes_spans_of_whole_frames(span):
+    with pytest.raises(DataError, match=r"a: span .* is not"):
+        data.frame_vector({"a": [span]}, [("a", 8)])
+    assert data.frame_vector({"a": np.array([[2, 4]])}, [("a", 5)]).tolist() == [0, 0, 1, 1, 0]
+
+
 def test_read_annotations(tmp_path):
     path = tmp_path / "annotations.txt"
     path.write_text("v=x__#1_label_B4-0-0 0 1517 1970 3038\n\ny_label_G-0-0.mp4  5 7 \n")

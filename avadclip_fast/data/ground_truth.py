@@ -9,6 +9,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from operator import index
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -232,7 +233,8 @@ def frame_vector(annotations: dict[str, list[tuple[int, int]]], videos: Iterable
     """Frame ground truth of XD-Violence.
 
     videos: (name, frames) in evaluation order
-    Returns (sum of frames,) float32 of 0 and 1. Raises DataError if an annotated video is not in `videos` exactly once.
+    Returns (sum of frames,) float32 of 0 and 1. Raises DataError if an annotated video is not in `videos` exactly once,
+    or a span is not two whole numbers, 0 <= start < end.
     """
     parts, named = [np.zeros(0, np.float32)], set()
     for name, frames in videos:
@@ -240,12 +242,24 @@ def frame_vector(annotations: dict[str, list[tuple[int, int]]], videos: Iterable
             raise DataError(f"{name} is annotated, and in the list twice; name each video apart, as with its folder")
         named.add(name)
         truth = np.zeros(frames, np.float32)
-        for start, end in annotations.get(name, []):
+        for span in annotations.get(name, []):
+            start, end = _frames(name, span)
             truth[start:end] = 1  # annotations may extend past the last whole snippet; slicing drops the rest
         parts.append(truth)
     if unknown := [name for name in annotations if name not in named]:
         raise DataError(f"{len(unknown)} annotated videos are not in the list, {unknown[0]} first")
     return np.concatenate(parts)
+
+
+def _frames(name: str, span: Sequence[int]) -> tuple[int, int]:
+    """Start and end of a span that a user wrote: slices would take -5, and an end before the start, for no frames."""
+    try:
+        start, end = map(index, span)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name}: span {span!r} is not (start, end) in whole frames") from error
+    if not 0 <= start < end:
+        raise DataError(f"{name}: span {(start, end)} is not 0 <= start < end")
+    return start, end
 
 
 def read_frame_gt(path: str | Path) -> np.ndarray:
