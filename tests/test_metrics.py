@@ -182,6 +182,8 @@ def test_inputs_are_left_alone():
         ([np.zeros((3, 2))], [[(0, 4, -1)]], {}, "class < 2"),
         ([np.zeros((3, 2))], [[(0, 4)]], {}, "class"),
         ([np.zeros((3, 2))], [[Span(0, 4, "B1")]], {}, r"class < 2.*got \[0, 4, 'B1'\]"),
+        ([np.zeros((3, 2))], [[(0.5, 2.5, 1)]], {}, r"whole frames.*got \[0.5, 2.5, 1\]"),
+        ([np.zeros((3, 2))], [[(0, np.inf, 1)]], {}, "whole frames"),
         ([np.zeros((3, 2))], [[]], {"ious": [0.0]}, "ious"),
         ([np.zeros((3, 2))], [[]], {"ious": []}, "ious"),
         ([np.zeros((3, 2))], [[]], {"frames_per_snippet": 0}, "frames_per_snippet"),

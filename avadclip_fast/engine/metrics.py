@@ -199,9 +199,11 @@ def _check_spans(spans: Spans, videos: int, classes: int) -> np.ndarray:
         raise ValueError(f"spans of {len(spans)} videos, scores of {videos}")
     rows = [(b, *span) for b, own in enumerate(spans) for span in own]
     for b, *span in rows:
-        numbers = len(span) == 3 and all(isinstance(number, Real) for number in span)  # not codes, as in `data.Span`
+        # not codes, as in `data.Span`, nor seconds
+        numbers = len(span) == 3 and all(isinstance(n, Real) and float(n).is_integer() for n in span)
         if not numbers or not 0 <= span[0] < span[1] or not 0 <= span[2] < classes:
-            raise ValueError(f"video {b}: a span is (start, end, class < {classes}) with 0 <= start < end, got {span}")
+            wanted = f"(start, end, class < {classes}) in whole frames, with 0 <= start < end"
+            raise ValueError(f"video {b}: a span is {wanted}, got {span}")
     return np.array(rows, np.int64).reshape(-1, 4)
 
 
