@@ -339,6 +339,10 @@ def test_a_packed_list_is_the_list(made, tmp_path, audio):
     assert len(plain.subset([])) == len(plain.batch([]).labels) == 0
     with pytest.raises(ValueError, match="by their numbers, not by a mask"):
         plain.subset(plain.labels[:, 0] == 0)
+    assert torch.equal(plain.batch(np.arange(len(plain), dtype=np.uint8)).lengths, plain.valid()), "not a mask"
+    for wrong in ([0.5], 3, [[0, 1]]):
+        with pytest.raises(ValueError, match="a vector of whole numbers"):
+            plain.batch(wrong)
     for one in (plain, packed):
         assert one.fingerprint() != one.subset(order).fingerprint() == one.subset(order).fingerprint()
         assert one.subset(order).fingerprint() == one.subset(order).to("cpu").fingerprint()

@@ -144,7 +144,9 @@ class FeatureSet:
         return len(self.lengths if self.index is None else self.index)
 
     def subset(self, index: Rows) -> "FeatureSet":
-        """The rows of `index` (M,), without copying. Raises ValueError on a mask, like `batch` and `stored`."""
+        """The rows of `index` (M,), without copying. Raises ValueError on a mask and on anything but a vector of whole
+        numbers, like `batch` and `stored`.
+        """
         index = self._numbers(index)
         return replace(self, index=index if self.index is None else self.index[index])
 
@@ -166,7 +168,9 @@ class FeatureSet:
             index = index if index.numel() else index.long()  # an empty list has torch's float32
         if index.dtype == torch.bool:
             raise ValueError("rows are chosen by their numbers, not by a mask: give mask.nonzero()[:, 0]")
-        return index.to(self.lengths.device, non_blocking=True)
+        if index.ndim != 1 or index.is_floating_point() or index.is_complex():
+            raise ValueError(f"rows are chosen by a vector of whole numbers, got {index.dtype} {list(index.shape)}")
+        return index.to(self.lengths.device, torch.int64, non_blocking=True)  # torch takes uint8 for a mask
 
     def valid(self) -> Tensor:
         """Number of valid snippets per sample, (M,) int64."""
