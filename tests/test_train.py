@@ -506,7 +506,8 @@ def test_a_gpu_saves_less_often():
         {"milestones": (3, -1)}, {"epochs": 2.5}, {"batch_size": "8"}, {"lr": "1e-3"}, {"lr": -1}, {"lr": math.nan},
         {"lr": math.inf}, {"temporal_lr": -0.5}, {"noise": -1.0}, {"distill_weight": -1e-8}, {"text_weight": -1},
         {"weight_decay": np.float64(-0.01)},
-        {"milestones": 3}, {"milestones": "no"},
+        {"milestones": 3}, {"milestones": "no"}, {"milestones": "36"}, {"milestones": (1.5,)}, {"seed": None},
+        {"seed": 0.5},
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_be_followed(wrong):

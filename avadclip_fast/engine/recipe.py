@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -39,8 +40,8 @@ class Recipe:
             if isinstance(value, np.generic):
                 object.__setattr__(self, name, value.item())
         try:
-            object.__setattr__(self, "milestones", tuple(int(m) for m in self.milestones))
-        except (TypeError, ValueError) as error:
+            object.__setattr__(self, "milestones", tuple(map(index, self.milestones)))
+        except TypeError as error:  # "36" is not (3, 6)
             raise RecipeError(f"milestones must be epochs, such as (3, 6); got {self.milestones!r}") from error
         for name, known in (("precision", PRECISIONS), ("select", SELECT)):
             if getattr(self, name) not in known:
@@ -48,6 +49,8 @@ class Recipe:
         for name in ("epochs", "batch_size", "checkpoint_every"):
             if (value := getattr(self, name)) is not None and not (isinstance(value, int) and value >= 1):
                 raise RecipeError(f"{name} must be an integer of at least 1; got {value!r}")
+        if not isinstance(self.seed, int):
+            raise RecipeError(f"seed must be an integer; got {self.seed!r}")
         for name in ("lr", "weight_decay", "text_weight", "distill_weight", "temporal_lr", "noise"):
             # below 0, training would go the wrong way, and say nothing; YAML reads 1e-3 as text
             if not (isinstance(value := getattr(self, name), int | float) and 0 <= value < math.inf):
