@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from avadclip_fast.data import (
     split,
     write_list,
 )
+from avadclip_fast.engine.evaluate import score_rows
 
 CODES = data.XD_VIOLENCE
 
@@ -314,6 +317,20 @@ def test_test_videos(listed):
     assert next(data.test_videos(listed, 8, width=6, audio=False)).audio is None
     listed[1].visual.unlink()
     assert next(data.test_videos(listed, 8, width=6)).name == "0v"  # read when asked for
+
+
+@pytest.mark.parametrize("path", ["train.csv", Path("train.csv")])
+def test_a_path_is_not_rows(path):
+    calls = [
+        lambda: FeatureSet.load(path, CODES, 8),
+        lambda: data.pack("packed.safetensors", path, 8),
+        lambda: next(data.test_videos(path, 8)),
+        lambda: data.split(path, 0.5, 0, CODES),
+        lambda: score_rows(None, path),
+    ]
+    for call in calls:
+        with pytest.raises(DataError, match=r"^train.csv: .* not its path; give read_list\('train.csv'\)"):
+            call()
 
 
 def test_epoch_order():

@@ -16,7 +16,7 @@ from torch import Tensor
 from .errors import DataError, LabelError
 from .features import chunk, load_features, pool, with_motion
 from .labels import encode
-from .lists import Row, unlike, video_of
+from .lists import Row, check_rows, unlike, video_of
 from .packed import Field, checksum, open_packed, write_packed
 
 READERS = 4  # threads that read feature files
@@ -80,6 +80,7 @@ class FeatureSet:
         progress: wraps the iteration over rows
         Raises DataError for the first invalid row, LabelError for a label; checks labels before reading any file.
         """
+        check_rows(rows)
         if not rows:
             raise DataError("no videos to load: the list, or this part of it, is empty")
         labels = _encoded(rows, codes)
@@ -229,6 +230,7 @@ def pack(
     Arguments as for `FeatureSet.load`; dtype is "float16" or "float32"
     Raises DataError.
     """
+    check_rows(rows)
     if not rows:
         raise DataError("no videos to pack: the list is empty")
     if dtype not in PACKED_DTYPES:
@@ -313,6 +315,7 @@ def test_videos(
     rows: Iterable[Row], length: int, width: int = 512, audio: bool = True, motion: bool = False
 ) -> Iterator[TestVideo]:
     """Yields the videos of a test list in order, reading each on demand. Raises DataError for an invalid one."""
+    check_rows(rows)
     for row in rows:
         visual, heard = load_row(row, width, audio, motion)
         chunks, lengths = chunk(visual, length)

@@ -45,6 +45,12 @@ def read_list(path: str | Path, root: str | Path | None = None, audio: bool = Tr
     return rows
 
 
+def check_rows(rows: object) -> None:
+    """Raises DataError if the list's path was given in the place of its rows."""
+    if isinstance(rows, str | Path):
+        raise DataError(f"{rows}: the rows of the list are wanted, not its path; give read_list({str(rows)!r})")
+
+
 def scan_list(path: str | Path, root: str | Path | None, audio: bool) -> tuple[list[Row], list[str]]:
     """Returns the valid rows of a list, and a message for each invalid one. Raises DataError if unreadable or empty."""
     path = Path(path)
@@ -200,8 +206,9 @@ def split(rows: Sequence[Row], fraction: float, seed: int, codes: dict[str, str]
     never all.
 
     fraction: in [0, 1); codes: code -> class name, normal first
-    Raises ValueError on an invalid fraction, LabelError on an invalid label.
+    Raises ValueError on an invalid fraction, LabelError on an invalid label, DataError on a path in place of rows.
     """
+    check_rows(rows)
     if not 0 <= fraction < 1:
         raise ValueError(f"fraction must be in [0, 1), got {fraction}")
     rng = np.random.default_rng(int(seed) % 2**64)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..data import DataError, Row, TestVideo, snippet_count, test_videos
 from ..data.check import truth_problems
-from ..data.lists import names_of
+from ..data.lists import check_rows, names_of
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError, TextWeightsError
 from ..models.avadclip import Detector
 from ..models.checkpoints import CONFIG, MISFITS, MODEL, kind_of, model_folder, read_official
@@ -135,6 +135,7 @@ def score_rows(
     In a distributed run (`distributed.joined`) the ranks share the list, and each returns all scores. Each rank scores
     whole packs, the same ones as in a single process, so that the scores are bitwise equal. Raises DataError.
     """
+    check_rows(rows)
     rank, world = distributed.rank(), distributed.world()
     own = list(range(len(rows)))
     if world > 1:
