@@ -26,7 +26,7 @@ from avadclip_fast import data
 from avadclip_fast.data import FeatureSet, tensors
 from avadclip_fast.engine import loop, residency, state, step, teacher_cache, train
 from avadclip_fast.engine.calibrate import Calibration, calibrate
-from avadclip_fast.engine.recipe import Recipe, RecipeError
+from avadclip_fast.engine.recipe import ROBUST, Recipe, RecipeError
 from avadclip_fast.engine.state import Saver, StateError, frozen_digest
 from avadclip_fast.engine.step import add_noise, feature_std, float32_products, trim
 from avadclip_fast.engine.stop import Stopped, listening
@@ -560,6 +560,17 @@ def test_a_set_without_videos(tmp_path):
     for name, videos, held_out in (("data", none, None), ("held_out", features(), none)):
         with pytest.raises(RecipeError, match=f"^{name} has no videos"):
             fit(teacher(), videos, RECIPE, tmp_path, held_out=held_out, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [({"data": "train.csv"}, "FeatureSet"), ({"held_out": []}, "FeatureSet"), ({"recipe": ROBUST}, "Recipe")],
+)
+def test_fit_takes_a_set_and_a_recipe(wrong, kind, tmp_path):
+    """Not a list, its rows or a dict of settings."""
+    (name,) = wrong
+    with pytest.raises(RecipeError, match=f"^{name} must be a {kind}; got"):
+        fit(**{"model": teacher(), "data": features(), "recipe": RECIPE, "folder": tmp_path, **wrong}, progress=False)
 
 
 def test_only_students_are_distilled(tmp_path):
