@@ -112,6 +112,12 @@ def test_lengths_are_needed(loss):
         loss(logits, torch.ones(1, 2), None)
 
 
+@pytest.mark.parametrize("wrong", [[[2.0, 0.0]], [[255, 0]], [[-1.0, 1.0]]])
+def test_normal_is_no_count(wrong):
+    with pytest.raises(ValueError, match=r"labels of class 0, normal, must lie in 0\.\.1, got"):
+        MILLoss()(torch.zeros(1, 4), torch.tensor(wrong), torch.tensor([4]))
+
+
 def test_labels_have_a_class():
     logits, lengths = torch.zeros(1, 4), torch.tensor([4])
     with pytest.raises(ValueError, match=r"mil_loss: labels must have a class.*got \[1, 0\]"):

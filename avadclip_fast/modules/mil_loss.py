@@ -11,9 +11,9 @@ class MILLoss(nn.Module):
 
         out = mean_b BCE(topk_mean(sigmoid(logits_b)), 1 - labels[b, 0]),      k_b = lengths[b] // divisor + 1
 
-    logits: (B, T) floating point; labels: (B, C), class 0 is normal; lengths: (B,) int in 1..T
+    logits: (B, T) floating point; labels: (B, C), class 0 is normal, in 0..1; lengths: (B,) int in 1..T
     Returns a float32 scalar (float64 for float64 logits).
-    Raises ValueError on invalid shapes, dtypes, devices or lengths.
+    Raises ValueError on invalid shapes, dtypes, devices, labels or lengths.
     Precision, determinism and backends: see `ops.mil_loss`.
     """
 

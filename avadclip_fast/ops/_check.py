@@ -83,7 +83,7 @@ def check_lengths(
         raise ValueError(f"{op}: {name} must have shape [{batch}], got {list(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"{op}: {name} is on {lengths.device}, but the features are on {device}")
-    if batch and (values := _values(lengths)) is not None:
+    if batch and (values := values_of(lengths)) is not None:
         if values.min() < 1 or values.max() > rows:
             raise ValueError(f"{op}: {name} must lie in 1..{rows}, got {values.min()}..{values.max()}")
 
@@ -112,16 +112,18 @@ def check_packed(op: str, lengths: Tensor, total: int, device: torch.device) -> 
     """Checks lengths (B,), which must sum to `total`; values are checked on the CPU only. Raises ValueError."""
     check_are_tensors(op, lengths=lengths)
     check_lengths(op, lengths, lengths.numel(), total, device)
-    values = _values(lengths)
+    values = values_of(lengths)
     if values is not None and values.sum() != total:
         raise ValueError(f"{op}: lengths must sum to the number of rows, {total}, got {values.sum()}")
 
 
-def _values(x: Tensor) -> np.ndarray | None:
+def values_of(x: Tensor) -> np.ndarray | None:
     """What is in a tensor on the CPU, or None: traced, fake and wrapped tensors have no values."""
     if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
-    return None if torch._C._are_functorch_transforms_active() else x.numpy()  # adds no operators to a trace
+    if torch._C._are_functorch_transforms_active() or x.dtype == torch.bfloat16:  # which NumPy has not
+        return None
+    return x.numpy(force=x.requires_grad)  # adds no operators to a trace, unless forced
 
 
 def check_positive(op: str, **values: Any) -> None:

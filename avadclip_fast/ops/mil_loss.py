@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _build, reference
 from . import _dispatch
-from ._check import check_are_tensors, check_counts, check_lengths, check_tensors
+from ._check import check_are_tensors, check_counts, check_lengths, check_tensors, values_of
 from ._derivatives import differentiable, differentiable_once
 
 CLASSES_MAX = 2047  # of mil_align_loss on CUDA: what csrc/mil_loss.cu refuses more of
@@ -115,14 +115,19 @@ def mil_loss(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int = 16,
 
     Logarithms are clamped at -100, as in torch's binary_cross_entropy.
 
-    logits: (B, T) floating point; labels: (B, C), class 0 is normal; lengths: (B,) int in 1..T
+    logits: (B, T) floating point; labels: (B, C), class 0 is normal, in 0..1; lengths: (B,) int in 1..T
     divisor: >= 1; k_b = lengths[b] // divisor + 1
     Returns a float32 (float64) scalar.
-    Raises ValueError on invalid shapes, dtypes, devices, lengths or divisor.
+    Raises ValueError on invalid shapes, dtypes, devices, labels, lengths or divisor.
     Precision: float32 (float64). Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("mil_loss", ("logits", logits, "B T"))
     _check("mil_loss", logits, labels, lengths, divisor, sizes)
+    # Counts would make a loss that falls without end; NaN propagates. On the CPU only, as for lengths.
+    if len(labels) and (values := values_of(labels)) is not None:
+        least, most = values[:, 0].min(), values[:, 0].max()
+        if least < -1e-3 or most > 1 + 1e-3:  # by more than rounding
+            raise ValueError(f"mil_loss: labels of class 0, normal, must lie in 0..1, got {least}..{most}")
     return _dispatch.run("mil_loss", backend, logits, labels, lengths, divisor)
 
 
