@@ -118,6 +118,17 @@ def test_normal_is_no_count(wrong):
         MILLoss()(torch.zeros(1, 4), torch.tensor(wrong), torch.tensor([4]))
 
 
+@pytest.mark.parametrize("backend", ["reference", None])
+def test_alpha_is_a_number_of_any_dtype(backend):
+    """float32 logits give a float32 loss, on every backend."""
+    losses = [MILAlignLoss(2, 1, 4, backend).to(dtype) for dtype in (torch.float32, torch.float64)]
+    given = torch.randn(1, 4, 2), torch.tensor([[1, 0]]), torch.tensor([4])
+    one, two = (loss(*given) for loss in losses)
+    assert one.dtype == two.dtype == torch.float32 and one == two
+    two.backward()
+    assert losses[1].alpha.grad.dtype == torch.float64
+
+
 def test_labels_have_a_class():
     logits, lengths = torch.zeros(1, 4), torch.tensor([4])
     with pytest.raises(ValueError, match=r"mil_loss: labels must have a class.*got \[1, 0\]"):

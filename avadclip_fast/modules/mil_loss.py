@@ -43,7 +43,7 @@ class MILAlignLoss(nn.Module):
     def __init__(self, classes: int, alpha: float = 0.25, divisor: int = 16, backend: str | None = None):
         super().__init__()
         self.divisor, self.backend = divisor, backend
-        self.alpha = nn.Parameter(torch.full((classes,), alpha))
+        self.alpha = nn.Parameter(torch.full((classes,), float(alpha)))
 
     def forward(self, logits: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
         return ops.mil_align_loss(logits, labels, lengths, self.alpha, self.divisor, backend=self.backend)

@@ -16,8 +16,8 @@ def _compiled(logits: Tensor, labels: Tensor, lengths: Tensor, divisor: int) -> 
 
 
 def _compiled_align(logits: Tensor, labels: Tensor, lengths: Tensor, alpha: Tensor, divisor: int) -> Tensor:
-    kept = _kept(logits)
-    return torch.ops.avadclip_fast.mil_align_loss(logits, labels.to(kept), lengths, alpha.to(kept), divisor)[0]
+    labels = labels.to(_kept(logits))
+    return torch.ops.avadclip_fast.mil_align_loss(logits, labels, lengths, alpha, divisor)[0]
 
 
 def _kept(logits: Tensor) -> torch.dtype:
@@ -153,6 +153,7 @@ def mil_align_loss(
             f"mil_align_loss: alpha must have shape [{sizes['C']}] on {logits.device}, "
             f"got {list(alpha.shape)} on {alpha.device}"
         )
+    alpha = alpha.to(_kept(logits))  # else float64 would widen the loss, in the reference alone
     return _dispatch.run("mil_align_loss", backend, logits, labels, lengths, alpha, divisor)
 
 
