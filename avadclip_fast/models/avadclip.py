@@ -177,6 +177,8 @@ class Detector(Checkpointed):
             if stream.ndim != 3 or stream.shape[2] != width:
                 motion = ", sight and its motion as data.with_motion gives them" if width > self.width else ""
                 raise ValueError(f"{name} must have shape [B, T, {width}]{motion}; got {list(stream.shape)}")
+            if stream.device != (own := self.classifier.weight.device):
+                raise ValueError(f"{name} is on {stream.device}, but the model is on {own}; move one by .to")
             given.append(stream)
             if stream.shape[:2] != given[0].shape[:2]:
                 expected = f"B={len(given[0])} videos of T={given[0].shape[1]}"
@@ -194,8 +196,9 @@ class Detector(Checkpointed):
         self, features: Tensor, lengths: Tensor | None, text: Tensor, log_variance: Tensor | None = None
     ) -> Output:
         expected = [len(self.classes), features.shape[-1]]
-        if list(text.shape) != expected:
-            raise ValueError(f"text_features must have shape {expected}, as encode_text gives; got {list(text.shape)}")
+        if not isinstance(text, Tensor) or list(text.shape) != expected:
+            given = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
+            raise ValueError(f"text_features must have shape {expected}, as encode_text gives; got {given}")
         valid = self.valid(lengths)
         anomaly_logits = binary_head(features, self.mlp2, self.classifier, valid)  # [B, T]
         class_logits = self.prompt(features, text, anomaly_logits, valid)
