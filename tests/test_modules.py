@@ -260,6 +260,8 @@ def test_windows_has_the_modules_and_is_told_what_the_models_need():
         (lambda: teacher(classes=["a", "a", "b"]), "at least two different names"),
         (lambda: teacher(classes=[0, 1, 2]), r"names, normal first; got \[0, 1, 2\]"),
         (lambda: teacher(class_tokens=[[49406, 5, 49407]]), "class_tokens must be one list a class, 3, got 1"),
+        (lambda: teacher(class_tokens=[[*t, 0] for t in TOKENS]), "to .EOS. 49407, without padding"),
+        (lambda: teacher(class_tokens=torch.tensor([[49406, 5, 49407, 0]] * 3)), "to .EOS. 49407, without padding"),
         (lambda: teacher(dropout=-0.1), r"dropout must lie in 0\.\.1, got -0.1"),
         (lambda: teacher(dropout=None), r"dropout must lie in 0\.\.1, got None"),
         (lambda: teacher(layers=-1), "AVadCLIP: layers must be a whole number, 0 or more, got -1"),
@@ -548,8 +550,8 @@ def test_tcn_is_the_same_where_zeros_need_no_products():
 
 
 def test_the_models_are_those_of_the_paper_by_default():
-    one = avadclip_fast.AVadCLIP(["a", "b"], class_tokens=[[1, 2], [1, 3]], text_layers=1, text_weights=None).settings()
-    two = avadclip_fast.AVadCLIPStudent(["a", "b"], class_tokens=[[1, 2], [1, 3]], text_layers=1, text_weights=None)
+    one = avadclip_fast.AVadCLIP(["a", "b"], class_tokens=TOKENS[:2], text_layers=1, text_weights=None).settings()
+    two = avadclip_fast.AVadCLIPStudent(["a", "b"], class_tokens=TOKENS[:2], text_layers=1, text_weights=None)
     assert (one["window"], one["layers"], one["length"], one["heads"], one["dropout"]) == (4, 2, 256, 1, 0.1)
     assert [two.settings()[name] for name in ("window", "layers", "length", "heads")] == [64, 1, 256, 1]
 

@@ -83,7 +83,7 @@ class Detector(Checkpointed):
         if not named or len(classes) < 2 or len(set(classes)) != len(classes):
             raise ValueError(f"classes must be at least two different names, normal first; got {classes}")
         check_normal_first(classes)
-        tokens = class_tokens or tokenize(classes)
+        tokens = tokenize(classes) if class_tokens is None else class_tokens
         if len(tokens) != len(classes):
             raise ValueError(f"class_tokens must be one list a class, {len(classes)}, got {len(tokens)}")
         check_counts(type(self).__name__, length=length, width=width, text_width=text_width, text_layers=text_layers)

@@ -29,6 +29,7 @@ from .frozen import lowered, release
 
 CONTEXT = 77  # CLIP's sequence length
 VOCABULARY = 49408
+SOS, EOS = 49406, 49407
 LEARNABLE = 10  # rows before and after the name
 PREFIX = 1 + LEARNABLE  # [SOS] and the first learnable rows, shared by all classes
 OPENAI_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
@@ -147,8 +148,11 @@ class TextEncoder(nn.Module):
     def set_tokens(self, tokens: list[list[int]]) -> None:
         """Sets the classes and lays out their rows after the shared prefix. Raises DataError like the class."""
         tokens = [[index(i) for i in t] for t in tokens]  # plain numbers, which config.json can hold
-        if min(map(len, tokens)) < 2 or not all(0 <= i < VOCABULARY for t in tokens for i in t):
-            raise ValueError(f"class_tokens must be ids of CLIP's tokens, in 0..{VOCABULARY - 1}, from [SOS] to [EOS]")
+        # CLIP's tokenizer pads, and what is last is taken for [EOS].
+        ends = all(len(t) >= 2 and (t[0], t[-1]) == (SOS, EOS) for t in tokens)
+        if not ends or not all(0 <= i < VOCABULARY for t in tokens for i in t):
+            wanted = f"in 0..{VOCABULARY - 1}, from [SOS] {SOS} to [EOS] {EOS}, without padding"
+            raise ValueError(f"class_tokens must be ids of CLIP's tokens, {wanted}")
         eos = [len(t) - 1 for t in tokens]  # index of EOS in the plain tokenisation
         if max(eos) + 2 * LEARNABLE >= CONTEXT:
             worst = eos.index(max(eos))
