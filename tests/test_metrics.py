@@ -187,6 +187,7 @@ def test_inputs_are_left_alone():
         ([np.zeros((3, 2))], [[]], {"ious": [0.0]}, "ious"),
         ([np.zeros((3, 2))], [[]], {"ious": []}, "ious"),
         ([np.zeros((3, 2))], [[]], {"frames_per_snippet": 0}, "frames_per_snippet"),
+        ([np.zeros((3, 2))], [[]], {"frames_per_snippet": 12.5}, "a whole number of at least 1, got 12.5"),
     ],
 )
 def test_detection_errors_say_what_was_wrong(scores, spans, options, words):
@@ -307,6 +308,8 @@ def test_evaluate_scores_errors():
         evaluate_scores(anomaly[:-1], scores, np.concatenate(truth))
     with pytest.raises(ValueError, match="4 distinct class names"):
         evaluate_scores(anomaly, scores, np.concatenate(truth), spans, ["a", "b", "c", "c"])
+    with pytest.raises(ValueError, match="a whole number of at least 1, got 16.0"):
+        evaluate_scores(anomaly, scores, np.concatenate(truth), frames_per_snippet=16.0)
     anomaly[0] = anomaly[0] * np.nan
     with pytest.raises(ValueError, match="finite"):
         evaluate_scores(anomaly, scores, np.concatenate(truth))

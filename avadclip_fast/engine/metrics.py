@@ -5,10 +5,9 @@ weights (AP, AUC, top means) and as a factor on positions (proposals).
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -57,8 +56,7 @@ def _weighted_metric(metric: str, scores: np.ndarray, positives: np.ndarray, fra
 def positive_frames(truth, snippets: int, frames_per_snippet: int) -> np.ndarray:
     """Returns the number of positive frames in each snippet, [snippets] int64."""
     truth = np.asarray(truth)
-    if frames_per_snippet < 1:
-        raise ValueError(f"frames_per_snippet must be at least 1, got {frames_per_snippet}")
+    frames_per_snippet = _whole(frames_per_snippet)
     if truth.shape != (snippets * frames_per_snippet,):
         raise ValueError(
             f"the truth has {truth.size} frames (shape {list(truth.shape)}), but the scores make {snippets} snippets x "
@@ -68,6 +66,13 @@ def positive_frames(truth, snippets: int, frames_per_snippet: int) -> np.ndarray
     if not (positive | (truth == 0)).all():
         raise ValueError("the frame truth must be of 0 and 1 alone")
     return positive.reshape(snippets, frames_per_snippet).sum(1, dtype=np.int64)
+
+
+def _whole(frames_per_snippet: int) -> int:
+    """Checks it, and returns it as Python's integer, which JSON has a form of."""
+    if not isinstance(frames_per_snippet, Integral) or frames_per_snippet < 1:
+        raise ValueError(f"frames_per_snippet must be a whole number of at least 1, got {frames_per_snippet!r}")
+    return int(frames_per_snippet)
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,7 @@ def detection_map(
     ious = tuple(float(iou) for iou in ious)
     if not ious or not all(0 < iou <= 1 for iou in ious):
         raise ValueError(f"ious must be in (0, 1], got {ious}")
-    if frames_per_snippet < 1:
-        raise ValueError(f"frames_per_snippet must be at least 1, got {frames_per_snippet}")
+    frames_per_snippet = _whole(frames_per_snippet)
     truths = _check_spans(spans, len(scores), classes)  # [S, 4]: video, start, end, class
 
     proposals = [_proposals(p, frames_per_snippet) for p in scores]
@@ -228,7 +232,7 @@ def evaluate_scores(
         detection       if spans are given: the result of `detection_map`, in percent
     Raises ValueError on lengths or shapes that do not match, such as a truth of the wrong length.
     """
-    frames_per_snippet = operator.index(frames_per_snippet)  # which JSON has a form of, where NumPy's is given
+    frames_per_snippet = _whole(frames_per_snippet)
     class_probabilities, classes = _check_scores(class_probabilities)
     anomaly = [np.asarray(p) for p in anomaly]
     lengths = np.array([len(p) for p in class_probabilities])
