@@ -336,6 +336,9 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ExportError, match=r"m\.pt2 is a folder; give the name of a file$"):
         export_model(student(), tmp_path / "m.pt2")
+    for every in (0, -1, 1.5, "16"):
+        with pytest.raises(ExportError, match="every must be a snippet's number of frames"):
+            export_model(student(), tmp_path / "n.pt2", every=every)
     with pytest.raises(DataError, match=r"file: cannot be made: File exists$"):
         export_model(student(), tmp_path / "file" / "m.pt2")
 

@@ -117,6 +117,8 @@ def export_model(
     write, load = {
         "onnx": (_write_onnx, _load_onnx), "torch": (_write_torch, _load_torch), "aoti": (_write_aoti, _load_aoti),
     }[format]  # fmt: skip
+    if every is not None and not (isinstance(every, int) and every >= 1):
+        raise ExportError(f"every must be a snippet's number of frames, an integer of at least 1; got {every!r}")
     _require(format)
     make_folder(path.parent)
     if path.is_dir():
