@@ -105,6 +105,8 @@ def test_reliability_weighs_its_bins():
 
 def test_saved_beside_a_model_and_loaded(tmp_path):
     assert Calibration.load(tmp_path) == Calibration() and Calibration().binary == Head(1.0, 0.5)
+    with pytest.raises(DataError, match="no model at .*typing-error, whose calibration"):
+        Calibration.load(tmp_path / "typing-error")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / CONFIG).write_text("{}")
     kept = Calibration(Head(2.0, 0.25), Head(0.5, 0.75), 17)

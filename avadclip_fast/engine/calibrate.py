@@ -47,7 +47,12 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":
-        """Loads the calibration of a model or run folder; returns the default if there is none. Raises DataError."""
+        """Loads the calibration of a model or run folder; returns the default if it has none.
+
+        Raises DataError, also if there is nothing at the path.
+        """
+        if not Path(path).exists():
+            raise DataError(f"no model at {path}, whose calibration is wanted")
         file = (model_folder(path) or Path(path)) / CALIBRATION
         if not file.is_file():
             return cls()
