@@ -254,7 +254,7 @@ def test_inputs_that_do_not_fit_are_told_by_their_names():
         ((visual[0], audio[0]), "visual must have shape [B, T, 32]; got [16, 32]"),
         ((visual[:, :0], audio[:, :0]), "T=0 does not lie in 1..24"),
         ((visual, audio[:1]), "audio must have B=2 videos of T=16; got [1, 16, 32]"),
-        ((visual, audio.to("meta"), torch.tensor([9, 16])), "audio is on meta, but the model is on cpu"),
+        ((visual, audio.to("meta"), torch.tensor([9, 16])), "audio is on meta, but visual is on cpu"),
         ((visual, audio, None, CLASSES), "text_features must have shape [3, 32], as encode_text gives; got list"),
     ):
         with pytest.raises(ValueError, match=re.escape(wrong)):

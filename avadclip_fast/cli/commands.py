@@ -499,9 +499,11 @@ def evaluate_(
     if missing is not None:
         result["missing_sound"] = missing_sound(scores, deaf, others, truth, detector.classes, frames, percents, seed)
         told.append("\n" + format_missing(result["missing_sound"]))
-    if json_ is not None:
-        write_json(json_, result)  # before standard output, which `head` may have closed
-    typer.echo("\n".join(told))
+    try:  # either may fail: a disk is full, or `head` has closed standard output
+        if json_ is not None:
+            write_json(json_, result)
+    finally:
+        typer.echo("\n".join(told))
     if plots is not None:
         drawn = report.draw(scores, truth, frames, plots, plot)
         for path in drawn:

@@ -125,7 +125,8 @@ def open_packed(path: str | Path) -> tuple[dict[str, Tensor], dict]:
 
 def check_packed(path: str | Path, audio: bool = False) -> None:
     """Verifies a whole file against its checksum. Raises DataError, also without sound if `audio` is required."""
-    if audio and "audio" not in open_packed(path)[0]:
+    fields, _ = open_packed(path)
+    if audio and "audio" not in fields:
         remedy = "pack it again with --audio; without sound, train --student, check --no-audio"
         raise DataError(f"{path}: packed without sound: {remedy}")
     with open(path, "rb") as file:

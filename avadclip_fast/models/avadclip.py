@@ -177,9 +177,9 @@ class Detector(Checkpointed):
             if stream.ndim != 3 or stream.shape[2] != width:
                 motion = ", sight and its motion as data.with_motion gives them" if width > self.width else ""
                 raise ValueError(f"{name} must have shape [B, T, {width}]{motion}; got {list(stream.shape)}")
-            if stream.device != (own := self.classifier.weight.device):
-                raise ValueError(f"{name} is on {stream.device}, but the model is on {own}; move one by .to")
             given.append(stream)
+            if stream.device != given[0].device:
+                raise ValueError(f"{name} is on {stream.device}, but visual is on {given[0].device}")
             if stream.shape[:2] != given[0].shape[:2]:
                 expected = f"B={len(given[0])} videos of T={given[0].shape[1]}"
                 raise ValueError(f"{name} must have {expected}; got {list(stream.shape)}")
