@@ -405,6 +405,7 @@ def test_a_conversion_of_a_file_is_a_folder(trained, tmp_path, capsys):
     said = mistake(capsys, "convert", inner / "model.safetensors", tmp_path / "b.pth")
     assert f"model.safetensors is a file of a model folder: give the folder, {inner}\n" in said
     assert "no model at" in mistake(capsys, "convert", tmp_path / "c.pth", tmp_path / "d.pth")
+    assert "teacher is a run, for whose model" in mistake(capsys, "convert", tmp_path / "a.pth", trained)
 
 
 def test_a_window_is_of_an_official_checkpoint(videos, trained, tmp_path, capsys):
@@ -524,6 +525,7 @@ def test_what_cannot_be_is_told_before_features_are_read(videos, trained, tmp_pa
     assert "holds a run already" in mistake(capsys, *train, trained)
     (tmp_path / "file").touch()
     assert "is a file; name a folder" in mistake(capsys, *train, tmp_path / "file")
+    assert "holds a model, which would be taken for the run's" in mistake(capsys, *train, trained / "model")
     assert "needs --test-list and --gt" in mistake(capsys, *train, tmp_path / "x", "--select", "test")
 
 

@@ -30,7 +30,7 @@ from ..engine.run import train_on_list
 from ..engine.stop import Stopped
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError
 from ..models.avadclip import Detector
-from ..models.checkpoints import model_folder
+from ..models.checkpoints import MODEL, model_folder
 
 
 class Commands(TyperGroup):
@@ -615,6 +615,8 @@ def convert(
         raise CheckpointError(f"{target}: a folder is turned into an official checkpoint: a file that ends in .pth")
     if source.is_file() and (target.is_file() or named):
         raise CheckpointError(f"{target}: a .pth is turned into a folder; name a folder, new or to be written to")
+    if source.is_file() and model_folder(target) == target / MODEL:
+        raise CheckpointError(f"{target} is a run, for whose model this one would be taken; name another folder")
     if image_tower is not None and not source.is_dir():
         raise CheckpointError("--image-tower is added to a .pth; a folder takes none: leave it out")
     model = _load_alone(source, preset, classes, window)

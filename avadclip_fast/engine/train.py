@@ -18,7 +18,7 @@ from ..data import FeatureSet
 from ..data.atomic import remove_left, write_json
 from ..device import current
 from ..models import AVadCLIP, AVadCLIPStudent, objective
-from ..models.checkpoints import MODEL
+from ..models.checkpoints import CONFIG, MODEL
 from ..models.encoder import Standardize
 from ..profiling import trace
 from . import distributed, residency
@@ -198,11 +198,13 @@ def _check_fits(model, data: FeatureSet, recipe: Recipe, teacher, held_out: Feat
 
 
 def check_resumable(folder: Path, resume: bool) -> None:
-    """Raises StateError if `folder` holds a run that is not to be resumed, is no folder, or is not named in UTF-8."""
+    """Raises StateError if `folder` holds a run that is not to be resumed, or cannot be the folder of a run."""
     if os.fsencode(folder) != str(folder).encode(errors="replace"):  # TensorBoard and safetensors know no other paths
         raise StateError(f"{folder}: a path that is not UTF-8, which a run needs; choose another output folder")
     if folder.exists() and not folder.is_dir():
         raise StateError(f"{folder} is a file; name a folder for the run")
+    if (folder / CONFIG).is_file():
+        raise StateError(f"{folder} holds a model, which would be taken for the run's; choose another output folder")
     if (folder / STATE).exists() and not resume:
         raise StateError(f"{folder} holds a run already: go on with --resume, or choose another output folder")
 
