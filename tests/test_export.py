@@ -1,5 +1,6 @@
 """Exported files: run as others would run them, and held against the model."""
 
+import errno
 import functools
 import json
 import os
@@ -370,3 +371,15 @@ def test_a_compiler_that_fails_is_quoted(wrapped, tmp_path, monkeypatch, plain, 
     with pytest.raises(ExportError, match=r"compiler failed: a\.cpp:1: error: no such header$"):
         export_model(plain, tmp_path / "m.pt2", "aoti")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_while_it_is_compiled_is_told(tmp_path, monkeypatch, plain, traced_once):
+    from torch._inductor import cpp_builder, exc
+
+    def compile_(*_, **__):
+        raise exc.InductorError(OSError(errno.ENOSPC, "No space left on device"), None)
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", lambda: "g++")
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_)
+    with pytest.raises(OSError, match=r"No space left on device: '.+m\.pt2'$"):
+        export_model(plain, tmp_path / "m.pt2", "aoti")

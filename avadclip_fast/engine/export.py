@@ -260,6 +260,8 @@ def _write_aoti(program: ExportedProgram, path: Path, facts: dict[str, str]) -> 
         aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     except (CppCompileError, InductorError) as error:
         cause = getattr(error, "inner_exception", error)  # a failure in the first file is wrapped
+        if isinstance(cause, OSError):  # such as a full disk
+            raise cause from error
         if not isinstance(cause, CppCompileError):
             raise
         lines = cause.output.strip().splitlines()
