@@ -332,6 +332,13 @@ def test_a_norm_is_the_callers(settings):
     torch.testing.assert_close(attention(few, norm=norm), attention(norm(few)))
 
 
+@pytest.mark.parametrize("norm", [nn.RMSNorm(D, eps=1e-5), nn.BatchNorm1d(D).eval(), nn.Identity()])
+def test_another_norm_is_no_layer_norm(norm):
+    x, mlp, attention = rows(1, D, D), draw(MLP(D)), draw(WindowAttention(D, 4))
+    torch.testing.assert_close(mlp(x, norm=norm), mlp(norm(x)))
+    torch.testing.assert_close(attention(x, norm=norm), attention(norm(x)))
+
+
 # torch.func, forward-mode AD, torch.export, meta
 
 

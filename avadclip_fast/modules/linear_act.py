@@ -48,11 +48,11 @@ class MLP(nn.Module):
 def unnormed(x: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """x, and the weight and bias of the LayerNorm if linear_act can apply it; else x after the norm, and None.
 
-    linear_act supports a single eps, and norms with both weight and bias.
+    linear_act supports LayerNorms of a single eps, with both weight and bias; a BatchNorm has the same attributes.
     """
     if norm is None:
         return x, None
-    if norm.eps != LAYER_NORM_EPS or norm.weight is None or norm.bias is None:
+    if not isinstance(norm, nn.LayerNorm) or norm.eps != LAYER_NORM_EPS or norm.weight is None or norm.bias is None:
         return norm(x), None
     return x, (norm.weight, norm.bias)
 

@@ -53,7 +53,7 @@ class WindowAttention(nn.Module):
         norm: nn.LayerNorm | None = None,
     ) -> Tensor:
         width = self.out_proj.in_features
-        rows, scale = ("x", x, f"B T {width}"), ("norm", None if norm is None else norm.weight, f"{width}")
+        rows, scale = ("x", x, f"B T {width}"), ("norm", getattr(norm, "weight", None), f"{width}")
         sizes = check_tensors("WindowAttention", rows, scale, optional=("norm",))
         check_lengths("WindowAttention", lengths, sizes["B"], sizes["T"], x.device)
         layer = partial(ops.linear_act, needed=lengths, backend=self.backend)
