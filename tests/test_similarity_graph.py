@@ -103,6 +103,12 @@ class TestSimilarityGraph(OpTests):
         out, _ = ops.similarity_graph(features, torch.eye(3, device=device)[None], threshold=1.0, backend=backend)
         torch.testing.assert_close(out.cpu(), torch.full((1, 3, 3), 1 / 3))
 
+    def test_no_edge_is_above_one(self, case, backend, device):
+        """A row's cosine with itself, which rounds to 1.0000001 or 0.9999999, by backend and machine."""
+        x = torch.randn(1, 40, 16, device=device)
+        _, weights = ops.similarity_graph(x, x, threshold=1.0, backend=backend)
+        torch.testing.assert_close(weights, torch.full_like(weights, 1 / 40))
+
     def test_an_edge_below_the_threshold_has_weight_one(self, case, backend, device):
         """Two directions at right angles: like rows weigh e, unlike ones 1."""
         features = torch.eye(2, device=device).repeat_interleave(2, 0)[None]  # [1, 4, 2]

@@ -43,6 +43,8 @@ def similarity_graph(
     sizes = check_tensors("similarity_graph", ("features", features, "B T D"), ("values", values, "B T E"))
     if not isinstance(threshold, REAL) or not -1 <= threshold <= 1:
         raise ValueError(f"similarity_graph: threshold is a cosine in [-1, 1], got {threshold!r}")
+    if threshold == 1:
+        threshold = 2.0  # no cosine is above 1, but for rounding, which keeps other edges on each backend
     if lengths is None:
         lengths = torch.full((sizes["B"],), sizes["T"], device=features.device)
     check_lengths("similarity_graph", lengths, sizes["B"], sizes["T"], features.device)
