@@ -68,7 +68,7 @@ def positive_frames(truth, snippets: int, frames_per_snippet: int) -> np.ndarray
     return positive.reshape(snippets, frames_per_snippet).sum(1, dtype=np.int64)
 
 
-def _whole(frames_per_snippet: int) -> int:
+def _whole(frames_per_snippet: Any) -> int:
     """Checks it, and returns it as Python's integer, which JSON has a form of."""
     if not isinstance(frames_per_snippet, Integral) or frames_per_snippet < 1:
         raise ValueError(f"frames_per_snippet must be a whole number of at least 1, got {frames_per_snippet!r}")
@@ -203,12 +203,16 @@ def _check_spans(spans: Spans, videos: int, classes: int) -> np.ndarray:
         raise ValueError(f"spans of {len(spans)} videos, scores of {videos}")
     rows = [(b, *span) for b, own in enumerate(spans) for span in own]
     for b, *span in rows:
-        # not codes, as in `data.Span`, nor seconds
-        numbers = len(span) == 3 and all(isinstance(n, Real) and float(n).is_integer() for n in span)
+        numbers = len(span) == 3 and all(map(_is_whole, span))
         if not numbers or not 0 <= span[0] < span[1] or not 0 <= span[2] < classes:
             wanted = f"(start, end, class < {classes}) in whole frames, with 0 <= start < end"
             raise ValueError(f"video {b}: a span is {wanted}, got {span}")
     return np.array(rows, np.int64).reshape(-1, 4)
+
+
+def _is_whole(number: Any) -> bool:
+    """Whether a number of a span is one, and not a code, as in `data.Span`, nor a part of a second."""
+    return isinstance(number, Real) and float(number).is_integer()
 
 
 def evaluate_scores(

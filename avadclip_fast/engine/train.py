@@ -163,10 +163,12 @@ def fit(
 
 def _check_fits(model, data: FeatureSet, recipe: Recipe, teacher, held_out: FeatureSet | None, test_ap) -> None:
     """Raises RecipeError on arguments of `fit` that do not go together, or are a path, rows or a dict."""
-    wanted = ("data", data, FeatureSet), ("held_out", held_out, FeatureSet), ("recipe", recipe, Recipe)
-    for name, given, kind in wanted:
-        if not isinstance(given, kind) and not (given is None and name == "held_out"):
-            raise RecipeError(f"{name} must be a {kind.__name__}; got {type(given).__name__}")
+    typed: tuple[tuple[str, Any, type], ...] = (
+        ("data", data, FeatureSet), ("held_out", held_out, FeatureSet), ("recipe", recipe, Recipe),
+    )  # fmt: skip
+    for argument, value, kind in typed:
+        if not isinstance(value, kind) and not (value is None and argument == "held_out"):
+            raise RecipeError(f"{argument} must be a {kind.__name__}; got {type(value).__name__}")
     for name, videos in (("data", data), ("held_out", held_out)):
         if videos is not None and not len(videos):
             raise RecipeError(f"{name} has no videos; give at least one")
