@@ -471,6 +471,8 @@ def test_where_numbers_go_is_looked_at_before_scoring(videos, trained, tmp_path,
     for option in (["--json", tmp_path / "file" / "out.json"], ["--plots", tmp_path / "file"]):
         assert f"{tmp_path / 'file'}: cannot be made" in mistake(capsys, *ask, *option)
     assert "is a folder" in mistake(capsys, *ask, "--json", tmp_path)
+    for read in ("test.csv", "gt.npy"):
+        assert "is read, and would be replaced" in mistake(capsys, *ask, "--json", videos / read)
     assert "no video is named xyz" in mistake(capsys, *ask, "--plots", tmp_path / "p", "--plot", "xyz")
     assert "give both" in mistake(capsys, *ask, "--segment-labels", tmp_path / "file")
     np.save(tmp_path / "short.npy", np.load(videos / "gt.npy")[16:])

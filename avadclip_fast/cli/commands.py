@@ -455,6 +455,8 @@ def evaluate_(
         raise DataError("--segment-labels are of --segments: give both")
     if json_ is not None and json_.is_dir():
         raise DataError(f"--json {json_} is a folder; give the name of a file")
+    if json_ is not None and json_.resolve() in [p.resolve() for p in (list_, gt, segments, segment_labels) if p]:
+        raise DataError(f"--json {json_} is read, and would be replaced by the numbers; give the name of another file")
     truth = data.read_frame_gt(gt)
     spans = None if segments is None else data.read_spans(segments, segment_labels)
     hears = "audio" in detector.streams() and not silent
