@@ -308,6 +308,8 @@ def test_evaluate_scores_errors():
         evaluate_scores(anomaly[:-1], scores, np.concatenate(truth))
     with pytest.raises(ValueError, match="4 distinct class names"):
         evaluate_scores(anomaly, scores, np.concatenate(truth), spans, ["a", "b", "c", "c"])
+    with pytest.raises(ValueError, match=r"give softmax\(logits\), not logits"):
+        evaluate_scores(anomaly, [np.log(p) for p in scores], np.concatenate(truth))
     with pytest.raises(ValueError, match="a whole number of at least 1, got 16.0"):
         evaluate_scores(anomaly, scores, np.concatenate(truth), frames_per_snippet=16.0)
     anomaly[0] = anomaly[0] * np.nan

@@ -234,7 +234,7 @@ def evaluate_scores(
         class_ap        per class c, if spans are given: AP of p[c] against the frames inside spans of c, over videos
                         with such a span (None if the spans cover all their frames, as for normal videos)
         detection       if spans are given: the result of `detection_map`, in percent
-    Raises ValueError on lengths or shapes that do not match, such as a truth of the wrong length.
+    Raises ValueError on lengths or shapes that do not match, such as a truth of the wrong length, and on logits.
     """
     frames_per_snippet = _whole(frames_per_snippet)
     class_probabilities, classes = _check_scores(class_probabilities)
@@ -251,6 +251,8 @@ def evaluate_scores(
     abnormal = np.add.reduceat(positives, first) > 0  # [B]
     in_abnormal = np.repeat(abnormal, lengths)  # [N]
     probabilities = np.concatenate(class_probabilities)  # [N, C]
+    if probabilities.min() < -1e-3 or probabilities.max() > 1 + 1e-3:  # by more than rounding
+        raise ValueError("class_probabilities must lie in 0..1: give softmax(logits), not logits")
     branches = {"align": 1 - probabilities[:, 0], "binary": np.concatenate(anomaly)}
     if not np.isfinite(branches["binary"]).all():
         raise ValueError("anomaly scores must be finite")
