@@ -976,6 +976,48 @@ def test_gaps_are_left_out_of_what_is_shown():
     assert not (blue[:, 5:55] != blue[0, 10]).any()  # no line in the hole
 
 
+def with_events(count: int, kind: type[detect.Detection] = detect.Detection) -> detect.Detection:
+    """Every other snippet is an event and a part of its own."""
+    n = 2 * count
+    p = np.tile([[0.9, 0.1], [0.1, 0.9]], (count, 1))
+    parts = [detect.Part(i, i + 1, "student" if i % 2 else "teacher", "silent") for i in range(n)]
+    return kind("x", ["normal", "fighting"], np.arange(n) / 2, 0.5, p[:, 1], p, np.full(n, 0.5), parts)
+
+
+def test_work_grows_with_a_video_alone_and_not_with_its_events_too():
+    class Counting(detect.Detection):
+        computed = 0
+
+        @property
+        def ends(self):
+            self.computed += 1
+            return super().ends
+
+        @property
+        def scores(self):
+            self.computed += 1
+            return super().scores
+
+    def computed(count: int) -> int:
+        found = with_events(count, Counting)
+        found.events(), found.curve(), search.as_record(found, "x.mp4")
+        detect.summary(found), detect.best_snippets(found)
+        return found.computed
+
+    assert computed(2) == computed(50)
+
+
+def test_names_in_a_timeline_are_measured_once(tmp_path, monkeypatch):
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    measure, asked = RendererAgg.get_text_width_height_descent, []
+    monkeypatch.setattr(
+        RendererAgg, "get_text_width_height_descent", lambda *args: asked.append(args[1]) or measure(*args)
+    )
+    timeline.timeline(tmp_path / "x.png", with_events(200), {})
+    assert "fighting" in asked and len(asked) < 200
+
+
 def test_what_ends_at_a_gap_is_not_the_end_of_the_sound():
     heard, lasts, at = np.arange(20) < 2, np.ones(20), [9]
     parts = [(0, 2, True, "sound"), (2, 9, False, "silent"), (9, 20, False, "the sound ends")]

@@ -1,7 +1,7 @@
 """Detection in video files: the teacher scores parts with sound, the student parts without; scores become events."""
 
 from bisect import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -78,9 +78,15 @@ class Detection:
         """(n,) end of each snippet in seconds: where the next one starts, except before a gap, or the video ends."""
         return np.minimum(ends_of(self.times, self.seconds, self.cuts), self.until)
 
-    def span(self, start: int, end: int) -> tuple[float, float]:
-        """Returns the time in seconds that snippets start (inclusive) to end (exclusive) take."""
-        return float(self.times[start]), float(self.ends[end - 1])
+    def spans(self, runs: Iterable[tuple[int, int]]) -> list[tuple[float, float]]:
+        """Returns the times in seconds that runs of snippets, start (inclusive) to end (exclusive), take."""
+        ends = self.ends
+        return [(float(self.times[start]), float(ends[end - 1])) for start, end in runs]
+
+    def timed_parts(self) -> list[tuple[Part, float, float]]:
+        """Returns each part with its start and end in seconds."""
+        spans = self.spans((part.start, part.end) for part in self.parts)
+        return [(part, *span) for part, span in zip(self.parts, spans, strict=True)]
 
     def alarms(self) -> list[tuple[int, int]]:
         """Returns (start, end) of the snippets of each event, end exclusive, in order."""
@@ -93,7 +99,11 @@ class Detection:
 
     def events(self) -> list[Event]:
         """Returns the runs of snippets at or above the threshold, in order."""
-        return [event_of(*self.span(*run), self.classes, self.probabilities[slice(*run)]) for run in self.alarms()]
+        runs = self.alarms()
+        return [
+            event_of(*span, self.classes, self.probabilities[slice(*run)])
+            for run, span in zip(runs, self.spans(runs), strict=True)
+        ]
 
     def names(self) -> list[str]:
         """Returns the class name of the event that contains each snippet, or "" for snippets outside events."""
@@ -107,13 +117,10 @@ class Detection:
 
         These are the snippets and, with NaN and "", the gaps in the footage.
         """
-        edges = np.append(self.times, self.ends[-1])
-        names = self.names()
-        for cut in reversed(self.cuts):
-            names.insert(cut, "")
-        at = np.array(self.cuts, int)
+        at, ends = np.array(self.cuts, int), self.ends
+        edges = np.insert(np.append(self.times, ends[-1]), at, ends[at - 1])
         scores, thresholds = (np.insert(values.astype(float), at, np.nan) for values in (self.scores, self.thresholds))
-        return np.insert(edges, at, self.ends[at - 1]), scores, thresholds, names
+        return edges, scores, thresholds, np.insert(np.array(self.names(), object), at, "").tolist()
 
 
 def event_of(start: float, end: float, classes: Sequence[str], probabilities: np.ndarray) -> Event:
@@ -345,17 +352,17 @@ def best_snippets(detection: Detection, most: int = 5) -> list[int]:
 
     Without events, returns the highest-scoring snippet of the video.
     """
-    tops = [start + int(detection.scores[start:end].argmax()) for start, end in detection.alarms()]
-    tops = sorted(tops, key=lambda i: -detection.scores[i])[:most] or [int(detection.scores.argmax())]
-    return sorted(tops)
+    scores = detection.scores
+    tops = [start + int(scores[start:end].argmax()) for start, end in detection.alarms()]
+    return sorted(sorted(tops, key=lambda i: -scores[i])[:most] or [int(scores.argmax())])
 
 
 def summary(detection: Detection) -> str:
     """Returns lines for the terminal: the parts that the teacher did not score, and the events."""
     lines = []
-    for part in detection.parts:
+    for part, start, end in detection.timed_parts():
         if part.by != "teacher" and part.why != "the model needs no sound":
-            span = " - ".join(time_code(at) for at in detection.span(part.start, part.end))
+            span = f"{time_code(start)} - {time_code(end)}"
             lines.append(f"{detection.name}: {span} scored by the {part.by}: {part.why}")
     for e in detection.events():
         span = f"{time_code(e.start)} - {time_code(e.end)}"

@@ -18,7 +18,7 @@ from ..media.decode import Progress
 from ..media.encoders import AudioEncoder, VisualEncoder
 from ..media.extract import Source, check_results
 from ..media.features import Sampling, key_frames, video_features
-from .detect import Detection, Part, Scorer, best_snippets, detect, event_record
+from .detect import Detection, Scorer, best_snippets, detect, event_record
 from .state import model_digest
 
 EVENTS = ["video", "start", "end", "start_seconds", "end_seconds", "class", "score"]  # columns of events.csv
@@ -141,16 +141,14 @@ def illustrate(
 
 def as_record(detection: Detection, source: str | Path) -> dict:
     """Returns a detection as JSON. source: path of the video."""
-
-    def part_record(part: Part) -> dict:
-        start, end = detection.span(part.start, part.end)
-        return {"start": round(start, 3), "end": round(end, 3), "by": part.by, "why": part.why}
-
     return {
         "video": os.path.abspath(source),
         "classes": detection.classes,
         "seconds_per_snippet": detection.seconds,
-        "parts": [part_record(part) for part in detection.parts],
+        "parts": [
+            {"start": round(start, 3), "end": round(end, 3), "by": part.by, "why": part.why}
+            for part, start, end in detection.timed_parts()
+        ],
         "events": [event_record(e) for e in detection.events()],
         "snippets": {
             "time": np.round(detection.times, 3).tolist(),

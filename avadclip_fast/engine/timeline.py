@@ -1,5 +1,6 @@
 """Plots the detection in a video: score over time, events, the model that scored each part, and key frames."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -40,23 +41,19 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
         ax.broken_barh(spans, (low, high - low), facecolor=TRUTH_COLOUR, alpha=0.3, linewidth=0, label="event")
     inch = (edges[-1] - edges[0]) / PLOT  # seconds
 
+    @functools.cache  # a day has thousands of events, of a few names
     def width(name: str) -> float:
         pixels = renderer.get_text_width_height_descent(name, FontProperties(size=8), False)[0]
         return (pixels / DPI + SPACE) * inch
 
     for middle, name in _apart(events, edges[0], edges[-1], width):
         ax.text(middle, 1.04, name, ha="center", fontsize=8, clip_on=True, parse_math=False)
-    kinds: list[str] = []
-    for part in detection.parts:
+    unheard: dict[str, list[float]] = {}  # label -> starts and ends of the parts, with a hole after each
+    for part, start, end in detection.timed_parts():
         if part.by != "teacher":
-            span = detection.span(part.start, part.end)
-            label = f"{part.by}: {part.why}"
-            known = label in kinds
-            kinds += [] if known else [label]
-            ax.plot(
-                span, [-0.05, -0.05], color=COLOURS[1 + kinds.index(label)], linewidth=4, solid_capstyle="butt",
-                label=None if known else label,
-            )  # fmt: skip
+            unheard.setdefault(f"{part.by}: {part.why}", []).extend((start, end, np.nan))
+    for colour, (label, times) in zip(COLOURS[1:], unheard.items(), strict=False):
+        ax.plot(times, np.full(len(times), -0.05), color=colour, linewidth=4, solid_capstyle="butt", label=label)
     ax.step(edges, np.append(scores, scores[-1]), where="post", color=COLOURS[0], label="score")
     ax.step(
         edges, np.append(thresholds, thresholds[-1]), where="post", color="0.4", linewidth=0.8, linestyle="--",
