@@ -1,6 +1,7 @@
 """Calibration: temperatures and thresholds found again in scores that were made from known ones."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -94,6 +95,17 @@ def test_best_threshold():
     assert best_threshold(np.array([0.7, 0.7]), np.array([False, True])) == 0.7
     # one alarm of one, two of five and three of nine all have an F1 of a half: the middle one
     assert best_threshold(np.arange(1, 10) / 10, np.arange(9) % 4 == 0) == pytest.approx(0.45)
+
+
+def test_a_threshold_for_many_videos_takes_memory_for_each_and_not_for_each_pair():
+    generator = np.random.default_rng(0)
+    abnormal = generator.random(5000) < 0.3
+    scores = np.clip(generator.normal(0.3 + 0.3 * abnormal, 0.2), 0, 1)
+    tracemalloc.start()
+    best = best_threshold(scores, abnormal)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 0.3 < best < 0.6 and peak < 5000**2 / 10
 
 
 def test_reliability_weighs_its_bins():

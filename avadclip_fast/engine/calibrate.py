@@ -115,8 +115,12 @@ def best_threshold(scores: np.ndarray, abnormal: np.ndarray) -> float:
     """
     levels = np.unique(scores)
     cuts = np.concatenate([levels[:1], (levels[1:] + levels[:-1]) / 2])
-    alarms = scores >= cuts[:, None]  # [cuts, videos]
-    f1 = 2 * (alarms & abnormal).sum(1) / (alarms.sum(1) + abnormal.sum())
+
+    def alarms(videos: np.ndarray) -> np.ndarray:
+        """How many of these scores reach each cut."""
+        return len(videos) - np.searchsorted(np.sort(videos), cuts)
+
+    f1 = 2 * alarms(scores[abnormal]) / (alarms(scores) + abnormal.sum())
     best = np.flatnonzero(f1 == f1.max())
     return float(cuts[best[len(best) // 2]])
 
