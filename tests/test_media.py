@@ -1,8 +1,11 @@
 """Decoding, crops, sound, encoders: on videos made here, and on the real clips where they are at hand."""
 
+import contextlib
+import http.client
 import os
 import sys
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -407,6 +410,10 @@ def test_fetched_weights_are_pinned(tmp_path, monkeypatch):
     with pytest.raises(MediaError, match="nothing was kept"):
         fetch.fetch(f"{url}#sha256={'0' * 64}")
     assert len(list((tmp_path / "avadclip_fast").iterdir())) == 1
+    lost = mock.Mock(**{"read.side_effect": http.client.IncompleteRead(b"da")})
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda url, timeout: contextlib.nullcontext(lost))
+    with pytest.raises(MediaError, match=r"w.pt: cannot be fetched: IncompleteRead"):
+        fetch.fetch(f"{url}#sha256={'0' * 64}")
     for bad in (url, f"http://example.org/w.pt#sha256={right}", f"file:///w.pt#sha256={right}", tmp_path / "none.pt"):
         with pytest.raises(MediaError):
             fetch.fetch(bad)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from ..data.atomic import atomic_write, sha256_of
@@ -41,6 +42,6 @@ def fetch(source: str | Path) -> Path:
                 file.write(block)
             if found.hexdigest() != digest:
                 raise MediaError(f"{url}: its SHA-256 is {found.hexdigest()}, not {digest}; nothing was kept")
-    except OSError as error:
+    except (OSError, HTTPException) as error:  # such as a connection that ends in the middle
         raise MediaError(f"{url}: cannot be fetched: {error}; download it elsewhere, and give its path") from error
     return path
