@@ -657,24 +657,29 @@ def test_stream_command(pair, tmp_path, capsys):
     assert "gopher:// is not read" in mistake(capsys, "stream", "gopher://x", "-m", pair, "-q", *NAMED)
 
 
-def test_standard_input_is_watched_to_its_end(pair, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("source", ["-", "/dev/stdin"])
+def test_standard_input_is_watched_to_its_end(source, pair, tmp_path, capsys, monkeypatch):
     """As a camera is, which has no duration, but without looking for more of it afterwards."""
-    command, before = ("stream", "-", "-m", pair / "student", "--every", "5", "-q", *NAMED), os.dup(0)
+    command, before = ("stream", source, "-m", pair / "student", "--every", "5", "-q", *NAMED), os.dup(0)
     path = film(tmp_path / "a.ts", [(12, 20, 220)], frames=125)
     with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as fed:
         try:
             os.dup2(fed.stdout.fileno(), 0)
             assert call(*command) == 0
             said = capsys.readouterr()
-            assert mistake(capsys, *command).startswith("error: -: ")  # nothing is left
+            assert mistake(capsys, *command).startswith(f"error: {source}: ")  # nothing is left
         finally:
             os.dup2(before, 0)
             os.close(before)
     (line,) = map(json.loads, said.out.splitlines())
-    assert line["source"] == "-" and line["class"] == "explosion" and "clock" in line
+    assert line["source"] == source and line["class"] == "explosion" and "clock" in line
     assert said.err.endswith("125 frames, 0 dropped; connected again 0 times\n")
+
+
+def test_a_terminal_is_no_standard_input_to_watch(pair, capsys, monkeypatch):
     monkeypatch.setattr(os, "isatty", lambda file: True)
-    assert "standard input is a terminal; pipe a video into it" in mistake(capsys, *command)
+    said = mistake(capsys, "stream", "-", "-m", pair / "student", "-q", *NAMED)
+    assert "standard input is a terminal; pipe a video into it" in said
 
 
 def test_an_event_goes_through_a_pipe_at_once(pair, tmp_path, monkeypatch):

@@ -148,7 +148,8 @@ class LiveSource:
             self._put(error)
 
     def _reopens(self) -> bool:
-        return self.live and str(self.source) != STDIN  # whose end is that of what feeds it
+        # the end of standard input is that of what feeds it
+        return self.live and str(self.source) not in (STDIN, "/dev/stdin")
 
     def _put(self, item: "Snippet | Exception | None", due: float | None = None) -> None:
         """Queues an item. due: monotonic time from which the oldest in a full queue gives way to it, or None: never."""
