@@ -35,7 +35,7 @@ CPP_TESTS := operators topk_mean mil_loss distance_graph similarity_graph unifor
 # units are emulated in AVX-512: sanitizers cannot see into them, and few processors have them.
 # Python itself is not instrumented, so that the runtimes go first; it leaks at exit, which is no concern here. What a
 # sanitizer finds, it says on stderr before it ends the process: pytest must not hold that back.
-SANITIZED := -g -DAVADCLIP_ONE_TARGET -DAVADCLIP_EMULATED_TILES -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZED := -g1 -DAVADCLIP_ONE_TARGET -DAVADCLIP_EMULATED_TILES -fsanitize=address,undefined -fno-sanitize-recover=all
 RUNTIMES := libasan.so libubsan.so libstdc++.so
 sanitize: export PYTHONPATH = build/sanitize/lib:.
 sanitize: export PYTHONSAFEPATH = 1
