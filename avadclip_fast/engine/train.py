@@ -95,9 +95,7 @@ def fit(
     run = _settings(model, teacher, data, held_out, test_videos, recipe)
     check_resumable(folder, resume)
     info, state = _begun(folder, model, optimizer, run), folder / STATE
-    if unfitted := [name for name, inputs in model.standardize.items() if cast(Standardize, inputs).plain()]:
-        remedy = "call model.fit_inputs(data.batches()) first"
-        raise RecipeError(f"{type(model).__name__} standardises {unfitted[0]} and has no statistics of it: {remedy}")
+    _check_fitted(model)
     _check_same(folder, info)
     steps = -(-len(data) // recipe.batch_size)
     first = info["epoch"]
@@ -142,16 +140,12 @@ def fit(
             if board is not None:
                 for name, value in found.items():
                     board.add_scalar(f"epoch/{name}", value, (epoch + 1) * steps)
-            record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"], **found}
-            score = {"last": epoch, "val": -found.get("val", 0), "test": found.get("test_ap", 0)}[recipe.select]
-            if info["best"] is None or score > info["best"]["score"]:
-                info["best"] = {"epoch": epoch + 1, "score": score}
-                if main:
-                    saver.save(folder / BEST, model, None, info["best"])  # before the state that refers to it
-            info |= {"epoch": epoch + 1, "step": 0, "sums": {}, "history": [*info["history"], record]}
+            best = _note_epoch(info, recipe, found)
+            if main and best:
+                saver.save(folder / BEST, model, None, info["best"])  # before the state that refers to it
             if main:
                 saver.save(state, model, optimizer, info)
-            _say(progress, record)
+            _say(progress, info["history"][-1])
             if epoch + 1 < recipe.epochs and distributed.any_of(request.number is not None):
                 saver.wait()
                 raise Stopped(request.number or signal.SIGTERM)
@@ -197,6 +191,13 @@ def _check_fits(model, data: FeatureSet, recipe: Recipe, teacher, held_out: Feat
         raise RecipeError("the model is frozen, as a teacher is once it was given to fit: make it or load it again")
     if recipe.select == "val" and held_out is None or recipe.select == "test" and test_ap is None:
         raise RecipeError(f"select={recipe.select!r} needs {'held_out' if recipe.select == 'val' else 'test_ap'}")
+
+
+def _check_fitted(model) -> None:
+    """Raises RecipeError if the model standardises a stream, and neither `fit_inputs` nor a state gave statistics."""
+    if unfitted := [name for name, inputs in model.standardize.items() if cast(Standardize, inputs).plain()]:
+        remedy = "call model.fit_inputs(data.batches()) first"
+        raise RecipeError(f"{type(model).__name__} standardises {unfitted[0]} and has no statistics of it: {remedy}")
 
 
 def check_resumable(folder: Path, resume: bool) -> None:
@@ -260,6 +261,21 @@ def _begun(folder: Path, model, optimizer: torch.optim.Optimizer, run: dict[str,
             f"{folder} has gone beyond {epochs} epochs: {BEST} is of a later one; resume it with more epochs"
         )
     return info | {"run": run}
+
+
+def _note_epoch(info: dict, recipe: Recipe, found: dict[str, float]) -> bool:
+    """Adds the epoch that has ended to how far the run has got, `info`. Returns whether it is the best so far.
+
+    found: its "val" and "test_ap", if computed
+    """
+    epoch = info["epoch"]
+    record = {"epoch": epoch + 1, "lr": recipe.lr_at(epoch), **info["last"], **found}
+    score = {"last": epoch, "val": -found.get("val", 0), "test": found.get("test_ap", 0)}[recipe.select]
+    best = info["best"] is None or score > info["best"]["score"]
+    if best:
+        info["best"] = {"epoch": epoch + 1, "score": score}
+    info |= {"epoch": epoch + 1, "step": 0, "sums": {}, "history": [*info["history"], record]}
+    return best
 
 
 def _check_same(folder: Path, info: dict) -> None:
