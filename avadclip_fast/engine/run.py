@@ -81,12 +81,7 @@ def train_on_list(
     held = None
     if held_out_list is not None:
         held, others = load(held_out_list)
-        # links are followed, of folders and of files
-        names = [
-            {os.path.realpath(path) for path in {*map(data.video_of, part), *(row.visual for row in part)}}
-            for part in (rows, others)
-        ]
-        if both := set.intersection(*names):
+        if both := _files(rows) & _files(others):
             raise DataError(
                 f"{held_out_list}: {min(both)} is in {list_} too, and not held out; remove it from one of them"
             )
@@ -109,6 +104,11 @@ def train_on_list(
             resume=resume, profile=profile, graph=graph,
         )  # fmt: skip
     return output / MODEL
+
+
+def _files(rows: list[Row]) -> set[str]:
+    """The visual files of rows, and their videos, which tell crops of one from others; links are followed."""
+    return {os.path.realpath(path) for path in {*map(data.video_of, rows), *(row.visual for row in rows)}}
 
 
 def _test_ap(
