@@ -113,21 +113,8 @@ class OnlineDetector:
         self, frame: np.ndarray, audio: np.ndarray | None, time: float | None, seconds: float | None
     ) -> list[Event]:
         events = []
-        frame = np.asarray(frame)
-        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-            raise DataError(f"a frame must be (H, W, 3) uint8 RGB; got {frame.shape} {frame.dtype}")
-        if audio is not None:
-            audio = np.asarray(audio)
-            if audio.ndim != 1 or audio.dtype.kind != "f":
-                given = f"{audio.shape} {audio.dtype}"
-                remedy = "divide int16 samples by 32768, and take the mean of channels"
-                raise DataError(f"audio must be (n,) float in [-1, 1]; got {given}: {remedy}")
-            # With times, snippets may last longer, as of a camera that takes fewer frames in the dark. GAP: sound comes
-            # in blocks, which may be longer than a snippet of few frames.
-            if time is None and len(audio) > 2 * self.samples + GAP * RATE:
-                holds = f"a snippet of {self.seconds:g} s has {self.samples} at {RATE} Hz"
-                remedy = "resample it, or give the time of each snippet if they last longer"
-                raise DataError(f"audio has {len(audio)} samples, and {holds}: {remedy}")
+        frame, audio = np.asarray(frame), None if audio is None else np.asarray(audio)
+        self._check(frame, audio, time)
         if time is None:
             time = 0.0 if self._time is None else self._time + self.seconds
         if not math.isfinite(time) or (self._seen and self._time is not None and time < self._time):
@@ -158,6 +145,23 @@ class OnlineDetector:
         while len(self._later) > self.delay:
             events += self._judge(*self._later.pop(0)[:-1])
         return events
+
+    def _check(self, frame: np.ndarray, audio: np.ndarray | None, time: float | None) -> None:
+        """Raises DataError for a frame or sound of another shape or dtype, and for sound of another rate."""
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            raise DataError(f"a frame must be (H, W, 3) uint8 RGB; got {frame.shape} {frame.dtype}")
+        if audio is None:
+            return
+        if audio.ndim != 1 or audio.dtype.kind != "f":
+            given = f"{audio.shape} {audio.dtype}"
+            remedy = "divide int16 samples by 32768, and take the mean of channels"
+            raise DataError(f"audio must be (n,) float in [-1, 1]; got {given}: {remedy}")
+        # With times, snippets may last longer, as of a camera that takes fewer frames in the dark. GAP: sound comes in
+        # blocks, which may be longer than a snippet of few frames.
+        if time is None and len(audio) > 2 * self.samples + GAP * RATE:
+            holds = f"a snippet of {self.seconds:g} s has {self.samples} at {RATE} Hz"
+            remedy = "resample it, or give the time of each snippet if they last longer"
+            raise DataError(f"audio has {len(audio)} samples, and {holds}: {remedy}")
 
     def flush(self) -> list[Event]:
         """Returns the events that are still open and resets the context."""

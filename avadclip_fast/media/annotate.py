@@ -46,18 +46,12 @@ def annotate(
         clock = Clock()
         track = Track(again, heard, made, clock)
         out: Any = None
-        strip, last = np.zeros(0), -1
+        strip, last = np.zeros(0), -1  # the curve, and the time stamp of the last frame
         for time, frame in frames(source, seen, given, clock):
             image = upright(frame)
             if out is None:
                 height, width = (max(2, size // 2 * 2) for size in image.shape[:2])  # encoders require even sizes
-                codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-                out = made.add_stream(codec, rate=seen.average_rate or 25)
-                out.width, out.height, out.pix_fmt = width, height, "yuv420p"
-                out.codec_context.time_base = Fraction(1, TICKS)
-                if shape := seen.sample_aspect_ratio:
-                    turned = round(frame.rotation / 90) % 2
-                    out.codec_context.sample_aspect_ratio = 1 / shape if turned else shape
+                out = _video(made, height, width, seen, frame)
                 strip = _strip(width, min(max(16, height // 8), height // 2), edges, scores, thresholds)
             image = image[: image.shape[0] // 2 * 2 or None, : image.shape[1] // 2 * 2 or None]
             if image.shape != (height, width, 3):  # the frame size may change within a stream
@@ -74,6 +68,21 @@ def annotate(
         made.mux(out.encode(None))
         track.write(np.inf)
     return f"{source}: {track.lost}" if track.lost else ""
+
+
+def _video(made: Any, height: int, width: int, seen: Any, frame: Any) -> Any:
+    """Adds a stream of frames of this size to `made`, with the rate and shape of pixels of the stream `seen`.
+
+    frame: its first, which may be turned
+    """
+    codec = "libx264" if "libx264" in import_av().codecs_available else "mpeg4"
+    out = made.add_stream(codec, rate=seen.average_rate or 25)
+    out.width, out.height, out.pix_fmt = width, height, "yuv420p"
+    out.codec_context.time_base = Fraction(1, TICKS)
+    if shape := seen.sample_aspect_ratio:
+        turned = round(frame.rotation / 90) % 2
+        out.codec_context.sample_aspect_ratio = 1 / shape if turned else shape
+    return out
 
 
 class Track:
