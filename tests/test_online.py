@@ -657,10 +657,11 @@ def test_stream_command(pair, tmp_path, capsys):
     assert "gopher:// is not read" in mistake(capsys, "stream", "gopher://x", "-m", pair, "-q", *NAMED)
 
 
-@pytest.mark.parametrize("source", ["-", "/dev/stdin"])
-def test_standard_input_is_watched_to_its_end(source, pair, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("source", ["-", "/dev/stdin", "/dev/fd/0"])
+def test_standard_input_is_watched_to_its_end(source, pair, tmp_path, capsys):
     """As a camera is, which has no duration, but without looking for more of it afterwards."""
-    command, before = ("stream", source, "-m", pair / "student", "--every", "5", "-q", *NAMED), os.dup(0)
+    command = "stream", source, "-m", pair / "student", "--every", "5", "--retries", "1", "-q", *NAMED
+    before = os.dup(0)
     path = film(tmp_path / "a.ts", [(12, 20, 220)], frames=125)
     with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as fed:
         try:

@@ -77,7 +77,9 @@ def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
                     raise MediaError(f"{path}: the file is empty")
                 else:
                     # An open file, so that FFmpeg does not parse its name as a protocol. Playlists are not followed.
-                    target, options = stack.enter_context(open(path, "rb")), {"protocol_whitelist": "none"}
+                    # Without a buffer, as of a pipe it would wait until it is full.
+                    file = open(path, "rb", buffering=-1 if path.is_file() else 0)
+                    target, options = stack.enter_context(file), {"protocol_whitelist": "none"}
             container = stack.enter_context(av.open(target, format=form, options=options, timeout=wait))
         except MediaError:
             raise

@@ -41,6 +41,7 @@ LAG_IN_FILES = 5.0  # of which nobody waits for an alarm: VOB and MPG have two s
 IMAGES = 2**30  # bytes of images that wait for audio, at most: five seconds of 4K are 3 GB, if each frame is a snippet
 HELD = 256  # audio blocks, about 20 to 60 ms each, waiting for a frame to align with
 THREADS = 16  # at most, with which FFmpeg decodes as many frames at once, and gives each as many frames later
+INHERITED = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # names of what the process was given open
 LONGEST_PAUSE = 30.0  # seconds between reconnection attempts
 BURST = 60.0  # seconds that a live source may be ahead of its time, as HLS is, which sends segments; more is a jump
 
@@ -148,8 +149,8 @@ class LiveSource:
             self._put(error)
 
     def _reopens(self) -> bool:
-        # the end of standard input is that of what feeds it
-        return self.live and str(self.source) not in (STDIN, "/dev/stdin")
+        # The end of a pipe that the process was given, also as /dev/stdin or <(...), is that of what feeds it.
+        return self.live and str(self.source) != STDIN and not str(self.source).startswith(INHERITED)
 
     def _put(self, item: "Snippet | Exception | None", due: float | None = None) -> None:
         """Queues an item. due: monotonic time from which the oldest in a full queue gives way to it, or None: never."""
