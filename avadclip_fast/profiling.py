@@ -131,6 +131,9 @@ def export(profile: torch.profiler.profile, path: Path) -> None:
     temporary = path.parent / f".{secrets.token_hex(8)}.json"
     try:
         profile.export_chrome_trace(str(temporary))
+        if not temporary.exists():  # torch tells its log alone, and leaves what it wrote under another name
+            raise OSError(f"{path}: torch could not write the trace; is the disk full?")
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in path.parent.glob(f"{temporary.name}*"):
+            left.unlink()

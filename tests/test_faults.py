@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -151,6 +152,31 @@ def test_a_full_disk_is_told_with_the_name_of_a_small_file(tmp_path):
     with file_limit(10), pytest.raises(OSError) as caught, data.atomic_write(path) as file:
         file.write(b"more than ten bytes")
     assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_with_the_name_of_features(tmp_path, capsys, monkeypatch):
+    """Of which NumPy told "24576 requested and 9936 written"; and the demo, which has no --resume, spoke of it."""
+    from test_cli import mistake
+
+    path = tmp_path / "a.npy"
+    with file_limit(20_000):
+        with pytest.raises(OSError, match="File too large") as caught:
+            data.write_features(path, np.zeros((24, 512), np.float16))
+        told = mistake(capsys, "demo", "-o", tmp_path / "demo", "--device", "cpu")
+    assert caught.value.filename == str(path) and not path.exists()
+    assert told.startswith(f"error: {tmp_path / 'demo' / 'data'}: cannot be written: File too large")
+    assert told.endswith("train and distill go on from the last state with --resume\n")
+
+
+def test_a_full_disk_is_told_where_a_trace_meets_it(tmp_path, capsys):
+    """Of which torch tells its log alone: the error was of a temporary file that was not there, and another stayed."""
+    from test_cli import mistake
+
+    case = "profile", "topk_mean", "--batch", "1", "--iterations", "5", "--warmup", "0", "--device", "cpu"
+    with file_limit(20_000):
+        told = mistake(capsys, *case, "--trace", tmp_path / "t.json")
+    assert told == f"error: {tmp_path / 't.json'}: torch could not write the trace; is the disk full?\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_told_where_tensorboard_meets_it(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from .. import ops
 from ..ops import _dispatch
 from .atomic import atomic_write
 from .errors import DataError
-from .npy import bytes_left, read_header
+from .npy import bytes_left, npy_bytes, read_header
 
 _DTYPES = (np.float16, np.float32, np.float64)
 MOTION_ROWS = 9  # odd
@@ -143,4 +143,4 @@ def write_features(path: str | Path, array: np.ndarray) -> None:
     if array.ndim != 2 or array.dtype not in _DTYPES or not array.size:
         raise DataError(f"{path}: features must be non-empty (snippets, width) floats, got {array.dtype} {array.shape}")
     with atomic_write(path) as file:
-        np.save(file, array, allow_pickle=False)
+        file.write(npy_bytes(array))

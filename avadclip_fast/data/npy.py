@@ -1,5 +1,6 @@
-"""Reading `.npy` headers from untrusted files."""
+"""Reading `.npy` headers from untrusted files, and the bytes of files to write."""
 
+import io
 import os
 import threading
 import tokenize
@@ -32,3 +33,10 @@ def read_header(file: IO[bytes], path: str | Path) -> tuple[tuple[int, ...], boo
 def bytes_left(file: IO[bytes]) -> int:
     """Number of bytes after the current position of `file`."""
     return os.fstat(file.fileno()).st_size - file.tell()
+
+
+def npy_bytes(array: np.ndarray) -> memoryview:
+    """Returns the content of a `.npy` file, since np.save to a full disk raises an OSError without number or file."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getbuffer()

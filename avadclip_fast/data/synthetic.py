@@ -21,6 +21,7 @@ from .dataset import Progress
 from .errors import DataError
 from .labels import FILLER, XD_VIOLENCE
 from .lists import Row, write_list
+from .npy import npy_bytes
 
 MODES = {"visible": 0.25, "audible": 0.45, "both": 0.3}  # fraction of the anomalous videos
 SCENE = 8  # dimensions of the background subspace
@@ -94,8 +95,8 @@ def make_synthetic(
         seen, heard = (folder / part / f"{name}__{stream}.npy" for stream in "va")
         row = Row(seen, heard, label, i + 2)
         # Not atomic: syncing thousands of small files takes minutes, and an interrupted set is cheap to make again.
-        np.save(seen, sight.draw(snippets, events, rng))
-        np.save(heard, sound.draw(snippets, events, rng))
+        seen.write_bytes(npy_bytes(sight.draw(snippets, events, rng)))
+        heard.write_bytes(npy_bytes(sound.draw(snippets, events, rng)))
         rows[part].append(row)
         if part == "test":
             frames = np.zeros(snippets * frames_per_snippet, np.float32)
@@ -110,7 +111,7 @@ def make_synthetic(
         write_list(folder / f"{part}.csv", listed)
     frames = np.concatenate(truth)
     with atomic_write(folder / "gt.npy") as file:
-        np.save(file, frames)
+        file.write(npy_bytes(frames))
     info = {
         "frames_per_snippet": frames_per_snippet,
         "classes": {code: XD_VIOLENCE[code] for code in codes},

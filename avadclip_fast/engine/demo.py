@@ -14,7 +14,7 @@ from ..models import AVadCLIP, AVadCLIPStudent
 from .evaluate import evaluate, score_rows
 from .plots import score_grid
 from .recipe import ROBUST, ROBUST_STREAMS, Recipe
-from .state import StateError
+from .state import StateError, writing
 from .train import fit
 
 CODES = {code: data.XD_VIOLENCE[code] for code in ("A", "B1", "B2", "G")}
@@ -43,7 +43,8 @@ def run(folder: Path, device: torch.device) -> str:
     folder = Path(folder)
     if any((folder / name).exists() for name in ("teacher", "student", "baseline")):
         raise StateError(f"{folder} holds a demo already, whole or begun: remove it, or choose another --output")
-    data.make_synthetic(folder / "data", seed=SEED)
+    with writing(folder / "data"):
+        data.make_synthetic(folder / "data", seed=SEED)
     rows = data.read_list(folder / "data" / "train.csv")
     features = data.FeatureSet.load(rows, CODES, LENGTH, motion=True)
     torch.manual_seed(SEED)

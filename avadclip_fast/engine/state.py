@@ -35,7 +35,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:  # mostly a full disk, for which Python does not name the file
         raise StateError(
             f"{path}: cannot be written: {error.strerror}; files that were there are as they were. Make room, or "
-            "choose another folder; --resume goes on from the last state"
+            "choose another folder; train and distill go on from the last state with --resume"
         ) from error
 
 
