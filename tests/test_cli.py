@@ -529,6 +529,10 @@ def test_what_cannot_be_is_told_before_features_are_read(videos, trained, tmp_pa
     assert "is a file; name a folder" in mistake(capsys, *train, tmp_path / "file")
     assert "holds a model, which would be taken for the run's" in mistake(capsys, *train, trained / "model")
     assert "needs --test-list and --gt" in mistake(capsys, *train, tmp_path / "x", "--select", "test")
+    guided = "distill", videos / "train.csv", "--teacher", trained, "-o", tmp_path / "x", *QUICK[:2]
+    for command in ((*train, tmp_path / "x"), guided, ("check", videos / "test.csv")):
+        told = mistake(capsys, *command, "--frames-per-snippet", 4)
+        assert told == "error: --frames-per-snippet 4 is of the ground truth --gt, which is not given: leave it out\n"
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 10**20])

@@ -507,6 +507,7 @@ def test_mistakes(folder, tmp_path, capsys):
     assert "--crops 3" in mistake(capsys, "extract", folder, *out, "--crops", 3, *QUICK)
     unknown = ["--visual-encoder", "test_extract:None_", "--audio-encoder", "none"]
     assert "test_extract:None_" in mistake(capsys, "extract", folder, *out, *unknown)
+    assert "leave one of the two out" in mistake(capsys, "extract", folder, *out, *unknown, "--audio-weights", "W.pt")
     (folder / "b.mp4").write_bytes(b"x")
     told = mistake(capsys, "extract", folder / "b.mp4", folder / "more" / "b.mp4", *out, *QUICK)
     assert told.endswith("would both be called b: rename one, or give their common folder\n")

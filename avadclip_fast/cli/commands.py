@@ -296,6 +296,7 @@ def train(
     On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli train ..., where --batch-size is the total.
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
+    _check_frames(frames_per_snippet, gt)
     if student and fusion != "gated":
         raise DataError(f"--fusion {fusion} is of a teacher; a --student takes one stream alone")
     if not student and modality != Modality.visual:
@@ -380,6 +381,7 @@ def distill(
     On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli distill ..., where --batch-size is the total.
     """
     codes, frames, weight = _preset(preset, classes, frames_per_snippet)
+    _check_frames(frames_per_snippet, gt)
     known = load_model(teacher, list(codes.values()))
     if not isinstance(known, AVadCLIP):
         raise CheckpointError(f"{teacher} holds a student; --teacher wants an AVadCLIP teacher")
@@ -556,6 +558,7 @@ def check(
             raise typer.Exit(1) from error
         _no_problems(list_, rows, codes)
         return
+    _check_frames(frames_per_snippet, gt)
     problems = data.check_list(
         list_,
         codes,
@@ -661,6 +664,12 @@ def _preset(name: str, classes: str | None, frames: int | None) -> tuple[dict[st
         if unfit := [code for code in codes if code == FILLER or "-" in code]:
             raise DataError(f"--classes: {unfit[0]} cannot be a code, since a label joins codes by -, and 0 is filler")
     return codes, frames or preset.frames_per_snippet, preset.distill_weight
+
+
+def _check_frames(frames: int | None, gt: Path | None) -> None:
+    """Raises DataError on --frames-per-snippet where nothing would use it."""
+    if frames is not None and gt is None:
+        raise DataError(f"--frames-per-snippet {frames} is of the ground truth --gt, which is not given: leave it out")
 
 
 def _no_problems(list_: Path, rows: list[Row], codes: dict[str, str]) -> None:

@@ -75,6 +75,8 @@ def encoders(visual: str, visual_weights: str, audio: str, audio_weights: str | 
     """Returns the chosen encoders; module:factory is also searched in the current folder."""
     from ..media.encoders import Encoders
 
+    if audio == "none" and audio_weights is not None:
+        raise DataError(f"--audio-weights {audio_weights}: --audio-encoder none takes none: leave one of the two out")
     return Encoders(visual, visual_weights, audio, audio_weights, device, os.getcwd())
 
 
