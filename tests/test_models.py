@@ -780,6 +780,8 @@ def test_the_longest_name():
         else:
             with pytest.raises(ValueError, match="class name number 2 has 56 tokens; at most 55 fit"):
                 TextEncoder(tokens, 16, 64, 1)
+    with pytest.raises(ValueError, match="has 75 tokens or more; at most 55 fit"):  # CLIP's tokenizer cuts the rest off
+        TextEncoder(tokenize(["fire " * 200]), 16, 64, 1)
 
 
 def test_a_name_does_not_change_the_others():

@@ -156,8 +156,9 @@ class TextEncoder(nn.Module):
         eos = [len(t) - 1 for t in tokens]  # index of EOS in the plain tokenisation
         if max(eos) + 2 * LEARNABLE >= CONTEXT:
             worst = eos.index(max(eos))
+            cut = " or more" if max(eos) == CONTEXT - 1 else ""  # where CLIP's tokenizer cuts a name off
             raise DataError(
-                f"class name number {worst + 1} has {max(eos) - 1} tokens; "
+                f"class name number {worst + 1} has {max(eos) - 1} tokens{cut}; "
                 f"at most {CONTEXT - 2 * LEARNABLE - 2} fit between the prompt rows: shorten it"
             )
         rows = max(eos) + LEARNABLE  # S: the longest name's tokens, 10 learnable rows, EOS
