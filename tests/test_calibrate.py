@@ -143,6 +143,12 @@ def test_edited_so_that_no_score_is_a_number(temperature, threshold, tmp_path):
         Calibration.load(tmp_path)
 
 
+@pytest.mark.parametrize("temperature, threshold", [(0, 0.5), (float("inf"), 0.5), (1.0, float("nan"))])
+def test_made_so_that_no_score_is_a_number(temperature, threshold):
+    with pytest.raises(ValueError, match=f"above zero and a finite threshold; got {temperature} and {threshold}"):
+        Head(temperature, threshold)
+
+
 def test_another_file_in_its_place_is_not_printed(tmp_path):
     (tmp_path / CALIBRATION).write_bytes(bytes(range(256)) * 1000)
     with pytest.raises(DataError, match="holds no calibration: UnicodeDecodeError: ") as told:

@@ -28,10 +28,20 @@ HEADS = ("align", "binary")  # 1 - p(normal), sigmoid of the anomaly logit
 
 @dataclass(frozen=True)
 class Head:
-    """Calibration of one output: `temperature` divides its logits; a score >= `threshold` is an alarm."""
+    """Calibration of one output: `temperature` divides its logits; a score >= `threshold` is an alarm.
+
+    Raises ValueError unless the temperature is above zero, and both are finite.
+    """
 
     temperature: float = 1.0
     threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (self.temperature > 0 and math.isfinite(self.temperature) and math.isfinite(self.threshold)):
+            raise ValueError(
+                f"a head needs a finite temperature above zero and a finite threshold; got {self.temperature} and "
+                f"{self.threshold}"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,7 @@ class Calibration:
 
 
 def _head(temperature: float, threshold: float) -> Head:
-    """The calibration of an output, as a file gives it. Raises ValueError, also where no score would be finite."""
-    if not (temperature > 0 and math.isfinite(temperature) and math.isfinite(threshold)):
-        raise ValueError(f"a temperature of {temperature} and a threshold of {threshold}")
+    """The calibration of an output, as a file gives it: both numbers, and no other."""
     return Head(temperature, threshold)
 
 
@@ -109,7 +117,7 @@ def log_loss(scores: np.ndarray, abnormal: np.ndarray) -> float:
 
 
 def best_threshold(scores: np.ndarray, abnormal: np.ndarray) -> float:
-    """Returns the threshold with the best F1, halfway between two scores; of several, the middle one.
+    """Returns the threshold with the best F1, halfway between two scores, or the lowest score; of several, the middle.
 
     Several thresholds can share the best F1; the outermost would lie next to the score of a single video.
     """
