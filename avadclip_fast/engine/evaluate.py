@@ -46,7 +46,8 @@ class VideoScores(NamedTuple):
 def load_model(path: str | Path, classes: list[str] | None = None, window: int | None = None) -> Detector:
     """Loads a teacher or student from a model folder, a run folder, or an official .pth; its contents decide.
 
-    classes, window: class names and window of an official checkpoint, which does not store them.
+    classes, window: class names and window of an official checkpoint, which does not store them. A folder's model keeps
+    its own classes whatever is given; its `from_pretrained(folder, classes=...)` takes others.
     Raises CheckpointError, also if a folder's model has another window.
     """
     path = Path(path)
