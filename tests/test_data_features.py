@@ -99,6 +99,8 @@ def test_chunks_are_the_video_and_zeros(n, length):
     assert lengths.min() >= 1 and lengths.sum() == n
     np.testing.assert_array_equal(np.concatenate([c[:m] for c, m in zip(chunks, lengths, strict=True)]), features)
     assert all(not c[m:].any() for c, m in zip(chunks, lengths, strict=True))
+    with pytest.raises(ValueError, match="got length=0"):
+        chunk(features, 0)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 40])

@@ -337,6 +337,8 @@ def test_a_packed_list_is_the_list(made, tmp_path, audio):
         assert torch.equal(plain.subset([5, 0, 11, 3]).batch(chosen).visual, part.batch(torch.tensor([2, 1])).visual)
         assert torch.equal(plain.subset(order).subset(chosen).valid(), plain.valid()[[11, 0]])
     assert len(plain.subset([])) == len(plain.batch([]).labels) == 0
+    with pytest.raises(ValueError, match="as many lengths as visual rows, 12; got 11"):
+        replace(plain, lengths=plain.lengths[:-1])
     with pytest.raises(ValueError, match="by their numbers, not by a mask"):
         plain.subset(plain.labels[:, 0] == 0)
     assert torch.equal(plain.batch(np.arange(len(plain), dtype=np.uint8)).lengths, plain.valid()), "not a mask"

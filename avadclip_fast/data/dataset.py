@@ -49,7 +49,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """A training set pooled to T snippets per row, in memory or memory-mapped from a packed file."""
+    """A training set pooled to T snippets per row, in memory or memory-mapped from a packed file.
+
+    Raises ValueError if its tensors differ in N.
+    """
 
     visual: Tensor  # (N, T, D), or (N, T, 2 D) with motion
     audio: Tensor | None  # (N, T, D)
@@ -59,6 +62,12 @@ class FeatureSet:
     mapped: bool = False  # whether the streams are memory-mapped
     checksum: str | None = None  # of the packed file they come from
     video: Tensor | None = None  # (N,) int64, the same for the crops of a video; by default no two rows are of one
+
+    def __post_init__(self) -> None:
+        for name in ("audio", "lengths", "labels", "video"):
+            x = getattr(self, name)
+            if x is not None and len(x) != len(self.visual):
+                raise ValueError(f"a FeatureSet has as many {name} as visual rows, {len(self.visual)}; got {len(x)}")
 
     @classmethod
     def load(

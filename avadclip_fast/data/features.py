@@ -124,7 +124,10 @@ def chunk(features: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
 
     features: (n, D) float32
     Returns (K, length, D) float32 and the number of valid rows per chunk, (K,) int64, all >= 1.
+    Raises ValueError on a length below one.
     """
+    if length < 1:
+        raise ValueError(f"a chunk has one snippet or more; got length={length}")
     n, width = features.shape
     count = -(-n // length)
     lengths = np.full(count, length, np.int64)
