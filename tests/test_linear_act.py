@@ -326,6 +326,11 @@ def test_refuses_an_unknown_activation(x):
         ops.linear_act(x, torch.zeros(8, 8), activation="swish")
 
 
+def test_refuses_a_text_as_a_flag(x):
+    with pytest.raises(ValueError, match="causal must be True or False, got 'no'"):
+        ops.linear_act(x, torch.zeros(8, 8, 3), causal="no")
+
+
 @pytest.mark.parametrize("shape", [(4, 0, 3), (0, 8, 3)])
 def test_refuses_a_convolution_without_channels(shape):
     with pytest.raises(ValueError, match="a convolution's weight must not be empty"):

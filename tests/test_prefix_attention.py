@@ -72,3 +72,5 @@ class TestPrefixAttention(OpTests):
 def test_refuses_numbers_that_do_not_fit(numbers, message):
     with pytest.raises(ValueError, match=message):
         ops.prefix_attention(torch.zeros(7, 24), **numbers)
+    with pytest.raises(ValueError, match="heads=1 must divide the width 0, which must be above zero"):
+        ops.prefix_attention(torch.zeros(7, 0), prefix=3, rows=2)

@@ -170,6 +170,8 @@ def linear_act(
         optional=("bias", "residual", "dot"),
     )
     check_counts("linear_act", dilation=dilation)
+    if not isinstance(causal, bool):
+        raise ValueError(f"linear_act: causal must be True or False, got {causal!r}")
     if activation not in reference.ACTIVATIONS:
         known = ", ".join(reference.ACTIVATIONS)
         raise ValueError(f"linear_act: activation must be one of {known}; got {activation!r}")

@@ -85,6 +85,6 @@ def prefix_attention(qkv: Tensor, prefix: int, rows: int, heads: int = 1, backen
     if count and (count < prefix or (count - prefix) % rows):
         expected = f"[{prefix} + C·{rows}, 3W]"
         raise ValueError(f"prefix_attention: qkv must have shape {expected}, got {list(qkv.shape)}")
-    if width % heads:
-        raise ValueError(f"prefix_attention: heads={heads} must divide the width {width}")
+    if width % heads or width == 0:
+        raise ValueError(f"prefix_attention: heads={heads} must divide the width {width}, which must be above zero")
     return _dispatch.run("prefix_attention", backend, qkv, prefix, rows, heads)
