@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import pickle
 import platform
 import re
@@ -154,10 +155,12 @@ def test_a_preset_settles_frames_and_the_weight_of_distillation(videos, trained,
 def test_options_reach_the_recipe_and_the_model(videos, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     given = "--precision", "bf16", "--prompt", "paper", "--padding", "official", "--standardize", "audio", "--window", 2
     given = *given, "--deterministic", "--held-out", 0.3, "--epochs", 1, *QUICK
     assert call("train", videos / "train.csv", "-o", tmp_path / "run", *given) == 0
-    assert asked == [True]
+    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert json.loads((tmp_path / "run" / HISTORY).read_text())["run"]["recipe"]["precision"] == "bf16"
     model = AVadCLIP.from_pretrained(tmp_path / "run" / "model")
     assert (model.prompt.prompt, model.padding, model.settings()["window"]) == ("paper", "official", 2)

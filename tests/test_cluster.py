@@ -59,6 +59,9 @@ def films(tmp_path):
 @pytest.fixture(autouse=True)
 def here(monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)  # where module:factory is looked for
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        monkeypatch.setenv(name, "")  # so that what extract sets is put back
+        monkeypatch.delenv(name)
 
 
 def features(folder):
@@ -242,9 +245,7 @@ def test_a_gpu_that_a_cluster_lacks_is_told(monkeypatch):
         cluster.extract([], "out", Sampling(), Encoders("deadly:Grey", "openai", "none", device="cuda"), {})
 
 
-def test_a_cluster_that_is_started_here_prints_and_sends_nothing(monkeypatch):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "1")
-    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
+def test_a_cluster_that_is_started_here_prints_and_sends_nothing():
     asked = []
     cluster._connect(SimpleNamespace(init=lambda **options: asked.append(options)))
     assert asked == [{"log_to_driver": False, "logging_level": logging.ERROR}]

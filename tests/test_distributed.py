@@ -330,8 +330,10 @@ def test_evaluation_is_shared_and_the_same_to_the_bit(both, tmp_path, capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has
     capsys.readouterr()
-    assert call(*ask, tmp_path / "one.json") == 0
-    torch.set_num_threads(threads)
+    try:
+        assert call(*ask, tmp_path / "one.json") == 0
+    finally:
+        torch.set_num_threads(threads)
     assert finished(process) == capsys.readouterr().out
     assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
 
