@@ -154,7 +154,7 @@ def test_a_full_disk_is_told_with_the_name_of_a_small_file(tmp_path):
     assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_told_with_the_name_of_features(tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_told_with_the_name_of_features(tmp_path, capsys):
     """Of which NumPy told "24576 requested and 9936 written"; and the demo, which has no --resume, spoke of it."""
     from test_cli import mistake
 
