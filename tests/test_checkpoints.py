@@ -71,6 +71,14 @@ def test_the_folder_of_an_official_checkpoint_is_made(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_module_that_the_official_code_lacks_is_refused(tmp_path):
+    model = student(padding="official")
+    model.head = torch.nn.Linear(3, 1)
+    with pytest.raises(CheckpointError, match=r"no place for:\n  head.weight\n  head.bias$"):
+        model.to_official(tmp_path / "model.pth")
+    assert not list(tmp_path.iterdir())
+
+
 def test_official_lists_each_convolution_twice(official):
     state = torch.load(official[1], weights_only=True)
     for level in range(3):

@@ -126,7 +126,13 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def official_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Converts our state dict to the official names, including the TCN aliases."""
+    """Converts our state dict to the official names, including the TCN aliases.
+
+    Raises CheckpointError if there is no official name for a tensor, as of a module that the model was given since.
+    """
+    foreign = [name for name in state if not name.startswith(tuple(NAMES.values()))]
+    if foreign:
+        raise CheckpointError("the official format has no place for:\n  " + "\n  ".join(foreign))
     official = {}
     for name, tensor in state.items():
         prefix, own = max(((p, o) for p, o in NAMES.items() if name.startswith(o)), key=lambda names: len(names[1]))
