@@ -27,6 +27,7 @@ from .commands import Device, Quiet, Root, app, sized
 if TYPE_CHECKING:  # imported when a command runs, so that other commands start fast and without PyAV
     from ..engine.detect import Event, Scorer
     from ..media.encoders import AudioEncoder, Encoders, VisualEncoder
+    from ..media.extract import Listing
 
 
 LONG_SNIPPET = 1.5  # seconds: twice those of XD-Violence's videos, of 24 frames a second
@@ -127,6 +128,37 @@ def note_threshold(scorers: "list[Scorer]", threshold: float | None) -> None:
         note(f"{of} no calibrated threshold; using {default} (--threshold sets another)")
 
 
+def tell_extracted(path: Path, record: dict[str, list], listing: "Listing") -> None:
+    """Tells what became of the videos: `record` of this call, and `listing` of the list `path`."""
+    rows, damaged, others, options = listing
+    typer.echo(f"{len(record['done'])} extracted, {len(record['skipped'])} were there, {len(record['failed'])} failed")
+    if rows:
+        typer.echo(f"wrote {path}: {len(rows)} rows")
+    if rows and others:
+        were = f"{others} video{'s were' if others > 1 else ' was'}"
+        typer.echo(
+            f"{were} extracted with other settings ({', '.join(sorted(options))}) and left out of the list: "
+            "extract all videos with the same, or give another folder with --output"
+        )
+    for name, frames in damaged.items():
+        typer.echo(f"{name}: {lost_frames(frames)}")
+    for failure in record["failed"]:
+        typer.echo(f"failed: {failure['reason']}", err=True)
+
+
+def tell_silent(silent: list[str], videos: int) -> None:
+    """Tells which of so many videos have no sound, and what can be trained on them."""
+    remove = "remove these rows, or " if len(silent) < videos else ""
+    typer.echo(
+        f"{len(silent)} of {videos} videos {have_no(len(silent))} sound ({first_ten(silent)}): a teacher needs sound "
+        f"for every row; {remove}train a student on its own (train --student)"
+    )
+
+
+def first_ten(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 @app.command()
 def extract(
     videos: Annotated[list[Path], Argument(help="Videos, folders of them, or lists (.csv with path,label, or .txt).")],
@@ -221,45 +253,28 @@ def extract(
             record = media.extract(sources, folder, sampling, seen, heard, settings, workers, ended, until, decoded)
     record["failed"] = failed + record["failed"]
     write_json(log, record)
-    rows, damaged, others, options = media.write_lists(folder, settings)
-    typer.echo(f"{len(record['done'])} extracted, {len(record['skipped'])} were there, {len(record['failed'])} failed")
-    if rows:
-        typer.echo(f"wrote {folder / 'list.csv'}: {len(rows)} rows")
-    if rows and others:
-        were = f"{others} video{'s were' if others > 1 else ' was'}"
-        typer.echo(
-            f"{were} extracted with other settings ({', '.join(sorted(options))}) and left out of the list: "
-            "extract all videos with the same, or give another folder with --output"
-        )
-    for name, frames in damaged.items():
-        typer.echo(f"{name}: {lost_frames(frames)}")
-    for failure in record["failed"]:
-        typer.echo(f"failed: {failure['reason']}", err=True)
+    listing = media.write_lists(folder, settings)
+    tell_extracted(folder / "list.csv", record, listing)
     if request.number is not None:
         raise Stopped(request.number, "what is done stays, and the same call goes on from there")
-    groups = by_video(rows)
-    silent = [str(video_of(group[0]).relative_to(folder / "visual")) for group in groups if not group[0].audio]
-    shown = ", ".join(silent[:10]) + (f" and {len(silent) - 10} more" if len(silent) > 10 else "")
+    groups = by_video(listing.rows)
+    silent = [str(video_of(rows[0]).relative_to(folder / "visual")) for rows in groups if not rows[0].audio]
     mixed = packed is not None and 0 < len(silent) < len(groups)
     if silent and heard is not None and not mixed:
-        have, remove = have_no(len(silent)), "remove these rows, or " if len(silent) < len(groups) else ""
-        typer.echo(
-            f"{len(silent)} of {len(groups)} videos {have} sound ({shown}): a teacher needs sound for every row; "
-            f"{remove}train a student on its own (train --student)"
-        )
-    if unlabelled := sum(not group[0].label for group in groups):
+        tell_silent(silent, len(groups))
+    if unlabelled := sum(not rows[0].label for rows in groups):
         videos_have = f"{unlabelled} video{'s' if unlabelled > 1 else ''} {have_no(unlabelled)}"
         typer.echo(f"{videos_have} label: call again with --label, or give a list")
     if mixed:
         typer.echo(
-            f"{packed} was not written: it holds the sound of all videos or of none, and there is none of {shown}. "
-            f"Remove their lines from {folder / 'list.csv'}, or leave all sound out by --no-audio, and call "
-            f"`avadclip-fast pack {folder / 'list.csv'} -o {packed}`",
+            f"{packed} was not written: it holds the sound of all videos or of none, and there is none of "
+            f"{first_ten(silent)}. Remove their lines from {folder / 'list.csv'}, or leave all sound out by "
+            f"--no-audio, and call `avadclip-fast pack {folder / 'list.csv'} -o {packed}`",
             err=True,
         )
-    elif packed is not None and rows:
+    elif packed is not None and listing.rows:
         progress = None if quiet else report.bar("packing", "block")
-        pack(packed, rows, 256, seen.width, audio=not silent, dtype=settings["dtype"], progress=progress)
+        pack(packed, listing.rows, 256, seen.width, audio=not silent, dtype=settings["dtype"], progress=progress)
         typer.echo(f"wrote {packed}")
     if record["failed"] or mixed:
         raise typer.Exit(1)
