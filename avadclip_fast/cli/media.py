@@ -26,8 +26,10 @@ from .commands import Device, Quiet, Root, app, sized
 
 if TYPE_CHECKING:  # imported when a command runs, so that other commands start fast and without PyAV
     from ..engine.detect import Event, Scorer
+    from ..engine.search import Found
     from ..media.encoders import AudioEncoder, Encoders, VisualEncoder
     from ..media.extract import Listing
+    from ..media.features import Sampling
 
 
 LONG_SNIPPET = 1.5  # seconds: twice those of XD-Violence's videos, of 24 frames a second
@@ -280,6 +282,29 @@ def extract(
         raise typer.Exit(1)
 
 
+def tell_found(path: Path, found: "Found", sampling: "Sampling") -> None:
+    """Tells what was found in the video `path`, and notes what of it was lost or may be."""
+    from ..engine.detect import summary
+
+    tqdm.write(summary(found.detection))
+    if found.damaged:
+        note(f"{path}: {lost_frames(found.damaged)}")
+    if sampling.fps is None and (lasts := found.detection.seconds) > LONG_SNIPPET:
+        told = f"a snippet of {sampling.every} frames lasts {lasts:.1f} s, and short events are lost in it"
+        note(f"{path}: {told}: give --fps 1.5, or a smaller --every")
+
+
+def tell_searched(events: Path | None, left: list[Path], failed: list[str]) -> None:
+    """Tells, at the end of a search, which file was written, which were not, and what failed."""
+    if events is not None:
+        typer.echo(f"wrote {events}")
+    if left:
+        shown = f"{left[0]} and {len(left) - 1} more" if len(left) > 1 else left[0]
+        note(f"not written again, and still of an earlier call: {shown}")
+    for reason in failed:
+        typer.echo(f"failed: {reason}", err=True)
+
+
 @app.command()
 def detect(
     videos: Annotated[
@@ -315,7 +340,6 @@ def detect(
     fail are reported at the end, and the exit code is 1. --every must match the snippets that the model was trained on.
     events.csv grows with each video, and keeps the events that earlier calls found in other videos.
     """
-    from ..engine.detect import summary
     from ..engine.search import Results, illustrate, search, settings_of, write_events
     from ..engine.stop import Request, Stopped, listening
     from ..media.errors import import_av
@@ -336,7 +360,7 @@ def detect(
     chosen = encoders(visual_encoder, visual_weights, audio_encoder, audio_weights, device)
     scorers, seen, heard = watchers(model, student, classes, chosen)
     note_threshold(scorers, threshold)
-    sampling, done = Sampling(every, fps, 1, geometry), 0
+    sampling = Sampling(every, fps, 1, geometry)
     settings = settings_of(scorers, threshold, features_settings(sampling, False, chosen))
     if resume:
         before = {source.name: rows for source in sources if (rows := results.finished(source, settings)) is not None}
@@ -344,14 +368,16 @@ def detect(
         sources = [source for source in sources if source.name not in before]
         if before:
             write_events(results.events, before)  # where the file has lost them
-    request, meter = Request(), bar(sources, desc="detecting", unit="video", shown=not quiet)
-    decode, left = frames_in(meter), list[Path]()
+    meter = bar(sources, desc="detecting", unit="video", shown=not quiet)
+    count, request = frames_in(meter), Request()
 
     def decoded(frames: int = 0) -> None:
         if request.number is not None:
             raise KeyboardInterrupt  # which nothing takes for the failure of a video
-        decode(frames)
+        count(frames)
 
+    done = False  # whether a video is
+    left: list[Path] = []  # files of an earlier call that this one does not write
     try:
         with listening() as request:
             for source in meter:
@@ -363,13 +389,9 @@ def detect(
                 except Exception as error:  # a failing video is reported and does not stop the others
                     failed.append(reason_of(source.path, error))
                     continue
-                done, left = done + 1, left + older
-                tqdm.write(summary(found.detection))
-                if found.damaged:
-                    note(f"{source.path}: {lost_frames(found.damaged)}")
-                if fps is None and (lasts := found.detection.seconds) > LONG_SNIPPET:
-                    told = f"a snippet of {every} frames lasts {lasts:.1f} s, and short events are lost in it"
-                    note(f"{source.path}: {told}: give --fps 1.5, or a smaller --every")
+                done = True
+                left += older
+                tell_found(source.path, found, sampling)
                 for target in results.files(source)[1:]:
                     try:
                         if lost := illustrate(target, source, found, sampling, decoded):
@@ -381,13 +403,7 @@ def detect(
         found_so_far = f"{results.events} holds what was found so far"
         raise Stopped(request.number or signal.SIGINT, found_so_far if done else "no video was finished") from end
     finally:
-        if done:
-            typer.echo(f"wrote {results.events}")
-        if left:
-            shown = f"{left[0]} and {len(left) - 1} more" if len(left) > 1 else left[0]
-            note(f"not written again, and still of an earlier call: {shown}")
-        for reason in failed:
-            typer.echo(f"failed: {reason}", err=True)
+        tell_searched(results.events if done else None, left, failed)
     if failed:
         raise typer.Exit(1)
 
