@@ -22,9 +22,7 @@ from ..device import device_of, keep_memory
 from ..engine import distributed, report
 from ..engine.calibrate import Calibration
 from ..engine.evaluate import WIDEST, at_threshold, check_spans, check_truth, evaluate, load_model, score_rows
-from ..engine.metrics import format_table
-from ..engine.missing import check_kinds, format_missing, missing_sound
-from ..engine.plots import reliability_plot
+from ..engine.missing import check_kinds, missing_sound
 from ..engine.recipe import ROBUST, ROBUST_HEARER, Recipe
 from ..engine.run import train_on_list
 from ..engine.stop import Stopped
@@ -495,28 +493,22 @@ def evaluate_(
             deaf, others = scored(detector, model, silent=True), scored(other, student)
         if not distributed.is_main():
             return
+    calibration = fitted(model)
     result = evaluate(scores, truth, detector.classes, frames, spans, codes)
-    told, calibration = [format_table(result)], fitted(model)
     result["threshold"] = at_threshold(scores, truth, frames, calibration)
-    if calibration.videos:
-        told.append(report.threshold_table(result["threshold"]))
     if missing is not None:
         result["missing_sound"] = missing_sound(scores, deaf, others, truth, detector.classes, frames, percents, seed)
-        told.append("\n" + format_missing(result["missing_sound"]))
+    tables = report.tables(result, calibration)
     try:  # either may fail: a disk is full, or `head` has closed standard output
         if json_ is not None:
             write_json(json_, result)
     finally:
-        typer.echo("\n".join(told))
+        typer.echo(tables)
     if plots is not None:
         drawn = report.draw(scores, truth, frames, plots, plot)
         for path in drawn:
             typer.echo(f"wrote {path}")
-        path = plots / "reliability.png"
-        while path in drawn:  # of a video of that name
-            path = path.with_stem(f"{path.stem}_")
-        reliability_plot(path, {name: found["bins"] for name, found in result["threshold"].items()})
-        typer.echo(f"wrote {path}")
+        typer.echo(f"wrote {report.draw_reliability(result['threshold'], plots, drawn)}")
 
 
 @app.command()

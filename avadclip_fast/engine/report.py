@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,9 @@ from ..ops import _dispatch
 from . import progress
 from .calibrate import Calibration
 from .evaluate import VideoScores
-from .plots import score_curves
+from .metrics import format_table
+from .missing import format_missing
+from .plots import reliability_plot, score_curves
 from .train import HISTORY
 
 FEW = 20  # held-out videos: with fewer, one video moves precision and recall by 5 points or more
@@ -62,6 +64,25 @@ def draw(
         curves = {"align: 1 - p(normal)": 1 - video.probabilities[:, 0], "binary": video.anomaly}
         score_curves(paths[-1], name, curves, frames, frames_per_snippet)
     return paths
+
+
+def draw_reliability(thresholds: dict, folder: Path, drawn: Sequence[Path]) -> Path:
+    """Plots the reliability in the result of `at_threshold`, beside the files `drawn`, and returns its path."""
+    path = folder / "reliability.png"
+    while path in drawn:  # of a video of that name
+        path = path.with_stem(f"{path.stem}_")
+    reliability_plot(path, {name: found["bins"] for name, found in thresholds.items()})
+    return path
+
+
+def tables(result: dict, calibration: Calibration) -> str:
+    """Formats all that was evaluated: `evaluate`'s result, with "threshold" and, if asked for, "missing_sound"."""
+    shown = [format_table(result)]
+    if calibration.videos:
+        shown.append(threshold_table(result["threshold"]))
+    if "missing_sound" in result:
+        shown.append("\n" + format_missing(result["missing_sound"]))
+    return "\n".join(shown)
 
 
 def finished(output: Path) -> str:
