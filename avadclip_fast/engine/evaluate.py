@@ -194,7 +194,6 @@ def stream_scores(
         classes = (at_least_float32(out.class_logits) / calibration.align.temperature).softmax(-1)
         return torch.cat([anomaly[..., None], classes], -1)  # [B, T, 1 + C]
 
-    # A recording takes as long as some passes without it: from the second pass on there may be many more.
     graph, passes = StepGraph(scored) if recordable(torch.device(device)) else None, itertools.count()
     for pack in _packs(videos, lambda video: len(video.lengths), chunks):
         if hears and (deaf := [video.name for video in pack if video.audio is None]):
@@ -212,14 +211,8 @@ def stream_scores(
             given = [torch.as_tensor(x[now], device=device) for x in inputs]
             if graph is None:
                 found = scored(*given)
-            else:  # in the shape of a full pass: for others a GPU picks other kernels, whose last bits differ
-                padded = [_filled(x, chunks, pack[0].visual.shape[1]) for x in given]
-                if next(passes) == 0:
-                    found = scored(*padded)
-                else:
-                    graph.record(*padded)
-                    found = graph(*padded)
-                found = found[: len(given[0]), : given[1].shape[1]]
+            else:
+                found = _full_pass(graph, given, chunks, pack[0].visual.shape[1], first=next(passes) == 0)
             valid = np.arange(found.shape[1]) < lengths[now, None]
             parts.append(found.cpu().numpy()[valid])
         scores = np.concatenate(parts)
@@ -227,6 +220,22 @@ def stream_scores(
         ends = np.cumsum([video.snippets for video in pack])[:-1]
         for video, *of in zip(pack, np.split(anomaly, ends), np.split(probabilities, ends), strict=True):
             yield VideoScores(video.name, *of)
+
+
+def _full_pass(graph: StepGraph, given: Sequence[Tensor], chunks: int, rows: int, first: bool) -> Tensor:
+    """The graph's function in the shape of a full pass: for others a GPU picks other kernels, whose last bits differ.
+
+    given: lengths (b,) and streams (b, t, D), b <= chunks and t <= rows. first: whether no pass came before, when it
+    is called as it is: a recording takes as long as some passes, of which there may be many more from the second on.
+    Returns (b, t, 1 + C).
+    """
+    padded = [_filled(x, chunks, rows) for x in given]
+    if first:
+        found = graph.function(*padded)
+    else:
+        graph.record(*padded)
+        found = graph(*padded)
+    return found[: len(given[0]), : given[1].shape[1]]
 
 
 def _filled(x: Tensor, chunks: int, rows: int) -> Tensor:
