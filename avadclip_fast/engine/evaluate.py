@@ -184,7 +184,7 @@ def stream_scores(
     dtype = model.classifier.weight.dtype
     text = model.encode_text() if text is None else text.to(device, dtype)
     calibration = calibration or Calibration()
-    hears = "audio" in model.streams() and not silent
+    read = [name for name in model.streams() if name != "audio" or not silent]
 
     def scored(lengths: Tensor, *streams: Tensor) -> Tensor:
         absent = [None] * (len(model.streams()) - len(streams))
@@ -196,15 +196,12 @@ def stream_scores(
 
     graph, passes = StepGraph(scored) if recordable(torch.device(device)) else None, itertools.count()
     for pack in _packs(videos, lambda video: len(video.lengths), chunks):
-        if hears and (deaf := [video.name for video in pack if video.audio is None]):
+        if "audio" in read and (deaf := [video.name for video in pack if video.audio is None]):
             raise DataError(f"{deaf[0]}: the model hears, but the list gives no sound; score without it by --silent")
         lengths = np.concatenate([video.lengths for video in pack])
         # in masked mode the rows past the longest chunk do not affect the scores
         rows = int(lengths.max()) if model.padding == "masked" else None
-        streams = {"visual": [video.visual[:, :rows] for video in pack], "audio": []}
-        if hears:
-            streams["audio"] = [video.audio[:, :rows] for video in pack if video.audio is not None]
-        inputs = [lengths, *(np.concatenate(streams[name]) for name in model.streams() if streams[name])]
+        inputs = [lengths, *(np.concatenate([getattr(video, name)[:, :rows] for video in pack]) for name in read)]
         parts = []
         for start in range(0, len(lengths), chunks):
             now = slice(start, start + chunks)
