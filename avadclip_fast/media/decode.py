@@ -46,41 +46,12 @@ class Frame(NamedTuple):
 def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
     """Opens a file, or if `live` also a URL of SCHEMES or STDIN, as a PyAV container. Raises MediaError."""
     av = import_av()
-    scheme, form = str(source).partition("://")[0].lower() if "://" in str(source) else "", None
-    wait = WAIT if scheme else None
-    target: Any
-    options: dict[str, str]
     with contextlib.ExitStack() as stack:
         try:
-            if scheme:
-                if not live or scheme not in SCHEMES:
-                    known = ", ".join(SCHEMES) if live else FILES_ONLY
-                    raise MediaError(f"{source}: {scheme}:// is not read ({known})")
-                target = scheme + str(source)[len(scheme) :]  # FFmpeg knows them in small letters alone
-                options = {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}
-            elif live and str(source) == STDIN:
-                if os.isatty(0):
-                    raise MediaError(f"{source}: standard input is a terminal; pipe a video into it, or name a source")
-                # Without a buffer, which would wait until it is full; not sys.stdin's, which Python locks as it exits.
-                target, options = open(0, "rb", buffering=0, closefd=False), {"protocol_whitelist": "none"}
-            else:
-                path = Path(source)
-                if not path.exists():
-                    raise MediaError(f"{path}: no such file")
-                if path.is_dir():
-                    raise MediaError(f"{path}: a folder, not a video")
-                if path.is_char_device():
-                    target, options, form = str(path), {}, "v4l2"
-                elif not live and not path.is_file():
-                    raise MediaError(f"{path}: not a file")  # opening a pipe would block
-                elif path.is_file() and path.stat().st_size == 0:
-                    raise MediaError(f"{path}: the file is empty")
-                else:
-                    # An open file, so that FFmpeg does not parse its name as a protocol. Playlists are not followed.
-                    # Without a buffer, as of a pipe it would wait until it is full.
-                    file = open(path, "rb", buffering=-1 if path.is_file() else 0)
-                    target, options = stack.enter_context(file), {"protocol_whitelist": "none"}
-            container = stack.enter_context(av.open(target, format=form, options=options, timeout=wait))
+            target, how = _target(source, live)
+            if not isinstance(target, str):
+                stack.enter_context(target)
+            container = stack.enter_context(av.open(target, **how))
         except MediaError:
             raise
         except OSError as error:  # includes FFmpeg's errors
@@ -90,6 +61,35 @@ def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
         except (av.error.FFmpegError, ValueError) as error:
             raise MediaError(f"{source}: not a readable video: {said(error)}") from error
         yield container
+
+
+def _target(source: str | Path, live: bool) -> tuple[Any, dict[str, Any]]:
+    """What av.open takes for a source, a name or an open file, and how. Raises MediaError, OSError."""
+    if scheme := str(source).partition("://")[0].lower() if "://" in str(source) else "":
+        if not live or scheme not in SCHEMES:
+            known = ", ".join(SCHEMES) if live else FILES_ONLY
+            raise MediaError(f"{source}: {scheme}:// is not read ({known})")
+        address = scheme + str(source)[len(scheme) :]  # FFmpeg knows them in small letters alone
+        return address, {"timeout": WAIT, "options": {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}}
+    alone = {"options": {"protocol_whitelist": "none"}}  # playlists are not followed
+    if live and str(source) == STDIN:
+        if os.isatty(0):
+            raise MediaError(f"{source}: standard input is a terminal; pipe a video into it, or name a source")
+        # Without a buffer, which would wait until it is full; not sys.stdin's, which Python locks as it exits.
+        return open(0, "rb", buffering=0, closefd=False), alone
+    path = Path(source)
+    if not path.exists():
+        raise MediaError(f"{path}: no such file")
+    if path.is_dir():
+        raise MediaError(f"{path}: a folder, not a video")
+    if path.is_char_device():
+        return str(path), {"format": "v4l2"}
+    if not live and not path.is_file():
+        raise MediaError(f"{path}: not a file")  # opening a pipe would block
+    if path.is_file() and path.stat().st_size == 0:
+        raise MediaError(f"{path}: the file is empty")
+    # An open file, so that FFmpeg does not parse its name as a protocol; of a pipe, without a buffer, as above.
+    return open(path, "rb", buffering=-1 if path.is_file() else 0), alone
 
 
 def said(error: Exception) -> str:
