@@ -167,6 +167,13 @@ class Detector(Checkpointed):
         self, function: Callable[..., tuple[Tensor, ...]], streams: Sequence[Tensor | None], lengths: Tensor | None
     ) -> tuple[Tensor, ...]:
         """function(*streams, lengths), which treats videos independently; groups them by length if that saves time."""
+        x = self._checked(streams, lengths)
+        if self.padding == "masked" and lengths is not None and groups.pays(x) and not spares(x):
+            return groups.by_length(function, streams, lengths)
+        return function(*streams, lengths)
+
+    def _checked(self, streams: Sequence[Tensor | None], lengths: Tensor | None) -> Tensor:
+        """Raises ValueError on streams or lengths that the model does not take, or returns the first stream."""
         given: list[Tensor] = []
         for name, stream in zip(self.streams(), streams, strict=True):
             if stream is None and given:  # the sound of a teacher
@@ -188,9 +195,7 @@ class Detector(Checkpointed):
             raise ValueError(f"T=0 does not lie in 1..{self.length}")
         if lengths is not None:
             check_lengths(type(self).__name__, lengths, x.shape[0], x.shape[1], x.device)
-        if self.padding == "masked" and lengths is not None and groups.pays(x) and not spares(x):
-            return groups.by_length(function, streams, lengths)
-        return function(*streams, lengths)
+        return x
 
     def _heads(
         self, features: Tensor, lengths: Tensor | None, text: Tensor, log_variance: Tensor | None = None
