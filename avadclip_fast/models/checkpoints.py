@@ -100,24 +100,32 @@ def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
         name = str(name).removeprefix("module.")  # DataParallel
         if name.startswith(IMAGE_TOWER):
             continue
-        prefix = next((p for p in NAMES if name.startswith(p)), None)
-        if prefix is None or not isinstance(tensor, Tensor):
+        own = _own_name(name)
+        if own is None or not isinstance(tensor, Tensor):
             foreign.append(name)
-            continue
-        if not isinstance(source, dict) and not _is_whole(tensor):
+        elif not isinstance(source, dict) and not _is_whole(tensor):
             raise CheckpointError(f"{where}: {name} does not hold the numbers of its shape {list(tensor.shape)}")
-        name = NAMES[prefix] + name[len(prefix) :]
-        if prefix == "temporalconvnet.":
-            for alias, own in ALIASES.items():
-                name = name.replace(alias, own)
-            # torch.nn.utils.parametrizations.weight_norm names the same two tensors original0 and original1
-            name = re.sub(r"parametrizations\.weight\.original([01])", lambda m: "weight_" + "gv"[int(m[1])], name)
-        state[name] = tensor
+        else:
+            state[own] = tensor
     if foreign:
         raise CheckpointError(
             f"{where} is not an official AVadCLIP checkpoint; unknown names:\n  " + "\n  ".join(foreign)
         )
     return state
+
+
+def _own_name(official: str) -> str | None:
+    """Our name of a tensor of an official checkpoint, or None if there is none."""
+    prefix = next((p for p in NAMES if official.startswith(p)), None)
+    if prefix is None:
+        return None
+    name = NAMES[prefix] + official[len(prefix) :]
+    if prefix == "temporalconvnet.":
+        for alias, conv in ALIASES.items():
+            name = name.replace(alias, conv)
+        # torch.nn.utils.parametrizations.weight_norm names the same two tensors original0 and original1
+        name = re.sub(r"parametrizations\.weight\.original([01])", lambda m: "weight_" + "gv"[int(m[1])], name)
+    return name
 
 
 def _is_whole(tensor: Tensor) -> bool:
