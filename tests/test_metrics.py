@@ -168,6 +168,39 @@ def test_inputs_are_left_alone():
     assert all(np.array_equal(a, b) for a, b in zip(scores, copies, strict=True))
 
 
+class Counted(np.ndarray):
+    """Counts the numbers that are compared, computed or picked."""
+
+    work = 0
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **options):
+        plain = [x.view(np.ndarray) if isinstance(x, Counted) else x for x in inputs]
+        found = getattr(ufunc, method)(*plain, **options)
+        Counted.work += np.size(found)
+        return found
+
+    def __getitem__(self, at):
+        found = super().__getitem__(at)
+        Counted.work += np.size(found)
+        return found
+
+
+def test_twice_as_many_videos_take_twice_the_work():
+    """Not four times: each video's spans and proposals are looked for once, not among those of all videos."""
+
+    def work(videos):
+        start, end = np.zeros(videos, np.int64), np.full(videos, 32)
+        video = np.arange(videos)
+        truths = np.stack([video, start, end], 1).view(Counted)
+        Counted.work = 0
+        hits = metrics._match(video.view(Counted), start, end, truths, metrics.IOUS)
+        ap = metrics._class_ap(np.tile([0.9, 0.1, 0.8], videos), truths, 3 * video, np.full(videos, 3), 16)
+        assert hits.all() and 0 < ap < 1
+        return Counted.work
+
+    assert work(400) < 3 * work(200)
+
+
 @pytest.mark.parametrize(
     ("scores", "spans", "options", "words"),
     [

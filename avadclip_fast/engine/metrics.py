@@ -167,11 +167,11 @@ def _match(
 ) -> np.ndarray:
     """Returns which proposals hit, [I, P] bool. Proposals [P] in descending score; truths [S, 3]: video, start, end."""
     hits = np.zeros((len(ious), len(video)), bool)
-    by_video = np.argsort(video, kind="stable")
-    for b in np.unique(truths[:, 0]):
-        left, right = np.searchsorted(video[by_video], [b, b + 1])
-        own = by_video[left:right]  # proposals of the video, in descending score
-        _, first, last = truths[truths[:, 0] == b].T
+    proposals = _by_video(video)
+    for b, there in _by_video(truths[:, 0]).items():
+        if (own := proposals.get(b)) is None:  # proposals of the video, in descending score
+            continue
+        _, first, last = truths[there].T
         inter = np.minimum(end[own, None], last) - np.maximum(start[own, None], first)
         inter = np.maximum(inter, 0)
         iou = inter / ((end - start)[own, None] + (last - first) - inter)  # [own, truths]
@@ -183,6 +183,13 @@ def _match(
                     hits[i, own[p]] = True
                     free[:, best] = 0
     return hits
+
+
+def _by_video(video: np.ndarray) -> dict[int, np.ndarray]:
+    """Returns which elements of video [S] are of each, in order: looking for every video's would be quadratic."""
+    order = np.argsort(video, kind="stable")
+    videos, starts = np.unique(video[order], return_index=True)
+    return dict(zip(videos.tolist(), np.split(order, starts[1:]), strict=True)) if len(videos) else {}
 
 
 def _check_scores(scores: Sequence[np.ndarray]) -> tuple[list[np.ndarray], int]:
@@ -293,9 +300,9 @@ def evaluate_scores(
 def _class_ap(scores: np.ndarray, spans: np.ndarray, first: np.ndarray, lengths: np.ndarray, frames: int) -> float:
     """Returns the AP of one class over the videos with a span of it. scores: [N]; spans: [S, 3] (video, start, end)."""
     parts = []
-    for b in np.unique(spans[:, 0]):
+    for b, there in _by_video(spans[:, 0]).items():
         inside = np.zeros(lengths[b] * frames, np.int64)
-        for _, start, end in spans[spans[:, 0] == b]:
+        for _, start, end in spans[there]:
             inside[start:end] = 1
         parts.append((scores[first[b] : first[b] + lengths[b]], inside.reshape(-1, frames).sum(1)))
     if not parts:
