@@ -148,15 +148,22 @@ def doubled(times: int) -> bytes:
         (array_of(b"](" + doubled(60) + b"e"), "more than"),
         (array_of(b"]q\0(h\0e"), "recursion"),  # a list that holds itself
         (array_of(b"]", b"(J\xff\xff\xff\x7fK\0t"), "shape"),  # two thousand million empty lists
+        (array_of(b"]", b"(J\xff\xff\xff\x0fX\3\0\0\0abct"), "its shape is .268435455, 'abc'"),  # text so many times
         (b"\x80\x02]r\0\0\0\x08.", "numbers an object 134217728"),
         (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"x.", "expected 1099511627776 bytes"),
     ],
-    ids=["doubled", "in itself", "empty", "memo", "bytes"],
+    ids=["doubled", "in itself", "empty", "repeated", "memo", "bytes"],
 )
 def test_a_pickle_takes_no_memory_beyond_its_bytes(tmp_path, payload, words, monkeypatch):
     monkeypatch.setattr(ground_truth, "MOST", 1 << 12)
-    with pytest.raises(DataError, match=f"x.npy: .*{words}"):
-        data.read_object_array(with_payload(tmp_path / "x.npy", payload))
+    path = with_payload(tmp_path / "x.npy", payload)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=f"x.npy: .*{words}"):
+            data.read_object_array(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
 
 
 def test_damaged_official_files_are_errors_of_ours(tmp_path):

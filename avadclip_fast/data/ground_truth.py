@@ -156,7 +156,8 @@ class _Array:
 
     def tolist(self) -> list:
         _, shape, _, _, items = self.state
-        if math.prod(size or 1 for size in shape) > MOST:  # of which most may be empty
+        numbers = all(type(size) is int for size in shape)  # a product with text would repeat it
+        if not numbers or math.prod(size or 1 for size in shape) > MOST:  # of which most may be empty
             raise ValueError(f"its shape is {shape}")
         room = iter(range(MOST))
         array: np.ndarray = np.empty(len(items), dtype=object)
