@@ -208,6 +208,14 @@ def test_write_and_read_again(tmp_path):
     assert read_list(tmp_path / "l.csv", audio=False) == silent
 
 
+def test_a_name_with_the_end_of_a_line_is_no_row_of_its_own(tmp_path):
+    """Else a name could add rows of its own to the list that it stands in."""
+    rows = [Row(tmp_path / f"a{end}b.npy", None, "A", 1) for end in ("\r", "\n", "\r\n")]
+    write_list(tmp_path / "l.csv", rows)
+    assert [row.visual for row in read_list(tmp_path / "l.csv", audio=False)] == [row.visual for row in rows]
+    assert (tmp_path / "l.csv").read_bytes().endswith(b",A\n")
+
+
 @pytest.fixture
 def listed(tmp_path):
     """Four videos of 3, 8, 9 and 40 snippets, width 6."""

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from .errors import DataError
@@ -91,9 +92,12 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_csv(path: str | Path, rows: Iterable[Sequence]) -> None:
-    """Writes rows of cells as CSV, atomically."""
+    """Writes rows of cells as CSV, atomically, with lines that end in \\n."""
     with atomic_write(path, "w") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+        # The writer's own lines end in \r\n. Before Python 3.13 it quotes what is in their end alone, and readers take
+        # the \r of a file's name for the end of a row.
+        lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        csv.writer(lines).writerows(rows)
 
 
 def write_record(path: str | Path, record: dict[str, Any]) -> None:
