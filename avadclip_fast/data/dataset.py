@@ -128,23 +128,7 @@ class FeatureSet:
         """
         rows, labels = packed_rows(path, codes)
         tensors, _ = open_packed(path)
-        found = list(tensors["visual"].shape[1:])
-        if found != [length, (1 + motion) * width]:
-            if found[1] == (2 - motion) * width:
-                without, again = ("without", "with") if motion else ("with", "without")
-                raise DataError(f"{path}: packed {without} motion; pack it again {again} --motion")
-            if found[1] != (1 + motion) * width:
-                wanted = f"width {found[1]}, expected {(1 + motion) * width}"
-                raise DataError(f"{path}: packed features have {wanted}; were they made by another encoder?")
-            shape = " x ".join(map(str, found))
-            raise DataError(
-                f"{path}: packed as {shape}, {length} x {(1 + motion) * width} is wanted; "
-                f"train with --length {found[0]}, or pack it again with --length {length}"
-            )
-        if audio and "audio" not in tensors:
-            raise DataError(f"{path}: packed without sound, which is required; pack it again with --audio")
-        if not ((tensors["lengths"] >= 1) & (tensors["lengths"] <= length)).all():
-            raise DataError(f"{path}: damaged, for a video has not 1 to {length} snippets; pack it again")
+        _check_wanted(path, tensors, length, width, audio, motion)
         heard = tensors["audio"] if audio else None
         streams = tensors["visual"], heard, tensors["lengths"]
         video = _numbered(rows)
@@ -290,6 +274,29 @@ def packed_rows(path: str | Path, codes: dict[str, str]) -> tuple[list[Row], np.
         raise DataError(f"{path}: not a packed list; make one with `avadclip-fast pack`, or give the list itself")
     rows = [Row(Path(v), Path(a) if a else None, label, i + 2) for i, (v, a, label) in enumerate(info["rows"])]
     return rows, _encoded(rows, codes)
+
+
+def _check_wanted(
+    path: str | Path, tensors: dict[str, Tensor], length: int, width: int, audio: bool, motion: bool
+) -> None:
+    """Raises DataError if a packed list is damaged, or was packed otherwise than is wanted."""
+    rows, found = tensors["visual"].shape[1:]
+    wanted = (1 + motion) * width
+    if found == (2 - motion) * width:
+        without, again = ("without", "with") if motion else ("with", "without")
+        raise DataError(f"{path}: packed {without} motion; pack it again {again} --motion")
+    if found != wanted:
+        differ = f"width {found}, expected {wanted}"
+        raise DataError(f"{path}: packed features have {differ}; were they made by another encoder?")
+    if rows != length:
+        raise DataError(
+            f"{path}: packed as {rows} x {found}, {length} x {wanted} is wanted; "
+            f"train with --length {rows}, or pack it again with --length {length}"
+        )
+    if audio and "audio" not in tensors:
+        raise DataError(f"{path}: packed without sound, which is required; pack it again with --audio")
+    if not ((tensors["lengths"] >= 1) & (tensors["lengths"] <= length)).all():
+        raise DataError(f"{path}: damaged, for a video has not 1 to {length} snippets; pack it again")
 
 
 def _is_packed_list(tensors: dict[str, Tensor], info: object) -> bool:
