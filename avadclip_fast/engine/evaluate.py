@@ -53,11 +53,7 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
     path = Path(path)
     folder = model_folder(path)
     if path.is_dir() and folder is None:
-        inner = sorted(f for f in path.iterdir() if model_folder(f))
-        if (path / STATE).is_file() or ((path / LOGS).is_dir() and not inner):
-            raise CheckpointError(f"{path} holds no model yet: its training has not ended; go on with --resume")
-        hint = f"; did you mean {' or '.join(map(str, inner[:5]))}?" if inner else ""
-        raise CheckpointError(f"{path} holds no model: neither {CONFIG} nor {MODEL}/{CONFIG} is there{hint}")
+        raise CheckpointError(_no_model_in(path))
     if not path.exists():
         raise CheckpointError(f"no model at {path}")
     where = path if folder is None else folder / CONFIG
@@ -80,6 +76,15 @@ def load_model(path: str | Path, classes: list[str] | None = None, window: int |
     if window not in (None, wide):
         raise CheckpointError(f"{path}: --window is of an official .pth; this model has {wide}: leave --window out")
     return model
+
+
+def _no_model_in(folder: Path) -> str:
+    """Says why a folder is not one of a model, and what may be meant."""
+    inner = sorted(f for f in folder.iterdir() if model_folder(f))
+    if (folder / STATE).is_file() or ((folder / LOGS).is_dir() and not inner):
+        return f"{folder} holds no model yet: its training has not ended; go on with --resume"
+    hint = f"; did you mean {' or '.join(map(str, inner[:5]))}?" if inner else ""
+    return f"{folder} holds no model: neither {CONFIG} nor {MODEL}/{CONFIG} is there{hint}"
 
 
 def score_videos(
