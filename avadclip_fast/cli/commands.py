@@ -217,7 +217,7 @@ HeldOutList = Annotated[
 ]
 TestList = Annotated[Path | None, Option(help="For --select test.", show_default=False)]
 TestTruth = Annotated[Path | None, Option(help="Frame ground truth of the test list.", show_default=False)]
-Every = Annotated[
+CheckpointEvery = Annotated[
     int | None,
     Option(
         min=1,
@@ -280,7 +280,7 @@ def train(
     test_list: TestList = None,
     gt: TestTruth = None,
     frames_per_snippet: FramesPer = None,
-    checkpoint_every: Every = None,
+    checkpoint_every: CheckpointEvery = None,
     precision: PrecisionOf = "fp32",
     deterministic: Exact = False,
     device: Device = "auto",
@@ -365,7 +365,7 @@ def distill(
     test_list: TestList = None,
     gt: TestTruth = None,
     frames_per_snippet: FramesPer = None,
-    checkpoint_every: Every = None,
+    checkpoint_every: CheckpointEvery = None,
     precision: PrecisionOf = "fp32",
     deterministic: Exact = False,
     device: Device = "auto",
