@@ -64,20 +64,10 @@ def find_sources(
     Raises DataError for an invalid list, two videos with one name, one video with two names or labels, or a root
     without a list.
     """
-    sources: list[Source] = []
     failures: list[dict] = []
     if root is not None and not any(Path(item).suffix.lower() in LISTS for item in given):
         raise DataError(f"--root {root} is for the paths of a list, and none is given: leave it out")
-    for item in map(Path, given):
-        if (address := _ADDRESS.match(str(item))) is not None and not item.exists():
-            url = f"{address[1]}://{str(item)[address.end() :]}"  # Path has swallowed a slash
-            failures.append({"source": url, "reason": f"{url}: {address[1]}:// is not read ({FILES_ONLY})"})
-        elif item.suffix.lower() in LISTS and item.is_file():
-            sources += _listed(item, label, Path(root) if root is not None else item.parent)
-        elif item.is_dir():
-            sources += _inside(item, label, failures, output)
-        else:
-            sources.append(_source(item, item.stem, "", label))
+    sources = [source for item in map(Path, given) for source in _sources_of(item, label, root, output, failures)]
     found: dict[str, Source] = {}
     for source in sources:
         if not _is_text(source.name):
@@ -102,6 +92,21 @@ def find_sources(
                 "give a list the --root that gives it the same name"
             )
     return sorted(found.values(), key=lambda source: source.name), failures
+
+
+def _sources_of(
+    item: Path, label: str, root: str | Path | None, output: str | Path | None, failures: list[dict]
+) -> Iterable[Source]:
+    """Yields the videos of one argument of `find_sources`, and adds what cannot be read to `failures`."""
+    if (address := _ADDRESS.match(str(item))) is not None and not item.exists():
+        url = f"{address[1]}://{str(item)[address.end() :]}"  # Path has swallowed a slash
+        failures.append({"source": url, "reason": f"{url}: {address[1]}:// is not read ({FILES_ONLY})"})
+    elif item.suffix.lower() in LISTS and item.is_file():
+        yield from _listed(item, label, Path(root) if root is not None else item.parent)
+    elif item.is_dir():
+        yield from _inside(item, label, failures, output)
+    else:
+        yield _source(item, item.stem, "", label)
 
 
 def check_results(given: Iterable[Path], sources: Iterable[Source], written: Iterable[Path]) -> None:
