@@ -502,31 +502,35 @@ def write_lists(output: str | Path, settings: dict) -> Listing:
     A label that differs from the last one written was typed by hand, and stays. Raises DataError like `read_labels`.
     """
     output = Path(output)
+    rows: list[Row] = []
+    damaged: dict[str, int] = {}
+    others, options = 0, set[str]()
+    changed: dict[Path, dict] = {}
     with in_turn(output):  # of shards that end together
-        found, changed, labels = Listing([], {}, 0, set()), {}, read_labels(output)
+        labels = read_labels(output)
         for path in sorted((output / "done").rglob("*.json")):
             record = _read_record(path)
             if record is None:
                 continue
             if record["settings"] != settings:
-                found.options.update(_differing(record["settings"], settings))
-                found = found._replace(others=found.others + 1)
+                others += 1
+                options |= _differing(record["settings"], settings)
                 continue
             name = str(path.relative_to(output / "done").with_suffix(""))
             visual, audio, _ = _paths(output, name, settings["crops"])
             written = record.get("listed", record["label"])
             typed = set(labels.get(output / "visual" / name, ())) - {"", written, record["label"]}
             label = min(typed, default=record["label"])
-            found.rows.extend(Row(file, audio if record["audio"] else None, label, 0) for file in visual)
+            rows.extend(Row(file, audio if record["audio"] else None, label, 0) for file in visual)
             if record.get("damaged"):
-                found.damaged[name] = record["damaged"]
+                damaged[name] = record["damaged"]
             if label != written and not typed:
                 changed[path] = {**record, "listed": label}
-        if found.rows:
-            write_list(output / "list.csv", found.rows)
+        if rows:
+            write_list(output / "list.csv", rows)
         for path, record in changed.items():
             write_record(path, record)
-    return found
+    return Listing(rows, damaged, others, options)
 
 
 def shard(sources: Sequence[Source], which: str) -> list[Source]:
