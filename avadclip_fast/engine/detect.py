@@ -224,15 +224,15 @@ def detect(
     for part in parts:
         here = slice(part.start, part.end)
         if part.by == "teacher" and found.audio is not None:  # audio is never None for the teacher
-            scored, scorer = score(first, visual[here], found.audio[here].astype(np.float32, copy=False), device), first
-            anomaly[here], probabilities[here] = scored.anomaly, scored.probabilities
+            scorer, inner = first, slice(None)
+            scored = score(scorer, visual[here], found.audio[here].astype(np.float32, copy=False), device)
         else:
             scorer = last
             first_seen, end_seen = stretches[bisect(cuts, part.start)]
             if first_seen not in unheard:
                 unheard = {first_seen: score(scorer, visual[first_seen:end_seen], None, device)}
             scored, inner = unheard[first_seen], slice(part.start - first_seen, part.end - first_seen)
-            anomaly[here], probabilities[here] = scored.anomaly[inner], scored.probabilities[inner]
+        anomaly[here], probabilities[here] = scored.anomaly[inner], scored.probabilities[inner]
         thresholds[here] = scorer.calibration.align.threshold if threshold is None else threshold
     scores = anomaly, probabilities, thresholds
     return Detection(name, first.model.classes, found.times, found.seconds, *scores, parts, cuts, found.end)
