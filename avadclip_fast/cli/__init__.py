@@ -43,8 +43,6 @@ def _run() -> int:
     import logging
     import warnings
 
-    import torch
-
     from ..data import DataError
     from ..engine.recipe import RecipeError
     from ..engine.state import StateError
@@ -77,14 +75,23 @@ def _run() -> int:
     except Stopped as stop:
         return _fail(stop, 128 + stop.number)
     except (MemoryError, RuntimeError) as error:
-        said = str(error)
-        # torch has no type of error for a processor's memory
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said):
+        if (short := _of_memory(error)) is None:
             raise
-        said = said.partition(" If reserved")[0].rpartition("DefaultCPUAllocator: ")[2].rstrip(". ")
         smaller = "".join(_TAKES_LESS.get(name, "") for name in sys.argv[1:2])
-        return _fail(f"out of memory: {said or 'the system gives no more'}{smaller}", 2)
+        return _fail(f"out of memory: {short}{smaller}", 2)
     return 0
+
+
+def _of_memory(error: Exception) -> str | None:
+    """What an error says of memory that is short; None if it is of something else."""
+    import torch
+
+    said = str(error)
+    # torch has no type of error for a processor's memory
+    if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in said):
+        return None
+    said = said.partition(" If reserved")[0].rpartition("DefaultCPUAllocator: ")[2].rstrip(". ")
+    return said or "the system gives no more"
 
 
 def _in_thread(failed: threading.ExceptHookArgs) -> None:
