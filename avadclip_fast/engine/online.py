@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from copy import copy
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,16 @@ from ..media.decode import GAP, RATE, audible
 from ..media.encoders import AudioEncoder, VisualEncoder, encoded
 from ..models.encoder import Standardize
 from .detect import PAUSE, Event, Scorer, check_widths, deaf_name, event_of, score
+
+
+class _Pending(NamedTuple):
+    """A snippet that was scored, and may be again with more snippets after it."""
+
+    start: float  # seconds
+    end: float
+    probabilities: np.ndarray  # (C,)
+    threshold: float
+    sounded: bool  # whether it was scored with sound
 
 
 class OnlineDetector:
@@ -82,8 +92,7 @@ class OnlineDetector:
         self._quiet: float | None = None  # start of the first snippet without sound, since the last with
         self._open: list[np.ndarray] = []  # probabilities (C,) of the snippets of the open event
         self._from = self._until = 0.0  # start of its first snippet, end of its last
-        # pending: start, end, probabilities, threshold, whether it was scored with sound
-        self._later: list[tuple[float, float, np.ndarray, float, bool]] = []
+        self._pending: list[_Pending] = []
 
     def push(
         self,
@@ -125,6 +134,13 @@ class OnlineDetector:
         images = cut(frame, 1, self.geometry, self.visual.size)
         self._seen.append(encoded("visual", self.visual, images, 1)[0])
         self._listen(audio, time)
+        self._score(time, time + (seconds or self.seconds))
+        while len(self._pending) > self.delay:
+            events += self._judge(self._pending.pop(0))
+        return events
+
+    def _score(self, start: float, end: float) -> None:
+        """Scores the newest snippet, and those that are pending anew, now that more snippets after them are known."""
         hears = self._sounding > 0
         scorer = self.scorers[0 if hears else -1]
         rows = min(self._sounding, len(self._seen)) if hears else len(self._seen)
@@ -134,17 +150,14 @@ class OnlineDetector:
         self.by = "teacher" if hears else deaf_name(self.scorers)
         self.score = float(1 - probabilities[-1, 0])
         threshold = scorer.calibration.align.threshold if self.threshold is None else self.threshold
-        self._later.append((time, time + (seconds or self.seconds), probabilities[-1], threshold, hears))
-        # Pending snippets get new scores, now that more snippets after them are known. What sounded stays the
-        # teacher's, as in `detect`; only the pause that has turned out to be silence passes to the student.
+        self._pending.append(_Pending(start, end, probabilities[-1], threshold, hears))
+        # What sounded stays the teacher's, as in `detect`; only the pause that has turned out to be silence passes to
+        # the student.
         since = -np.inf if hears or self._quiet is None else self._quiet
-        for i in range(2, min(len(self._later), rows) + 1):
-            start, end, *_, sounded = self._later[-i]
-            if start >= since or not sounded:
-                self._later[-i] = start, end, probabilities[-i], threshold, hears
-        while len(self._later) > self.delay:
-            events += self._judge(*self._later.pop(0)[:-1])
-        return events
+        for i in range(2, min(len(self._pending), rows) + 1):
+            one = self._pending[-i]
+            if one.start >= since or not one.sounded:
+                self._pending[-i] = _Pending(one.start, one.end, probabilities[-i], threshold, hears)
 
     def _check(self, frame: np.ndarray, audio: np.ndarray | None, time: float | None) -> None:
         """Raises DataError for a frame or sound of another shape or dtype, and for sound of another rate."""
@@ -165,7 +178,7 @@ class OnlineDetector:
 
     def flush(self) -> list[Event]:
         """Returns the events that are still open and resets the context."""
-        events = [event for one in self._later for event in self._judge(*one[:-1])]
+        events = [event for one in self._pending for event in self._judge(one)]
         if self._open:
             events.append(self._close(self._until))
         self._forget()
@@ -198,17 +211,17 @@ class OnlineDetector:
         statistics = float(mean), float(max(square - mean**2, 0.0)) ** 0.5
         return encoded("audio", encoder, samples, 1, statistics=statistics)[0]
 
-    def _judge(self, start: float, end: float, probabilities: np.ndarray, threshold: float) -> list[Event]:
+    def _judge(self, one: _Pending) -> list[Event]:
         events = []
-        if 1 - probabilities[0] >= threshold:
+        if 1 - one.probabilities[0] >= one.threshold:
             if not self._open:
-                self._from = start
-            self._open.append(probabilities)
-            self._until = end
-            if end - self._from >= self.longest - 1e-6:
-                events.append(self._close(end))
+                self._from = one.start
+            self._open.append(one.probabilities)
+            self._until = one.end
+            if one.end - self._from >= self.longest - 1e-6:
+                events.append(self._close(one.end))
         elif self._open:
-            events.append(self._close(start))
+            events.append(self._close(one.start))
         return events
 
     def _close(self, end: float) -> Event:
