@@ -56,6 +56,14 @@ class Snippet(NamedTuple):
     seconds: float  # its duration; at the end of a file, up to the end of the last frame
 
 
+class _First(NamedTuple):
+    """The first frame of a snippet that waits for its end and its audio."""
+
+    time: float  # by the clock
+    image: np.ndarray
+    before: int  # number of frames before it
+
+
 class LiveSource:
     """Iterates over the snippets of a file, a device such as /dev/video0, an rtsp, http, udp or srt URL, or "-", stdin.
 
@@ -183,7 +191,7 @@ class LiveSource:
             clock, reach = Clock(rate or ASSUMED), Reach(container, video)
             self.seconds = self.seconds or self.every / clock.rate
             beat, start = Beat(self.seconds), 0.0
-            waiting: deque[tuple[float, np.ndarray, int]] = deque()  # time, image, frames so far
+            waiting: deque[_First] = deque()
             mono, sound = Mono(), Placed(self.seconds + 2 * lag + WAITING * self.seconds, clock)
             try:
                 for packet in container.demux():
@@ -200,13 +208,13 @@ class LiveSource:
                         if before == 0:
                             start = offset()
                         if beat(clock(frame)):
-                            waiting.append((clock.now, upright(frame), before))
+                            waiting.append(_First(clock.now, upright(frame), before))
                         self.frames += 1
                     sound.settle()
                     while waiting and self._complete(waiting, clock, audio, sound, lag):
                         yield self._made(waiting, clock, start, audio, sound)
             except (av.error.FFmpegError, OSError) as error:
-                self.dropped += clock.seen - waiting[0][2] if waiting else 0
+                self.dropped += clock.seen - waiting[0].before if waiting else 0
                 raise MediaError(f"{self.source}: lost after {clock.seen} frames: {said(error)}") from error
             for block in mono.rest():
                 sound.add(*block)
@@ -214,23 +222,18 @@ class LiveSource:
                 yield self._made(waiting, clock, start, audio, sound)
             reach.check(self.source, clock.seen)
 
-    def _complete(
-        self, waiting: "deque[tuple[float, np.ndarray, int]]", clock: Clock, audio: Any, sound: "Ring", lag: float
-    ) -> bool:
+    def _complete(self, waiting: deque[_First], clock: Clock, audio: Any, sound: "Ring", lag: float) -> bool:
         """Whether the first snippet is complete, or its audio is later than `lag` seconds or IMAGES."""
-        at, image, _ = waiting[0]
-        end = at + self.seconds
-        late = clock.now >= end + lag or len(waiting) * image.nbytes > IMAGES
+        end = waiting[0].time + self.seconds
+        late = clock.now >= end + lag or len(waiting) * waiting[0].image.nbytes > IMAGES
         return clock.now >= end and (audio is None or sound.end >= end or late)
 
-    def _made(
-        self, waiting: "deque[tuple[float, np.ndarray, int]]", clock: Clock, offset: float, audio: Any, sound: "Ring"
-    ) -> Snippet:
-        at, image, first = waiting.popleft()
-        frames = (waiting[0][2] if waiting else clock.seen) - first
+    def _made(self, waiting: deque[_First], clock: Clock, start: float, audio: Any, sound: "Ring") -> Snippet:
+        at, image, before = waiting.popleft()
+        frames = (waiting[0].before if waiting else clock.seen) - before
         heard = None if audio is None else sound.take(at, round(self.seconds * RATE))
         seconds = self.seconds if waiting else min(self.seconds, clock.now + 1 / clock.rate - at)
-        return Snippet(offset + at, image, heard, frames, seconds)
+        return Snippet(start + at, image, heard, frames, seconds)
 
 
 class Ring:
