@@ -86,13 +86,7 @@ def train_on_list(
                 f"{held_out_list}: {min(both)} is in {list_} too, and not held out; remove it from one of them"
             )
     elif recipe.select == "val":
-        if held_out == 0:
-            raise DataError("--held-out 0 holds no video out; use --select last")
-        kept, out = data.split(rows, held_out, recipe.seed, codes)
-        if not kept or not out:
-            raise DataError(f"{list_}: too few videos to hold out {held_out:g} of them; use --select last")
-        at = {row: i for i, row in enumerate(rows)}
-        held, features = (features.subset(torch.tensor([at[row] for row in part])) for part in (out, kept))
+        features, held = _split(list_, features, rows, held_out, recipe.seed, codes)
     test_ap = test_videos = None
     if test_list is not None and gt is not None:
         test_ap, test_videos = _test_ap(model, test_list, root, gt, frames_per_snippet, codes, device)
@@ -104,6 +98,20 @@ def train_on_list(
             resume=resume, profile=profile, graph=graph,
         )  # fmt: skip
     return output / MODEL
+
+
+def _split(
+    list_: Path, features: FeatureSet, rows: list[Row], share: float, seed: int, codes: dict[str, str]
+) -> tuple[FeatureSet, FeatureSet]:
+    """Splits the features of rows into those to train on, and a share to hold out. Raises DataError."""
+    if share == 0:
+        raise DataError("--held-out 0 holds no video out; use --select last")
+    kept, out = data.split(rows, share, seed, codes)
+    if not kept or not out:
+        raise DataError(f"{list_}: too few videos to hold out {share:g} of them; use --select last")
+    at = {row: i for i, row in enumerate(rows)}
+    train, held = (features.subset(torch.tensor([at[row] for row in part])) for part in (kept, out))
+    return train, held
 
 
 def _files(rows: list[Row]) -> set[str]:
