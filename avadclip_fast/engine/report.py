@@ -124,16 +124,21 @@ def environment() -> str:
     lines += [f"forced by AVADCLIP_FAST_BACKEND, for every op that has it: {forced}"] if forced else []
     lines += ["", f"{'op':<20}{'backend':<12}because"]
     for op, arguments in _examples("cuda" if torch.cuda.is_available() else "cpu").items():
-        order = [name for name in _dispatch.ORDER if name in _dispatch.TABLE[op]]
-        reasons = {name: _dispatch.why_not_chosen(op, name, *arguments) for name in order}
-        chosen = next(name for name, reason in reasons.items() if reason is None)
-        before = order[: order.index(chosen)]
-        because = "; ".join(f"not {name}: {reasons[name]}" for name in before) or "the first choice"
-        if forced in order:
-            reason = _dispatch.why_not(op, forced, *arguments)
-            chosen, because = forced, "forced" if reason is None else f"forced, and cannot serve: {reason}"
-        lines.append(f"{op:<20}{chosen:<12}{because}")
+        backend, because = _selected(op, arguments, forced)
+        lines.append(f"{op:<20}{backend:<12}{because}")
     return "\n".join(lines)
+
+
+def _selected(op: str, arguments: tuple, forced: str | None) -> tuple[str, str]:
+    """Returns the backend that is selected for a call of an op, and why."""
+    order = [name for name in _dispatch.ORDER if name in _dispatch.TABLE[op]]
+    if forced in order:
+        reason = _dispatch.why_not(op, forced, *arguments)
+        return forced, "forced" if reason is None else f"forced, and cannot serve: {reason}"
+    reasons = {name: _dispatch.why_not_chosen(op, name, *arguments) for name in order}
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    before = order[: order.index(chosen)]
+    return chosen, "; ".join(f"not {name}: {reasons[name]}" for name in before) or "the first choice"
 
 
 def _examples(device: str) -> dict[str, tuple]:
