@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +21,9 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
     """Writes one PNG. frames: snippet index -> image (H, W, 3) uint8, shown above the curve in order."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
     from matplotlib.ticker import MultipleLocator
 
     figure = Figure((WIDTH, 4.6), dpi=DPI, layout="constrained")
-    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.suptitle(plain(detection.name, int(WIDTH * TITLE_PER_INCH)), fontsize=10, parse_math=False)
     grid = figure.add_gridspec(2, max(1, len(frames)), height_ratios=(1, 1.5))
     for column, (snippet, image) in enumerate(sorted(frames.items())):
@@ -39,15 +38,7 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
     spans = [(event.start, event.end - event.start) for event in events]
     if spans:
         ax.broken_barh(spans, (low, high - low), facecolor=TRUTH_COLOUR, alpha=0.3, linewidth=0, label="event")
-    inch = (edges[-1] - edges[0]) / PLOT  # seconds
-
-    @functools.cache  # a day has thousands of events, of a few names
-    def width(name: str) -> float:
-        pixels = renderer.get_text_width_height_descent(name, FontProperties(size=8), False)[0]
-        return (pixels / DPI + SPACE) * inch
-
-    for middle, name in _apart(events, edges[0], edges[-1], width):
-        ax.text(middle, 1.04, name, ha="center", fontsize=8, clip_on=True, parse_math=False)
+    _name_events(ax, FigureCanvasAgg(figure).get_renderer(), events, edges[0], edges[-1])
     unheard: dict[str, list[float]] = {}  # label -> starts and ends of the parts, with a hole after each
     for part, start, end in detection.timed_parts():
         if part.by != "teacher":
@@ -69,6 +60,21 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(labels), loc="outside lower center")
     save(figure, path)
+
+
+def _name_events(ax: Any, renderer: Any, events: Sequence[Event], start: float, end: float) -> None:
+    """Writes the names of events above the curve, which goes from start to end (seconds)."""
+    from matplotlib.font_manager import FontProperties
+
+    inch = (end - start) / PLOT  # seconds
+
+    @functools.cache  # a day has thousands of events, of a few names
+    def width(name: str) -> float:
+        pixels = renderer.get_text_width_height_descent(name, FontProperties(size=8), False)[0]
+        return (pixels / DPI + SPACE) * inch
+
+    for middle, name in _apart(events, start, end, width):
+        ax.text(middle, 1.04, name, ha="center", fontsize=8, clip_on=True, parse_math=False)
 
 
 def _apart(events: Sequence[Event], start: float, end: float, width: Callable[[str], float]) -> list[tuple[float, str]]:
