@@ -80,8 +80,7 @@ def make_synthetic(
     sound = _Stream(width, anomalies, {"visible": 0.0}, np.random.default_rng([seed, 1]))
     jobs = [("train", i) for i in range(videos)] + [("test", i) for i in range(test_videos)]
     rows: dict[str, list[Row]] = {"train": [], "test": []}
-    truth, shown = [np.zeros(0, np.float32)], []
-    spans: dict[str, list] = {"segments": [], "labels": []}
+    tested: list[tuple[int, list[Event]]] = []  # snippets and anomalies
     for part in rows:
         (folder / part).mkdir(parents=True, exist_ok=True)
     for part, i in progress(jobs) if progress else jobs:
@@ -99,19 +98,16 @@ def make_synthetic(
         heard.write_bytes(npy_bytes(sound.draw(snippets, events, rng)))
         rows[part].append(row)
         if part == "test":
-            frames = np.zeros(snippets * frames_per_snippet, np.float32)
-            ends = [[e.start * frames_per_snippet, e.end * frames_per_snippet] for e in planted]
-            for start, end in ends:
-                frames[start:end] = 1
-            truth.append(frames)
-            spans["segments"].append(ends or [[0, len(frames)]])
-            spans["labels"].append([e.code for e in planted] or [codes[0]])
-            shown.append({"video": row.visual.stem, "anomalies": [e.mode for e in planted]})
+            tested.append((snippets, planted))
     for part, listed in rows.items():
         write_list(folder / f"{part}.csv", listed)
-    frames = np.concatenate(truth)
+    frames, spans = _truth(tested, frames_per_snippet, codes[0])
     with atomic_write(folder / "gt.npy") as file:
         file.write(npy_bytes(frames))
+    shown = [
+        {"video": row.visual.stem, "anomalies": [event.mode for event in planted]}
+        for row, (_, planted) in zip(rows["test"], tested, strict=True)
+    ]
     info = {
         "frames_per_snippet": frames_per_snippet,
         "classes": {code: XD_VIOLENCE[code] for code in codes},
@@ -121,6 +117,26 @@ def make_synthetic(
     }
     for name, content in (("gt_segments.json", spans), ("info.json", info)):
         write_json(folder / name, content)
+
+
+def _truth(
+    tested: list[tuple[int, list[Event]]], frames_per_snippet: int, normal: str
+) -> tuple[np.ndarray, dict[str, list]]:
+    """Returns the frame ground truth, (frames,) of 0 and 1, and the spans as `read_segments_json` reads them.
+
+    tested: snippets and anomalies of each video. normal: the code of what is none
+    """
+    parts = [np.zeros(0, np.float32)]
+    spans: dict[str, list] = {"segments": [], "labels": []}
+    for snippets, planted in tested:
+        frames = np.zeros(snippets * frames_per_snippet, np.float32)
+        ends = [[event.start * frames_per_snippet, event.end * frames_per_snippet] for event in planted]
+        for start, end in ends:
+            frames[start:end] = 1
+        parts.append(frames)
+        spans["segments"].append(ends or [[0, len(frames)]])
+        spans["labels"].append([event.code for event in planted] or [normal])
+    return np.concatenate(parts), spans
 
 
 def _codes(classes: Iterable[str]) -> list[str]:
