@@ -592,6 +592,28 @@ def test_memory_does_not_grow_with_sound(tmp_path, monkeypatch):
     assert peak < 8e6  # the sound is 19 MB as int16
 
 
+def test_memory_does_not_grow_with_the_videos_that_are_done(tmp_path):
+    """Of whose records one is read at a time: those of 20,000 hours were gigabytes."""
+    import tracemalloc
+
+    settings = {"dtype": "float16", "visual": ["clip", "openai"], "audio": ["none", None], "crops": 1}
+    sources = [extract.Source(tmp_path / f"{i}.mp4", str(i)) for i in range(20)]
+    (tmp_path / "done").mkdir()
+    for source in sources:
+        record = {"source": str(source.path), "file": {}, "settings": settings, "crops": 1, "audio": False}
+        record |= {"label": "A", "listed": "", "times": np.arange(20_000.0).tolist()}
+        (tmp_path / "done" / f"{source.name}.json").write_text(json.dumps(record))
+    tracemalloc.start()
+    extract.check_replaced(sources, tmp_path, settings)
+    with pytest.raises(DataError, match="features of 20 of these videos"):
+        extract.check_replaced(sources, tmp_path, {**settings, "crops": 5})
+    assert len(extract.write_lists(tmp_path, settings).rows) == 20
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6  # a record takes 0.8 MB
+    assert json.loads((tmp_path / "done" / "7.json").read_text())["listed"] == "A"
+
+
 PEAK = """
 import resource, subprocess, sys
 code = subprocess.call([sys.executable, "-m", "avadclip_fast.cli", *sys.argv[1:]])

@@ -369,14 +369,17 @@ def _differing(theirs: dict, ours: dict) -> set[str]:
 
 def check_replaced(sources: Sequence[Source], output: Path, settings: dict) -> None:
     """Raises DataError if features of other videos, or made with other settings, would be replaced."""
-    records = [_read_record(_paths(output, source.name, 0)[2]) for source in sources]
-    for source, record in zip(sources, records, strict=True):
-        if record is not None and source.path.is_file() and _is_other(source.path, record):
+    others = []
+    for source in sources:  # no record is kept: each holds the times of all snippets
+        if (record := _read_record(_paths(output, source.name, 0)[2])) is None:
+            continue
+        if source.path.is_file() and _is_other(source.path, record):
             raise DataError(
                 f"{output} holds features of another video called {source.name}, {record['source']}: rename "
                 f"{source.path}, give their common folder, or another --output, or --overwrite to replace them"
             )
-    others = [record["settings"] for record in records if record is not None and record["settings"] != settings]
+        if record["settings"] != settings:
+            others.append(record["settings"])
     if others:
         differ = ", ".join(sorted(set.union(*(_differing(given, settings) for given in others))))
         raise DataError(
@@ -505,7 +508,7 @@ def write_lists(output: str | Path, settings: dict) -> Listing:
     rows: list[Row] = []
     damaged: dict[str, int] = {}
     others, options = 0, set[str]()
-    changed: dict[Path, dict] = {}
+    changed: dict[Path, str] = {}  # label of each record to write, which is read again: all may be gigabytes
     with in_turn(output):  # of shards that end together
         labels = read_labels(output)
         for path in sorted((output / "done").rglob("*.json")):
@@ -525,11 +528,12 @@ def write_lists(output: str | Path, settings: dict) -> Listing:
             if record.get("damaged"):
                 damaged[name] = record["damaged"]
             if label != written and not typed:
-                changed[path] = {**record, "listed": label}
+                changed[path] = label
         if rows:
             write_list(output / "list.csv", rows)
-        for path, record in changed.items():
-            write_record(path, record)
+        for path, label in changed.items():
+            if (record := _read_record(path)) is not None:
+                write_record(path, {**record, "listed": label})
     return Listing(rows, damaged, others, options)
 
 
