@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import QUICK, call, mistake
 
 from avadclip_fast import data
-from avadclip_fast.data import DataError, FeatureSet
+from avadclip_fast.data import DataError, FeatureSet, packed
 from avadclip_fast.data.packed import Field, check_packed, open_packed, write_packed
 
 FIELDS = {"x": Field("float32", (3, 2)), "n": Field("int64", ())}
@@ -209,6 +210,22 @@ def test_a_full_disk_is_told_at_once(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="a.safetensors: cannot be written: No space left on device$"):
         write(tmp_path / "a.safetensors", lambda start, stop: asked.append(start))
     assert asked == []
+
+
+def test_paths_that_no_header_holds_are_told_at_once(tmp_path, monkeypatch):
+    """After hours of packing, "header too large" was told by what was to read the file."""
+    path = tmp_path / "a.safetensors"
+    for size, told in ((packed._HEADER_MOST, "incomplete|invalid"), (packed._HEADER_MOST + 1, "header too large")):
+        path.write_bytes(struct.pack("<Q", size) + b"{}")
+        with pytest.raises(DataError, match=f"cannot be read as packed features: .*({told})"):
+            open_packed(path)
+    path.unlink()
+    monkeypatch.setattr(packed, "_HEADER_MOST", 2_000_000)
+    with pytest.raises(DataError, match="labels of 50 rows take 3 MB, and a safetensors header has 2 MB at most: pack"):
+        write(path, info={"rows": ["name" * 10_000] * 75})
+    assert not list(tmp_path.iterdir())
+    write(path, info={"rows": ["name" * 10_000] * 49})
+    check_packed(path)
 
 
 def test_a_disk_that_fills_up_leaves_rows_to_go_on_from(tmp_path):

@@ -25,6 +25,7 @@ from .tensors import read_tensors
 PACKED = ".safetensors"  # suffix of packed files
 _NAMES = {"float32": "F32", "float16": "F16", "int64": "I64"}
 _PLAIN = "0" * 64  # placeholder for the checksum in the header
+_HEADER_MOST = 100_000_000  # bytes of a header that safetensors reads
 _CHANGED = "its bytes are not those that were written (SHA-256 differs); remove it, and make it anew"
 
 
@@ -52,11 +53,17 @@ def write_packed(
 
     fill: (start, stop) -> name -> array (stop - start, *shape), called for `block` rows at a time, in order
     info: any JSON value; a partial file with other fields, rows or info is overwritten
-    Creates the folder if needed. Raises DataError if the file cannot be written, or another process is writing it.
+    Creates the folder if needed. Raises DataError if the file cannot be written, or could not be read, or another
+    process is writing it.
     """
     path = Path(path)
     part, journal = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
     header = _header(fields, rows, info, _PLAIN)
+    if len(header) - 8 > _HEADER_MOST:  # now, not after hours, when the whole file would be refused
+        raise DataError(
+            f"{path}: the paths and labels of {rows} rows take {len(header) // 10**6} MB, and a safetensors header has "
+            f"{_HEADER_MOST // 10**6} MB at most: pack fewer rows, or give shorter paths, as through a link"
+        )
     size = len(header) + rows * sum(field.row_bytes for field in fields.values())
     begun = hashlib.sha256(header).hexdigest()
     try:
