@@ -226,6 +226,17 @@ class TestTiles:
         assert errors["highest"] < 2e-6 < 1e-5 < errors["high"] < 3 * 2**-18 * 4
 
     @on_both_units
+    @pytest.mark.parametrize("part", [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul], ids=["gpu", "cpu"])
+    def test_precision_may_be_set_by_either_api_of_torch(self, backend, part):
+        """Once fp32_precision has been set, the older one's getter raises."""
+        x, weight = torch.ones(5, 16), torch.ones(8, 16)
+        before, part.fp32_precision = part.fp32_precision, "tf32"
+        try:
+            assert torch.equal(ops.linear_act(x, weight, backend=backend), torch.full((5, 8), 16.0))
+        finally:
+            part.fp32_precision = before
+
+    @on_both_units
     def test_is_chosen_where_it_is_faster(self, backend):
         for rows, width, chosen in ((512, 256, True), (511, 256, False), (512, 255, False)):
             layer = (torch.zeros(rows, 256), torch.zeros(width, 256), *_LAYER)

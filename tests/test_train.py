@@ -624,6 +624,18 @@ def test_precision_is_as_before_after_a_run():
         torch.set_float32_matmul_precision(before)
 
 
+@pytest.mark.parametrize("part", [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul], ids=["gpu", "cpu"])
+def test_precision_may_be_set_by_either_api_of_torch(part):
+    """Once fp32_precision has been set, the older one's getters raise."""
+    before, part.fp32_precision = part.fp32_precision, "tf32"
+    try:
+        with float32_products("fp32", torch.device("cpu")):
+            assert part.fp32_precision == "ieee" and torch.get_float32_matmul_precision() == "highest"
+        assert part.fp32_precision == "tf32"
+    finally:
+        part.fp32_precision = before
+
+
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path):
     fit(teacher(), features(), RECIPE, tmp_path, progress=False)
     with pytest.raises(StateError, match="--resume"):

@@ -58,16 +58,18 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
     """
     if precision == "tf32" and device.type != "cuda" and not HAS_AMX:
         raise RecipeError("precision tf32 needs a GPU, or a processor with tile units (AMX); choose fp32 or bf16")
-    before = torch.get_float32_matmul_precision()
+    # fp32_precision reflects both of torch's APIs; the getters of the older one raise once the newer one was used.
+    backends: Any = torch.backends
+    gpu, cpu = backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
+    convolutions = backends.cudnn.conv.fp32_precision == "tf32"
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    cudnn: Any = torch.backends.cudnn
-    convolutions = cudnn.conv.fp32_precision == "tf32"  # reading allow_tf32 raises if both APIs were used
-    cudnn.allow_tf32 = precision == "tf32"
+    backends.cudnn.allow_tf32 = precision == "tf32"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
-        cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision({"tf32": "high", "bf16": "medium"}.get(cpu, "highest"))
+        backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision = gpu, cpu
+        backends.cudnn.allow_tf32 = convolutions
 
 
 def adamw(model: torch.nn.Module, recipe: Recipe, device: torch.device, graph: bool = False) -> torch.optim.Optimizer:

@@ -1,5 +1,7 @@
 """linear_act in C++, on AMX tile units or in AVX-512, for float32 inputs with enough rows to amortise packing."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -114,7 +116,9 @@ torch.library.define("avadclip_fast::linear_act_tiles_backward", _BACKWARD.forma
 
 def _high() -> bool:
     """Read at run time, like torch's own matrix products do."""
-    return torch.get_float32_matmul_precision() != "highest"
+    # It reflects set_float32_matmul_precision too, whose getter raises once an fp32_precision has been set.
+    mkldnn: Any = torch.backends.mkldnn
+    return mkldnn.matmul.fp32_precision in ("tf32", "bf16")
 
 
 @torch.library.impl("avadclip_fast::linear_act_cpu", "CPU")
