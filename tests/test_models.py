@@ -726,6 +726,26 @@ def test_compiles_and_exports_whole(make):
         torch.testing.assert_close(other.anomaly_logits, expected.anomaly_logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("padding", ["masked", "official"])
+@pytest.mark.parametrize("make", [teacher, student])
+def test_a_traced_model_takes_other_videos(make, padding, monkeypatch):
+    """torch.jit.trace keeps whatever is read from a tensor: groups of like lengths, and windows of padding."""
+    monkeypatch.setattr(groups, "WORTH", 1)
+    model = make(padding=padding).eval().requires_grad_(False)
+    streams = len(model.streams())
+
+    def scores(*inputs: Tensor) -> Tensor:
+        return model(*inputs).class_logits
+
+    *first, _, lengths = batch([9, 16, 2, 1], 16)
+    traced = torch.jit.trace(scores, (*first[:streams], lengths), check_trace=False)
+    *other, _, lengths = batch([16, 3, 11], 16, seed=1)
+    valid = torch.arange(16) < lengths[:, None]
+    found, expected = (run(*other[:streams], lengths)[valid] for run in (traced, scores))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 # The text side
 
 

@@ -34,10 +34,10 @@ def split(lengths: Sequence[int]) -> list[list[int]]:
 def pays(x: Tensor) -> bool:
     """Whether grouping pays off: on a GPU, reading the lengths would synchronise, and one shape is faster.
 
-    With fake or wrapped tensors, there are no lengths to read.
+    With fake or wrapped tensors, there are no lengths to read; torch.jit.trace would keep those that it sees.
     """
     read = type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling() and not transformed()
-    return x.device.type == "cpu" and read
+    return x.device.type == "cpu" and read and not torch.jit.is_tracing()
 
 
 def by_length(
