@@ -417,6 +417,19 @@ def test_a_model_made_on_meta_gets_all_with_its_weights(assign):
         torch.testing.assert_close(ours, expected)
 
 
+def test_a_model_made_on_meta_is_filled_parameter_by_parameter():
+    """As own initialisations and sharded models do: the rows of the text side are no parameters."""
+    model = teacher().eval()
+    with torch.device("meta"):
+        empty = teacher().eval()
+    empty.to_empty(device="cpu")
+    with torch.no_grad():
+        for ours, given in zip(empty.parameters(), model.parameters(), strict=True):
+            ours.copy_(given)
+    visual, audio, _, lengths = batch([24, 7], 24)
+    assert torch.equal(empty(visual, audio, lengths).class_logits, model(visual, audio, lengths).class_logits)
+
+
 @pytest.mark.parametrize("padding", ["masked", "official"])
 @pytest.mark.parametrize("make", [teacher, student])
 def test_a_model_computes_shapes_on_meta(make, padding):

@@ -137,7 +137,11 @@ class TextEncoder(nn.Module):
 
     def _apply(self, *args, **named) -> Self:
         release(self)  # before the layers within are converted
-        return super()._apply(*args, **named)
+        on_meta = self.codes.is_meta
+        super()._apply(*args, **named)
+        if on_meta:  # `to_empty` gives the rows memory, and nothing in it
+            self.set_tokens(self.tokens)
+        return self
 
     def _load_from_state_dict(self, *args, **named) -> None:
         """Also lays out the rows, which are not saved: a model that was made on "meta" has not got them."""
