@@ -31,6 +31,7 @@ from avadclip_fast import (
     UncertaintyDistillationLoss,
     UncertaintyHead,
     WindowAttention,
+    objective,
     ops,
     use_backend,
 )
@@ -428,6 +429,22 @@ def test_a_model_made_on_meta_is_filled_parameter_by_parameter():
             ours.copy_(given)
     visual, audio, _, lengths = batch([24, 7], 24)
     assert torch.equal(empty(visual, audio, lengths).class_logits, model(visual, audio, lengths).class_logits)
+
+
+@pytest.mark.parametrize("padding", ["masked", "official"])
+@pytest.mark.parametrize("make", [teacher, student])
+def test_what_inference_mode_makes_trains_a_model(make, padding):
+    """Features, labels and lengths, of which our operators save the lengths for their backward pass."""
+    model = make(padding=padding)
+
+    def gradient(visual: torch.Tensor, audio: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor):
+        out = model(*(visual, audio)[: len(model.streams())], lengths)
+        loss = objective(model, out, labels, lengths)["total"]
+        return torch.autograd.grad(loss, model.temporal.positions.weight)[0]
+
+    with torch.inference_mode():
+        made = batch([24, 7], 24)
+    assert torch.equal(gradient(*made), gradient(*batch([24, 7], 24)))
 
 
 @pytest.mark.parametrize("padding", ["masked", "official"])

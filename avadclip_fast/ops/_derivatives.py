@@ -32,7 +32,7 @@ def differentiable(op: str, backward: Callable, save: Callable, one_result: bool
         if one_result:
             ctx.mark_non_differentiable(*result[1:])
             ctx.set_materialize_grads(False)
-        save(ctx, args, result)
+        save(ctx, [_savable(x) for x in args], result)
         return result
 
     def of_first(ctx, grad, *_):
@@ -47,6 +47,11 @@ def differentiable(op: str, backward: Callable, save: Callable, one_result: bool
         return derivative.apply(*args) if needed else plain(*args)
 
     _library.impl(op, run, "Autograd")
+
+
+def _savable(x: Any) -> Any:
+    """An argument as torch saves it: lengths and masks of inference mode, which it refuses, as a copy."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() and not x.is_floating_point() else x
 
 
 def differentiable_once(op: str, backward: str) -> None:
