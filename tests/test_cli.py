@@ -94,6 +94,12 @@ def mistake(capsys, *arguments) -> str:
     return captured.err
 
 
+def test_names_in_a_checkpoint_steer_no_terminal(tmp_path, capsys):
+    torch.save({"a\x1b[2Jb": torch.zeros(1)}, tmp_path / "a.pth")
+    told = mistake(capsys, "convert", tmp_path / "a.pth", tmp_path / "out")
+    assert told.endswith("unknown names:\n  a\\x1b[2Jb\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
 def test_standard_output_that_is_full_is_named(monkeypatch, capsys):
     """And given up: Python writes again what is left of it as it exits."""

@@ -76,6 +76,15 @@ def test_known_spans_are_found(pair, tmp_path, capsys):
     assert all((out / f"{x}.png").read_bytes().startswith(b"\x89PNG") for x in "abc")
 
 
+def test_names_steer_no_terminal(pair, tmp_path, capsys):
+    """Nor do classes, which come with a model."""
+    film(tmp_path / "a\x1b[2J\n.mkv", [(10, 16, 220)])
+    classes = "--classes", "normal,\x1b[2J\nfight,\x1b[2J\nfire"
+    assert call("detect", tmp_path, "-m", pair / "student", "-o", tmp_path / "out", *classes, *QUICK) == 0
+    said = capsys.readouterr().out
+    assert re.fullmatch(r"a\\x1b\[2J\\n: [\d:. -]+ \\x1b\[2J\\nfi\w+, score 0.\d+\nwrote .*/events.csv\n", said), said
+
+
 def test_the_example_of_the_docs_finds_what_the_command_does(pair, tmp_path, capsys, monkeypatch):
     (tmp_path / "runs").symlink_to(pair)
     monkeypatch.chdir(tmp_path)

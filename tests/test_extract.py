@@ -213,6 +213,22 @@ def test_a_name_that_is_not_utf_8_fails_alone(folder, tmp_path, capsys):
     assert len((out / "list.csv").read_text().splitlines()) == 3
 
 
+def test_names_steer_no_terminal(tmp_path, capsys):
+    """Escape sequences and ends of lines in them are told as such, each name in its line."""
+    films, out = tmp_path / "films", tmp_path / "out"
+    films.mkdir()
+    name = "a\x1b]0;title\x07\r\nwrote\x9b2J"
+    make_video(films / f"{name}.mp4", frames=20)
+    (films / f"{name} too.mp4").write_text("not a video")
+    assert call("extract", films, "-o", out, "--label", "\x1b[1m", *QUICK) == 1
+    assert call("check", out / "list.csv", "--no-audio", "--width", "4", "-q") == 1
+    said = capsys.readouterr()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", said.out + said.err)
+    shown = r"a\x1b]0;title\x07\r\nwrote\x9b2J"
+    assert said.err == f"failed: {films}/{shown} too.mp4: not a video\n"
+    assert f"1 of 1 videos has no sound ({shown}): " in said.out and r"unknown code \x1b[1m; known" in said.out
+
+
 def test_another_label_is_taken(folder, tmp_path, capsys):
     out, video = tmp_path / "out", folder / "more" / "b.mp4"
     for label, listed in (((), ""), (("--label", "A"), "A"), (("--label", "B2"), "B2"), ((), "B2")):

@@ -111,5 +111,7 @@ def _of_output() -> str:
 
 
 def _fail(what: object, code: int) -> int:
-    print(f"error: {what}", file=sys.stderr)
+    from ..data.errors import printable
+
+    print("error:", "\n".join(map(printable, str(what).split("\n"))), file=sys.stderr)
     return code

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from .. import __version__, data
 from ..data import DataError, Row
 from ..data.atomic import make_folder, write_json
+from ..data.errors import printable
 from ..data.labels import FILLER
 from ..data.lists import names_of
 from ..data.packed import PACKED
@@ -507,7 +508,7 @@ def evaluate_(
     if plots is not None:
         drawn = report.draw(scores, truth, frames, plots, plot)
         for path in drawn:
-            typer.echo(f"wrote {path}")
+            typer.echo(f"wrote {printable(str(path))}")
         typer.echo(f"wrote {report.draw_reliability(result['threshold'], plots, drawn)}")
 
 

@@ -17,6 +17,7 @@ from typer import Argument, Option
 
 from ..data import DataError, pack
 from ..data.atomic import make_folder, write_json
+from ..data.errors import printable
 from ..data.lists import video_of
 from ..data.lists import videos as by_video
 from ..data.packed import PACKED
@@ -111,7 +112,7 @@ def watchers(
 
 
 def note(told: str) -> None:
-    tqdm.write(f"note: {told}", file=sys.stderr)
+    tqdm.write(f"note: {printable(told)}", file=sys.stderr)
 
 
 def note_threshold(scorers: "list[Scorer]", threshold: float | None) -> None:
@@ -143,9 +144,9 @@ def tell_extracted(path: Path, record: dict[str, list], listing: "Listing") -> N
             "extract all videos with the same, or give another folder with --output"
         )
     for name, frames in damaged.items():
-        typer.echo(f"{name}: {lost_frames(frames)}")
+        typer.echo(f"{printable(name)}: {lost_frames(frames)}")
     for failure in record["failed"]:
-        typer.echo(f"failed: {failure['reason']}", err=True)
+        typer.echo(f"failed: {printable(failure['reason'])}", err=True)
 
 
 def tell_silent(silent: list[str], videos: int) -> None:
@@ -158,7 +159,7 @@ def tell_silent(silent: list[str], videos: int) -> None:
 
 
 def first_ten(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return printable(", ".join(names[:10])) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 @app.command()
@@ -302,7 +303,7 @@ def tell_searched(events: Path | None, left: list[Path], failed: list[str]) -> N
         shown = f"{left[0]} and {len(left) - 1} more" if len(left) > 1 else left[0]
         note(f"not written again, and still of an earlier call: {shown}")
     for reason in failed:
-        typer.echo(f"failed: {reason}", err=True)
+        typer.echo(f"failed: {printable(reason)}", err=True)
 
 
 @app.command()

@@ -1,5 +1,8 @@
 """Errors that users can act on."""
 
+import re
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 LONGEST = 2000  # characters of a message, which quotes files: a line of one that is no list may have millions
 
 
@@ -14,7 +17,13 @@ class LabelError(DataError):
     """A label that is invalid for the class codes."""
 
 
+def printable(text: str) -> str:
+    """Text as one line, without control characters: a name may hold what steers a terminal."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
+
+
 def shortened(message: str) -> str:
-    """A message, cut in the middle if too long: the file and row at its start and the remedy at its end stay."""
+    """A printable message, cut in the middle if too long: file and row at its start and remedy at its end stay."""
+    message = printable(message)
     half = LONGEST // 2 - 3
     return message if len(message) <= LONGEST else f"{message[:half]} ... {message[-half:]}"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..data import DataError, TestVideo, chunk, with_motion
+from ..data.errors import printable
 from ..media.features import VideoFeatures
 from ..models.avadclip import Detector, check_normal_first
 from ..models.checkpoints import CheckpointError
@@ -359,14 +360,14 @@ def best_snippets(detection: Detection, most: int = 5) -> list[int]:
 
 def summary(detection: Detection) -> str:
     """Returns lines for the terminal: the parts that the teacher did not score, and the events."""
-    lines = []
+    lines, name = [], printable(detection.name)
     for part, start, end in detection.timed_parts():
         if part.by != "teacher" and part.why != "the model needs no sound":
             span = f"{time_code(start)} - {time_code(end)}"
-            lines.append(f"{detection.name}: {span} scored by the {part.by}: {part.why}")
+            lines.append(f"{name}: {span} scored by the {part.by}: {part.why}")
     for e in detection.events():
         span = f"{time_code(e.start)} - {time_code(e.end)}"
-        lines.append(f"{detection.name}: {span} {e.name}, score {e.score:.2f}")
+        lines.append(f"{name}: {span} {printable(e.name)}, score {e.score:.2f}")
     if not detection.alarm.any():
-        lines.append(f"{detection.name}: nothing found")
+        lines.append(f"{name}: nothing found")
     return "\n".join(lines)

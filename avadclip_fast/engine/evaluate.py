@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..data import DataError, Row, TestVideo, snippet_count, test_videos
 from ..data.check import truth_problems
+from ..data.errors import printable
 from ..data.lists import check_rows, names_of
 from ..models import AVadCLIP, AVadCLIPStudent, CheckpointError, TextWeightsError
 from ..models.avadclip import Detector
@@ -113,7 +114,7 @@ def check_truth(
     problems = truth_problems(list_, rows, counts, truth, path, frames, codes)
     if problems and os.environ.get("RANK", "0") == "0":  # one of torchrun's processes tells it
         more = f" ({len(problems) - 1} other rows differ too)" if len(problems) > 1 else ""
-        _log.warning("warning: %s%s", problems[0], more)
+        _log.warning("warning: %s%s", printable(problems[0]), more)
 
 
 def check_spans(path: Path, spans: Sequence, videos: int, classes: list[str], codes: dict[str, str]) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.errors import printable
+
 IOUS = (0.1, 0.2, 0.3, 0.4, 0.5)
 THRESHOLD, TOP_WEIGHT, TOP_DIVISOR = 0.6, 0.7, 16  # of proposals, see `detection_map`
 Spans = Sequence[Sequence[tuple[int, int, int]]]  # per video: (first frame, one past the last, class index)
@@ -337,12 +339,12 @@ def format_table(result: dict) -> str:
     heads = [*(f"@{iou:g}" for iou in detection["iou"]), "AVG", "truths", "frame AP"]
     lines += ["", f"{'detection, %':<16}" + "".join(f"{head:>9}" for head in heads)]
     for name, row in detection["per_class"].items():
-        ap = result["class_ap"][name]
-        shown = name if len(name) <= 15 else name[:14] + "…"
+        ap, shown = result["class_ap"][name], printable(name)
+        shown = shown if len(shown) <= 15 else shown[:14] + "…"
         average = sum(row) / len(row)
         truths = f"{detection['truths'][name]:>9}"
         lines.append(f"{shown:<16}" + cells([*row, average]) + truths + cells([ap if ap is None else 100 * ap]))
     lines.append(f"{'mean':<16}" + cells([*detection["map"], detection["average"]]))
     if without := [name for name, truths in detection["truths"].items() if not truths]:
-        lines.append(f"the mean counts as 0 what has no span: {', '.join(without)}")
+        lines.append(f"the mean counts as 0 what has no span: {printable(', '.join(without))}")
     return "\n".join(lines)
