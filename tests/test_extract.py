@@ -171,6 +171,11 @@ def test_an_address_is_told_what_reads_it(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == told
     sources, (failure,) = extract.find_sources(["rtsp://camera/1"])
     assert not sources and failure["source"] == "rtsp://camera/1"
+    _, (failure,) = extract.find_sources(["rtsp://me:secret@camera/1"])
+    assert failure["source"] == "rtsp://***@camera/1" and failure["reason"].startswith("rtsp://***@camera/1: rtsp:")
+    (tmp_path / "cameras.txt").write_text("rtsp://me:secret@camera/1")
+    assert call("extract", tmp_path / "cameras.txt", *out) == 1
+    assert "secret" not in "".join(capsys.readouterr()) + (tmp_path / "out" / "extract.json").read_text()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "http:").mkdir()
     make_video(tmp_path / "http:" / "y.mp4", frames=20)

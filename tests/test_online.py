@@ -547,6 +547,20 @@ def test_sources_that_are_none(tmp_path, server):
             next(iter(LiveSource(source)))
 
 
+def test_the_login_of_a_camera_is_told_nobody(pair, tmp_path, capsys, server):
+    """Not where it is refused, nor with its events, which are kept in logs."""
+    assert str(MediaError("rtsp://me:sec@ret#@camera/1: lost (a@b)")) == "rtsp://***@camera/1: lost (a@b)"
+    for plain in ("http://camera:80/a@b and a@b: lost", "udp://@239.0.0.1:1234: lost"):
+        assert str(MediaError(plain)) == plain
+    source = server([film(tmp_path / "a.ts", [(12, 20, 220)]).read_bytes()]).replace("//", "//me:secret@")
+    command = "stream", source, "-m", pair / "student", "--every", "5", "--retries", "0", "-q", *NAMED
+    assert call(*command) == 2  # lost at its end
+    said = capsys.readouterr()
+    shown = source.replace("me:secret", "***")
+    assert {json.loads(line)["source"] for line in said.out.splitlines()} == {shown}
+    assert f"error: {shown}: " in said.err and "secret" not in said.err
+
+
 def test_a_source_that_sends_nothing_is_told(monkeypatch):
     monkeypatch.setattr(decode, "WAIT", 0.5)
     for source in ("udp://127.0.0.1:0", "UDP://127.0.0.1:0"):

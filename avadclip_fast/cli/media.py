@@ -17,7 +17,7 @@ from typer import Argument, Option
 
 from ..data import DataError, pack
 from ..data.atomic import make_folder, write_json
-from ..data.errors import printable
+from ..data.errors import printable, without_login
 from ..data.lists import video_of
 from ..data.lists import videos as by_video
 from ..data.packed import PACKED
@@ -463,7 +463,7 @@ def stream(
 
     def tell(events: "Iterable[Event]") -> None:
         for event in events:
-            record = {"source": source, **event_record(event)}
+            record = {"source": without_login(source), **event_record(event)}
             if live.live and live.began is not None:
                 record["clock"] = (live.began + timedelta(seconds=event.start)).isoformat(timespec="milliseconds")
             # not echo: on a terminal, it would write behind the progress bar

@@ -20,6 +20,7 @@ import torch
 
 from ..data import DataError
 from ..data.atomic import identity_of, in_turn, read_record, remove_left, sha256_of, write_record
+from ..data.errors import without_login
 from ..data.features import write_features
 from ..data.lists import Row, misplaced, read_cells, video_of, write_list
 from .decode import FILES_ONLY
@@ -99,7 +100,7 @@ def _sources_of(
 ) -> Iterable[Source]:
     """Yields the videos of one argument of `find_sources`, and adds what cannot be read to `failures`."""
     if (address := _ADDRESS.match(str(item))) is not None and not item.exists():
-        url = f"{address[1]}://{str(item)[address.end() :]}"  # Path has swallowed a slash
+        url = without_login(f"{address[1]}://{str(item)[address.end() :]}")  # Path has swallowed a slash
         failures.append({"source": url, "reason": f"{url}: {address[1]}:// is not read ({FILES_ONLY})"})
     elif item.suffix.lower() in LISTS and item.is_file():
         yield from _listed(item, label, Path(root) if root is not None else item.parent)
@@ -201,7 +202,7 @@ class Tally:
         self._told(source)
 
     def failed(self, source: Source, reason: str) -> None:
-        self._failed.append({"source": str(source.path), "reason": reason})
+        self._failed.append({"source": without_login(str(source.path)), "reason": reason})
         self._told(source)
 
     def _told(self, source: Source) -> None:

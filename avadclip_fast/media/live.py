@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..data.errors import without_login
 from .decode import (
     ASSUMED,
     GAP,
@@ -104,7 +105,7 @@ class LiveSource:
         if self._begun:
             raise MediaError(f"{self.source} was read already: make another LiveSource of it, or keep the iterator")
         self._begun = True
-        thread = threading.Thread(target=self._read, name=f"reading {self.source}", daemon=True)
+        thread = threading.Thread(target=self._read, name=f"reading {without_login(str(self.source))}", daemon=True)
         thread.start()
         try:
             while not self.until():
