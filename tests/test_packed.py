@@ -288,6 +288,15 @@ def test_two_writers_of_one_file(tmp_path):
     write(tmp_path / "a.safetensors", twice)
 
 
+def test_a_link_under_the_name_of_the_partial_file_is_not_followed(tmp_path):
+    """In a folder such as /tmp, it could be another user's, to a file that is then replaced."""
+    (tmp_path / "kept").write_text("kept")
+    (tmp_path / "a.safetensors.part").symlink_to("kept")
+    with pytest.raises(DataError, match="a.safetensors: cannot be written: .*symbolic links"):
+        write(tmp_path / "a.safetensors")
+    assert (tmp_path / "kept").read_text() == "kept"
+
+
 def test_a_file_system_that_locks_nothing_is_written_to(tmp_path, monkeypatch):
     def refuses(file, how):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

@@ -24,6 +24,7 @@ from .tensors import read_tensors
 
 PACKED = ".safetensors"  # suffix of packed files
 _NAMES = {"float32": "F32", "float16": "F16", "int64": "I64"}
+_MADE = os.O_CREAT | os.O_NOFOLLOW  # in a folder of several users, another's link could lead to a file of this one
 _PLAIN = "0" * 64  # placeholder for the checksum in the header
 _HEADER_MOST = 100_000_000  # bytes of a header that safetensors reads
 _CHANGED = "its bytes are not those that were written (SHA-256 differs); remove it, and make it anew"
@@ -97,7 +98,7 @@ def write_packed(
 def _locked(part: Path, path: Path) -> Iterator[IO[bytes]]:
     """Opens the partial file of `path`, made if needed, and locks it. Raises DataError if another process has it."""
     while True:
-        with open(part, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o666)) as file:
+        with open(part, "r+b", opener=lambda name, flags: os.open(name, flags | _MADE, 0o666)) as file:
             try:
                 lock(file.fileno())
             except BlockingIOError as error:
