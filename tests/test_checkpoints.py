@@ -1,11 +1,13 @@
 """Checkpoints: the official format there and back, our own folder, and what cannot be read or does not fit."""
 
 import hashlib
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -280,6 +282,18 @@ def test_a_checkpoint_of_tensors_that_are_no_weights(official, settings, tensor,
     torch.save(state | {"frame_position_embeddings.weight": tensor}, official[1])
     with pytest.raises(CheckpointError, match=f"(?s)teacher.pth.*{said}"):
         AVadCLIP.from_official(official[1], **settings)
+
+
+def test_a_checkpoint_takes_no_memory_beyond_its_bytes(official, settings):
+    """Of zeros, a compressed one could take a thousand times as much."""
+    path = official[1]
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as plain, zipfile.ZipFile(path, "w") as packed:
+        for part in plain.namelist():
+            packed.writestr(part, plain.read(part), zipfile.ZIP_DEFLATED)
+    torch.load(path, weights_only=True)  # which reads it
+    for load in (lambda: AVadCLIP.from_official(path, **settings), lambda: teacher(text_weights=str(path))):
+        with pytest.raises((CheckpointError, TextWeightsError), match="teacher.pth cannot be read.*it is compressed"):
+            load()
 
 
 def test_a_truncated_checkpoint(official, settings):
@@ -691,6 +705,17 @@ def test_text_weights_from_openais_archive(clip, tmp_path, monkeypatch):
     monkeypatch.setattr(text, "OPENAI_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     other.load(path)
     assert torch.equal(other.text_projection, encoder.text_projection.half().float())
+    content, load = path.read_bytes(), torch.jit.load
+
+    def replaced(file, **options):
+        path.write_bytes(b"other code, after the check")
+        return load(file, **options)
+
+    monkeypatch.setattr(torch.jit, "load", replaced)
+    other.load(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(TextWeightsError, match="holds code"):
+        other.load(path)
 
 
 def test_absent_text_weights():

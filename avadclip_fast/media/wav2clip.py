@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models.text import tensors, unreadable
+from ..models.text import load_tensors, tensors, unreadable
 from .errors import MediaError
 from .fetch import fetch
 
@@ -61,7 +61,7 @@ class Wav2Clip(nn.Module):
     def load(self, weights: str | Path) -> None:
         path = fetch(weights)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_tensors(path)
         except Exception as error:
             raise MediaError(f"{path}: {unreadable(error)}") from error
         state = state.get("state_dict", state) if isinstance(state, dict) else {}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..data import XD_VIOLENCE, DataError
 from ..data.atomic import atomic_write, make_folder
 from ..data.tensors import read_tensors
-from .text import TextWeightsError, read_weights, unreadable
+from .text import TextWeightsError, load_tensors, read_weights, unreadable
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CALIBRATION = "calibration.json"  # beside them, by engine.calibrate
@@ -86,7 +86,7 @@ def read_official(source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(source, dict):
         where = str(source)
         try:
-            held = torch.load(source, map_location="cpu", weights_only=True)
+            held = load_tensors(source)
         except FileNotFoundError as error:
             raise CheckpointError(f"no checkpoint {where}") from error
         except Exception as error:  # truncated, not a checkpoint, or refused by weights_only

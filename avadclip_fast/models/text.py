@@ -6,21 +6,24 @@ computed once, as a prefix that all classes attend to.
 """
 
 import errno
+import hashlib
+import io
 import logging
 import math
+import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from operator import index
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..data.atomic import sha256_of
 from ..data.errors import DataError
 from ..modules import MLP
 from ..ops._residual_block import residual_mlp
@@ -34,6 +37,7 @@ LEARNABLE = 10  # rows before and after the name
 PREFIX = 1 + LEARNABLE  # [SOS] and the first learnable rows, shared by all classes
 OPENAI_SHA256 = "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"
 OPENAI_URL = f"https://openaipublic.azureedge.net/clip/models/{OPENAI_SHA256}/ViT-B-16.pt"
+INFLATED = "holds more than its bytes: it is compressed, as torch.save does not; save it again with that"
 
 _log = logging.getLogger("avadclip_fast")
 
@@ -275,11 +279,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_tensors(path)
         except RuntimeError:
-            if sha256_of(path) != OPENAI_SHA256:  # TorchScript, as theirs is, runs the code in it as it is read
+            with open(path, "rb") as file:
+                held = file.read(1 << 29)  # theirs has 350 MB
+            # TorchScript, as theirs is, runs the code in it as it is read: from what was checked, not again from a file
+            # that may have been replaced.
+            if hashlib.sha256(held).hexdigest() != OPENAI_SHA256:
                 raise
-            return torch.jit.load(path, map_location="cpu").state_dict()
+            return torch.jit.load(io.BytesIO(held), map_location="cpu").state_dict()
     except Exception as error:
         reason = str(error) if path.suffix == ".safetensors" else unreadable(error)
         raise TextWeightsError(f"text weights: {path} cannot be read: {reason}") from error
@@ -291,11 +299,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {prefixes.sub("", name): tensor for name, tensor in tensors(state).items()}
 
 
+def load_tensors(path: str | Path) -> Any:
+    """Reads what torch.save wrote, with weights_only=True so that it cannot run code.
+
+    Raises as torch.load does, and ValueError if the parts of the file take more bytes than it has.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            size = sum(part.file_size for part in file.infolist() if "/code/" not in part.filename)  # of TorchScript
+        if size > os.path.getsize(path):
+            raise ValueError(INFLATED)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def unreadable(error: Exception) -> str:
-    """Returns one line on why torch.load with weights_only=True failed; its own message may be a bare "105" or a page.
+    """Returns one line on why `load_tensors` failed; torch's own message may be a bare "105" or a page.
 
     A truncated file fails with EINVAL, since torch seeks to a point before its start.
     """
+    if str(error) == INFLATED:
+        return INFLATED
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
         return str(error.strerror)
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
