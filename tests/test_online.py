@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import threading
 import time
@@ -589,6 +590,20 @@ def test_a_playlist_leads_to_no_file(tmp_path, server):
     (tmp_path / "list.m3u8").write_bytes(playlist)
     with pytest.raises(MediaError):
         list(LiveSource(tmp_path / "list.m3u8"))
+    with socket.socket(type=socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with socket.socket(type=socket.SOCK_DGRAM) as sender:
+
+        def send():
+            for _ in range(10):
+                sender.sendto(playlist, ("127.0.0.1", port))
+                time.sleep(0.1)
+
+        (sending := threading.Thread(target=send)).start()
+        with pytest.raises(MediaError, match="not a"):  # and not "lost after 48 frames"
+            list(LiveSource(f"udp://127.0.0.1:{port}/list.m3u8?timeout=500000", retries=0))
+        sending.join()
 
 
 def test_one_iterator_reads(tmp_path):

@@ -28,7 +28,15 @@ GAP = 0.1  # difference in seconds between a packet's time and the samples so fa
 ROUNDED = 1.001e-3  # seconds by which two time stamps in whole milliseconds, as in MKV, may be too close together
 ASSUMED = 25.0  # frames per second, where a container declares no rate
 CLOCK = 1000  # ticks per second, the least of any container's clock that is no frame rate: of WebM; 90,000 of MPEG-TS
-SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "srt")
+SCHEMES: dict[str, dict[str, str]] = {  # of live sources, with options of FFmpeg
+    "rtsp": {"rtsp_transport": "tcp"},
+    "rtsps": {"rtsp_transport": "tcp"},
+    "http": {},
+    "https": {},
+    # What is sent there may be a playlist. To those of http, FFmpeg itself opens no files.
+    "udp": {"protocol_whitelist": "udp"},
+    "srt": {"protocol_whitelist": "srt"},
+}
 STDIN = "-"  # a live source, as in `ffmpeg ... -f mpegts - | avadclip-fast stream -`
 FILES_ONLY = "files only; `avadclip-fast stream` takes URLs"
 Progress = Callable[[int], None]  # called with the number of frames decoded since the last call
@@ -70,7 +78,7 @@ def _target(source: str | Path, live: bool) -> tuple[Any, dict[str, Any]]:
             known = ", ".join(SCHEMES) if live else FILES_ONLY
             raise MediaError(f"{source}: {scheme}:// is not read ({known})")
         address = scheme + str(source)[len(scheme) :]  # FFmpeg knows them in small letters alone
-        return address, {"timeout": WAIT, "options": {"rtsp_transport": "tcp"} if scheme.startswith("rtsp") else {}}
+        return address, {"timeout": WAIT, "options": SCHEMES[scheme]}
     alone = {"options": {"protocol_whitelist": "none"}}  # playlists are not followed
     if live and str(source) == STDIN:
         if os.isatty(0):
