@@ -63,6 +63,15 @@ def test_a_window_of_more_than_all_rows_costs_no_more():
     assert torch.equal(ops.window_attention(q, q, q, window=sys.maxsize), ops.window_attention(q, q, q, window=3))
 
 
+def test_compiled_code_takes_fewer_rows_than_the_window_that_it_saw_whole():
+    """The number of rows is not taken for a constant where it is that of the window."""
+    compiled = torch.compile(lambda q: ops.window_attention(q, q, q, window=8), fullgraph=True, backend="eager")
+    for rows in (8, 5):
+        q = torch.randn(2, rows, 4)
+        torch._dynamo.mark_dynamic(q, 1)  # an error where it is a constant
+        torch.testing.assert_close(compiled(q), ops.window_attention(q, q, q, window=8))
+
+
 def test_refuses_numbers_that_do_not_fit():
     with pytest.raises(ValueError, match="heads=3 must divide the width 8"):
         ops.window_attention(*torch.zeros(3, 1, 4, 8), window=4, heads=3)

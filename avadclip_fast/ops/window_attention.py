@@ -105,6 +105,6 @@ def window_attention(
     if sizes["D"] % heads:
         raise ValueError(f"window_attention: heads={heads} must divide the width {sizes['D']}")
     check_lengths("window_attention", lengths, sizes["B"], sizes["T"], q.device)
-    if window > sizes["T"] > 0:
+    if window >= sizes["T"] > 0:
         window = sizes["T"]  # the same, but the reference pads to whole windows
     return _dispatch.run("window_attention", backend, q, k, v, window, heads, lengths, residual)
