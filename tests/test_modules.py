@@ -298,6 +298,22 @@ def test_modules_name_themselves_and_what_they_are_given(kind):
                 module(*[given] * (2 if kind is AVFusion else 1), lengths=lengths)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_videos_of_several_lengths_come_padded(layout):
+    """A nested tensor has no T; torch's errors would be about an attribute, or ask for an issue to be filed."""
+    nested = torch.nested.nested_tensor([rows(24, 32), rows(7, 32)], layout=layout)
+    for name, call in (
+        ("visual", lambda: teacher()(nested, nested)),
+        ("visual", lambda: student()(nested)),
+        ("x", lambda: TemporalAggregator(32)(nested)),
+        ("values", lambda: ops.distance_graph(nested)),
+    ):
+        remedy = rf"a nested one; give {name}.to_padded_tensor\(0.0\), and lengths"
+        with pytest.raises(ValueError, match=f": {name} must be a padded tensor, got {remedy}"):
+            call()
+
+
 def test_refuses_features_of_another_width():
     with pytest.raises(ValueError, match=r"visual must have shape \[B, T, 32\]; got \[1, 5, 16\]"):
         student()(rows(1, 5, 16))

@@ -23,7 +23,7 @@ from ..modules import (
 )
 from ..modules.linear_act import binary_head
 from ..ops._autocast import activations, autocasts
-from ..ops._check import check_counts, check_lengths
+from ..ops._check import check_counts, check_lengths, check_padded
 from ..ops._linear_act_cpu import spares
 from ..ops._padding import at_least_float32, zero_padding
 from ..streams import FIRST, aside
@@ -180,6 +180,7 @@ class Detector(Checkpointed):
                 continue
             if not isinstance(stream, Tensor):
                 raise ValueError(f"{name} must be a tensor; got {type(stream).__name__}")
+            check_padded(type(self).__name__, name, stream)
             width = self.width_of(name)
             if stream.ndim != 3 or stream.shape[2] != width:
                 motion = ", sight and its motion as data.with_motion gives them" if width > self.width else ""

@@ -21,7 +21,15 @@ def check_are_tensors(op: str, **values: object) -> None:
 def _tensor(op: str, name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+    check_padded(op, name, value)
     return value
+
+
+def check_padded(op: str, name: str, x: Tensor) -> None:
+    """Raises ValueError if videos of several lengths come as a nested tensor."""
+    if x.is_nested:
+        remedy = f"give {name}.to_padded_tensor(0.0), and lengths"
+        raise ValueError(f"{op}: {name} must be a padded tensor, got a nested one; {remedy}")
 
 
 def check_tensors(op: str, *specs: tuple[str, Tensor | None, str], optional: tuple[str, ...] = ()) -> dict[str, int]:
