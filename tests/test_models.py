@@ -665,6 +665,22 @@ def test_autocast(make):
         assert name not in exact_grads or p.grad is None or (p.grad.dtype == p.dtype and p.grad.isfinite().all())
 
 
+@pytest.mark.parametrize("make", [teacher, student])
+def test_autocast_of_a_model_in_bf16_takes_float32(make):
+    """A processor's LayerNorm refuses parameters narrower than its rows."""
+    model = make()
+    visual, audio, labels, lengths = batch([9, 16, 5], 16)
+    exact, _ = run(make, model, visual, audio, labels, lengths)
+    model.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(visual, audio, lengths) if make is teacher else model(visual, lengths)
+        total = objective(model, out, labels, lengths)["total"]
+    assert relative(out.class_logits, exact.class_logits.detach()) < 0.05
+    total.backward()
+    gradient = model.temporal.resblocks[0].ln_1.weight.grad
+    assert gradient.dtype == torch.bfloat16 and gradient.isfinite().all() and gradient.any()
+
+
 @pytest.mark.parametrize("padding", ["masked", "official"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("make", [teacher, student])

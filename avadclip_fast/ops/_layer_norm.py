@@ -58,4 +58,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, backend: str | None = No
         asked = None  # it has no say here
     if asked in (None, "triton") and not _dispatch.transformed() and triton_reason(x, weight, bias) is None:
         return torch.ops.avadclip_fast.layer_norm(x, weight, bias, dtype)[0]
-    return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS).to(dtype)
+    # A processor's takes wider parameters than its rows, and no narrower ones.
+    scale, shift = (p.to(torch.promote_types(p.dtype, x.dtype)) for p in (weight, bias))
+    return F.layer_norm(x, x.shape[-1:], scale, shift, LAYER_NORM_EPS).to(dtype)
