@@ -24,6 +24,7 @@ from videos import BAD, bad_videos, damage, forbid, joined, make_video
 
 from avadclip_fast import data
 from avadclip_fast.cli.media import note_threshold
+from avadclip_fast.data.atomic import write_csv
 from avadclip_fast.engine import detect, search, timeline
 from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.evaluate import stream_scores
@@ -613,6 +614,40 @@ def test_events_of_a_table(tmp_path):
         path.write_bytes(written)
         with pytest.raises(data.DataError, match=f"events.csv.* {told}"):
             search.read_events(path)
+
+
+def test_rows_of_one_more_video_follow_those_there(tmp_path, monkeypatch):
+    """All are not written for each of thousands of videos, but for one whose rows are replaced, and to sort them."""
+    path, (first, second) = tmp_path / "events.csv", map(detect.event_record, by_hand().events())
+    names, written = ['b "2", left', "b", "b\n3", *(f"{i % 7}/{i}" for i in range(50))], []
+    monkeypatch.setattr(search, "write_csv", lambda path, rows: (written.append(path), write_csv(path, rows)))
+    for name in names:
+        search.add_events(path, name, [first, second])
+    search.add_events(path, "nothing", [])
+    assert len(written) == 1 and [row[0] for row in search.read_events(path)[::2]] == names
+    for again in names[:4]:
+        search.add_events(path, again, [second])
+    assert len(written) == 5
+    search.add_events(path, "a", [first])
+    search.sort_events(path)
+    search.sort_events(path)
+    assert len(written) == 6
+    table = path.read_bytes()
+    path.unlink()
+    events = {"a": [first]} | dict.fromkeys(names, [first, second]) | dict.fromkeys(names[:4], [second])
+    search.write_events(path, events)
+    assert path.read_bytes() == table
+
+
+def test_a_row_that_a_kill_cut_short_is_left_out(tmp_path):
+    """Of a video that is not done, as its other results follow."""
+    path, (first, second) = tmp_path / "events.csv", map(detect.event_record, by_hand().events())
+    search.write_events(path, {"a": [first]})
+    whole = path.read_bytes()
+    for name in ("b", "0"):
+        path.write_bytes(whole + b"video,00:0")
+        search.add_events(path, name, [second])
+        assert sorted(row[0] for row in search.read_events(path)) == sorted(["a", name])
 
 
 def test_drawing_tells_its_progress(monkeypatch):

@@ -21,6 +21,7 @@ from test_packed import journal
 from test_train import RECIPE, features, same, teacher, weights
 
 from avadclip_fast import AVadCLIPStudent, data
+from avadclip_fast.data.atomic import append_csv
 from avadclip_fast.data.packed import check_packed
 from avadclip_fast.engine import export, step, teacher_cache
 from avadclip_fast.engine.loop import Board
@@ -152,6 +153,16 @@ def test_a_full_disk_is_told_with_the_name_of_a_small_file(tmp_path):
     with file_limit(10), pytest.raises(OSError) as caught, data.atomic_write(path) as file:
         file.write(b"more than ten bytes")
     assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_no_part_of_rows_that_follow_others(tmp_path):
+    path = tmp_path / "events.csv"
+    append_csv(path, [["a", 1]])
+    with file_limit(10), pytest.raises(OSError, match="File too large") as caught:
+        append_csv(path, [["b", 2], ["c", 3]])
+    assert caught.value.filename == str(path) and path.read_text() == "a,1\n"
+    append_csv(path, [["b", 2], ["c", 3]])
+    assert path.read_text() == "a,1\nb,2\nc,3\n"
 
 
 def test_a_full_disk_is_told_with_the_name_of_features(tmp_path, capsys):

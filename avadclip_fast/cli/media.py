@@ -341,7 +341,7 @@ def detect(
     fail are reported at the end, and the exit code is 1. --every must match the snippets that the model was trained on.
     events.csv grows with each video, and keeps the events that earlier calls found in other videos.
     """
-    from ..engine.search import Results, illustrate, search, settings_of, write_events
+    from ..engine.search import Results, illustrate, search, settings_of, sort_events, write_events
     from ..engine.stop import Request, Stopped, listening
     from ..media.errors import import_av
     from ..media.extract import find_sources, reason_of
@@ -405,6 +405,8 @@ def detect(
         raise Stopped(request.number or signal.SIGINT, found_so_far if done else "no video was finished") from end
     finally:
         tell_searched(results.events if done else None, left, failed)
+        if done:
+            sort_events(results.events)
     if failed:
         raise typer.Exit(1)
 

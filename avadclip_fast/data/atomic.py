@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -94,10 +95,37 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_csv(path: str | Path, rows: Iterable[Sequence]) -> None:
     """Writes rows of cells as CSV, atomically, with lines that end in \\n."""
     with atomic_write(path, "w") as file:
-        # The writer's own lines end in \r\n. Before Python 3.13 it quotes what is in their end alone, and readers take
-        # the \r of a file's name for the end of a row.
-        lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
-        csv.writer(lines).writerows(rows)
+        _write_rows(file, rows)
+
+
+def append_csv(path: str | Path, rows: Iterable[Sequence]) -> None:
+    """Adds rows of cells to the end of a CSV file: all of them or, on failure, none. An OSError names `path`.
+
+    Not atomic: a kill may cut the last row short.
+    """
+    text = io.StringIO()
+    _write_rows(text, rows)
+    left = memoryview(text.getvalue().encode())
+    try:
+        with open(path, "ab", buffering=0) as file:
+            before = os.fstat(file.fileno()).st_size
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(before)
+                raise
+    except OSError as error:
+        error.filename = str(path)  # Python names none where the disk is full
+        raise
+
+
+def _write_rows(file: IO[str], rows: Iterable[Sequence]) -> None:
+    # The writer's own lines end in \r\n. Before Python 3.13 it quotes what is in their end alone, and readers take the
+    # \r of a file's name for the end of a row.
+    lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+    csv.writer(lines).writerows(rows)
 
 
 def write_record(path: str | Path, record: dict[str, Any]) -> None:

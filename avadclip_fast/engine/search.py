@@ -13,7 +13,16 @@ import numpy as np
 import torch
 
 from ..data import DataError
-from ..data.atomic import identity_of, in_turn, make_folder, read_record, remove_left, write_csv, write_record
+from ..data.atomic import (
+    append_csv,
+    identity_of,
+    in_turn,
+    make_folder,
+    read_record,
+    remove_left,
+    write_csv,
+    write_record,
+)
 from ..media.decode import Progress
 from ..media.encoders import AudioEncoder, VisualEncoder
 from ..media.extract import Source, check_results
@@ -102,7 +111,7 @@ def search(
     threshold: float | None = None,
     progress: Progress = lambda frames: None,
 ) -> Found:
-    """Finds the events of one video; writes its NAME.json, and its lines of events.csv.
+    """Finds the events of one video; writes its NAME.json, and adds its lines to events.csv, see `add_events`.
 
     results: prepared. settings: from `settings_of`. progress: as for `video_features`. The others: as for `detect`.
     Raises MediaError, DataError.
@@ -112,7 +121,7 @@ def search(
     detection = detect(source.name, features, scorers, device, threshold)
     target = results.files(source)[0]
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_events(results.events, {source.name: [event_record(e) for e in detection.events()]})
+    add_events(results.events, source.name, [event_record(e) for e in detection.events()])
     write_detection(target, detection, source.path, read, settings)  # last: it is done then
     return Found(detection, features.frames, features.damaged)
 
@@ -201,7 +210,7 @@ def check_video(path: Path, source: str | Path) -> None:
 
 
 def read_events(path: Path) -> list[list[str]]:
-    """Reads the rows that `write_events` wrote; none if there is no file. Raises DataError."""
+    """Reads the rows of events.csv; none if there is no file. Raises DataError."""
     if not path.is_file():
         return []
     try:
@@ -211,6 +220,8 @@ def read_events(path: Path) -> list[list[str]]:
         raise DataError(f"{path}: not a CSV file in UTF-8: {error}; move it away") from error
     if header != EVENTS:
         raise DataError(f"{path} was not written by detect: move it away, or give another folder with --output")
+    if rows and len(rows[-1]) < len(EVENTS):  # a kill has cut it short, of a video that is not done
+        rows.pop()
     return rows
 
 
@@ -219,10 +230,44 @@ def write_events(path: Path, found: dict[str, list[dict]]) -> None:
 
     found: video -> its events, from `event_record`
     """
-    new = [row for name, events in found.items() for row in _rows(name, events)]
     with in_turn(path.parent):  # of several calls with this folder
-        rows = [row for row in read_events(path) if row[0] not in found]
-        write_csv(path, [EVENTS, *sorted(rows + new, key=lambda row: row[0])])
+        _replace(path, found)
+
+
+def add_events(path: Path, name: str, events: list[dict]) -> None:
+    """Writes the rows of one more video, after those there; `sort_events` follows the last video.
+
+    To write all rows for each of many thousand videos may take as long as to search them. Where there are rows of the
+    video already, all are written.
+    """
+    with in_turn(path.parent):
+        if _can_follow(path, name):
+            append_csv(path, _rows(name, events))
+        else:
+            _replace(path, {name: events})
+
+
+def sort_events(path: Path) -> None:
+    """Sorts the rows by video. Raises DataError."""
+    with in_turn(path.parent):
+        names = [row[0] for row in read_events(path)]
+        if names != sorted(names):
+            _replace(path, {})
+
+
+def _replace(path: Path, found: dict[str, list[dict]]) -> None:
+    new = [row for name, events in found.items() for row in _rows(name, events)]
+    rows = [row for row in read_events(path) if row[0] not in found]
+    write_csv(path, [EVENTS, *sorted(rows + new, key=lambda row: row[0])])
+
+
+def _can_follow(path: Path, name: str) -> bool:
+    """Whether rows of a video can follow those there: these are whole, and none is of it."""
+    if not path.is_file():
+        return False
+    table, cell = path.read_bytes(), name.replace('"', '""').encode()
+    whole = table.startswith(f"{','.join(EVENTS)}\n".encode()) and table.endswith(b"\n")
+    return whole and b"\n%b," % cell not in table and b'\n"%b",' % cell not in table
 
 
 def _rows(name: str, events: list[dict]) -> list[list[str]]:
