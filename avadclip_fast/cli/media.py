@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # imported when a command runs, so that other commands start 
     from ..media.encoders import AudioEncoder, Encoders, VisualEncoder
     from ..media.extract import Listing
     from ..media.features import Sampling
+    from ..media.live import LiveSource
 
 
 LONG_SNIPPET = 1.5  # seconds: twice those of XD-Violence's videos, of 24 frames a second
@@ -411,6 +413,26 @@ def detect(
         raise typer.Exit(1)
 
 
+def note_rate(live: "LiveSource") -> None:
+    from ..media.decode import ASSUMED
+
+    lasts = f"{ASSUMED:g} a second are assumed: {live.every} frames last {live.seconds:.2f} s"
+    note(f"{live.source}: declares no frame rate, and {lasts} (--fps sets snippets per second)")
+
+
+def tell_events(live: "LiveSource", events: "Iterable[Event]") -> None:
+    """Prints events of a stream, one line of JSON each, with the time of day at which those of a live one began."""
+    from ..engine.detect import event_record
+
+    for event in events:
+        record = {"source": without_login(str(live.source)), **event_record(event)}
+        if live.live and live.began is not None:
+            record["clock"] = (live.began + timedelta(seconds=event.start)).isoformat(timespec="milliseconds")
+        # not echo: on a terminal, it would write behind the progress bar
+        tqdm.write(json.dumps(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
 @app.command()
 def stream(
     source: Annotated[
@@ -446,12 +468,9 @@ def stream(
     Snippets that cannot be scored in time are dropped and counted. Lost connections are reopened. Ctrl-C prints the
     open event and exits.
     """
-    from datetime import timedelta
-
-    from ..engine.detect import PAUSE, event_record
+    from ..engine.detect import PAUSE
     from ..engine.online import OnlineDetector
     from ..engine.stop import Stopped, listening
-    from ..media.decode import ASSUMED
     from ..media.errors import import_av
     from ..media.live import LiveSource
 
@@ -463,19 +482,10 @@ def stream(
     by = ""
     pushed, connected = 0.0, 0  # when the last snippet was, and the connections lost until then
 
-    def tell(events: "Iterable[Event]") -> None:
-        for event in events:
-            record = {"source": without_login(source), **event_record(event)}
-            if live.live and live.began is not None:
-                record["clock"] = (live.began + timedelta(seconds=event.start)).isoformat(timespec="milliseconds")
-            # not echo: on a terminal, it would write behind the progress bar
-            tqdm.write(json.dumps(record), file=sys.stdout)
-            sys.stdout.flush()
-
     def until() -> bool:
         """Polled while waiting for a snippet: ends the events of a lost camera, which may be away for days."""
         if detector is not None and live.reconnects > connected and time.monotonic() - pushed > PAUSE + live.seconds:
-            tell(detector.flush())
+            tell_events(live, detector.flush())
         return request.number is not None
 
     with listening() as request, bar(unit="snippet", shown=not quiet) as meter:
@@ -485,13 +495,12 @@ def stream(
                 if detector is None:
                     note_threshold(scorers, threshold)  # after errors about the source
                     if live.assumed:
-                        lasts = f"{ASSUMED:g} a second are assumed: {every} frames last {live.seconds:.2f} s"
-                        note(f"{source}: declares no frame rate, and {lasts} (--fps sets snippets per second)")
+                        note_rate(live)
                     detector = OnlineDetector(
                         scorers, seen, heard, seconds=live.seconds, window=window, delay=delay, longest=longest,
                         threshold=threshold, geometry=geometry, device=device_of(device),
                     )  # fmt: skip
-                tell(detector.push(snippet.image, snippet.sound, snippet.time, snippet.seconds))
+                tell_events(live, detector.push(snippet.image, snippet.sound, snippet.time, snippet.seconds))
                 pushed, connected = time.monotonic(), live.reconnects
                 if detector.by != by and not quiet:
                     by = detector.by
@@ -501,7 +510,7 @@ def stream(
                 meter.update()
         finally:
             if detector is not None:
-                tell(detector.flush())
+                tell_events(live, detector.flush())
                 counts = f"{live.frames} frames, {live.dropped} dropped; connected again {live.reconnects} times"
                 tqdm.write(counts, file=sys.stderr)
     if request.number is not None:
