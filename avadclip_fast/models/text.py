@@ -171,26 +171,11 @@ class TextEncoder(nn.Module):
             )
         rows = max(eos) + LEARNABLE  # S: the longest name's tokens, 10 learnable rows, EOS
         with torch.device("cpu"):  # whatever the default device
-            codes = torch.zeros(len(tokens), rows, dtype=torch.long)
-            fixed = torch.zeros(len(tokens), rows, dtype=torch.bool)
-            for c, t in enumerate(tokens):
-                name, end = t[1:-1], LEARNABLE + eos[c] - 1
-                codes[c, : len(name)] = torch.tensor(name, dtype=torch.long)
-                codes[c, end] = t[-1]
-                fixed[c, : len(name)] = True
-                fixed[c, end] = True
-            sos = torch.tensor([tokens[0][0]] + [0] * LEARNABLE)
-            positions = torch.arange(PREFIX + rows)
-            rows_of = {
-                "codes": torch.cat([sos, codes.flatten()]),
-                "fixed": torch.cat([torch.arange(PREFIX) == 0, fixed.flatten()])[:, None],
-                "positions": torch.cat([positions[:PREFIX], positions[PREFIX:].repeat(len(tokens))]),
-                "eos": PREFIX + torch.arange(len(tokens)) * rows + LEARNABLE - 1 + torch.tensor(eos),
-            }
+            laid_out = _laid_out(tokens, rows)
         device = self.positional_embedding.device
         self.tokens = tokens
         self.rows = rows
-        for buffer, value in rows_of.items():
+        for buffer, value in laid_out.items():
             there = getattr(self, buffer, None)
             if there is not None and there.shape == value.shape and there.device == device:
                 there.copy_(value)  # in place: a CUDA graph may read it
@@ -250,6 +235,27 @@ class TextEncoder(nn.Module):
         if wrong:
             raise TextWeightsError(f"{source} does not hold this text transformer:\n  " + "\n  ".join(wrong))
         self.load_state_dict({name: state[name].float() for name in own}, strict=False)
+
+
+def _laid_out(tokens: list[list[int]], rows: int) -> dict[str, Tensor]:
+    """The buffers of a `TextEncoder`: the shared prefix, then `rows` rows per class."""
+    codes = torch.zeros(len(tokens), rows, dtype=torch.long)
+    fixed = torch.zeros(len(tokens), rows, dtype=torch.bool)
+    ends = [LEARNABLE + len(t) - 2 for t in tokens]  # row of EOS in its class
+    for c, (t, end) in enumerate(zip(tokens, ends, strict=True)):
+        name = t[1:-1]
+        codes[c, : len(name)] = torch.tensor(name, dtype=torch.long)
+        codes[c, end] = t[-1]
+        fixed[c, : len(name)] = True
+        fixed[c, end] = True
+    sos = torch.tensor([tokens[0][0]] + [0] * LEARNABLE)
+    positions = torch.arange(PREFIX + rows)
+    return {
+        "codes": torch.cat([sos, codes.flatten()]),
+        "fixed": torch.cat([torch.arange(PREFIX) == 0, fixed.flatten()])[:, None],
+        "positions": torch.cat([positions[:PREFIX], positions[PREFIX:].repeat(len(tokens))]),
+        "eos": PREFIX + torch.arange(len(tokens)) * rows + torch.tensor(ends),
+    }
 
 
 def openai_weights(option: str) -> Path:
