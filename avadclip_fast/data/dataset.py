@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -201,9 +201,8 @@ class FeatureSet:
 
     def to(self, device: str | torch.device) -> "FeatureSet":
         """Copies the whole set to a device, where batches are then gathered."""
-        audio, index, video = (None if x is None else x.to(device) for x in (self.audio, self.index, self.video))
-        visual, lengths, labels = (x.to(device) for x in (self.visual, self.lengths, self.labels))
-        return FeatureSet(visual, audio, lengths, labels, index, checksum=self.checksum, video=video)
+        tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors, mapped=False)
 
 
 def pack(
