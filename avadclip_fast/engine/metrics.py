@@ -275,11 +275,11 @@ def evaluate_scores(
         "frames_per_snippet": frames_per_snippet,
     }
     for branch, score in branches.items():
-        result[branch] = {}
-        for prefix, chosen in (("", slice(None)), ("abnormal_", in_abnormal)):
-            for metric in ("ap", "auc"):
-                value = _weighted_metric(metric, score[chosen], positives[chosen], frames_per_snippet)
-                result[branch][prefix + metric] = _or_none(value)
+        result[branch] = {
+            prefix + metric: _or_none(_weighted_metric(metric, score[chosen], positives[chosen], frames_per_snippet))
+            for prefix, chosen in (("", slice(None)), ("abnormal_", in_abnormal))
+            for metric in ("ap", "auc")
+        }
     if spans is None:
         return result
 
