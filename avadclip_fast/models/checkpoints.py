@@ -344,9 +344,9 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
                 raise CheckpointError(f"{path} does not fit {described}: {name} is {size}, not {settings[name]!r}")
         settings["text_weights"] = None  # they are among the weights: no file that config.json names is read for them
         try:
-            if names is not None and list(names) != stored.get("classes"):
-                if settings.get("class_tokens") == stored.get("class_tokens"):
-                    settings["class_tokens"] = None  # the stored ones are of other names
+            renamed = names is not None and list(names) != stored.get("classes")
+            if renamed and settings.get("class_tokens") == stored.get("class_tokens"):
+                settings["class_tokens"] = None  # the stored ones are of other names
             model = cls(**settings)
         except (DataError, TextWeightsError):
             raise
@@ -372,9 +372,7 @@ class Checkpointed(nn.Module, ModelHubMixin, library_name="avadclip_fast", model
         state = read_official(source)
         where = "the checkpoint" if isinstance(source, dict) else str(source)
         sizes = infer_sizes(state, where)
-        if classes is None:
-            classes = list(XD_VIOLENCE.values())
-        classes = list(classes)
+        classes = list(XD_VIOLENCE.values() if classes is None else classes)
         for name in BLOCKS:
             if sizes[name] > DEEPEST:  # their names cost nothing, the blocks gigabytes and minutes
                 raise CheckpointError(f"{where} names {sizes[name]} {name}; up to {DEEPEST} are read")
