@@ -103,6 +103,8 @@ def test_sound_is_optional_where_it_is_not_wanted(tmp_path):
         ("path,audio_path,label\na.npy,b.npy,A\nc\0.npy,d.npy,A\n", ["line 3", "NUL"]),
         ("path,audio_path,label\na.npy,b\0.npy,A\n", ["line 2", "NUL"]),
         ("path,audio_path,label\n.,b.npy,A\n", ["line 2: . is a folder"]),
+        ("path,audio_path,label\ns/..npy,b.npy,A\n", ["line 2: s/..npy has no name before its suffix; rename"]),
+        ("path,audio_path,label\n...npy,b.npy,A\n", ["line 2: ...npy has no name"]),
         (f"path,audio_path,label\na/{'b' * 256}/c.npy,d.npy,A\n", ["line 2: a name of 256 characters", "of paths?"]),
     ],
 )

@@ -234,6 +234,26 @@ def test_names_steer_no_terminal(tmp_path, capsys):
     assert f"1 of 1 videos has no sound ({shown}): " in said.out and r"unknown code \x1b[1m; known" in said.out
 
 
+def test_a_video_may_be_called_dot(tmp_path, monkeypatch):
+    """Of which Python 3.13 takes no suffix."""
+    plain = Path.with_suffix
+
+    def strict(path, suffix):
+        if path.stem + suffix == ".":
+            raise ValueError("Invalid name '.'")
+        return plain(path, suffix)
+
+    monkeypatch.setattr(Path, "with_suffix", strict)
+    (tmp_path / "films").mkdir()
+    make_video(tmp_path / "films" / "..mp4", frames=20)
+    (tmp_path / "all.csv").write_text("path\nfilms/..mp4\n")
+    for given, name in ((tmp_path / "films", ""), (tmp_path / "all.csv", "films/")):
+        for _ in range(2):
+            assert call("extract", given, "-o", tmp_path / f"{name}out", "--label", "A", *QUICK) == 0
+        (row,) = read_list(tmp_path / f"{name}out" / "list.csv", audio=False)
+        assert row.visual == tmp_path / f"{name}out" / "visual" / f"{name}.__0.npy"
+
+
 def test_another_label_is_taken(folder, tmp_path, capsys):
     out, video = tmp_path / "out", folder / "more" / "b.mp4"
     for label, listed in (((), ""), (("--label", "A"), "A"), (("--label", "B2"), "B2"), ((), "B2")):

@@ -70,6 +70,8 @@ def scan_list(path: str | Path, root: str | Path | None, audio: bool) -> tuple[l
             problems.append(f"{path}, line {line}: {wrong}")
         elif not Path(cells["path"]).name:
             problems.append(f"{path}, line {line}: {cells['path']} is a folder, not a feature file")
+        elif Path(cells["path"]).stem in (".", ".."):
+            problems.append(f"{path}, line {line}: {cells['path']} has no name before its suffix; rename the file")
         elif file in seen:
             problems.append(f"{path}, line {line}: {cells['path']} is on line {seen[file]} already; remove one")
         else:

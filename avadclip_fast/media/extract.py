@@ -147,7 +147,7 @@ def _inside(folder: Path, label: str, failures: list[dict], output: str | Path |
             path = Path(parent, file)
             # macOS puts a file ._NAME of attributes beside each NAME on disks of other systems
             if path.suffix.lower() in SUFFIXES and not file.startswith("._"):
-                yield _source(path, str(path.relative_to(folder).with_suffix("")), "", label)
+                yield _source(path, str(path.relative_to(folder)).removesuffix(path.suffix), "", label)
 
 
 def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
@@ -170,7 +170,7 @@ def _listed(path: Path, label: str, root: Path) -> Iterable[Source]:
         inner = file.relative_to(os.path.abspath(root))
         if not inner.name:
             raise DataError(f"{path}, line {number}: {name} is the list's own folder, not a video")
-        yield _source(file, str(inner.with_suffix("")), listed, label)
+        yield _source(file, str(inner).removesuffix(inner.suffix), listed, label)
 
 
 def _source(path: Path, name: str, listed: str, label: str) -> Source:
@@ -394,7 +394,7 @@ def check_names(sources: Sequence[Source], output: Path, settings: dict) -> None
     names = {os.path.abspath(source.path): source.name for source in sources}
     given = set(names.values())
     for done in sorted((output / "done").rglob("*.json")):
-        known = str(done.relative_to(output / "done").with_suffix(""))
+        known = str(done.relative_to(output / "done")).removesuffix(".json")
         record = _read_record(done) if known not in given else None  # which take seconds where there are thousands
         if record is None or record["settings"] != settings:
             continue
@@ -520,7 +520,7 @@ def write_lists(output: str | Path, settings: dict) -> Listing:
                 others += 1
                 options |= _differing(record["settings"], settings)
                 continue
-            name = str(path.relative_to(output / "done").with_suffix(""))
+            name = str(path.relative_to(output / "done")).removesuffix(".json")
             visual, audio, _ = _paths(output, name, settings["crops"])
             written = record.get("listed", record["label"])
             typed = set(labels.get(output / "visual" / name, ())) - {"", written, record["label"]}
