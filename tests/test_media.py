@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import io
 import os
 import sys
 from fractions import Fraction
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from malice import Call
+from PIL import Image
 from standins import Hearing
 from videos import damage, joined, make_video
 
@@ -139,6 +141,27 @@ def test_bad_files_say_what_they_are(tmp_path):
         list(decode.snippet_frames("http://127.0.0.1/a.mp4"))
     with pytest.raises(MediaError, match="ftp:// is not read"), decode.opened("ftp://127.0.0.1/a.mp4", live=True):
         pass
+
+
+def test_a_frame_takes_no_memory_beyond_any_video_s(tmp_path, monkeypatch):
+    """Of one color, frames of gigabytes are files of a megabyte, and each thread decodes one."""
+    monkeypatch.setattr(decode, "PIXELS", 100_000)
+    assert len(times_of(make_video(tmp_path / "a.mkv"))) == 2
+    with pytest.raises(MediaError, match="b.mkv: a frame has 640 x 480 pixels; up to 100000 are read"):
+        times_of(make_video(tmp_path / "b.mkv", width=640, height=480))
+    pictures = [io.BytesIO(), io.BytesIO()]
+    for picture, size in zip(pictures, ((64, 48), (640, 480)), strict=True):
+        Image.new("RGB", size).save(picture, "PNG")
+    with av.open(str(tmp_path / "c.mov"), "w") as out:
+        stream = out.add_stream("png", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "rgb24"
+        for i in range(32):
+            packet = av.Packet(pictures[i > 15].getvalue())  # larger than declared
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, i, i, Fraction(1, 25)
+            out.mux(packet)
+    clock = decode.Clock()
+    assert [frame.image.shape for frame in decode.snippet_frames(tmp_path / "c.mov", clock=clock)] == [(48, 64, 3)]
+    assert clock.damaged >= 15
 
 
 def test_cut_short_in_the_middle_of_the_frames(tmp_path):

@@ -27,6 +27,7 @@ JUMP = 1.0  # backward step in seconds that means a timestamp reset; smaller one
 GAP = 0.1  # difference in seconds between a packet's time and the samples so far above which silence is inserted
 ROUNDED = 1.001e-3  # seconds by which two time stamps in whole milliseconds, as in MKV, may be too close together
 ASSUMED = 25.0  # frames per second, where a container declares no rate
+PIXELS = 150_000_000  # of a frame, of which every thread holds some: 16K has 133 million, a small file may have more
 CLOCK = 1000  # ticks per second, the least of any container's clock that is no frame rate: of WebM; 90,000 of MPEG-TS
 SCHEMES: dict[str, dict[str, str]] = {  # of live sources, with options of FFmpeg
     "rtsp": {"rtsp_transport": "tcp"},
@@ -120,7 +121,11 @@ def video_stream(container: Any, source: str | Path) -> Any:
     """Returns the first video stream that is not cover art. Raises MediaError."""
     for stream in container.streams.video:
         if "attached_pic" not in str(stream.disposition).lower():
+            if stream.codec_context is not None and stream.width * stream.height > PIXELS:
+                size = f"{stream.width} x {stream.height}"
+                raise MediaError(f"{source}: a frame has {size} pixels; up to {PIXELS} are read")
             stream.thread_type = "AUTO"
+            stream.options = {"max_pixels": str(PIXELS)}  # frames larger than declared count as damaged
             return stream
     raise MediaError(f"{source}: holds no video stream")
 
