@@ -482,6 +482,40 @@ def test_what_a_server_sends_at_once_waits_for_its_time(tmp_path, server):
     assert live.live and fetched >= 90  # a few die with the line
 
 
+@pytest.mark.parametrize(("segment", "wait"), [(10, 0.0), (1, 0.0), (1, 0.5)], ids=["segments", "frames", "slow"])
+def test_what_comes_later_than_the_first_has_as_much_time(segment, wait, monkeypatch):
+    """Segments whose delay has grown since the first, as by a clock's drift, are not dropped as they come.
+
+    segment: snippets that come at once. wait: seconds for which whoever fetches holds up the reader, until one is due
+    """
+    now, late, dues = 0.0, 1.5, []
+    live = LiveSource("udp://camera", retries=0)
+    live.live = True
+    monkeypatch.setattr(live_module, "time", SimpleNamespace(monotonic=lambda: now))
+
+    def snippets(offset):
+        nonlocal now
+        offset()
+        for i in range(1000):
+            first = i - i % segment
+            now = max(now, 0.2 * first + (late if i >= segment else 0.0))
+            yield live_module.Snippet(0.2 * i, grey(0), None, 5, 0.2)
+
+    def put(item, due=None):
+        nonlocal now
+        if isinstance(item, live_module.Snippet):
+            dues.append((item.time + late - 0.2 * (round(item.time / 0.2) % segment), due))
+            now = max(now, min(due, now + wait))
+
+    monkeypatch.setattr(live, "_snippets", snippets)
+    monkeypatch.setattr(live, "_put", put)
+    live._read()
+    came, due = np.array(dues[segment:]).T
+    place = np.arange(len(due)) % segment  # in its segment
+    assert (due - came >= 0.198 * place - 1e-6).all()  # those before it are scored meanwhile, as fast as time passes
+    assert (due - came <= 0.2 * (segment - 1) + 1e-6).all()  # and no later, however long that takes
+
+
 def test_a_lost_connection_is_made_again(tmp_path, server):
     body = make_video(tmp_path / "a.ts", frames=64, audio=1).read_bytes()
     live = LiveSource(server([body, body], rate=2e6), every=16, retries=1)

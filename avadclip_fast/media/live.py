@@ -45,6 +45,7 @@ THREADS = 16  # at most, with which FFmpeg decodes as many frames at once, and g
 INHERITED = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # names of what the process was given open
 LONGEST_PAUSE = 30.0  # seconds between reconnection attempts
 BURST = 60.0  # seconds that a live source may be ahead of its time, as HLS is, which sends segments; more is a jump
+FORGET = 0.01  # seconds by which the greatest delay of a source falls in each second without a greater one
 
 
 class Snippet(NamedTuple):
@@ -124,6 +125,7 @@ class LiveSource:
     def _read(self) -> None:
         begun: float | None = None  # monotonic time of the first frame, time 0
         last, tries = 0.0, 0
+        late = 0.0  # the greatest delay, in seconds, with which snippets came: of a segment, that of its first
 
         def offset() -> float:
             """Time of a connection's first frame, when it arrives: connecting and waiting for it take time too."""
@@ -139,8 +141,11 @@ class LiveSource:
                 lost = MediaError(f"{self.source}: the stream ended")
                 try:
                     for snippet in self._snippets(offset):
-                        last, tries = snippet.time, 0
-                        self._put(snippet, begun + last if self.live and begun is not None else None)
+                        last, tries, due = snippet.time, 0, None
+                        if self.live and begun is not None:
+                            late = max(time.monotonic() - begun - last, late - FORGET * snippet.seconds)
+                            due = begun + last + min(late, BURST)
+                        self._put(snippet, due)
                 except MediaError as error:
                     if begun is None or not self._reopens():
                         raise
