@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+import traceback
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
@@ -588,6 +589,10 @@ def test_the_login_of_a_camera_is_told_nobody(pair, tmp_path, capsys, server):
     for plain in ("http://camera:80/a@b and a@b: lost", "udp://@239.0.0.1:1234: lost"):
         assert str(MediaError(plain)) == plain
     source = server([film(tmp_path / "a.ts", [(12, 20, 220)]).read_bytes()]).replace("//", "//me:secret@")
+    camera = "rtsp://me:secret@127.0.0.1:1/a"
+    with pytest.raises(MediaError) as refused:
+        next(iter(LiveSource(camera)))
+    assert "secret" not in "".join(traceback.format_exception(refused.value))  # as a program's log has it
     command = "stream", source, "-m", pair / "student", "--every", "5", "--retries", "0", "-q", *NAMED
     assert call(*command) == 2  # lost at its end
     said = capsys.readouterr()

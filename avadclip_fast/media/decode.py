@@ -63,12 +63,11 @@ def opened(source: str | Path, live: bool = False) -> Iterator[Any]:
             container = stack.enter_context(av.open(target, **how))
         except MediaError:
             raise
-        except OSError as error:  # includes FFmpeg's errors
-            raise MediaError(f"{source}: not a readable video: {error.strerror or error}") from error
-        except av.error.InvalidDataError as error:
-            raise MediaError(f"{source}: {_unknown(source)}") from error
-        except (av.error.FFmpegError, ValueError) as error:
-            raise MediaError(f"{source}: not a readable video: {said(error)}") from error
+        except (OSError, av.error.FFmpegError, ValueError) as error:
+            unknown = isinstance(error, av.error.InvalidDataError)
+            reason = _unknown(source) if unknown else f"not a readable video: {said(error)}"
+            # The message of FFmpeg's error holds the address, with its login, for the log of a program to tell.
+            raise MediaError(f"{source}: {reason}") from (None if "://" in str(source) else error)
         yield container
 
 
