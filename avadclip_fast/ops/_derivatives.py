@@ -50,8 +50,8 @@ def differentiable(op: str, backward: Callable, save: Callable, one_result: bool
 
 
 def _savable(x: Any) -> Any:
-    """An argument as torch saves it: lengths and masks of inference mode, which it refuses, as a copy."""
-    return x.clone() if isinstance(x, Tensor) and x.is_inference() and not x.is_floating_point() else x
+    """An argument as torch saves it: a tensor of inference mode, which it refuses, as a copy."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
 def differentiable_once(op: str, backward: str) -> None:
