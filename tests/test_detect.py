@@ -888,6 +888,7 @@ def test_names_in_the_plot_do_not_cover_one_another():
     assert shown[0] == (50.5, "50") and len(shown) == 9  # the highest first
     middles = sorted(middle for middle, _ in shown)
     assert min(np.diff(middles)) >= 10 and middles[0] >= 5 and middles[-1] <= 95
+    assert _apart([detect.Event(0, 9, "a\nfire", 1.0, 1.0)], 0, 9, len)[0][1] == "a?fire"  # in its line
 
 
 def test_plot_names_each_kind_of_part_once_and_keeps_names_inside(monkeypatch):

@@ -85,10 +85,11 @@ def _apart(events: Sequence[Event], start: float, end: float, width: Callable[[s
     """
     shown: list[tuple[float, str]] = []
     for event in sorted(events, key=lambda event: -event.score):
-        half = width(event.name) / 2
+        called = plain(event.name)
+        half = width(called) / 2
         middle = max(start + half, min((event.start + event.end) / 2, end - half))
         if all(abs(middle - other) >= half + width(name) / 2 for other, name in shown):
-            shown.append((middle, event.name))
+            shown.append((middle, called))
     return shown
 
 
