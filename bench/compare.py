@@ -158,7 +158,7 @@ class Worker:
 
     def __exit__(self, *error: object) -> None:
         self.process.kill()
-        self.process.wait()
+        self.process.communicate()  # closes the pipes as it waits
         self.cases_folder.cleanup()
 
 

@@ -340,6 +340,7 @@ def server():
     yield serve
     for one in running:
         one.shutdown()
+        one.server_close()
 
 
 def test_a_file_is_read_whole_however_slowly_it_is_fetched(tmp_path):
