@@ -7,6 +7,8 @@ import math
 import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -326,6 +328,17 @@ def test_pages_are_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in sorted((ROOT / "docs").rglob("*.md")):
         assert str(page.relative_to(ROOT / "docs")) in navigation
+
+
+def test_the_site_is_searched_without_server_or_network(tmp_path):
+    pytest.importorskip("mkdocs", reason="the docs extra is absent")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=True)
+    assert (tmp_path / "search/search_index.js").is_file()  # no page that is a file may fetch the .json
+    for page in ("index.html", "kernels/topk_mean.html"):
+        html = (tmp_path / page).read_text()
+        loaded = re.findall(r'<script[^>]* src="([^"]+)"|<link[^>]* rel="stylesheet" href="([^"]+)"', html)
+        assert len(loaded) >= 4 and all((tmp_path / page).parent.joinpath(*both).is_file() for both in loaded)
 
 
 def shown(page: Path) -> str:
