@@ -296,7 +296,7 @@ class AVadCLIPStudent(Detector):
         out = student(visual, lengths)               # out.log_variance: its uncertainty, (B, T, 512)
         losses = objective(student, out, labels, lengths, teacher_features=teacher_out.features)
 
-    modality: the input stream, "visual" or "audio" (the paper's Table VIII)
+    modality: the input stream, "visual" or "audio" (the paper's Table VIII).
     Other arguments, dtypes, results and errors as for `AVadCLIP`.
     """
 

@@ -52,8 +52,8 @@ def distance_graph(
     lengths: (B,) int, to restrict i and j to t < lengths[b] (other rows of out are 0), or None
     Returns (B, T, E) in the values' dtype.
     Raises ValueError on invalid shapes, dtypes, devices, lengths or scale.
-    Precision: the compiled backends accumulate in float32 or float64. A non-finite value reaches every row of its
-    video: unchanged in the compiled backends, as NaN in the reference where a weight underflows to 0.
+    Precision: the compiled backends accumulate in float32 or float64. A non-finite value reaches all rows of its video:
+    unchanged in the compiled backends, as NaN in the reference where a weight underflows to 0.
     Deterministic. Backends: see `avadclip-fast env`.
     """
     sizes = check_tensors("distance_graph", ("values", values, "B T E"))
