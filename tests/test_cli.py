@@ -572,7 +572,9 @@ def test_env_names_every_op(capsys, monkeypatch):
     assert call("env") == 0
     out = capsys.readouterr().out
     assert [op for op in TABLE if op not in out] == [] and "forced" not in out
-    told = dict(line.split()[:2] for line in out[out.index("because") :].splitlines()[1:])
+    rows = out[out.index("because") :].splitlines()[1:]
+    assert all(len(row) <= 80 for row in rows if row.endswith(": it runs on cuda, and a tensor is on cpu"))
+    told = dict(row.split()[:2] for row in rows)
     for op, arguments in _examples("cuda" if torch.cuda.is_available() else "cpu").items():
         assert why_not_chosen(op, told[op], *arguments) is None  # the one that serves
     with use_backend("reference"):

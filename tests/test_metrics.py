@@ -315,7 +315,7 @@ def test_evaluate_scores_gathers_every_number(frames_per_snippet):
     assert cells[-3] == f"{detection.per_class[:, 2].mean():.2f}"  # its average over the IoUs
     table = format_table(result)
     assert f"{100 * result['align']['ap']:.2f}" in table and f"{detection.average:.2f}" in table
-    assert max(map(len, table.splitlines())) <= 120 and "no span" not in table
+    assert max(map(len, table.splitlines())) <= 80 and "no span" not in table
 
 
 def test_evaluate_scores_without_spans_and_with_one_class():

@@ -44,3 +44,4 @@ def test_shares_choices_and_the_oracle():
     lines = format_missing(records).splitlines()
     shown = [half[name][branch] for name in (*CHOICES, "oracle") for branch in ("align", "binary")]
     assert lines[3].split() == ["50", "%", *(f"{100 * value:.2f}" for value in shown)]
+    assert {len(line) for line in lines} == {80}

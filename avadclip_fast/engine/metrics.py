@@ -318,10 +318,10 @@ def _or_none(value: float) -> float | None:
 
 
 def format_table(result: dict) -> str:
-    """Formats the result of `evaluate_scores` as a table, in percent."""
+    """Formats the result of `evaluate_scores` as tables of up to 80 columns, in percent."""
 
-    def cells(values) -> str:
-        return "".join(f"{'-' if v is None else format(v, '.2f'):>9}" for v in values)
+    def cells(values, width: int = 9) -> str:
+        return "".join(f"{'-' if v is None else format(v, '.2f'):>{width}}" for v in values)
 
     lines = [
         f"{result['videos']} videos ({result['abnormal_videos']} abnormal), {result['frames']:,} frames "
@@ -336,15 +336,14 @@ def format_table(result: dict) -> str:
         return "\n".join(lines)
 
     detection = result["detection"]
-    heads = [*(f"@{iou:g}" for iou in detection["iou"]), "AVG", "truths", "frame AP"]
-    lines += ["", f"{'detection, %':<16}" + "".join(f"{head:>9}" for head in heads)]
+    heads = "".join(f"{f'@{iou:g}':>7}" for iou in detection["iou"])
+    lines += ["", f"{'detection, %':<16}{heads}{'AVG':>8}{'truths':>8}{'frame AP':>10}"]
     for name, row in detection["per_class"].items():
         ap, shown = result["class_ap"][name], printable(name)
         shown = shown if len(shown) <= 15 else shown[:14] + "…"
-        average = sum(row) / len(row)
-        truths = f"{detection['truths'][name]:>9}"
-        lines.append(f"{shown:<16}" + cells([*row, average]) + truths + cells([ap if ap is None else 100 * ap]))
-    lines.append(f"{'mean':<16}" + cells([*detection["map"], detection["average"]]))
+        average, truths = cells([sum(row) / len(row)], 8), f"{detection['truths'][name]:>8}"
+        lines.append(f"{shown:<16}" + cells(row, 7) + average + truths + cells([ap if ap is None else 100 * ap], 10))
+    lines.append(f"{'mean':<16}" + cells(detection["map"], 7) + cells([detection["average"]], 8))
     if without := [name for name, truths in detection["truths"].items() if not truths]:
         lines.append(f"the mean counts as 0 what has no span: {printable(', '.join(without))}")
     return "\n".join(lines)

@@ -64,11 +64,11 @@ def missing_sound(
 
 
 def format_missing(records: Sequence[dict]) -> str:
-    """Formats the records as a table of frame AP in percent."""
-    lines = [f"{'frame AP, %':<16}" + "".join(f"{name:>20}" for name in COLUMNS)]
-    lines.append(f"{'without sound':<16}" + f"{'align':>12}{'binary':>8}" * 4)
+    """Formats the records as a table of frame AP in percent, of 80 columns."""
+    lines = [f"{'frame AP, %':<16}" + "".join(f"{name:>16}" for name in COLUMNS)]
+    lines.append(f"{'without sound':<16}" + f"{'align':>9}{'binary':>7}" * 4)
     for record in records:
         cells = (record[name] for name in COLUMNS)
-        shown = "".join(f"{100 * cell['align']:>12.2f}{100 * cell['binary']:>8.2f}" for cell in cells)
+        shown = "".join(f"{100 * cell['align']:>9.2f}{100 * cell['binary']:>7.2f}" for cell in cells)
         lines.append(f"{format(record['missing'], 'g') + ' %':<16}" + shown)
     return "\n".join(lines)

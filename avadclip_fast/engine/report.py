@@ -122,10 +122,10 @@ def environment() -> str:
     lines += [f"extensions: {name} {value}" for name, value in built.items()] or ["extensions: none built"]
     forced = _dispatch.forced()
     lines += [f"forced by AVADCLIP_FAST_BACKEND, for every op that has it: {forced}"] if forced else []
-    lines += ["", f"{'op':<20}{'backend':<12}because"]
+    lines += ["", f"{'op':<18}{'backend':<11}because"]
     for op, arguments in _examples("cuda" if torch.cuda.is_available() else "cpu").items():
         backend, because = _selected(op, arguments, forced)
-        lines.append(f"{op:<20}{backend:<12}{because}")
+        lines.append(f"{op:<18}{backend:<11}{because}")
     return "\n".join(lines)
 
 
