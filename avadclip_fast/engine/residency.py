@@ -32,7 +32,7 @@ def choose(size: int, mapped: bool, gpu_free: int | None, host_free: int, step: 
     host_free: free bytes of host memory for this process. step: bytes of GPU memory that a step needs.
     """
     if gpu_free is None:
-        return Place("file", "mapped, and read as needed") if mapped else Place("memory", "where they were read to")
+        return Place("file", "mapped, and read as needed") if mapped else Place("memory", "no GPU is used")
     if size + step <= gpu_free:
         return Place("gpu", f"{_gb(gpu_free)} are free there, and a step takes {_gb(step)} at most")
     crowded = f"GPU memory has {_gb(gpu_free)} free, of which a step takes up to {_gb(step)}"
