@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from avadclip_fast.engine.plots import COLOURS, DPI, light_grid, save
+from avadclip_fast.engine.plots import COLOURS, DPI, legend_below, light_grid, save
 
 MARKS = "osD^vPX*<"
 SHADES = (*COLOURS, "#8C510A", "#7F7F7F", "#F0E442")  # one per marker
@@ -178,9 +178,6 @@ def bar_groups(
         ax.set_title(name, fontsize=10)
     axes[-1].set(xlim=(0, None), xlabel=axis)
     figure.suptitle(title, fontsize=11)
-    # One legend for all panels, below them, where it covers no bar.
-    figure.legend(
-        [Patch(color=COLOURS[i % len(COLOURS)]) for i in range(len(labels))], labels, loc="outside lower center",
-        ncols=len(labels), frameon=False, fontsize=8,
-    )  # fmt: skip
+    handles = [Patch(color=COLOURS[i % len(COLOURS)]) for i in range(len(labels))]
+    legend_below(figure, handles, labels, columns=len(labels), fontsize=8)
     save(figure, path)

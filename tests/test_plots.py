@@ -70,6 +70,21 @@ def test_grid_has_a_panel_a_video(tmp_path):
     assert imread(tmp_path / "one.png").shape[1] == 960
 
 
+def test_legends_fit(monkeypatch):
+    drawn = []
+    for module in (plots, bench_plots):
+        monkeypatch.setattr(module, "save", lambda figure, path: drawn.append(figure))
+    labels = [f"{model}, {sound}" for model in ("teacher", "student") for sound in ("with sound", "without sound")]
+    plots.score_grid("g.png", [("v", dict.fromkeys(labels, np.full(9, 0.5)), [(0, 16)])])
+    plots.score_curves("s.png", "v", {f"{i}$" * 100: np.full(9, 0.5) for i in range(9)})
+    plots.reliability_plot("r.png", {f"{i}" * 100: [[0.1, 0.2, 1.0]] for i in range(3)})
+    bench_plots.bar_groups("b.png", {"AP": {"a": {str(i) * 40: (1, 0) for i in range(4)}}}, "", "")
+    for figure in drawn:
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+        assert len(figure.legends) == 1 and 0 <= box.x0 < box.x1 <= figure.bbox.x1
+
+
 def test_reliability_and_bars(tmp_path):
     plots.reliability_plot(
         tmp_path / "r.png", {"before": [[0.1, 0.2, 0.5], [0.9, 0.7, 0.5]], "after": [[0.5, 0.5, 1.0]]}

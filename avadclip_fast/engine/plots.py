@@ -72,10 +72,7 @@ def reliability_plot(
     ax.scatter([], [], s=60, color="0.6", alpha=0.5, linewidth=0, label="dot area = share of scores")
     ax.set(xlabel="predicted score", ylabel=f"share of positive {of}", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     ax.set_title(title, fontsize=10)
-    handles, labels = ax.get_legend_handles_labels()
-    key = figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    for text in key.get_texts():
-        text.set_parse_math(False)
+    legend_below(figure, *ax.get_legend_handles_labels(), columns=2, fontsize=8)
     save(figure, path)
 
 
@@ -83,6 +80,19 @@ def save(figure, path: str | Path) -> None:
     """Writes a figure as PNG, atomically."""
     with atomic_write(path, mode="wb") as file:
         figure.savefig(file, format="png")
+
+
+def legend_below(figure, handles: Sequence, labels: Sequence[str], columns: int, fontsize: float | None = None) -> None:
+    """Draws a legend below all panels, where it covers no data, in `columns` columns or as many as fit the width."""
+    for ncols in range(min(columns, len(labels)), 0, -1):
+        legend = figure.legend(
+            handles, labels, loc="outside lower center", ncols=ncols, frameon=False, fontsize=fontsize
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        if ncols == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            return
+        legend.remove()
 
 
 def light_grid(ax, axis: str = "both") -> None:
@@ -125,15 +135,7 @@ def _write(path, items, frames_per_snippet: int, columns: int, panel: tuple[floa
     handles = [lines[label] for label in labels]
     if shaded:
         handles.append(Patch(facecolor=TRUTH_COLOUR, alpha=0.3))
-    legend = figure.legend(
-        handles,
-        [*map(plain, labels), *(["ground truth"] if shaded else [])],
-        loc="outside lower center",
-        ncols=min(5, len(handles)),
-        frameon=False,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    legend_below(figure, handles, [*map(plain, labels), *(["ground truth"] if shaded else [])], columns=5)
     save(figure, path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .detect import Detection, Event, time_code
-from .plots import COLOURS, DPI, TITLE_PER_INCH, TRUTH_COLOUR, light_grid, plain, save
+from .plots import COLOURS, DPI, TITLE_PER_INCH, TRUTH_COLOUR, legend_below, light_grid, plain, save
 
 WIDTH = 9.0  # inches
 PLOT = 8.0  # inches, a little less than what the labels beside the plot leave of it
@@ -58,7 +58,7 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
     ax.set_xlabel("time (h:mm:ss)" if hours else "time (m:ss)")
     light_grid(ax)
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(labels), loc="outside lower center")
+    legend_below(figure, handles, labels, columns=len(labels), fontsize=8)
     save(figure, path)
 
 
