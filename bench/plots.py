@@ -137,6 +137,7 @@ def roofline(path: Path, records: Sequence[dict]) -> None:
         ax.plot(span, [min(copy * at, matmul) * 1e-12 for at in span], color="0.6", linewidth=0.8, zorder=1)
     if not reached:
         raise ValueError("no row has bytes, FLOPs and roofs: was it measured on a GPU?")
+    ax.plot([], [], color="0.6", linewidth=0.8, label="roofs: copy and matrix product, in the same run")
     ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must be moved", ylabel="TFLOP/s")
     light_grid(ax)
     ax.legend(frameon=False, fontsize=8)

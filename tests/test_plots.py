@@ -142,6 +142,16 @@ def test_variants_of_ours_are_drawn_as_faster(monkeypatch):
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["this library", "this library, masked"]
 
 
+def test_a_roofline_names_its_roofs(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(bench_plots, "save", lambda figure, path: drawn.append(figure))
+    roofs = {"copy_bytes_per_s": 4e12, "matmul_flops_per_s": 8e14}
+    row = {"bytes": 1e9, "flops": 1e12, "median_ms": 1.0, "over_ours": 1, "roofs": roofs}
+    bench_plots.roofline("r.png", [{"bench": "bench_exp", "rows": [row]}])
+    said = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert said == ["exp", "roofs: copy and matrix product, in the same run"]
+
+
 def test_near_markers_of_a_row_do_not_hide_each_other():
     places = [(1.01, 0), (1.0, 0), (3.0, 0), (1.0, 1)]
     up, down, *alone = bench_plots._heights(places, 0.1)
