@@ -30,7 +30,7 @@ from avadclip_fast.engine.calibrate import Calibration, Head
 from avadclip_fast.engine.evaluate import stream_scores
 from avadclip_fast.engine.timeline import _apart
 from avadclip_fast.media import decode
-from avadclip_fast.media.annotate import _strip, annotate
+from avadclip_fast.media.annotate import _drawn, _strip, annotate
 from avadclip_fast.media.extract import Source
 from avadclip_fast.media.features import Sampling, VideoFeatures
 from avadclip_fast.models import AVadCLIP, AVadCLIPStudent
@@ -251,6 +251,15 @@ def test_frames_of_few_pixels_are_annotated(pair, tmp_path, width, height):
     assert call("detect", path, "-m", pair / "student", *options) == 0
     (frame, *_) = decode.snippet_frames(tmp_path / "out" / "a.mkv", every=5)
     assert frame.image.shape == (max(2, height // 2 * 2), max(2, width // 2 * 2), 3)
+
+
+def test_long_names_fit_an_annotated_frame_in_one_line():
+    plain, strip = np.zeros((640, 360, 3), np.uint8), np.zeros((80, 360, 3), np.uint8)
+    edge = 5  # of the frame around it
+    for name in ("fire", "a man who climbs\nover a high fence at night"):
+        red = _drawn(plain, strip, np.arange(3.0), 0.5, 0.93, name)[edge:-85, edge:-edge, 0] > 128
+        rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+        assert len(columns) and columns[-1] < 360 - 3 * edge and np.ptp(rows) < 40
 
 
 def test_what_cannot_be_drawn_leaves_what_was_found(pair, tmp_path, capsys, monkeypatch):

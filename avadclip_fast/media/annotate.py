@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.atomic import atomic_write
+from ..data.errors import printable
 from .decode import JUMP, Clock, Progress, decoded, frames, opened, upright, video_stream
 from .errors import import_av
 
@@ -182,6 +183,8 @@ def _drawn(image: np.ndarray, strip: np.ndarray, edges: np.ndarray, time: float,
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     draw.rectangle((0, 0, width - 1, height - 1 - len(strip)), outline=RED, width=thick)
-    font = ImageFont.load_default(max(10, height // 18))
-    draw.text((3 * thick, 2 * thick), f"{name} {score:.2f}", RED, font, stroke_width=1, stroke_fill="black")
+    text, size = f"{printable(name)} {score:.2f}", height // 18
+    needed = 6 * thick + draw.textlength(text, ImageFont.load_default(max(10, size)))
+    font = ImageFont.load_default(max(10, int(size * min(1, width / needed))))
+    draw.text((3 * thick, 2 * thick), text, RED, font, stroke_width=1, stroke_fill="black")
     return np.asarray(picture)
