@@ -70,6 +70,15 @@ def test_grid_has_a_panel_a_video(tmp_path):
     assert imread(tmp_path / "one.png").shape[1] == 960
 
 
+def test_frames_of_long_videos_are_written_out(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.append(figure))
+    plots.score_curves("s.png", "day", {"binary": np.full(100_000, 0.5)})
+    drawn[0].draw_without_rendering()
+    axis = drawn[0].axes[0].xaxis
+    assert axis.get_offset_text().get_text() == "" and axis.get_ticklabels()[-1].get_text() == "1600000"
+
+
 def test_legends_fit(monkeypatch):
     drawn = []
     for module in (plots, bench_plots):

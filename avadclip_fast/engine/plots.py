@@ -157,6 +157,7 @@ def _panel(ax, curves, spans, labels, frames_per_snippet: int) -> dict:
             linewidth=1.5 if length <= 120 else 1.0,
         )[0]
     ax.set_xlim(0, length * frames_per_snippet)
+    ax.ticklabel_format(axis="x", style="plain")  # 1000000 frames, not 1.0 beside a 1e6 in the corner
     ax.set_ylim(-0.03, 1.03)
     ax.set_yticks(np.linspace(0, 1, 5), ["0", "", "0.5", "", "1"])
     light_grid(ax)
