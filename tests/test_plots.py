@@ -7,7 +7,9 @@ from matplotlib.image import imread
 
 from avadclip_fast.data import DataError, Span
 from avadclip_fast.engine import plots, report
+from avadclip_fast.engine.detect import Detection
 from avadclip_fast.engine.evaluate import VideoScores
+from avadclip_fast.engine.timeline import timeline
 from bench import plots as bench_plots
 
 CURVES = {"teacher": np.linspace(0, 1, 30), "student": np.linspace(1, 0, 30) ** 2}
@@ -53,6 +55,27 @@ def test_no_truth_shades_nothing(tmp_path, truth):
 def test_any_name_and_label_is_drawn(tmp_path, name):
     plots.score_curves(tmp_path / "a.png", name, {name: CURVES["teacher"], "_b$": CURVES["student"]})
     assert imread(tmp_path / "a.png").shape[:2] == (540, 1350)
+
+
+@pytest.mark.filterwarnings("error")
+def test_letters_that_the_font_lacks_are_another_fonts(tmp_path, monkeypatch):
+    name, scores = "a\u1d81", np.array([0.1, 0.9])  # its \u1d81 is in Matplotlib's STIX fonts, if in no others
+    found = Detection(name, ["normal", name], np.arange(2.0), 1.0, scores, np.eye(2), np.full(2, 0.5), [])
+    other = Detection("a", ["normal", name], np.arange(2.0), 1.0, scores, np.eye(2), np.full(2, 0.5), [])
+    drawings = (
+        lambda: plots.score_curves(tmp_path / "a.png", name, {"teacher": scores}),
+        lambda: timeline(tmp_path / "b.png", found, {}),
+        lambda: timeline(tmp_path / "c.png", other, {}),
+    )
+    for draw in drawings:
+        draw()
+    assert plots.families("a\u00e9") == matplotlib.rcParams["font.family"]  # which has them
+    monkeypatch.setattr(plots, "_fonts", list)  # no others
+    plots._family.cache_clear()
+    for draw in drawings:
+        with pytest.raises(UserWarning, match="Glyph 7553 .* missing"):
+            draw()
+    plots._family.cache_clear()
 
 
 def test_long_names_keep_both_ends():

@@ -3,6 +3,7 @@
 Matplotlib is imported lazily, and only its figure objects are used: no pyplot, no global backend.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -123,7 +124,8 @@ def _write(path, items, frames_per_snippet: int, columns: int, panel: tuple[floa
     shaded = False
     for ax, (name, curves, spans) in zip(axes, panels, strict=False):
         lines |= _panel(ax, curves, spans, labels, frames_per_snippet)
-        ax.set_title(plain(name, int(panel[0] * TITLE_PER_INCH)), fontsize=10, parse_math=False)
+        title = plain(name, int(panel[0] * TITLE_PER_INCH))
+        ax.set_title(title, fontsize=10, fontfamily=families(title), parse_math=False)
         shaded |= len(spans) > 0
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
@@ -200,3 +202,37 @@ def plain(text: str, longest: int = 40) -> str:
         return text
     head = (longest - 1) // 2
     return text[:head] + "…" + text[head + 1 - longest :]
+
+
+def families(text: str) -> list[str]:
+    """Returns the font families to draw a text in: Matplotlib's own, and installed ones for letters that it lacks.
+
+    A letter that no font has is drawn as a box.
+    """
+    from matplotlib import rcParams
+
+    return [*rcParams["font.family"], *dict.fromkeys(family for letter in text if (family := _family(letter)))]
+
+
+@functools.cache
+def _family(letter: str) -> str:
+    """The installed font family that has a letter; empty where Matplotlib's own has it, or none."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    def held(path) -> bool:
+        return get_font(path).get_char_index(ord(letter)) > 0
+
+    fonts = _fonts()
+    if held(findfont(FontProperties())) or not (found := next((font for font in fonts if held(font.fname)), None)):
+        return ""
+    fonts.remove(found)
+    fonts.insert(0, found)  # where the next letter, of the same script, finds it at once
+    return found.name
+
+
+@functools.cache
+def _fonts() -> list:
+    from matplotlib.font_manager import fontManager
+
+    fonts = [font for font in fontManager.ttflist if "Last Resort" not in font.name]  # which has a box for each letter
+    return sorted(fonts, key=lambda font: (font.style, font.weight) != ("normal", 400))  # as texts are drawn: first

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .detect import Detection, Event, time_code
-from .plots import COLOURS, DPI, TITLE_PER_INCH, TRUTH_COLOUR, legend_below, light_grid, plain, save
+from .plots import COLOURS, DPI, TITLE_PER_INCH, TRUTH_COLOUR, families, legend_below, light_grid, plain, save
 
 WIDTH = 9.0  # inches
 PLOT = 8.0  # inches, a little less than what the labels beside the plot leave of it
@@ -24,7 +24,8 @@ def timeline(path: str | Path, detection: Detection, frames: Mapping[int, np.nda
     from matplotlib.ticker import MultipleLocator
 
     figure = Figure((WIDTH, 4.6), dpi=DPI, layout="constrained")
-    figure.suptitle(plain(detection.name, int(WIDTH * TITLE_PER_INCH)), fontsize=10, parse_math=False)
+    title = plain(detection.name, int(WIDTH * TITLE_PER_INCH))
+    figure.suptitle(title, fontsize=10, fontfamily=families(title), parse_math=False)
     grid = figure.add_gridspec(2, max(1, len(frames)), height_ratios=(1, 1.5))
     for column, (snippet, image) in enumerate(sorted(frames.items())):
         ax = figure.add_subplot(grid[0, column])
@@ -70,11 +71,11 @@ def _name_events(ax: Any, renderer: Any, events: Sequence[Event], start: float, 
 
     @functools.cache  # a day has thousands of events, of a few names
     def width(name: str) -> float:
-        pixels = renderer.get_text_width_height_descent(name, FontProperties(size=8), False)[0]
+        pixels = renderer.get_text_width_height_descent(name, FontProperties(family=families(name), size=8), False)[0]
         return (pixels / DPI + SPACE) * inch
 
     for middle, name in _apart(events, start, end, width):
-        ax.text(middle, 1.04, name, ha="center", fontsize=8, clip_on=True, parse_math=False)
+        ax.text(middle, 1.04, name, ha="center", fontsize=8, fontfamily=families(name), clip_on=True, parse_math=False)
 
 
 def _apart(events: Sequence[Event], start: float, end: float, width: Callable[[str], float]) -> list[tuple[float, str]]:
