@@ -333,8 +333,9 @@ CASES: dict[str, list[Case]] = {
         ragged={"shape": (3, 33, 48), "lengths": _RAGGED},
         ragged_wide={"shape": (2, 16, 32), "lengths": [5, 16], "layout": wide},
         time_last={"shape": (3, 7, 32), "layout": time_last},
-        # slopes of up to 1e6, which float16 holds only once they are divided by the number of terms
-        wide_variance={"shape": (2, 2, 48), "spread": 6.0},
+        # Slopes of up to 3e6, which float16 holds only once they are divided by the number of terms. Where the largest
+        # is of a variance far from 1e-6, as with a spread of 6, float32 hangs on how a GPU rounds an exponent.
+        wide_variance={"shape": (2, 2, 48), "spread": 5.0},
     ),
     "gated_fusion": _cases(
         _gated_fusion,
