@@ -13,7 +13,9 @@ import torch
 from cases import CASES, FIXED, LARGE, ROWS, Case, convert, leaves, time_last
 from tolerance import assert_within_rule
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from avadclip_fast import BackendError, ops
 from avadclip_fast.ops import _dispatch
@@ -467,6 +469,25 @@ class OpTests:
         out = self.call(arguments, "reference")
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(self.call(arguments, "reference"), out)
+
+    def test_a_gpus_autocast_changes_no_dtype_of_the_reference(self):
+        """It makes every sum float32, which a CPU's does not."""
+        if self.packed or self.op == "pack_rows":
+            pytest.skip("how many rows there are is read from the lengths")
+
+        def there(x: Tensor) -> Tensor:
+            dtype = torch.float16 if x.is_floating_point() else x.dtype
+            return torch.empty_strided(x.size(), x.stride(), dtype=dtype, device="cuda")
+
+        arguments = self.one_case()
+        with FakeTensorMode():  # in which a GPU is not needed
+            arguments = tree_map_only(Tensor, there, arguments)
+            plain = self.call(arguments, "reference").dtype
+            torch.set_autocast_enabled("cuda", True)  # as torch.autocast does where there is a GPU
+            try:
+                assert self.call(arguments, "reference").dtype == plain
+            finally:
+                torch.set_autocast_enabled("cuda", False)
 
     # It refuses what does not fit
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _build, reference
 from ..reference._numerics import at_least_float32
 from . import _dispatch
+from ._autocast import without_autocast
 from ._check import check_counts, check_lengths, check_tensors
 from ._derivatives import differentiable
 
@@ -22,7 +23,7 @@ def _compiled(scores: Tensor, lengths: Tensor, divisor: int) -> Tensor:
     return torch.ops.avadclip_fast.topk_mean(scores, lengths, divisor)[0]
 
 
-_dispatch.register("topk_mean", "reference", reference.topk_mean)
+_dispatch.register("topk_mean", "reference", without_autocast(reference.topk_mean))
 _dispatch.register("topk_mean", "cpp", _compiled, lambda scores, lengths, divisor: _build.cpp_reason(scores))
 _dispatch.register(
     "topk_mean",
