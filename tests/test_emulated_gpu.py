@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests/emulated_gpu"
-FILES = ("test_graph.py", "test_profile.py")
+FILES = ("test_graph.py", "test_lowering.py", "test_models.py", "test_profile.py")
 
 
 @pytest.fixture(scope="module")
