@@ -273,6 +273,8 @@ def test_a_clock_goes_on_where_time_stamps_fall_back():
         ([0.0, 0.08, 0.04, 0.12], [0, 0.08, 0.08, 0.12]),  # disorder
         ([None, None, 3.0, 3.04, None], [0, 0.04, 0.08, 0.12, 0.16]),
         ([0.0, 0.04, 9.0, 9.04, 0.0], [0, 0.04, 9.0, 9.04, 9.08]),  # a gap, and then a jump
+        # a jump, and then one to what was there before
+        ([0.0, 9.0, 0.0, 7.04, 7.08, 7.16], [0, 9.0, 9.04, 9.08, 9.12, 9.2]),
     ):
         clock = decode.Clock(25)
         np.testing.assert_allclose([clock(At(time)) for time in times], expected, atol=1e-6)

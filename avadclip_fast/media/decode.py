@@ -149,7 +149,7 @@ class Clock:
             self.shifts.append(onward - frame.time)
         time = onward if frame.time is None else self.place(frame.time)
         if time < self.now - JUMP:
-            self.shifts.append(onward - frame.time)
+            bisect.insort(self.shifts, onward - frame.time)
             time = onward
         self.now = max(self.now, time)
         self.seen += 1
