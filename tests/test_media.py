@@ -1,6 +1,7 @@
 """Decoding, crops, sound, encoders: on videos made here, and on the real clips where they are at hand."""
 
 import contextlib
+import hashlib
 import http.client
 import io
 import os
@@ -419,9 +420,6 @@ def test_wav2clip_checkpoint(tmp_path):
 
 
 def test_fetched_weights_are_pinned(tmp_path, monkeypatch):
-    import hashlib
-    import io
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked = []
     monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda url, timeout: asked.append(url) or io.BytesIO(b"data"))
@@ -442,6 +440,22 @@ def test_fetched_weights_are_pinned(tmp_path, monkeypatch):
     for bad in (url, f"http://example.org/w.pt#sha256={right}", f"file:///w.pt#sha256={right}", tmp_path / "none.pt"):
         with pytest.raises(MediaError):
             fetch.fetch(bad)
+
+
+def test_weights_are_fetched_where_there_is_no_home(tmp_path, monkeypatch):
+    """As in containers: of a user without a name, or whose home cannot be written to."""
+    source = f"https://example.org/w.pt#sha256={hashlib.sha256(b'data').hexdigest()}"
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda url, timeout: io.BytesIO(b"data"))
+    monkeypatch.setattr(fetch.Path, "home", mock.Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(MediaError, match=r"w.pt: no home folder to keep it in; set XDG_CACHE_HOME"):
+        fetch.fetch(source)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(MediaError, match=r"w.pt: cannot be fetched: .*file/avadclip_fast'; download it elsewhere"):
+        fetch.fetch(source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert fetch.fetch(source).read_bytes() == b"data"
 
 
 class Mean:

@@ -29,12 +29,15 @@ def fetch(source: str | Path) -> Path:
             f"{source}: weights are fetched from https:// addresses that end in #sha256=<64 hex digits> only"
         )
     url, name, digest = match.groups()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "avadclip_fast"
-    path = cache / f"{digest[:16]}-{name}"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # a container's user may have none
+        raise MediaError(f"{url}: no home folder to keep it in; set XDG_CACHE_HOME, or give a path") from error
+    path = Path(base, "avadclip_fast", f"{digest[:16]}-{name}")
     if path.is_file() and sha256_of(path) == digest:
         return path
-    cache.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=60) as response, atomic_write(path) as file:
             found = hashlib.sha256()
             while block := response.read(2**20):
