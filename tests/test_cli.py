@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import get_type_hints
@@ -750,6 +751,13 @@ def test_too_little_memory_is_told_in_one_line(videos, tmp_path, capsys, monkeyp
     monkeypatch.setattr(commands, "train_on_list", raiser(RuntimeError("a mistake of the library's own")))
     with pytest.raises(RuntimeError, match="of the library's own"):
         call(*ask)
+
+
+def test_too_few_threads_are_told_in_one_line(videos, tmp_path, capsys, monkeypatch):
+    """As in a container that may have only so many."""
+    monkeypatch.setattr(threading, "_start_new_thread", raiser(RuntimeError("can't start new thread")))
+    told = mistake(capsys, "train", videos / "train.csv", "-o", tmp_path / "run", *QUICK)
+    assert told.startswith("error: out of threads: the system starts no more: ")
 
 
 def raiser(error):

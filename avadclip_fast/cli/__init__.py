@@ -75,6 +75,8 @@ def _run() -> int:
     except Stopped as stop:
         return _fail(stop, 128 + stop.number)
     except (MemoryError, RuntimeError) as error:
+        if str(error) == "can't start new thread":  # Python has no type of error for it
+            return _fail("out of threads: the system starts no more: end others, or raise the limit of processes", 2)
         if (short := _of_memory(error)) is None:
             raise
         smaller = "".join(_TAKES_LESS.get(name, "") for name in sys.argv[1:2])
