@@ -1,12 +1,14 @@
 """Decoding, crops, sound, encoders: on videos made here, and on the real clips where they are at hand."""
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import io
 import os
 import sys
 from fractions import Fraction
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 from standins import Hearing
 from videos import damage, joined, make_video
 
-from avadclip_fast.media import MediaError, crops, decode, encoders, fetch
+from avadclip_fast.media import MediaError, crops, decode, encoders, errors, fetch
 from avadclip_fast.media.features import Sampling, snippet_seconds, video_features
 from avadclip_fast.media.live import LiveSource
 from avadclip_fast.media.wav2clip import Wav2Clip
@@ -345,6 +347,33 @@ def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MediaError, match=r'pip install "avadclip_fast\[media\]"'):
         list(decode.snippet_frames(tmp_path / "a.mp4"))
+
+
+def test_a_pyav_that_cannot_be_loaded_is_not_called_missing(monkeypatch):
+    class Broken:
+        def find_spec(self, name, *_):
+            raise ImportError(f"lib{name}.so: failed to map segment from shared object")
+
+    monkeypatch.delitem(sys.modules, "av")
+    monkeypatch.setattr(sys, "meta_path", [Broken()])
+    with pytest.raises(MediaError, match=r"PyAV, which cannot be imported: libav.so: failed to map segment"):
+        errors.import_av()
+
+
+def test_a_video_is_not_called_damaged_where_threads_are_short():
+    """As in a container with limits: no decoder can be started, and each packet fails."""
+    short = av.error.BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable", "avcodec_open2")
+    decoder = SimpleNamespace(is_open=False)
+    stream = SimpleNamespace(codec_context=decoder, average_rate=25, guessed_rate=None, frames=0)
+    times = {"pts": 0, "dts": 0, "duration": 1, "time_base": Fraction(1, 25)}
+    packet = SimpleNamespace(stream=stream, decode=mock.Mock(side_effect=short), **times)
+    container = SimpleNamespace(format=SimpleNamespace(name="avi"), demux=lambda: [packet])
+    with pytest.raises(MediaError, match=r"a.avi: threads or memory are short: Resource temporarily unavailable"):
+        list(decode.frames("a.avi", stream, container))
+    decoder.is_open, clock = True, decode.Clock()
+    with pytest.raises(MediaError, match=r"a.avi: holds no frame that can be decoded"):
+        list(decode.frames("a.avi", stream, container, clock))
+    assert clock.damaged == 1
 
 
 def test_ten_crops():

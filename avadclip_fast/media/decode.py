@@ -6,6 +6,7 @@ are often wrong and serve only to detect truncated files. Damaged packets are sk
 
 import bisect
 import contextlib
+import errno
 import math
 import mmap
 import os
@@ -38,6 +39,7 @@ SCHEMES: dict[str, dict[str, str]] = {  # of live sources, with options of FFmpe
     "udp": {"protocol_whitelist": "udp"},
     "srt": {"protocol_whitelist": "srt"},
 }
+SHORT = (errno.EAGAIN, errno.ENOMEM)  # of threads, or of memory for their stacks, as in a container with limits
 STDIN = "-"  # a live source, as in `ffmpeg ... -f mpegts - | avadclip-fast stream -`
 FILES_ONLY = "files only; `avadclip-fast stream` takes URLs"
 Progress = Callable[[int], None]  # called with the number of frames decoded since the last call
@@ -204,7 +206,9 @@ def frames(source: str | Path, stream: Any, container: Any, clock: Clock | None 
                 for frame in decoded(packet, clock):
                     yield clock(frame), frame
     except (av.error.FFmpegError, OSError) as error:
-        raise MediaError(f"{source}: damaged or cut short after {clock.seen} frames: {error.strerror}") from error
+        short = error.errno in SHORT
+        what = "threads or memory are short" if short else f"damaged or cut short after {clock.seen} frames"
+        raise MediaError(f"{source}: {what}: {error.strerror}") from error
     reach.check(source, clock.seen)
 
 
@@ -412,10 +416,15 @@ def sound_blocks(source: str | Path, container: Any, shifts: Sequence[float]) ->
 
 
 def decoded(packet: Any, clock: Clock | None = None) -> list[Any]:
-    """Decodes a packet to frames; a damaged packet gives none, and is counted by `clock`."""
+    """Decodes a packet to frames; a damaged packet gives none, and is counted by `clock`.
+
+    Raises FFmpegError if there is no decoder for lack of threads or memory, of which no packet is the cause.
+    """
     try:
         return packet.decode()
-    except import_av().error.FFmpegError:
+    except import_av().error.FFmpegError as error:
+        if error.errno in SHORT and not packet.stream.codec_context.is_open:
+            raise
         if clock is not None:
             clock.damaged += 1
         return []

@@ -8,11 +8,13 @@ class MediaError(DataError):
 
 
 def import_av():
-    """Imports PyAV. Raises MediaError if it is not installed."""
+    """Imports PyAV. Raises MediaError if it is not installed, or lacks what it needs."""
     try:
         import av
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MediaError(
             'videos are read by PyAV, which is not installed: pip install "avadclip_fast[media]"'
         ) from error
+    except ImportError as error:  # such as a library that is not there, or memory to load it
+        raise MediaError(f"videos are read by PyAV, which cannot be imported: {error}") from error
     return av
