@@ -23,6 +23,7 @@ from avadclip_fast.media import MediaError, crops, decode, encoders, errors, fet
 from avadclip_fast.media.features import Sampling, snippet_seconds, video_features
 from avadclip_fast.media.live import LiveSource
 from avadclip_fast.media.wav2clip import Wav2Clip
+from avadclip_fast.models.text import TextWeightsError, tokenize
 
 av = pytest.importorskip("av")
 
@@ -553,6 +554,21 @@ def test_clip_with_random_weights(tmp_path, caplog, monkeypatch):
     loaded = encoders.visual_encoder("clip", "openai", "cpu")
     assert torch.equal(loaded.tower.proj, tower.tower.proj.half().float())
     assert not caplog.records  # no word of random weights, least of all where they come from a file
+
+
+def test_an_open_clip_that_cannot_be_loaded_says_why(monkeypatch):
+    """As beside a torchvision of another torch."""
+
+    class Broken:
+        def find_spec(self, name, *_):
+            raise RuntimeError(f"operator {name}::nms does not exist")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "open_clip"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken()])
+    for error, load in ((MediaError, encoders.ClipVisual), (TextWeightsError, lambda: tokenize(["normal"]))):
+        with pytest.raises(error, match=r"pip install open_clip_torch \(operator open_clip::nms does not exist\)"):
+            load()
 
 
 def test_clip_without_a_network(monkeypatch):

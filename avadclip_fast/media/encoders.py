@@ -81,10 +81,8 @@ class ClipVisual(nn.Module):
         super().__init__()
         try:
             import open_clip
-        except ImportError as error:
-            raise MediaError(
-                "CLIP comes with open_clip, which is not installed: pip install open_clip_torch"
-            ) from error
+        except (ImportError, RuntimeError) as error:  # RuntimeError: with a torchvision of another torch
+            raise MediaError(f"CLIP comes with open_clip: pip install open_clip_torch ({error})") from error
         try:
             # not by open_clip.create_model, which takes them from the Hub, where nothing pins their hash
             source = openai_weights("--visual-weights") if weights == "openai" else Path(weights)

@@ -50,8 +50,10 @@ def tokenize(names: list[str]) -> list[list[int]]:
     """CLIP's BPE token ids of class names, from [SOS] to [EOS] (open_clip's tokenizer). Raises TextWeightsError."""
     try:
         from open_clip import tokenizer
-    except ImportError as error:
-        raise TextWeightsError("class names need open_clip's tokenizer: pip install open_clip_torch") from error
+    except (ImportError, RuntimeError) as error:  # RuntimeError: with a torchvision of another torch
+        raise TextWeightsError(
+            f"class names need open_clip's tokenizer: pip install open_clip_torch ({error})"
+        ) from error
     with torch.device("cpu"):  # whatever the default device
         tokens = tokenizer.tokenize(names, context_length=CONTEXT)  # [C, 77], EOS has the highest id
     return [row[: int(row.argmax()) + 1].tolist() for row in tokens]
