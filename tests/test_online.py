@@ -747,6 +747,25 @@ def test_standard_input_is_watched_to_its_end(source, pair, tmp_path, capsys, mo
     assert said.err.endswith("125 frames, 0 dropped; connected again 0 times\n")
 
 
+def test_standard_input_that_another_process_made_non_blocking_is_waited_for(tmp_path):
+    path = make_video(tmp_path / "a.ts", frames=50)
+    before, (received, sent) = os.dup(0), os.pipe()
+    os.set_blocking(received, False)
+
+    def feed():
+        with open(sent, "wb") as pipe:
+            pipe.write(path.read_bytes())
+
+    try:
+        os.dup2(received, 0)
+        threading.Timer(0.5, feed).start()
+        assert sum(snippet.frames for snippet in LiveSource("-", every=5)) == 50
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(received)
+
+
 def test_a_terminal_is_no_standard_input_to_watch(pair, capsys, monkeypatch):
     monkeypatch.setattr(os, "isatty", lambda file: True)
     said = mistake(capsys, "stream", "-", "-m", pair / "student", "-q", *NAMED)

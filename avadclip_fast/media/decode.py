@@ -7,9 +7,11 @@ are often wrong and serve only to detect truncated files. Damaged packets are sk
 import bisect
 import contextlib
 import errno
+import io
 import math
 import mmap
 import os
+import select
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,7 +88,7 @@ def _target(source: str | Path, live: bool) -> tuple[Any, dict[str, Any]]:
         if os.isatty(0):
             raise MediaError(f"{source}: standard input is a terminal; pipe a video into it, or name a source")
         # Without a buffer, which would wait until it is full; not sys.stdin's, which Python locks as it exits.
-        return open(0, "rb", buffering=0, closefd=False), alone
+        return _Waiting(0, closefd=False), alone
     path = Path(source)
     if not path.exists():
         raise MediaError(f"{path}: no such file")
@@ -100,6 +102,15 @@ def _target(source: str | Path, live: bool) -> tuple[Any, dict[str, Any]]:
         raise MediaError(f"{path}: the file is empty")
     # An open file, so that FFmpeg does not parse its name as a protocol; of a pipe, without a buffer, as above.
     return open(path, "rb", buffering=-1 if path.is_file() else 0), alone
+
+
+class _Waiting(io.FileIO):
+    """An open pipe that is waited for also if another process that shares it made it non-blocking."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        while (found := super().read(size)) is None:
+            select.select([self], [], [])
+        return found
 
 
 def said(error: Exception) -> str:
