@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 import traceback
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
 import numpy as np
@@ -796,6 +796,15 @@ def test_the_clock_of_a_live_stream_is_that_of_its_first_frame(pair, tmp_path, c
     assert call("stream", server([body], rate=len(body) / 3), "-m", pair / "student", *options) == 2  # lost at its end
     line = json.loads(capsys.readouterr().out.splitlines()[0])
     assert line["start"] == 0 and -0.001 <= (datetime.fromisoformat(line["clock"]) - before[0]).total_seconds() < 1
+
+
+def test_the_clock_of_a_stream_is_that_of_the_system_as_it_is_set_later(tmp_path, monkeypatch):
+    """As on a small computer without a clock of its own, which asks a server for the time after it has booted."""
+    source = LiveSource(make_video(tmp_path / "a.mkv"))
+    assert source.began is None and list(source)
+    before, hours = source.began, timedelta(hours=5)
+    monkeypatch.setattr(live_module, "datetime", SimpleNamespace(now=lambda zone: datetime.now(zone) + hours))
+    assert abs(source.began - before - hours) < timedelta(seconds=1)
 
 
 def test_what_goes_on_as_a_camera_is_lost_is_told(pair, tmp_path, capsys, server, monkeypatch):

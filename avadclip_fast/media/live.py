@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +81,7 @@ class LiveSource:
 
     The attributes frames, dropped and reconnects are counts so far. Set once the first snippet is read: `seconds`, the
     duration of a snippet; `assumed`, whether that assumes a frame rate, as the source declares none; `live`; and
-    `began`, the UTC time at which the first frame arrived.
+    `began`.
     """
 
     def __init__(
@@ -97,10 +97,17 @@ class LiveSource:
         self.seconds = 1 / fps if fps is not None else 0.0
         self.frames = self.dropped = self.reconnects = 0
         self.live = self.assumed = False
-        self.began: datetime | None = None
+        self._arrived: float | None = None  # monotonic time of the first frame, time 0
         self._queue: queue.Queue[Snippet | Exception | None] = queue.Queue(WAITING)
         self._begun = False
         self._closed = threading.Event()
+
+    @property
+    def began(self) -> datetime | None:
+        """UTC time at which the first frame arrived, by the system's clock as it is now: a boot may set it later."""
+        if self._arrived is None:
+            return None
+        return datetime.now(UTC) - timedelta(seconds=time.monotonic() - self._arrived)
 
     def __iter__(self) -> Iterator[Snippet]:
         if self._begun:
@@ -123,18 +130,16 @@ class LiveSource:
             self._closed.set()
 
     def _read(self) -> None:
-        begun: float | None = None  # monotonic time of the first frame, time 0
         last, tries = 0.0, 0
         late = 0.0  # the greatest delay, in seconds, with which snippets came: of a segment, that of its first
 
         def offset() -> float:
             """Time of a connection's first frame, when it arrives: connecting and waiting for it take time too."""
-            nonlocal begun
-            if begun is None:
-                begun, self.began = time.monotonic(), datetime.now(UTC)
+            if self._arrived is None:
+                self._arrived = time.monotonic()
                 return 0.0
             # a server may send faster than real time, but times must not decrease
-            return max(time.monotonic() - begun, last + self.seconds)
+            return max(time.monotonic() - self._arrived, last + self.seconds)
 
         try:
             while not self._closed.is_set():
@@ -142,12 +147,12 @@ class LiveSource:
                 try:
                     for snippet in self._snippets(offset):
                         last, tries, due = snippet.time, 0, None
-                        if self.live and begun is not None:
-                            late = max(time.monotonic() - begun - last, late - FORGET * snippet.seconds)
-                            due = begun + last + min(late, BURST)
+                        if self.live and self._arrived is not None:
+                            late = max(time.monotonic() - self._arrived - last, late - FORGET * snippet.seconds)
+                            due = self._arrived + last + min(late, BURST)
                         self._put(snippet, due)
                 except MediaError as error:
-                    if begun is None or not self._reopens():
+                    if self._arrived is None or not self._reopens():
                         raise
                     lost = error
                 if not self._reopens():
