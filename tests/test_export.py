@@ -384,3 +384,17 @@ def test_a_disk_that_is_full_while_it_is_compiled_is_told(tmp_path, monkeypatch,
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_)
     with pytest.raises(OSError, match=r"No space left on device: '.+m\.pt2'$"):
         export_model(plain, tmp_path / "m.pt2", "aoti")
+
+
+def test_onnx_runtime_sends_nothing_of_a_check(tmp_path):
+    """Since 1.32 it numbers the machine, in the home folder, and sends what is run to its maker."""
+    onnx, helper = pytest.importorskip("onnx"), pytest.importorskip("onnx.helper")
+    x, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "same", [x], [y])
+    onnx.save(helper.make_model(graph, ir_version=8, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "a.onnx")
+    (home := tmp_path / "home").mkdir()
+    hidden = {"ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"}
+    own = {name: value for name, value in os.environ.items() if name not in hidden} | {"HOME": str(home)}
+    code = "import sys; from avadclip_fast.engine import export; export._load_onnx(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.onnx"], env=own, check=True, timeout=100)
+    assert not list(home.rglob("*"))

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -230,6 +231,7 @@ def _write_onnx(program: ExportedProgram, path: Path, facts: dict[str, str]) -> 
 
 
 def _load_onnx(path: Path) -> Run:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read as it is imported; this is a check alone
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
