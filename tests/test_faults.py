@@ -21,7 +21,7 @@ from test_packed import journal
 from test_train import RECIPE, features, same, teacher, weights
 
 from avadclip_fast import AVadCLIPStudent, data
-from avadclip_fast.data.atomic import append_csv
+from avadclip_fast.data.atomic import append_csv, write_json
 from avadclip_fast.data.packed import check_packed
 from avadclip_fast.engine import export, step, teacher_cache
 from avadclip_fast.engine.loop import Board
@@ -145,6 +145,19 @@ def test_it_is_told_in_one_line(tmp_path, capsys):
         assert "p.safetensors: cannot be written: File too large" in mistake(capsys, *pack, packed)
     assert packed.read_bytes() == b"an earlier one"
     assert "cannot be written: Not a directory" in mistake(capsys, *pack, tmp_path / "file" / "p.safetensors")
+
+
+def test_an_interrupt_right_after_a_file_is_written_is_none_of_its_errors(tmp_path, monkeypatch):
+    renamed = os.replace
+
+    def interrupted(*paths):
+        renamed(*paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_json(tmp_path / "a.json", 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_full_disk_is_told_with_the_name_of_a_small_file(tmp_path):

@@ -44,7 +44,8 @@ def atomic_write(path: str | Path, mode: str = "wb") -> Iterator[IO]:
                 os.fsync(file.fileno())  # before the rename, or a crash could leave `path` empty
                 os.replace(temporary, path)
             except BaseException:
-                os.unlink(temporary)
+                with contextlib.suppress(FileNotFoundError):  # of an interrupt right after the rename
+                    os.unlink(temporary)
                 raise
     except OSError as error:  # also of closing, which tries once more to write what is left of a small file
         # Python names no file where the disk is full, and the temporary one where the folder is not there.
