@@ -458,6 +458,26 @@ def test_sound_waits_for_the_frames_to_jump():
     assert sound.end == pytest.approx(2.08) and (sound.take(2.04, 640) == 3).all()
 
 
+def test_sound_with_a_damaged_time_stamp_does_not_silence_what_follows():
+    """As of a camera that loses packets: hours ahead, it would leave no room for sound until a new connection."""
+    clock = Clock(25)
+    sound = Placed(5.0, clock)
+    block = np.ones(640, np.float32)
+
+    def frame(at):
+        clock(SimpleNamespace(time=at))
+        sound.settle()
+
+    for i in range(50):
+        frame(0.04 * i)
+        sound.add(0.04 * i + 90_000.0 * (20 <= i < 25), block)
+    assert sound.end == pytest.approx(2.0) and sound.take(1.0, 16_000).all() and not sound.take(0.8, 3200).any()
+    sound.add(3600.0, 2 * block)  # a gap in both, in which sound is first
+    assert sound.end == pytest.approx(2.0)
+    frame(3600.0)
+    assert sound.end == pytest.approx(3600.04) and (sound.take(3600.0, 640) == 2).all()
+
+
 def test_a_slow_fetcher_of_a_live_stream_loses_snippets_not_time(tmp_path, server):
     body = make_video(tmp_path / "a.ts", frames=100, audio=1).read_bytes()
     live = LiveSource(server([body]), every=1, retries=0)

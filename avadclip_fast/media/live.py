@@ -279,26 +279,26 @@ class Ring:
 class Placed(Ring):
     """Ring buffer that maps blocks from container time to the clock of the frames.
 
-    Holds blocks that cannot be placed yet: those before the first frame, or after a backward timestamp jump that the
-    frames have not reached.
+    Holds blocks that cannot be placed yet: those before the first frame, or after a timestamp jump, backward or beyond
+    what the buffer has room for, that the frames have not reached. They may never, if a time stamp is damaged.
     """
 
     def __init__(self, seconds: float, clock: Clock):
         super().__init__(seconds)
-        self.clock, self.known = clock, 0
+        self.clock = clock
         self.held: deque[tuple[float, np.ndarray]] = deque(maxlen=HELD)
 
     def add(self, at: float, block: np.ndarray) -> None:
         placed = self.clock.place(at)
-        if self.clock.seen == 0 or (len(self.samples) and placed < self.end - JUMP):
+        behind = len(self.samples) > 0 and placed < self.end - JUMP
+        if self.clock.seen == 0 or behind or placed > self.clock.now + self.size / RATE:
             self.held.append((at, block))
         else:
             super().add(placed, block)
 
     def settle(self) -> None:
-        """Retries the held blocks after the frames have jumped."""
-        if len(self.clock.shifts) > self.known:
-            self.known, again = len(self.clock.shifts), list(self.held)
-            self.held.clear()
-            for one in again:
-                self.add(*one)
+        """Retries the held blocks, after frames."""
+        again = list(self.held)
+        self.held.clear()
+        for one in again:
+            self.add(*one)
