@@ -344,6 +344,16 @@ def test_holes_in_the_sound_are_silent_and_take_no_space(tmp_path):
     assert windows.heard().tolist() == [True, False, False, False, True]
 
 
+def test_sound_with_a_damaged_time_stamp_does_not_silence_what_follows(tmp_path, monkeypatch):
+    """Nor take the file for as long as it says, of which a temporary file may not be made."""
+    clock, loud = decode.Clock(), np.full(1600, 0.5, np.float32)
+    list(decode.snippet_frames(make_video(tmp_path / "a.mkv", audio=1), clock=clock))
+    blocks = [(0.0, loud), (0.1, loud), (1e15, loud), (0.4, loud)]
+    monkeypatch.setattr(decode, "sound_blocks", lambda *_: iter(blocks))
+    windows = decode.read_sound(tmp_path / "a.mkv", clock).windows(np.arange(6) / 10, 0.1)
+    assert windows.heard().tolist() == [True, True, False, False, True, False]
+
+
 def test_without_pyav_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MediaError, match=r'pip install "avadclip_fast\[media\]"'):

@@ -25,6 +25,7 @@ from .errors import MediaError, import_av
 RATE = 16_000  # Hz
 SILENCE = 1e-3  # root mean square, -60 dB of full scale; quieter windows count as silent
 WAIT = 10.0  # read timeout of a live stream in seconds
+OUTLASTS = 3600.0  # seconds by which sound may outlast the last frame, more than any snippet has
 AT_ONCE = 2**22  # audio samples in memory: 17 MB
 JUMP = 1.0  # backward step in seconds that means a timestamp reset; smaller ones are disorder
 GAP = 0.1  # difference in seconds between a packet's time and the samples so far above which silence is inserted
@@ -376,6 +377,7 @@ def read_sound(source: str | Path, clock: Clock | None = None, progress: Progres
     progress: called with 0 for each block, and may raise
     """
     shifts = clock.shifts if clock is not None else [-first_time(source)]
+    latest = math.inf if clock is None else clock.now + OUTLASTS
     # hours of audio take gigabytes, so they go to an unnamed temporary file
     with opened(source) as container, tempfile.TemporaryFile() as file:
         if not container.streams.audio:
@@ -384,6 +386,8 @@ def read_sound(source: str | Path, clock: Clock | None = None, progress: Progres
         for time, block in sound_blocks(source, container, shifts):
             if progress is not None:
                 progress(0)
+            if time > latest:  # a damaged time stamp, which would leave no room for the sound that follows
+                continue
             gap = round(time * RATE) - written
             if gap > (GAP * RATE if written else 0):
                 file.seek(2 * gap, os.SEEK_CUR)  # a sparse hole, which reads as zeros and takes no space
