@@ -28,6 +28,7 @@ WAIT = 10.0  # read timeout of a live stream in seconds
 OUTLASTS = 3600.0  # seconds by which sound may outlast the last frame, more than any snippet has
 AT_ONCE = 2**22  # audio samples in memory: 17 MB
 JUMP = 1.0  # backward step in seconds that means a timestamp reset; smaller ones are disorder
+LONGEST_GAP = 365 * 86_400.0  # seconds, of footage; more is another clock, or damage
 GAP = 0.1  # difference in seconds between a packet's time and the samples so far above which silence is inserted
 ROUNDED = 1.001e-3  # seconds by which two time stamps in whole milliseconds, as in MKV, may be too close together
 ASSUMED = 25.0  # frames per second, where a container declares no rate
@@ -147,7 +148,8 @@ class Clock:
     """Maps frames to monotonic times in seconds from the first frame.
 
     If timestamps fall back by more than JUMP, as in joined recordings, looped streams, or when the 33 bits of MPEG-TS
-    wrap after 26.5 hours, time advances by one frame.
+    wrap after 26.5 hours, time advances by one frame; also if they go on after LONGEST_GAP, as where a camera that
+    counts from 1970 sets its clock, or one is damaged.
     """
 
     def __init__(self, rate: float = ASSUMED):
@@ -162,7 +164,7 @@ class Clock:
         if frame.time is not None and not self.shifts:
             self.shifts.append(onward - frame.time)
         time = onward if frame.time is None else self.place(frame.time)
-        if time < self.now - JUMP:
+        if not self.now - JUMP <= time <= self.now + LONGEST_GAP:
             bisect.insort(self.shifts, onward - frame.time)
             time = onward
         self.now = max(self.now, time)
