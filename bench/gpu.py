@@ -71,7 +71,7 @@ def stages(work: Path, tune: bool) -> list[Stage]:
     found = [
         Stage("build", [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."], 120),
         # Its log tells the GPU, the versions and which backend serves each op: what the other records are of.
-        Stage("env", [python, "-m", "avadclip_fast.cli", "env"], 60, group=UNTIMED),
+        Stage("env", [python, "-m", "avadclip_fast", "env"], 60, group=UNTIMED),
         Stage("kernels", [*THREADS, python, "-m", "bench.compile_kernels"], 120, group=UNTIMED),
     ]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
@@ -94,7 +94,7 @@ def stages(work: Path, tune: bool) -> list[Stage]:
         found.append(Stage(f"ahead_{part}", [python, "-m", "bench.operations", *names], 110, group=UNTIMED))
     found.append(Stage("tests", tests, 190, group=UNTIMED))  # the longest of these, and so the last
     if tune:
-        found.append(Stage("tune", [python, "-m", "avadclip_fast.cli", "tune"], 300))
+        found.append(Stage("tune", [python, "-m", "avadclip_fast", "tune"], 300))
     timed = ["--device", "cuda", "--json"]
     for name in WHOLE:
         command = [python, "-m", f"bench.bench_{name}", *timed, str(work), "--compile", "without"]

@@ -495,7 +495,7 @@ def test_every_stage_is_there(tmp_path):
         if name.startswith("bench_") and name != "bench_operations":
             assert (gpu.ROOT / f"bench/{name}.py").exists()
     commands = {stage.name: stage.command for stage in stages}
-    assert commands["env"][-2:] == ["avadclip_fast.cli", "env"]  # what the records are of
+    assert commands["env"][-2:] == ["avadclip_fast", "env"]  # what the records are of
     for name in ("step", "inference"):  # long ones
         assert "--rounds 3" in " ".join(commands[f"bench_{name}"])
     names = {stage.name for stage in stages} | {f"bench_{name}" for name in gpu.OPERATIONS}

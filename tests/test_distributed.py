@@ -310,7 +310,7 @@ def test_training_through_the_command_line(tmp_path):
     data.make_synthetic(tmp_path, videos=8, test_videos=1, min_snippets=16, max_snippets=20)
     size = "--text-weights", "random", "--text-layers", 1, "--length", 8, "--classes", CODES
     few = "train", tmp_path / "train.csv", "--student", "--epochs", 1, "--batch-size", 5, "--select", "last", *size
-    process = torchrun("-m", "avadclip_fast.cli", *few, "-o", tmp_path / "two")
+    process = torchrun("-m", "avadclip_fast", *few, "-o", tmp_path / "two")
     assert call(*few, "-o", tmp_path / "one", "-q") == 0
     printed = finished(process)
     assert printed.count("model: ") == printed.count("epoch 1: ") == printed.count("features: ") == 1
@@ -326,7 +326,7 @@ def test_evaluation_is_shared_and_the_same_to_the_bit(both, tmp_path, capsys):
     names = ",".join(f"{code}={name}" for code, name in zip(("A", "B1", "G"), CLASSES, strict=True))
     ask = "eval", tmp_path / "test.csv", "--model", both[0] / "teacher", "--gt", tmp_path / "gt.npy", "-q"
     ask = *ask, "--classes", names, "--json"
-    process = torchrun("-m", "avadclip_fast.cli", *ask, tmp_path / "two.json")
+    process = torchrun("-m", "avadclip_fast", *ask, tmp_path / "two.json")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two has
     capsys.readouterr()

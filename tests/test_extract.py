@@ -657,7 +657,7 @@ def test_memory_does_not_grow_with_the_videos_that_are_done(tmp_path):
 
 PEAK = """
 import resource, subprocess, sys
-code = subprocess.call([sys.executable, "-m", "avadclip_fast.cli", *sys.argv[1:]])
+code = subprocess.call([sys.executable, "-m", "avadclip_fast", *sys.argv[1:]])
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 sys.exit(code)
 """

@@ -425,7 +425,7 @@ def test_sigterm_through_the_command_line(tmp_path):
     data.make_synthetic(tmp_path, videos=12, test_videos=1, min_snippets=16, max_snippets=20)
     command = "train", tmp_path / "train.csv", "-o", tmp_path / "run", "--epochs", "1000", "--select", "last"
     text = "--classes", "A=normal,B1=fighting,B2=shooting,G=explosion", "--text-weights", "random", "--text-layers", "1"
-    program = [sys.executable, "-m", "avadclip_fast.cli", *map(str, command), *text, "--length", "16", "-q"]
+    program = [sys.executable, "-m", "avadclip_fast", *map(str, command), *text, "--length", "16", "-q"]
     process = subprocess.Popen(program, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / STATE).exists():
         assert process.poll() is None, process.stderr.read()

@@ -292,7 +292,7 @@ def train(
 ) -> None:
     """Train the teacher or, with --student, a student without a teacher.
 
-    On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli train ..., where --batch-size is the total.
+    On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast train ..., where --batch-size is the total.
     """
     codes, frames, _ = _preset(preset, classes, frames_per_snippet)
     _check_frames(frames_per_snippet, gt)
@@ -377,7 +377,7 @@ def distill(
 ) -> None:
     """Distil a student, which needs only one stream, from a teacher. The student uses the teacher's text weights.
 
-    On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast.cli distill ..., where --batch-size is the total.
+    On several GPUs: torchrun --nproc-per-node 4 -m avadclip_fast distill ..., where --batch-size is the total.
     """
     codes, frames, weight = _preset(preset, classes, frames_per_snippet)
     _check_frames(frames_per_snippet, gt)
