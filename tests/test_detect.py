@@ -1065,9 +1065,12 @@ def test_names_in_a_timeline_are_measured_once(tmp_path, monkeypatch):
     from matplotlib.backends.backend_agg import RendererAgg
 
     measure, asked = RendererAgg.get_text_width_height_descent, []
-    monkeypatch.setattr(
-        RendererAgg, "get_text_width_height_descent", lambda *args: asked.append(args[1]) or measure(*args)
-    )
+
+    def asking(*args, **options):
+        asked.append(args[1])
+        return measure(*args, **options)
+
+    monkeypatch.setattr(RendererAgg, "get_text_width_height_descent", asking)
     timeline.timeline(tmp_path / "x.png", with_events(200), {})
     assert "fighting" in asked and len(asked) < 200
 
