@@ -222,8 +222,11 @@ def _family(letter: str) -> str:
     def held(path) -> bool:
         return get_font(path).get_char_index(ord(letter)) > 0
 
+    if held(findfont(FontProperties())):
+        return ""
     fonts = _fonts()
-    if held(findfont(FontProperties())) or not (found := next((font for font in fonts if held(font.fname)), None)):
+    found = next((font for font in fonts if held(font.fname)), None)
+    if found is None:
         return ""
     fonts.remove(found)
     fonts.insert(0, found)  # where the next letter, of the same script, finds it at once
